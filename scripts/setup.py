@@ -1,0 +1,70 @@
+"""Makes .venv and installs unbraid into it, with PyTorch's CPU build where there is no NVIDIA GPU; needs python3 alone."""
+
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+PYTHON = VENV / ("Scripts/python.exe" if platform.system() == "Windows" else "bin/python")
+TORCH = "torch>=2.11"
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+
+
+def main():
+    """Do what has not been done yet."""
+    if sys.version_info < (3, 11):
+        sys.exit(
+            "unbraid needs Python 3.11 or newer; this is %s. Try: make PYTHON=python3.12" % platform.python_version()
+        )
+    if not PYTHON.exists():
+        make_venv()
+    if not run(PYTHON, "-c", "import torch", quiet=True):
+        install_torch()
+    print("setup: installing unbraid and its tools", flush=True)
+    uv = shutil.which("uv")
+    wanted = ("-e", "%s[demo,dev]" % ROOT)
+    if not (uv and run(uv, "pip", "install", "--quiet", "--python", PYTHON, *wanted)) and not pip(*wanted):
+        sys.exit("setup: the packages in pyproject.toml could not be installed; what pip said stands above.")
+    (VENV / ".ready").touch()
+
+
+def make_venv():
+    """Make an empty environment that has pip."""
+    print("setup: making %s" % VENV, flush=True)
+    uv = shutil.which("uv")
+    if run(sys.executable, "-m", "venv", VENV):
+        return
+    if not (uv and run(uv, "venv", "--quiet", "--seed", "--clear", "--python", sys.executable, VENV)):
+        sys.exit("setup: no environment could be made; on Debian and Ubuntu, install python3-venv first.")
+
+
+def install_torch():
+    """Take a CPU wheel that lies on disk, else the build for this machine: CUDA only where there is a GPU."""
+    print("setup: installing PyTorch", flush=True)
+    gpu = bool(shutil.which("nvidia-smi")) and run("nvidia-smi", quiet=True)
+    uv = shutil.which("uv")
+    if not gpu and pip("--no-index", "--no-deps", TORCH, quiet=True):
+        return
+    if uv and run(uv, "pip", "install", "--quiet", "--python", PYTHON, "--torch-backend", "auto", TORCH):
+        return
+    index = () if gpu or platform.system() != "Linux" else ("--index-url", CPU_INDEX)
+    if not pip(*index, TORCH):
+        sys.exit("setup: PyTorch could not be installed; see pytorch.org for the build that fits this machine.")
+
+
+def pip(*arguments, quiet=False):
+    """Install by the environment's own pip."""
+    return run(PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments, quiet=quiet)
+
+
+def run(*command, quiet=False):
+    """Whether a command ends well."""
+    sink = subprocess.DEVNULL if quiet else None
+    return subprocess.run([str(part) for part in command], stdout=sink, stderr=sink, check=False).returncode == 0
+
+
+if __name__ == "__main__":
+    main()

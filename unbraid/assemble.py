@@ -1,0 +1,352 @@
+"""A recipe's names turned into objects: model, data, training state; a run from start or resumption to end."""
+
+import importlib.util
+import inspect
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import unbraid
+from unbraid import dist
+from unbraid.data import DATASETS
+from unbraid.data.folders import noises
+from unbraid.data.loader import Mixtures, StepKeys, batches, mixtures
+from unbraid.data.tracks import Track, with_splits
+from unbraid.draws import seeded_torch
+from unbraid.errors import CheckpointError, RecipeError, nearest
+from unbraid.losses import LOSSES, is_in_db
+from unbraid.losses.pit import SeparationLoss
+from unbraid.models import MODELS
+from unbraid.recipe import Part, Recipe, checked, differences, recipe_from_table, recipe_table, to_toml
+from unbraid.records import Event, RunDirectory, StepRecord, ValidationRecord, append_record, owned, write_atomically
+from unbraid.robust import CLIPPERS, FILTERS
+from unbraid.robust.precision import Precision, best_precision
+from unbraid.train.checkpoint import (
+    Checkpoint,
+    cut_logs,
+    find_checkpoint,
+    newest_checkpoint,
+    read_checkpoint,
+    remove_partial,
+)
+from unbraid.train.loop import Fit, StopRequest, fit
+from unbraid.train.optim import OPTIMIZERS, SCHEDULES
+from unbraid.train.state import TrainState
+from unbraid.train.validate import validation
+
+_MAY_CHANGE = ("train.max_steps", "train.max_minutes", "save.", "data.workers")
+"""Keys that a resumed run may give other values than it began with."""
+
+_RECORDED_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES", "WORLD_SIZE")
+
+
+def find_part(
+    kind: str, part: Part, registry: dict[str, Callable[..., Any]], folder: Path | None
+) -> Callable[..., Any]:
+    """The object that a name stands for: an entry of the registry, or ``my_file:MyClass`` beside the recipe.
+
+    Args:
+        kind: Name of the table, for messages.
+        part: The name.
+        registry: Built-in entries.
+        folder: Where to look for one's own; None where one's own code must not run.
+
+    Raises:
+        RecipeError: If there is no such thing.
+    """
+    if part.name in registry:
+        return registry[part.name]
+    file, colon, attribute = part.name.partition(":")
+    if not colon:
+        raise RecipeError(
+            f"[{kind}] name = {part.name!r} is not one of {', '.join(sorted(registry))}.{nearest(part.name, registry)} "
+            "For your own, write 'my_file:MyClass'."
+        )
+    if folder is None:
+        raise RecipeError(f"[{kind}] name = {part.name!r} is code that came with the checkpoint; --trust lets it run.")
+    path = next((path for path in (folder / f"{file}.py", Path.cwd() / f"{file}.py") if path.is_file()), None)
+    if path is None:
+        raise RecipeError(f"[{kind}] name = {part.name!r}: there is no {file}.py beside the recipe ({folder}).")
+    module = _load_module(path)
+    if not hasattr(module, attribute):
+        raise RecipeError(f"[{kind}] name = {part.name!r}: {path} has no {attribute}.{nearest(attribute, dir(module))}")
+    return getattr(module, attribute)
+
+
+def _load_module(path: Path) -> Any:
+    name = f"unbraid_own_{path.stem}"
+    if name in sys.modules and getattr(sys.modules[name], "__file__", None) == str(path):
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise RecipeError(f"{path} is not a Python file.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise RecipeError(f"{path} cannot be imported ({type(error).__name__}: {error}).") from error
+    return module
+
+
+def build_part(
+    kind: str, part: Part, registry: dict[str, Callable[..., Any]], folder: Path | None, **given: Any
+) -> Any:
+    """Find a part and call it with the recipe's options, and with what the code supplies itself.
+
+    Raises:
+        RecipeError: If a key is unknown, or a value of the wrong type or refused by the part.
+    """
+    signature = find_part(kind, part, registry, folder)
+    options = checked(kind, signature, part.options, given=tuple(given))
+    try:
+        return signature(**given, **options)
+    except RecipeError:
+        raise
+    except ValueError as error:
+        raise RecipeError(f"[{kind}] {part.name}: {error}") from error
+
+
+def build_model(recipe: Recipe, *, trust: bool = True) -> nn.Module:
+    """The recipe's model with its initial weights, drawn from the recipe's seed."""
+    options = {key: value for key, value in recipe.model.options.items() if key != "init"}
+    folder = recipe.folder if trust else None
+    signature = find_part("model", recipe.model, MODELS, folder)
+    if "n_sources" in inspect.signature(signature).parameters:
+        options.setdefault("n_sources", recipe.data.n_sources)
+    with seeded_torch(recipe.data.seed, "initial weights"):
+        return build_part("model", Part(recipe.model.name, options), MODELS, folder)
+
+
+def load_model(path: Path, *, trust: bool = False) -> tuple[nn.Module, Recipe]:
+    """A trained model, and the recipe it was trained by, from a checkpoint or run directory.
+
+    Args:
+        path: As `find_checkpoint` takes it.
+        trust: Whether code named by the checkpoint's recipe may run.
+
+    Raises:
+        CheckpointError: If there is none, or it is damaged.
+        RecipeError: If its model is not one of ours and is not trusted.
+    """
+    checkpoint = read_checkpoint(find_checkpoint(path))
+    recipe = recipe_from_table(checkpoint.recipe, Path.cwd())
+    model = build_model(recipe, trust=trust)
+    _load_weights(model, checkpoint)
+    return model.to(choose_device()).eval(), recipe
+
+
+def _load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
+    try:
+        model.load_state_dict(checkpoint.state["model"])
+    except RuntimeError as error:
+        first = str(error).splitlines()[1:2] or [str(error)]
+        raise CheckpointError(f"{checkpoint.path} holds weights of another model: {first[0].strip()}") from error
+
+
+def choose_device() -> torch.device:
+    """The process's own GPU, or the CPU."""
+    return torch.device("cuda", dist.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def choose(recipe: Recipe, model: nn.Module, device: torch.device) -> dict[str, Any]:
+    """What "auto" comes to, fixed before the first step and taken again on resuming."""
+    precision = best_precision(device) if recipe.train.precision == "auto" else recipe.train.precision
+    return {
+        "precision": precision,
+        "compile": recipe.train.compile == "on"
+        or (recipe.train.compile == "auto" and _compiling_pays(recipe, model, device)),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _compiling_pays(recipe: Recipe, model: nn.Module, device: torch.device) -> bool:
+    """Compiling costs up to a minute: it pays on a long run of a model that is made for it, where a compiler is."""
+    long_enough = (recipe.train.max_steps or 10**9) >= 1000 and (recipe.train.max_minutes or 10**9) >= 3
+    compiler = device.type == "cuda" or any(
+        shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")
+    )
+    return long_enough and compiler and hasattr(model, "compile_regions") and sys.platform == "linux"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The mixtures to train on and to validate on."""
+
+    train: Mixtures
+    valid: Mixtures
+
+
+def list_tracks(recipe: Recipe) -> tuple[list[Track], list[Track]]:
+    """The recordings of a recipe's data set with their splits, and its noises."""
+    data = recipe.data
+    if data.path is None:
+        raise RecipeError("[data] needs a path: --set data.path=FOLDER, or a CSV manifest.")
+    tracks = find_part("data", Part(data.name), DATASETS, recipe.folder)(data.path)
+    return with_splits(tracks, n_sources=data.n_sources), noises(data.noise) if data.noise else []
+
+
+def build_corpus(recipe: Recipe) -> Corpus:
+    """Training and validation mixtures, after every check that needs no audio."""
+    tracks, noise = list_tracks(recipe)
+    return Corpus(*(mixtures(tracks, recipe.data, purpose, noises=noise) for purpose in ("train", "valid")))
+
+
+def build_state(recipe: Recipe, model: nn.Module, *, precision: str) -> TrainState:
+    """The training state at step 0, around a model that lies on its device.
+
+    Raises:
+        RecipeError: If a part is refused, or a filter in dB meets a loss that is not.
+    """
+    options = dict(recipe.loss.options)
+    assign = options.pop("assign", "permutation")
+    if assign not in ("permutation", "fixed"):
+        raise RecipeError(f"loss.assign = {assign!r} is not one of permutation, fixed.")
+    signal_loss = find_part("loss", recipe.loss, LOSSES, recipe.folder)
+    if options:
+        raise RecipeError(f"[loss] has no key {next(iter(options))!r}; its keys are name, assign.")
+    filters = [build_part("filter", part, FILTERS, recipe.folder) for part in recipe.filters]
+    for part, loss_filter in zip(recipe.filters, filters, strict=True):
+        if loss_filter.needs_db and not is_in_db(signal_loss):
+            raise RecipeError(f"[[filter]] {part.name} needs a loss in dB, which {recipe.loss.name} is not.")
+    wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if dist.world_size() > 1 else model
+    return TrainState(
+        model=wrapped,
+        loss=SeparationLoss(signal_loss, assign=assign),
+        optimizer=build_part("optim", recipe.optim, OPTIMIZERS, recipe.folder, parameters=model.parameters()),
+        clipper=build_part("clip", recipe.clip, CLIPPERS, recipe.folder),
+        filters=filters,
+        precision=Precision(precision),
+        schedule=build_part("schedule", recipe.schedule, SCHEDULES, recipe.folder),
+        loss_upper_limit=recipe.train.loss_upper_limit,
+        seed=recipe.data.seed,
+    )
+
+
+def train(
+    recipe: Recipe, run: RunDirectory, *, resume: bool = False, stop: StopRequest | None = None
+) -> Iterator[StepRecord | ValidationRecord]:
+    """Train by a recipe into a run directory.
+
+    Args:
+        recipe: What to do.
+        run: Where to write; one owner at a time.
+        resume: Go on from the newest whole checkpoint there.
+        stop: Ends the run early, with a checkpoint.
+
+    Yields:
+        A record for each step and validation, after it was written.
+
+    Raises:
+        UserError: If recipe, data or run directory cannot be used, or a stop rule ended the run.
+    """
+    device = choose_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    with dist.process_group(device):
+        if not dist.is_main():
+            yield from _train(recipe, run, device, resume=resume, stop=stop)
+            return
+        with owned(run):
+            yield from _train(recipe, run, device, resume=resume, stop=stop)
+
+
+def _train(
+    recipe: Recipe, run: RunDirectory, device: torch.device, *, resume: bool, stop: StopRequest | None
+) -> Iterator[StepRecord | ValidationRecord]:
+    checkpoint, passed_over = _starting_point(recipe, run, resume=resume)
+    corpus = build_corpus(recipe)
+    model = build_model(recipe).to(device)
+    if checkpoint is None and "init" in recipe.model.options:
+        _load_weights(model, read_checkpoint(find_checkpoint(Path(recipe.model.options["init"]))))
+    choices = checkpoint.choices if checkpoint else choose(recipe, model, device)
+    if choices["compile"]:
+        compile_regions = getattr(model, "compile_regions", model.compile)
+        compile_regions()
+    state = build_state(recipe, model, precision=choices["precision"])
+    if checkpoint is not None:
+        state.load_state_dict(checkpoint.state)
+    table = recipe_table(recipe)
+    job = Fit(run, recipe.train, recipe.validate, recipe.save, table, choices, n_files=len(corpus.train.tracks))
+    if dist.is_main():
+        _open_run(recipe, run, state, checkpoint, passed_over, choices, device)
+    keys = StepKeys(
+        len(corpus.train),
+        recipe.data.batch_size,
+        first_step=state.step,
+        rank=dist.rank(),
+        world_size=dist.world_size(),
+        accumulate=recipe.train.accumulate,
+    )
+    loaded = batches(corpus.train, keys, workers=recipe.data.workers)
+    validate = validation(
+        corpus.valid, n_items=recipe.validate.n_items, batch_size=max(1, recipe.data.batch_size // dist.world_size())
+    )
+    yield from fit(state, loaded, validate, job, stop)
+
+
+def _starting_point(recipe: Recipe, run: RunDirectory, *, resume: bool) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint to go on from, if any, once it is sure that nothing would be lost or mixed up."""
+    if not resume:
+        if run.steps.exists() or run.checkpoints.exists():
+            raise CheckpointError(
+                f"{run.path} holds a run already: --resume goes on with it, --run DIR begins another."
+            )
+        return None, []
+    if not run.path.exists() or not run.recipe.exists():
+        raise CheckpointError(f"{run.path} holds no run to go on with; leave --resume out to begin one.")
+    checkpoint, passed_over = newest_checkpoint(run)
+    if checkpoint is None:
+        return None, [*passed_over, f"{run.path} has no whole checkpoint yet; the run begins again."]
+    changed = differences(checkpoint.recipe, recipe_table(recipe))
+    harmful = {key: pair for key, pair in changed.items() if not key.startswith(_MAY_CHANGE)}
+    if harmful:
+        listed = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in harmful.items())
+        raise CheckpointError(f"{run.path} was begun by another recipe: {listed}. Take these back, or begin a new run.")
+    return checkpoint, passed_over
+
+
+def _open_run(
+    recipe: Recipe,
+    run: RunDirectory,
+    state: TrainState,
+    checkpoint: Checkpoint | None,
+    passed_over: list[str],
+    choices: dict[str, Any],
+    device: torch.device,
+) -> None:
+    """Write what a run directory begins with; cut back what a resumed run will write again."""
+    run.checkpoints.mkdir(parents=True, exist_ok=True)
+    cut_logs(run, checkpoint.log_bytes if checkpoint else {})
+    remove_partial(run)
+    write_atomically(run.recipe, to_toml(recipe))
+    write_atomically(run.environment, json.dumps(environment(choices, device), indent=1) + "\n")
+    for message in passed_over:
+        append_record(run.events, Event("CHECKPOINT_PASSED_OVER", state.step, 0, message))
+    if checkpoint is not None:
+        message = f"Went on from {checkpoint.path.name}."
+        append_record(run.events, Event("RUN_RESUMED", state.step, 0, message, evidence=choices))
+
+
+def environment(choices: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Versions, device, threads and allow-listed settings; nothing else of the machine is recorded."""
+    return {
+        "unbraid": unbraid.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "world_size": dist.world_size(),
+        "chosen": choices,
+        "settings": {name: os.environ[name] for name in _RECORDED_SETTINGS if name in os.environ},
+    }

@@ -1,0 +1,170 @@
+"""The commands: each parses, calls the library, prints. Torch is imported only when a command runs."""
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from unbraid import __version__
+from unbraid.errors import UserError, nearest
+
+EXIT_USER_ERROR = 2
+"""A user's mistake, or a run that a stop rule ended: one sentence on stderr."""
+
+EXIT_STOPPED = 128
+"""Plus the signal's number: the run was asked to stop, and has left a checkpoint to go on from."""
+
+
+def train(args: argparse.Namespace) -> int:
+    """Train a separator by a recipe."""
+    from unbraid.assemble import train as run_training
+    from unbraid.recipe import load_recipe
+    from unbraid.records import RunDirectory
+    from unbraid.screen import show_training
+    from unbraid.train.loop import stop_on_signals
+
+    recipe = load_recipe(find_recipe(args.recipe), args.set)
+    run = RunDirectory(args.run or Path("runs") / args.recipe.stem)
+    with stop_on_signals() as stop:
+        records = run_training(recipe, run, resume=args.resume, stop=stop)
+        show_training(records, max_steps=recipe.train.max_steps, max_minutes=recipe.train.max_minutes)
+    if stop.signal:
+        print(f"Stopped by signal {stop.signal}; go on with: unbraid train {args.recipe} --run {run.path} --resume")
+        return EXIT_STOPPED + stop.signal
+    print(f"The run is in {run.path}; next: unbraid evaluate {run.path}")
+    return 0
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Score a trained model on mixtures of unseen talkers."""
+    from unbraid.evaluate import evaluate_checkpoint
+    from unbraid.screen import print_summaries, progress_bar
+
+    options = {
+        name: getattr(args, name) for name in ("data", "split", "n_items", "seconds", "save_audio", "out", "trust")
+    }
+    with progress_bar("evaluating", args.n_items) as advance:
+        found = evaluate_checkpoint(args.checkpoint, progress=lambda done, _: advance(done), **options)
+    print_summaries(found.summaries, f"{len(found.rows)} mixtures of {found.recipe.data.path} ({args.split})")
+    print(f"A row for each mixture: {found.table}" + (f"; to hear: {found.audio}" if found.audio else ""))
+    return 0
+
+
+def separate(args: argparse.Namespace) -> int:
+    """Separate audio files with a trained model."""
+    from unbraid.separate import separate_files
+
+    for path in separate_files(args.files, args.model, args.out, trust=args.trust):
+        print(path)
+    return 0
+
+
+def demo(args: argparse.Namespace) -> int:
+    """Make talkers on the spot, train on them, evaluate, and leave separated sound and a picture."""
+    from unbraid.demo import run_demo, what_next
+    from unbraid.screen import print_summaries
+
+    result = run_demo(find_recipe(Path("demo")), args.out, overrides=args.set)
+    if isinstance(result, int):
+        print(f"Stopped by signal {result}; unbraid demo -o {args.out} goes on from there.")
+        return EXIT_STOPPED + result
+    print_summaries(result.summaries, f"{result.n_items} mixtures of two talkers never heard in training")
+    print("\n".join(what_next(result)))
+    return 0
+
+
+def find_recipe(path: Path) -> Path:
+    """A recipe by its path, or one of ours by its name."""
+    shipped = recipes_folder()
+    candidates = [path, shipped / path.name, shipped / f"{path.name}.toml"] if path.parent == Path() else [path]
+    found = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if found is None:
+        names = sorted(recipe.stem for recipe in shipped.glob("*.toml"))
+        raise UserError(f"There is no recipe {path}; ours are {', '.join(names)}.{nearest(path.stem, names)}")
+    return found
+
+
+def recipes_folder() -> Path:
+    """Where the shipped recipes lie: inside an installed package, or at the top of a checkout."""
+    installed = Path(__file__).parent / "recipes"
+    return installed if installed.is_dir() else Path(__file__).parent.parent / "recipes"
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong, without the usage before it."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        """Print one line and end with status 2."""
+        self.exit(EXIT_USER_ERROR, f"unbraid: {message}. See: {self.prog} --help\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    top = Parser(prog="unbraid", description="Train networks that pull mixed sounds apart.", allow_abbrev=False)
+    top.add_argument("--version", action="version", version=f"unbraid {__version__}")
+    commands = top.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
+
+    def add(name: str, function: object) -> argparse.ArgumentParser:
+        text = (function.__doc__ or "").strip()
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        command.set_defaults(function=function)
+        return command
+
+    command = add("demo", demo)
+    command.add_argument("-o", "--out", type=Path, default=Path("runs/demo"), help="folder for all of it (%(default)s)")
+    _add_set(command)
+
+    command = add("train", train)
+    command.add_argument("recipe", type=Path, help="a TOML file, or the name of one of ours")
+    _add_set(command)
+    command.add_argument("--run", type=Path, help="run directory (runs/NAME-OF-THE-RECIPE)")
+    command.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the run directory")
+
+    command = add("evaluate", evaluate)
+    command.add_argument("checkpoint", type=Path, help="a run directory or a checkpoint")
+    command.add_argument("data", type=Path, nargs="?", help="speaker folder or manifest (that of the training)")
+    command.add_argument("--split", default="test", choices=("train", "valid", "test"), help="(%(default)s)")
+    command.add_argument("--n-items", type=_positive(int), default=200, help="how many mixtures (%(default)s)")
+    command.add_argument("--seconds", type=_positive(float), help="length of a mixture (that of the training)")
+    command.add_argument("--save-audio", type=_positive(int), default=0, metavar="N", help="write the first N to hear")
+    command.add_argument("-o", "--out", type=Path, help="table to write, .csv or .parquet (evaluation.csv in the run)")
+    _add_trust(command)
+
+    command = add("separate", separate)
+    command.add_argument("files", type=Path, nargs="+", help="audio of any rate and channel count, or folders of it")
+    command.add_argument("-m", "--model", type=Path, required=True, help="a run directory or a checkpoint")
+    command.add_argument("-o", "--out", type=Path, required=True, help="folder for NAME.source-N.wav")
+    _add_trust(command)
+    return top
+
+
+def _positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    def convert(text: str) -> Any:  # noqa: ANN401 - a number of that kind
+        if kind(text) <= 0:
+            raise ValueError(text)
+        return kind(text)
+
+    convert.__name__ = "number above 0"
+    return convert
+
+
+def _add_set(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as optim.lr=3e-4")
+
+
+def _add_trust(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--trust", action="store_true", help="let code named by the checkpoint run")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; a user's mistake ends as one line on stderr and status 2."""
+    args = parser().parse_args(arguments)
+    try:
+        return args.function(args)
+    except UserError as error:
+        print(f"unbraid: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        return EXIT_STOPPED + signal.SIGINT

@@ -1,0 +1,150 @@
+"""Sources to a mixture on the fly: excerpts, levels, noise at an SNR; audio is judged before anything is made of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from unbraid.audio import Audio, first_bad_sample, read_audio
+from unbraid.data.tracks import Track
+from unbraid.dsp import fit_length, power_db, resample, to_amplitude
+from unbraid.errors import AudioError
+
+SILENT_DB = -80.0
+"""Mean power below which audio counts as silent: a few steps of 16 bit."""
+
+WHOLE_FILE_SECONDS = 60.0
+"""Files up to this length are judged whole when they are first drawn; of longer ones only the excerpt is read."""
+
+
+class Mixture(NamedTuple):
+    """What a model hears and what it was made of, all of the same length."""
+
+    mixture: Audio  # (channel, time)
+    sources: Audio  # (source, channel, time)
+    noise: Audio | None  # (channel, time)
+
+
+@dataclass(frozen=True, slots=True)
+class AudioFault:
+    """Why a file cannot be used.
+
+    Attributes:
+        code: Event code, such as ``AUDIO_NONFINITE``.
+        path: The file.
+        message: One sentence.
+        in_excerpt_only: Nothing is wrong with the file as a whole: this excerpt of it is silent.
+    """
+
+    code: str
+    path: str
+    message: str
+    in_excerpt_only: bool = False
+
+
+class BadExcerpt(Exception):
+    """An excerpt that must not be trained on."""
+
+    def __init__(self, fault: AudioFault) -> None:
+        super().__init__(fault.message)
+        self.fault = fault
+
+
+def read_excerpt(track: Track, start_seconds: float, n_samples: int, sample_rate: int, *, keep_silent: bool) -> Audio:
+    """Read, judge, mix down to one channel, resample, and fit an excerpt of a track.
+
+    Args:
+        track: The recording.
+        start_seconds: Where the excerpt begins.
+        n_samples: Length at the target rate; a shorter recording is padded with zeros.
+        sample_rate: Target rate in Hz.
+        keep_silent: Whether silence is fine.
+
+    Returns:
+        ``(1, n_samples)``, finite.
+
+    Raises:
+        BadExcerpt: If the file cannot be read, has another rate than was listed, holds samples that are not finite, or
+            is silent.
+    """
+    if (fault := judge_file(track, keep_silent=keep_silent)) is not None:
+        raise BadExcerpt(fault)
+    path = str(track.path)
+    try:
+        audio, rate = read_audio(track.path, start_seconds, n_samples / sample_rate + 0.05)
+    except AudioError as error:
+        raise BadExcerpt(AudioFault("AUDIO_UNREADABLE", path, str(error))) from error
+    if (fault := _judge(audio, rate, track, keep_silent=keep_silent)) is not None:
+        whole = track.seconds <= WHOLE_FILE_SECONDS
+        raise BadExcerpt(AudioFault(fault.code, path, fault.message, whole and fault.code == "AUDIO_SILENT"))
+    mono = audio.mean(axis=0, keepdims=True, dtype=np.float32)
+    return fit_length(resample(mono, rate, sample_rate), n_samples)
+
+
+@lru_cache(maxsize=65_536)
+def judge_file(track: Track, *, keep_silent: bool) -> AudioFault | None:
+    """What is wrong with a whole file of up to `WHOLE_FILE_SECONDS`; None where nothing is, or the file is longer.
+
+    The verdict hangs on the file alone, not on which excerpt was drawn first: so a run with a bad file equals one that
+    names the file under ``exclude``, whichever worker draws it.
+    """
+    path = str(track.path)
+    if track.fault:
+        return AudioFault("AUDIO_UNREADABLE", path, track.fault)
+    if track.seconds > WHOLE_FILE_SECONDS:
+        return None
+    try:
+        audio, rate = read_audio(track.path)
+    except AudioError as error:
+        return AudioFault("AUDIO_UNREADABLE", path, str(error))
+    return _judge(audio, rate, track, keep_silent=keep_silent)
+
+
+def _judge(audio: Audio, rate: int, track: Track, *, keep_silent: bool) -> AudioFault | None:
+    path = str(track.path)
+    if audio.size == 0:
+        return AudioFault("AUDIO_EMPTY", path, f"{path} holds no samples where it was read.")
+    if rate != track.sample_rate:
+        return AudioFault(
+            "AUDIO_WRONG_RATE", path, f"{path} is at {rate} Hz, but was listed at {track.sample_rate} Hz."
+        )
+    if (bad := first_bad_sample(audio)) is not None:
+        return AudioFault("AUDIO_NONFINITE", path, f"{path} has a sample that is not finite, the first at index {bad}.")
+    if not keep_silent and power_db(audio) < SILENT_DB:
+        return AudioFault("AUDIO_SILENT", path, f"{path} is silent.")
+    return None
+
+
+def mix(
+    sources: Sequence[Audio], levels_db: Sequence[float], noise: Audio | None = None, snr_db: float = 0.0
+) -> Mixture:
+    """Add sources up, each at its own level, and noise below them.
+
+    Args:
+        sources: Each ``(channel, time)``, of one length.
+        levels_db: Mean power that each source gets, in dB of full scale. Silence stays silence.
+        noise: ``(channel, time)``, or None.
+        snr_db: Power of the sum of the sources over that of the noise.
+
+    Returns:
+        The mixture, which is exactly the sum of its parts; all are turned down together where its peak passed 0.99.
+    """
+    scaled = np.stack([_at_level(source, level) for source, level in zip(sources, levels_db, strict=True)])
+    total = scaled.sum(axis=0)
+    if noise is not None:
+        noise = _at_level(noise, power_db(total) - snr_db)
+        total = total + noise
+    peak = float(np.abs(total).max(initial=0.0))
+    if peak > 0.99:
+        turned_down = np.float32(0.99 / peak)
+        scaled = scaled * turned_down
+        noise = None if noise is None else noise * turned_down
+        total = scaled.sum(axis=0) if noise is None else scaled.sum(axis=0) + noise
+    return Mixture(total, scaled, noise)
+
+
+def _at_level(audio: Audio, level_db: float) -> Audio:
+    now = power_db(audio)
+    return audio if now < SILENT_DB else audio * np.float32(to_amplitude(level_db - now))

@@ -1,0 +1,79 @@
+"""unbraid demo: talkers made on the spot, training, evaluation, separated sound, a picture, and what to try next."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from unbraid.assemble import train
+from unbraid.data.voices import make_voices
+from unbraid.evaluate import Summary, evaluate_checkpoint
+from unbraid.plots import check_matplotlib, draw_run
+from unbraid.recipe import load_recipe
+from unbraid.records import RunDirectory
+from unbraid.screen import progress_bar, show_training
+from unbraid.train.loop import stop_on_signals
+
+N_TEST_ITEMS, N_AUDIO = 100, 5
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What came out, and where it lies."""
+
+    run: RunDirectory
+    summaries: dict[str, Summary]
+    n_items: int
+    sample_rate: int
+    audio: Path
+    picture: Path
+
+
+def run_demo(recipe_path: Path, out: Path, *, overrides: Sequence[str] = ()) -> DemoResult | int:
+    """Go the whole way from nothing to separated sound; called again, it goes on where it was stopped.
+
+    Args:
+        recipe_path: The demo's recipe.
+        out: Folder for all of it.
+        overrides: As ``--set`` gives them.
+
+    Returns:
+        The result; or the number of the signal that stopped the training, after which a checkpoint is there.
+
+    Raises:
+        UserError: If a package of the extra ``demo`` is missing, or as `train` does.
+    """
+    check_matplotlib()
+    recipe = load_recipe(recipe_path, overrides)
+    with progress_bar("making talkers", 1.0) as advance:
+        table = make_voices(out / "voices", progress=lambda done, total: advance(done / total, f"{done} of {total}"))
+    recipe = replace(recipe, data=replace(recipe.data, path=table.absolute()))
+    run = RunDirectory(out / "run")
+    with stop_on_signals() as stop:
+        records = train(recipe, run, resume=run.recipe.exists(), stop=stop)
+        show_training(records, max_steps=recipe.train.max_steps, max_minutes=recipe.train.max_minutes)
+    if stop.signal:
+        return stop.signal
+    with progress_bar("evaluating", N_TEST_ITEMS) as advance:
+        found = evaluate_checkpoint(
+            run.path,
+            n_items=N_TEST_ITEMS,
+            save_audio=N_AUDIO,
+            out=out / "evaluation.csv",
+            progress=lambda done, _: advance(done),
+        )
+    assert found.audio is not None
+    picture = draw_run(run, found.audio, 0, out / "demo.png")
+    return DemoResult(run, found.summaries, len(found.rows), recipe.data.sample_rate, found.audio, picture)
+
+
+def what_next(result: DemoResult) -> list[str]:
+    """Where to listen and look, and three things to try."""
+    run, out = result.run.path, result.run.path.parent
+    return [
+        f"Listen:  {result.audio}: 000-mixture.wav, then 000-estimate-1.wav and 000-estimate-2.wav",
+        f"Look:    {result.picture}",
+        "Try next:",
+        f"  your own sound       unbraid separate MIXTURE.wav -m {run} -o separated",
+        "  your own recordings  unbraid train conv_tasnet_small --set data.path=FOLDER_OF_SPEAKERS",
+        f"  another clipper      unbraid demo -o {out}-autoclip --set clip.name=autoclip --set clip.percentile=10",
+    ]

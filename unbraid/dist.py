@@ -1,0 +1,82 @@
+"""Rank, agreement and sums over ranks; no-ops in a single process."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as td
+from torch import Tensor, nn
+
+TIMEOUT = timedelta(minutes=10)
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Join the processes that torchrun started, and leave them at the end; nothing where torchrun did not start us."""
+    if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1 or td.is_initialized():
+        yield
+        return
+    td.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    try:
+        yield
+    finally:
+        td.destroy_process_group()
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return td.get_rank() if td.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes train together."""
+    return td.get_world_size() if td.is_initialized() else 1
+
+
+def local_rank() -> int:
+    """Number of this process on its own machine, from 0."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes the run directory."""
+    return rank() == 0
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Sum a small tensor over all ranks, in place; every rank must call it."""
+    if td.is_initialized():
+        td.all_reduce(values)
+    return values
+
+
+def any_rank(flag: bool, device: torch.device | None = None) -> bool:
+    """Whether any rank says so; every rank must call it."""
+    if world_size() == 1:
+        return flag
+    return bool(sum_over_ranks(torch.tensor(float(flag), device=device)) > 0)
+
+
+def from_main(value: float, device: torch.device | None = None) -> float:
+    """The main process's value, on every rank."""
+    if world_size() == 1:
+        return value
+    shared = torch.tensor(value, dtype=torch.float64, device=device)
+    td.broadcast(shared, 0)
+    return float(shared)
+
+
+def first_difference(model: nn.Module) -> str | None:
+    """Name of the first parameter or buffer that is not bit for bit the same on all ranks; None where all are."""
+    if world_size() == 1:
+        return None
+    hashes = [
+        (name, hashlib.sha256(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()).hexdigest())
+        for name, tensor in model.state_dict().items()
+    ]
+    everyone: list[list[tuple[str, str]]] = [[] for _ in range(world_size())]
+    td.all_gather_object(everyone, hashes)
+    return next((rows[0][0] for rows in zip(*everyone, strict=True) if len(set(rows)) > 1), None)

@@ -1,0 +1,28 @@
+"""Random generators made from (seed, purpose, ...): the same draw in any worker, rank, thread or resumed run."""
+
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+
+def seed_sequence(seed: int, purpose: str, *position: int) -> np.random.SeedSequence:
+    """The entropy that belongs to one draw: a seed, what the draw is for, and where in the run it stands."""
+    return np.random.SeedSequence([seed & 0xFFFFFFFF, zlib.crc32(purpose.encode()), *position])
+
+
+def generator(seed: int, purpose: str, *position: int) -> np.random.Generator:
+    """A fresh NumPy generator for one draw, such as ``generator(0, "train", epoch, index, attempt)``."""
+    return np.random.Generator(np.random.PCG64(seed_sequence(seed, purpose, *position)))
+
+
+@contextmanager
+def seeded_torch(seed: int, purpose: str, *position: int) -> Iterator[None]:
+    """Seed torch's global generators for what takes none (dropout, initial weights), and put them back afterwards."""
+    import torch
+
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(int(seed_sequence(seed, purpose, *position).generate_state(1, np.uint64)[0] >> 1))
+        yield

@@ -1,0 +1,34 @@
+"""What a user can get wrong: one sentence that names the thing, says what is allowed and what to do."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(ValueError):
+    """Bad input. The command line prints the message as one line on stderr and ends with status 2."""
+
+
+class RecipeError(UserError):
+    """A recipe, or a ``--set`` override, that cannot be used."""
+
+
+class DataError(UserError):
+    """A data set that cannot be used."""
+
+
+class AudioError(UserError):
+    """An audio file that cannot be read or written."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint or run directory that cannot be used."""
+
+
+class TrainingStopped(UserError):
+    """A stop rule ended the run: too many faults, too many bad files, weights that differ or are not finite."""
+
+
+def nearest(given: str, allowed: Iterable[str]) -> str:
+    """`` Did you mean 'x'?``, or nothing where no allowed name is close to the given one."""
+    close = get_close_matches(given, list(allowed), n=1, cutoff=0.6)
+    return f" Did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,210 @@
+"""A model over mixtures it has not seen: a row of metrics for each, means with their standard errors, audio saved."""
+
+import csv
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from unbraid.assemble import list_tracks, load_model
+from unbraid.audio import write_audio
+from unbraid.data.batch import Batch
+from unbraid.data.loader import FixedKeys, Mixtures, collate, mixtures
+from unbraid.errors import UserError
+from unbraid.infer import at_mixture_level, separate
+from unbraid.losses.pit import assign_sources
+from unbraid.losses.waveform import neg_si_sdr
+from unbraid.metrics import reorder, sdr, si_sdr
+from unbraid.recipe import Recipe
+from unbraid.train.checkpoint import find_checkpoint
+
+METRICS = ("si_sdr", "si_sdri", "sdr", "sdri")
+TABLE_SUFFIXES = (".csv", ".parquet")
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Mean of one metric over the mixtures that have a value.
+
+    Attributes:
+        mean: In dB; NaN where no mixture has a value.
+        standard_error: Of the mean, over mixtures.
+        n_items: Mixtures with a value.
+    """
+
+    mean: float
+    standard_error: float
+    n_items: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate_checkpoint` found, and where it wrote it."""
+
+    rows: list[Row]
+    summaries: dict[str, Summary]
+    table: Path
+    audio: Path | None
+    recipe: Recipe
+
+
+def evaluate_checkpoint(
+    checkpoint: Path,
+    *,
+    data: Path | None = None,
+    split: str = "test",
+    n_items: int = 200,
+    seconds: float | None = None,
+    save_audio: int = 0,
+    out: Path | None = None,
+    trust: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Score a checkpoint on mixtures made as in its training, of speakers it has not seen.
+
+    Args:
+        checkpoint: A run directory or a checkpoint.
+        data: Speaker folder or manifest; that of the training where None.
+        split: Whose speakers: ``test``, ``valid``, or ``train`` to see what was learnt by heart.
+        n_items: How many mixtures.
+        seconds: Length of each; that of the training where None.
+        save_audio: Of how many the audio is written, into a folder beside the table.
+        out: Table to write; ``evaluation.csv`` in the run directory where None.
+        trust: Whether code that the checkpoint names may run.
+        progress: Told how many are done, of how many.
+
+    Raises:
+        UserError: If checkpoint, data or table cannot be used.
+    """
+    folder = find_checkpoint(checkpoint)
+    table = out or folder.parent.parent / "evaluation.csv"
+    check_table_path(table)
+    model, recipe = load_model(folder, trust=trust)
+    changes: dict[str, Any] = {"path": data.absolute()} if data else {}
+    changes |= {"excerpt_seconds": seconds} if seconds else {}
+    recipe = replace(recipe, data=replace(recipe.data, **changes))
+    tracks, noise = list_tracks(recipe)
+    dataset = mixtures(tracks, recipe.data, split, noises=noise)
+    audio = table.with_suffix("").parent / f"{table.stem}-audio" if save_audio else None
+    rows = []
+    for row in evaluate(model, dataset, recipe, n_items=n_items, save_audio=save_audio, folder=audio):
+        rows.append(row)
+        if progress is not None:
+            progress(len(rows), n_items)
+    write_table(table, rows)
+    return Evaluation(rows, summarise(rows), table, audio, recipe)
+
+
+def evaluate(
+    model: nn.Module,
+    dataset: Mixtures,
+    recipe: Recipe,
+    *,
+    n_items: int,
+    save_audio: int = 0,
+    folder: Path | None = None,
+) -> Iterator[Row]:
+    """Separate and score mixtures, one row each, in order.
+
+    Every estimate is held against its source in the order that gives the best SI-SDR. The mean over a mixture's sources
+    stands under the metric's name, each source's value behind it as ``si_sdr_1`` and so on. A value that means
+    nothing (a silent source) is None, never 0.
+
+    Args:
+        model: A separator at the data's rate.
+        dataset: Mixtures of unseen sources.
+        recipe: What the model was trained by.
+        n_items: How many mixtures.
+        save_audio: Of how many of them the audio is written: mixture, estimates, references.
+        folder: Where to; needed with ``save_audio``.
+
+    Yields:
+        ``index``, the metrics, and ``files``.
+    """
+    for [key] in FixedKeys(n_items, 1):
+        loaded = collate([dataset[key]])
+        batch = loaded.batch
+        estimate = separate(model, batch.mixture).cpu()
+        ordered = reorder(estimate, assign_sources(neg_si_sdr, estimate, batch.sources))
+        yield {"index": key.index} | _scores(ordered, batch) | {"files": " + ".join(batch.items[0].files)}
+        if key.index < save_audio and folder is not None:
+            _save_audio(folder, key.index, ordered, batch, recipe)
+
+
+def _scores(ordered: Tensor, batch: Batch) -> Row:
+    unprocessed = batch.mixture[:, None].expand_as(batch.sources).contiguous()
+    after = {"si_sdr": si_sdr(ordered, batch.sources), "sdr": sdr(ordered, batch.sources)}
+    before = {"si_sdr": si_sdr(unprocessed, batch.sources), "sdr": sdr(unprocessed, batch.sources)}
+    silent = batch.sources.square().mean(-1) == 0
+    row: Row = {}
+    for name in METRICS:
+        plain = name.removesuffix("i")
+        values = after[plain] - before[plain] if name.endswith("i") else after[plain]
+        per_source = torch.where(silent, torch.nan, values).mean(-1)[0].tolist()
+        known = [value for value in per_source if math.isfinite(value)]
+        row[name] = round(sum(known) / len(known), 4) if known else None
+        row |= {f"{name}_{n}": round(v, 4) if math.isfinite(v) else None for n, v in enumerate(per_source, 1)}
+    return row
+
+
+def _save_audio(folder: Path, index: int, ordered: Tensor, batch: Batch, recipe: Recipe) -> None:
+    rate, stem, mixture = recipe.data.sample_rate, f"{index:03d}", batch.mixture[0].numpy()
+    estimates = ordered[0].numpy()
+    if recipe.leaves_level_open:
+        estimates = at_mixture_level(estimates, mixture)
+    write_audio(folder / f"{stem}-mixture.wav", mixture, rate)
+    for n, (estimate, source) in enumerate(zip(estimates, batch.sources[0].numpy(), strict=True), 1):
+        write_audio(folder / f"{stem}-estimate-{n}.wav", estimate, rate)
+        write_audio(folder / f"{stem}-reference-{n}.wav", source, rate)
+
+
+def summarise(rows: Sequence[Row]) -> dict[str, Summary]:
+    """Mean and standard error of each metric."""
+    summaries = {}
+    for name in METRICS:
+        values = np.array([row[name] for row in rows if row[name] is not None], dtype=np.float64)
+        error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+        summaries[name] = Summary(float(values.mean()) if len(values) else math.nan, error, len(values))
+    return summaries
+
+
+def write_table(path: Path, rows: Sequence[Row]) -> None:
+    """Write rows as ``.csv`` or ``.parquet``.
+
+    Raises:
+        UserError: If the suffix is another, or Parquet is asked for and pyarrow is not installed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".csv":
+        with path.open("w", newline="", encoding="utf-8") as file:
+            table = csv.DictWriter(file, list(rows[0]))
+            table.writeheader()
+            table.writerows(rows)
+        return
+    check_table_path(path)
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), path)
+
+
+def check_table_path(path: Path) -> None:
+    """Refuse a table that could not be written, before the work of filling it.
+
+    Raises:
+        UserError: As `write_table`.
+    """
+    if path.suffix not in TABLE_SUFFIXES:
+        raise UserError(f"{path} must end in {' or '.join(TABLE_SUFFIXES)}.")
+    if path.suffix == ".parquet":
+        try:
+            import pyarrow  # noqa: F401
+        except ImportError:
+            raise UserError(f'{path} needs pyarrow: pip install "unbraid[parquet]", or write a .csv.') from None

@@ -1,0 +1,63 @@
+"""Whole recordings through a model: any rate, any channel count, back at exactly the length they came in."""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from unbraid.audio import Audio
+from unbraid.dsp import fit_length, resample
+
+
+def separate(model: nn.Module, mixture: Tensor) -> Tensor:
+    """Separate ``(batch, channel, time)`` into ``(batch, source, channel, time)``, in float32 on the model's device.
+
+    Without gradients, in evaluation mode, and never compiled for it: a new length would compile anew.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            return model(mixture.to(device, torch.float32)).float()
+    finally:
+        model.train(was_training)
+
+
+def separate_audio(model: nn.Module, audio: Audio, sample_rate: int, *, model_rate: int, match_level: bool) -> Audio:
+    """Separate a recording at its own rate.
+
+    Args:
+        model: A separator.
+        audio: ``(channel, time)``; channels are separated alike, each for itself.
+        sample_rate: Of the recording, in Hz; what the model's rate cannot carry is lost.
+        model_rate: What the model was trained at, in Hz.
+        match_level: Whether the model leaves levels open, so that they are taken from the mixture.
+
+    Returns:
+        ``(source, channel, time)`` at ``sample_rate``, as long as the recording.
+    """
+    if audio.shape[-1] == 0:
+        return np.zeros((getattr(model, "n_sources", 1), *audio.shape), np.float32)
+    mixture = resample(audio, sample_rate, model_rate)
+    estimates = separate(model, torch.from_numpy(mixture)[None])[0].cpu().numpy()
+    if match_level:
+        estimates = at_mixture_level(estimates, mixture)
+    back = [fit_length(resample(source, model_rate, sample_rate), audio.shape[-1]) for source in estimates]
+    return np.stack(back)
+
+
+def at_mixture_level(estimates: Audio, mixture: Audio) -> Audio:
+    """Give each estimate the gain, and the sign, with which all of them together come nearest to the mixture.
+
+    A loss that does not care for scale leaves both open. Least squares over all channels and samples.
+
+    Args:
+        estimates: ``(source, channel, time)``.
+        mixture: ``(channel, time)``.
+
+    Returns:
+        As ``estimates``; silence stays silence.
+    """
+    flat = estimates.reshape(len(estimates), -1).astype(np.float64)
+    gains = np.linalg.lstsq(flat @ flat.T, flat @ mixture.reshape(-1).astype(np.float64), rcond=1e-6)[0]
+    return (estimates * gains[:, None, None]).astype(np.float32)

@@ -1,0 +1,76 @@
+"""Layers that two or more models share. Features are channels last, ``(batch, frame, channel)``, so that a convolution of
+length 1 is one matrix product and nothing has to be transposed.
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+class GlobalLayerNorm(nn.Module):
+    """Normalise each example over all frames and channels, then scale and shift each channel.
+
+    Mean and variance are taken in float32 whatever comes in, and the result has the input's dtype: in bfloat16 the
+    variance of a long signal is wrong in its second digit, and slow.
+
+    Reference:
+        Luo and Mesgarani, "Conv-TasNet", TASLP 2019, arXiv:1809.07454.
+    """
+
+    def __init__(self, n_channels: int, *, eps: float = 1e-8) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(n_channels))
+        self.bias = nn.Parameter(torch.zeros(n_channels))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """``(batch, frame, channel)`` in and out."""
+        wide = features.float()
+        variance, mean = torch.var_mean(wide, (1, 2), correction=0, keepdim=True)
+        return ((wide - mean) * (torch.rsqrt(variance + self.eps) * self.weight) + self.bias).to(features.dtype)
+
+
+NORMS: dict[str, type[nn.Module]] = {"gln": GlobalLayerNorm, "cln": nn.LayerNorm}
+
+
+def n_frames(time: int, kernel_size: int, stride: int) -> int:
+    """How many frames cover `time` samples, at least one."""
+    return max(0, -(-(time - kernel_size) // stride)) + 1
+
+
+class LearnedEncoder(nn.Module):
+    """A waveform cut into frames and multiplied by learned filters: a strided convolution.
+
+    The end is padded with zeros to a whole frame, and nothing is cut off. The start is not padded, as in the published
+    implementations, whose weights therefore give the same frames.
+    """
+
+    def __init__(self, *, n_filters: int, kernel_size: int, stride: int) -> None:
+        super().__init__()
+        self.kernel_size, self.stride = kernel_size, stride
+        self.filters = nn.Linear(kernel_size, n_filters, bias=False)
+
+    def forward(self, waveform: Tensor) -> Tensor:
+        """``(batch, time)`` to ``(batch, frame, filter)``."""
+        time = waveform.shape[-1]
+        end = (n_frames(time, self.kernel_size, self.stride) - 1) * self.stride + self.kernel_size
+        return self.filters(F.pad(waveform, (0, end - time)).unfold(-1, self.kernel_size, self.stride))
+
+
+class LearnedDecoder(nn.Module):
+    """Frames back to a waveform by learned filters and overlap-add: a transposed strided convolution."""
+
+    def __init__(self, *, n_filters: int, kernel_size: int, stride: int) -> None:
+        super().__init__()
+        if kernel_size % stride:
+            raise ValueError(f"kernel_size {kernel_size} is not a multiple of stride {stride}; half of it is usual.")
+        self.stride = stride
+        self.filters = nn.Linear(n_filters, kernel_size, bias=False)
+
+    def forward(self, features: Tensor, time: int) -> Tensor:
+        """``(batch, frame, filter)`` to ``(batch, time)``, in float32: sums of bfloat16 would add noise of their own."""
+        frames = rearrange(self.filters(features).float(), "b l (part hop) -> part b l hop", hop=self.stride)
+        last = len(frames) - 1
+        summed = sum(F.pad(part, (0, 0, i, last - i)) for i, part in enumerate(frames))
+        return rearrange(summed, "b l hop -> b (l hop)")[:, :time]

@@ -1,0 +1,158 @@
+"""SepFormer: masks on a learned transform, from transformers over short chunks and across them."""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from unbraid.models.layers import GlobalLayerNorm, LearnedDecoder, LearnedEncoder
+
+
+class TransformerLayer(nn.Module):
+    """Attention over frames, then a feed-forward network; both normalised before, and added to what came in."""
+
+    def __init__(self, *, d_model: int, n_heads: int, d_hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.n_heads, self.dropout = n_heads, dropout
+        self.attention_norm, self.hidden_norm = nn.LayerNorm(d_model, eps=1e-6), nn.LayerNorm(d_model, eps=1e-6)
+        self.query_key_value, self.merge = nn.Linear(d_model, 3 * d_model), nn.Linear(d_model, d_model)
+        self.widen, self.narrow = nn.Linear(d_model, d_hidden), nn.Linear(d_hidden, d_model)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """``(batch, frame, channel)`` in and out."""
+        features = features + self.drop(self.attend(self.attention_norm(features)))
+        hidden = self.widen(self.hidden_norm(features)).relu()
+        return features + self.drop(self.narrow(self.drop(hidden)))
+
+    def attend(self, features: Tensor) -> Tensor:
+        """Multi-head self-attention.
+
+        On the CPU in bfloat16 the explicit product and softmax is faster than torch's fused attention, whose backward
+        is slow for short sequences; everywhere else the fused one wins.
+        """
+        query, key, value = rearrange(self.query_key_value(features), "b l (n h c) -> n b h l c", n=3, h=self.n_heads)
+        if features.device.type == "cpu" and query.dtype == torch.bfloat16:
+            scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+            heads = self.drop(scores.float().softmax(-1)).to(value.dtype) @ value
+        else:
+            heads = F.scaled_dot_product_attention(query, key, value, dropout_p=self.dropout if self.training else 0.0)
+        return self.merge(rearrange(heads, "b h l c -> b l (h c)"))
+
+    def drop(self, features: Tensor) -> Tensor:
+        """Dropout, in training only."""
+        return F.dropout(features, self.dropout, self.training) if self.dropout else features
+
+
+class Path(nn.Module):
+    """A transformer over one axis of the chunks, with a way around it."""
+
+    def __init__(self, *, n_layers: int, d_model: int, n_heads: int, d_hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            TransformerLayer(d_model=d_model, n_heads=n_heads, d_hidden=d_hidden, dropout=dropout)
+            for _ in range(n_layers)
+        )
+        self.last_norm, self.norm = nn.LayerNorm(d_model, eps=1e-6), GlobalLayerNorm(d_model)
+
+    def forward(self, features: Tensor, positions: Tensor) -> Tensor:
+        """``(batch, sequence, frame, channel)`` in and out; attention runs over frames."""
+        hidden = rearrange(features + positions[: features.shape[2]].to(features.dtype), "b s l c -> (b s) l c")
+        for layer in self.layers:
+            hidden = layer(hidden)
+        hidden = rearrange(self.last_norm(hidden), "(b s) l c -> b (s l) c", b=len(features))
+        return features + self.norm(hidden).view_as(features)
+
+
+class SepFormer(nn.Module):
+    """Mask a learned transform of the mixture, once per source, by a dual-path transformer.
+
+    The defaults are the sizes of the textbook recipe, 25.7 million parameters.
+
+    Args:
+        n_sources: How many sources to return.
+        n_filters: Channels of the learned transform, and of the transformers.
+        kernel_size: Filter length in samples, even; the hop is half of it.
+        chunk_size: Frames in a chunk, even; chunks overlap by half.
+        n_blocks: Pairs of a transformer within chunks and one across them.
+        n_layers: Layers in each transformer.
+        n_heads: Attention heads.
+        d_hidden: Width of the feed-forward networks.
+        dropout: In training; N processes then draw other numbers than one.
+
+    Reference:
+        Subakan et al., "Attention is all you need in speech separation", ICASSP 2021, arXiv:2010.13154.
+    """
+
+    def __init__(
+        self,
+        *,
+        n_sources: int = 2,
+        n_filters: int = 256,
+        kernel_size: int = 16,
+        chunk_size: int = 250,
+        n_blocks: int = 2,
+        n_layers: int = 8,
+        n_heads: int = 8,
+        d_hidden: int = 1024,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if n_filters % n_heads or n_filters % 2 or chunk_size % 2 or kernel_size % 2:
+            raise ValueError(
+                f"n_filters {n_filters} must be a multiple of n_heads {n_heads}; n_filters, chunk_size {chunk_size} and "
+                f"kernel_size {kernel_size} must be even."
+            )
+        self.n_sources, self.n_filters, self.hop = n_sources, n_filters, chunk_size // 2
+        self.encoder = LearnedEncoder(n_filters=n_filters, kernel_size=kernel_size, stride=kernel_size // 2)
+        self.decoder = LearnedDecoder(n_filters=n_filters, kernel_size=kernel_size, stride=kernel_size // 2)
+        self.norm, self.enter = GlobalLayerNorm(n_filters), nn.Linear(n_filters, n_filters, bias=False)
+        sizes = {"n_layers": n_layers, "d_model": n_filters, "n_heads": n_heads, "d_hidden": d_hidden}
+        self.within = nn.ModuleList(Path(**sizes, dropout=dropout) for _ in range(n_blocks))
+        self.across = nn.ModuleList(Path(**sizes, dropout=dropout) for _ in range(n_blocks))
+        self.activation, self.split = nn.PReLU(), nn.Linear(n_filters, n_sources * n_filters)
+        self.output, self.gate = nn.Linear(n_filters, n_filters), nn.Linear(n_filters, n_filters)
+        self.leave = nn.Linear(n_filters, n_filters, bias=False)
+
+    def compile_regions(self) -> None:
+        """Compile the transformer layer, of which there are many alike, instead of the whole network at once."""
+        for path in (*self.within, *self.across):
+            for layer in path.layers:
+                layer.compile()
+
+    def forward(self, mixture: Tensor) -> Tensor:
+        """Separate ``(batch, channel, time)`` into ``(batch, source, channel, time)``."""
+        batch, _, time = mixture.shape
+        encoded = self.encoder(rearrange(mixture, "b c t -> (b c) t")).relu()
+        masked = self.masks(encoded) * encoded[:, :, None]
+        waveforms = self.decoder(rearrange(masked, "bc l s f -> (bc s) l f"), time)
+        return rearrange(waveforms, "(b c s) t -> b s c t", b=batch, s=self.n_sources)
+
+    def masks(self, encoded: Tensor) -> Tensor:
+        """``(batch, frame, filter)`` to ``(batch, frame, source, filter)``."""
+        chunks = self.cut(self.enter(self.norm(encoded)))
+        positions = sinusoids(max(chunks.shape[1:3]), self.n_filters, encoded.device)
+        for within, across in zip(self.within, self.across, strict=True):
+            chunks = within(chunks, positions)
+            chunks = across(chunks.transpose(1, 2), positions).transpose(1, 2)
+        joined = self.join(self.split(self.activation(chunks)), encoded.shape[1])
+        sources = rearrange(joined, "b l (s f) -> b l s f", s=self.n_sources)
+        return self.leave(self.output(sources).tanh() * self.gate(sources).sigmoid()).relu()
+
+    def cut(self, features: Tensor) -> Tensor:
+        """``(batch, frame, channel)`` into chunks that overlap by half, ``(batch, chunk, frame, channel)``."""
+        end = self.hop + -features.shape[1] % self.hop
+        padded = F.pad(features, (0, 0, self.hop, end))
+        halves = rearrange(padded, "b (s h) c -> b s h c", h=self.hop)
+        return torch.cat([halves[:, :-1], halves[:, 1:]], 2)
+
+    def join(self, chunks: Tensor, n_frames: int) -> Tensor:
+        """Add overlapping chunks up again, and cut what `cut` had padded."""
+        early, late = chunks[:, 1:, : self.hop], chunks[:, :-1, self.hop :]
+        return rearrange(early + late, "b s h c -> b (s h) c")[:, :n_frames]
+
+
+def sinusoids(n_frames: int, n_channels: int, device: torch.device) -> Tensor:
+    """Positions as sines and cosines, ``(frame, channel)``, at wavelengths from 2 pi to 20,000 pi frames."""
+    rates = torch.exp(torch.arange(0, n_channels, 2, device=device) * (-9.210340371976184 / n_channels))
+    angles = torch.arange(n_frames, device=device)[:, None] * rates
+    return torch.stack([angles.sin(), angles.cos()], -1).flatten(1)

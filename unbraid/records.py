@@ -1,0 +1,292 @@
+"""The run directory: file names, record dataclasses, append and read JSON lines; no torch."""
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from unbraid.errors import CheckpointError
+
+SCHEMA_VERSION = 1
+
+TIMING_FIELDS = frozenset({"seconds", "data_seconds", "examples_per_second", "elapsed_seconds"})
+"""What a clock measured: all else in ``steps.jsonl`` and ``validation.jsonl`` is the same in a run that was resumed."""
+
+
+@dataclass(frozen=True, slots=True)
+class ItemId:
+    """Where an example came from; with the recipe it is enough to make the same example again.
+
+    Attributes:
+        purpose: ``train``, ``valid`` or ``test``.
+        epoch: Pass over the data, from 0.
+        index: Place in the pass, from 0.
+        files: The files it was mixed from, sources first, then noise.
+    """
+
+    purpose: str
+    epoch: int
+    index: int
+    files: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One optimizer step, or one that was left out.
+
+    Attributes:
+        step: Number of the step, from 1; a step left out has a number too.
+        epoch: The pass over the data that the first example on the main rank belongs to, from 0.
+        outcome: ``trained``, or why it was left out: ``nonfinite_loss``, ``over_limit``, ``all_easy``,
+            ``nonfinite_gradient``, ``loss_scale``.
+        loss: Weighted mean over the examples trained on; where none was, over all examples as they came out, which
+            may be NaN.
+        grad_norm: L2 norm of the averaged and unscaled gradient, before clipping; NaN or infinite as it came out.
+        limit: What the clipper allowed; infinite for no limit. None where it was not asked.
+        lr: Learning rate of the first parameter group in this step.
+        loss_scale: Factor on the loss under fp16; 1 elsewhere.
+        n_trained: Examples with weight in the gradient; 0 in a step that was left out.
+        n_easy: Examples a filter took out.
+        n_bad: Examples whose loss was not finite or over the limit.
+        bad_items: The examples behind a fault, on this rank: those whose loss is bad; all, if only the gradient is.
+        seconds: Wall time of the step, without waiting for data.
+        data_seconds: Wall time spent waiting for the batch.
+        examples_per_second: Examples through the model in this step over all of its wall time.
+        elapsed_seconds: Wall time of the run so far, over all its resumptions.
+    """
+
+    step: int
+    epoch: int
+    outcome: str
+    loss: float | None
+    grad_norm: float | None
+    limit: float | None
+    lr: float
+    loss_scale: float
+    n_trained: int
+    n_easy: int
+    n_bad: int
+    bad_items: tuple[ItemId, ...] = ()
+    seconds: float = 0.0
+    data_seconds: float = 0.0
+    examples_per_second: float = 0.0
+    elapsed_seconds: float = 0.0
+
+    @property
+    def trained(self) -> bool:
+        """Whether the weights moved."""
+        return self.outcome == "trained"
+
+    @property
+    def clipped(self) -> bool:
+        """Whether the gradient was longer than the clipper's limit."""
+        return self.trained and self.grad_norm is not None and self.limit is not None and self.grad_norm > self.limit
+
+
+@dataclass(frozen=True, slots=True)
+class ValidationRecord:
+    """One pass over the validation examples.
+
+    Attributes:
+        step: The step after which it was made.
+        loss: Mean loss; None where it is not finite, and then never "best".
+        si_sdr: Mean SI-SDR of the best-assigned estimates, in dB.
+        si_sdri: Mean improvement over the mixture, in dB.
+        n_items: Mixtures separated.
+        best: Whether it is the best so far, by loss.
+        lr: Learning rate after this validation (a plateau schedule may have lowered it).
+        elapsed_seconds: Wall time of the run so far.
+        seconds: Wall time of this validation.
+    """
+
+    step: int
+    loss: float | None
+    si_sdr: float | None
+    si_sdri: float | None
+    n_items: int
+    best: bool
+    lr: float
+    elapsed_seconds: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened outside of plain training.
+
+    Attributes:
+        code: Stable code, such as ``AUDIO_NONFINITE`` or ``STEP_SKIPPED_NONFINITE_LOSS``.
+        step: The step it belongs to.
+        rank: The process it happened in.
+        message: One sentence in plain words.
+        files: The files behind it, where they are known.
+        evidence: Figures and positions that show it.
+    """
+
+    code: str
+    step: int
+    rank: int
+    message: str
+    files: tuple[str, ...] = ()
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The names of the files in a run directory: the only thing that parts of unbraid share about a run."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe, TOML."""
+        return self.path / "recipe.toml"
+
+    @property
+    def environment(self) -> Path:
+        """Versions, device, threads and what "auto" chose, JSON."""
+        return self.path / "environment.json"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the one process that may write here."""
+        return self.path / "lock"
+
+    @property
+    def steps(self) -> Path:
+        """One `StepRecord` a line."""
+        return self.path / "steps.jsonl"
+
+    @property
+    def validation(self) -> Path:
+        """One `ValidationRecord` a line."""
+        return self.path / "validation.jsonl"
+
+    @property
+    def events(self) -> Path:
+        """One `Event` a line."""
+        return self.path / "events.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folders ``step-NNNNNN``, and the small text files ``best`` and ``last`` that name one of them."""
+        return self.path / "checkpoints"
+
+    @property
+    def audio(self) -> Path:
+        """Validation examples to hear."""
+        return self.path / "audio"
+
+    @property
+    def logs(self) -> tuple[Path, Path, Path]:
+        """The files of JSON lines, which a resumed run cuts back to where its checkpoint stands."""
+        return self.steps, self.validation, self.events
+
+
+def to_json_row(record: Any) -> dict[str, Any]:
+    """A record dataclass as a dict that is valid JSON: a value that is not finite is null, with its text beside it."""
+    row: dict[str, Any] = {}
+    for name, value in asdict(record).items():
+        row[name] = _finite(value)
+        if isinstance(value, float) and not math.isfinite(value):
+            row[f"{name}_text"] = str(value)
+    return row
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(part) for part in value]
+    return value
+
+
+def append_record(path: Path, record: Any) -> None:
+    """Append one record as one line, in a single write."""
+    line = json.dumps(to_json_row(record), allow_nan=False) + "\n"
+    with path.open("ab", buffering=0) as file:
+        file.write(line.encode())
+
+
+def read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Read JSON lines; a line that cannot be read (the torn last one of a killed run) is counted, not raised.
+
+    Returns:
+        The rows, and how many lines were left out.
+    """
+    rows: list[dict[str, Any]] = []
+    torn = 0
+    if not path.exists():
+        return rows, torn
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                torn += 1
+    return rows, torn
+
+
+def read_steps(path: Path) -> list[StepRecord]:
+    """The steps of a run; a null whose text stands beside it comes back as the NaN or infinity that it was."""
+    return [_from_row(StepRecord, row) for row in read_rows(path)[0]]
+
+
+def read_validation(path: Path) -> list[ValidationRecord]:
+    """The validations of a run, as `read_steps`."""
+    return [_from_row(ValidationRecord, row) for row in read_rows(path)[0]]
+
+
+def _from_row(kind: type[Any], row: dict[str, Any]) -> Any:
+    names = [f.name for f in fields(kind) if f.name in row]
+    return kind(**{name: float(row[f"{name}_text"]) if f"{name}_text" in row else row[name] for name in names})
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small text file so that a reader, or a crash, sees the old one or the new one and nothing between."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+@contextlib.contextmanager
+def owned(run: RunDirectory) -> Iterator[None]:
+    """Hold the run directory's lock, so that two runs never write into one; a killed owner leaves it free.
+
+    Raises:
+        CheckpointError: If another process holds it.
+    """
+    run.path.mkdir(parents=True, exist_ok=True)
+    with run.lock.open("a+", encoding="utf-8") as file:
+        try:
+            _lock(file.fileno())
+        except OSError:
+            file.seek(0)
+            owner = file.read().strip() or "unknown"
+            raise CheckpointError(
+                f"{run.path} is being written by another run (process {owner}); wait for it, or give another --run."
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
+def _lock(descriptor: int) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        return
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

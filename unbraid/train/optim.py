@@ -1,0 +1,143 @@
+"""OPTIMIZERS and SCHEDULES, by name."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+Parameters = Iterable[nn.Parameter]
+
+
+def _fused(parameters: list[nn.Parameter]) -> bool:
+    return {p.device.type for p in parameters} <= {"cpu", "cuda"} and all(p.is_floating_point() for p in parameters)
+
+
+def adam(
+    parameters: Parameters,
+    *,
+    lr: float = 1.5e-4,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> Optimizer:
+    """Adam in one fused pass; the textbook recipe's learning rate."""
+    parameters = list(parameters)
+    return torch.optim.Adam(parameters, lr, betas, eps, weight_decay, fused=_fused(parameters))
+
+
+def adamw(
+    parameters: Parameters,
+    *,
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+) -> Optimizer:
+    """Adam with decoupled weight decay, in one fused pass."""
+    parameters = list(parameters)
+    return torch.optim.AdamW(parameters, lr, betas, eps, weight_decay, fused=_fused(parameters))
+
+
+def sgd(parameters: Parameters, *, lr: float = 1e-2, momentum: float = 0.0, weight_decay: float = 0.0) -> Optimizer:
+    """Stochastic gradient descent, in one fused pass."""
+    parameters = list(parameters)
+    return torch.optim.SGD(parameters, lr, momentum, weight_decay=weight_decay, fused=_fused(parameters))
+
+
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"adam": adam, "adamw": adamw, "sgd": sgd}
+
+
+class Schedule(Protocol):
+    """What the learning rate is multiplied by. One that remembers has ``state_dict`` and ``load_state_dict``."""
+
+    def factor(self, step: int, progress: float) -> float:
+        """The factor for a step, from 1, at a share of the run's budget, from 0 to 1."""
+        ...
+
+    def observe(self, validation_loss: float) -> None:
+        """Hear of a validation whose loss is finite."""
+        ...
+
+
+class Constant:
+    """No change after warm-up.
+
+    Args:
+        warmup_steps: Steps in which the learning rate rises evenly from 0.
+    """
+
+    def __init__(self, *, warmup_steps: int = 0) -> None:
+        self.warmup_steps = warmup_steps
+
+    def factor(self, step: int, progress: float) -> float:
+        """The share of the warm-up that is done."""
+        return min(1.0, step / (self.warmup_steps + 1)) if self.warmup_steps else 1.0
+
+    def observe(self, validation_loss: float) -> None:
+        """Nothing to learn."""
+
+
+class Cosine(Constant):
+    """Falls along half a cosine over the run's budget of steps or minutes.
+
+    With a budget of minutes the learning rate follows the clock: such a run ends well trained on any machine, but
+    is not repeated bit for bit.
+
+    Args:
+        warmup_steps: As in `Constant`.
+        min_factor: Where it ends.
+    """
+
+    def __init__(self, *, warmup_steps: int = 0, min_factor: float = 0.0) -> None:
+        super().__init__(warmup_steps=warmup_steps)
+        self.min_factor = min_factor
+
+    def factor(self, step: int, progress: float) -> float:
+        """Warm-up times the cosine."""
+        cosine = (1 + math.cos(math.pi * min(1.0, progress))) / 2
+        return super().factor(step, progress) * (self.min_factor + (1 - self.min_factor) * cosine)
+
+
+class Plateau(Constant):
+    """Lowers the learning rate when the validation loss has stopped falling: the textbook recipe's schedule.
+
+    Args:
+        warmup_steps: As in `Constant`.
+        reduce_by: Factor at each lowering.
+        patience: Validations without a better loss that are let pass before.
+        min_factor: Not below this.
+    """
+
+    def __init__(
+        self, *, warmup_steps: int = 0, reduce_by: float = 0.5, patience: int = 2, min_factor: float = 1e-4
+    ) -> None:
+        super().__init__(warmup_steps=warmup_steps)
+        self.reduce_by, self.patience, self.min_factor = reduce_by, patience, min_factor
+        self.current, self.best, self.n_worse = 1.0, math.inf, 0
+
+    def factor(self, step: int, progress: float) -> float:
+        """Warm-up times all lowerings so far."""
+        return super().factor(step, progress) * self.current
+
+    def observe(self, validation_loss: float) -> None:
+        """Count, and lower where patience is at its end."""
+        if validation_loss < self.best:
+            self.best, self.n_worse = validation_loss, 0
+            return
+        self.n_worse += 1
+        if self.n_worse > self.patience:
+            self.current, self.n_worse = max(self.min_factor, self.current * self.reduce_by), 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Factor, best loss, and count of validations without a better one."""
+        return {"current": self.current, "best": self.best, "n_worse": self.n_worse}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up where another run stood."""
+        self.current, self.best, self.n_worse = float(state["current"]), float(state["best"]), int(state["n_worse"])
+
+
+SCHEDULES: dict[str, Callable[..., Schedule]] = {"constant": Constant, "cosine": Cosine, "plateau": Plateau}

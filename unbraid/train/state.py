@@ -1,0 +1,141 @@
+"""TrainState: all that changes, and so all that a checkpoint holds."""
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from unbraid.robust.clip import Clipper, FixedClip
+from unbraid.robust.filter import LossFilter
+from unbraid.robust.precision import Precision
+from unbraid.train.optim import Constant, Schedule
+
+ExampleLoss = Callable[[Tensor, Tensor], Tensor]
+"""``(estimate, sources)`` to ``(batch, ...)``; the step takes each example's mean."""
+
+
+class FaultWindow:
+    """Outcomes of the last steps, and whether they are bad enough to end the run.
+
+    A step whose examples were all easy is no fault. An overflow under fp16 belongs to finding the scale: it counts
+    in a row, but not towards the share.
+    """
+
+    IN_A_ROW, WINDOW, SHARE, AT_LEAST = 20, 1000, 0.01, 10
+
+    def __init__(self) -> None:
+        self.in_a_row = 0
+        self.recent: deque[bool] = deque(maxlen=self.WINDOW)
+
+    def add(self, outcome: str) -> None:
+        """Count one step."""
+        fault = outcome not in ("trained", "all_easy")
+        self.in_a_row = self.in_a_row + 1 if fault else 0
+        self.recent.append(fault and outcome != "loss_scale")
+
+    def verdict(self) -> str | None:
+        """Why the run has to stop; None where it need not."""
+        if self.in_a_row >= self.IN_A_ROW:
+            return f"{self.in_a_row} steps in a row had to be left out"
+        n_faults, allowed = sum(self.recent), max(self.AT_LEAST, self.SHARE * len(self.recent))
+        if n_faults > allowed:
+            return f"{n_faults} of the last {len(self.recent)} steps had to be left out"
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counts."""
+        return {"in_a_row": self.in_a_row, "recent": "".join("1" if fault else "0" for fault in self.recent)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up where another run stood."""
+        self.in_a_row = int(state["in_a_row"])
+        self.recent = deque((mark == "1" for mark in state["recent"]), maxlen=self.WINDOW)
+
+
+@dataclass
+class TrainState:
+    """A model in training.
+
+    Attributes:
+        model: ``(batch, channel, time)`` to ``(batch, source, channel, time)``; wrapped for several processes or not.
+        loss: Per-example loss; taken in float32.
+        optimizer: Over the model's parameters.
+        clipper: Limit on the gradient's norm.
+        filters: Weights for finite losses, multiplied.
+        precision: Number format of the forward, and the loss scale.
+        schedule: Of the learning rate.
+        loss_upper_limit: A loss beyond this, by absolute value, is a fault as NaN is.
+        seed: For what draws random numbers inside the model.
+        step: Steps done, those left out among them; the position in the data follows from it.
+        best_loss: Lowest finite validation loss so far.
+        best_step: Where that was.
+        elapsed_seconds: Wall time of the run, over all its resumptions.
+        faults: Outcomes of the last steps.
+        bad_files: Files set aside so far, and the code of what is wrong with each.
+    """
+
+    model: nn.Module
+    loss: ExampleLoss
+    optimizer: Optimizer
+    clipper: Clipper = field(default_factory=FixedClip)
+    filters: Sequence[LossFilter] = ()
+    precision: Precision = field(default_factory=Precision)
+    schedule: Schedule = field(default_factory=Constant)
+    loss_upper_limit: float = 999999.0
+    seed: int = 0
+    step: int = 0
+    best_loss: float = math.inf
+    best_step: int = 0
+    elapsed_seconds: float = 0.0
+    faults: FaultWindow = field(default_factory=FaultWindow)
+    bad_files: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for group in self.optimizer.param_groups:
+            group.setdefault("initial_lr", float(group["lr"]))
+
+    @property
+    def bare_model(self) -> nn.Module:
+        """The model without the wrapper for several processes."""
+        return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.model.parameters()).device
+
+    def _parts(self) -> dict[str, Any]:
+        parts = {"optimizer": self.optimizer, "clipper": self.clipper, "precision": self.precision}
+        parts |= {"schedule": self.schedule, "faults": self.faults}
+        parts |= {f"filter.{place}": part for place, part in enumerate(self.filters)}
+        return {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that changes, as nested dicts of tensors, numbers, text and lists."""
+        state = {name: part.state_dict() for name, part in self._parts().items()}
+        state["model"] = self.bare_model.state_dict()
+        state["progress"] = {name: getattr(self, name) for name in self._PROGRESS} | {"bad_files": dict(self.bad_files)}
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up where another run stood; the parts must be of the same kinds."""
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+        self.bare_model.load_state_dict(state["model"])
+        for name in self._PROGRESS:
+            setattr(self, name, state["progress"][name])
+        self.bad_files = dict(state["progress"]["bad_files"])
+
+    _PROGRESS = ("step", "best_loss", "best_step", "elapsed_seconds")
+
+
+def set_learning_rate(state: TrainState, factor: float) -> None:
+    """Give every parameter group its initial learning rate times the factor."""
+    for group in state.optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor

@@ -1,0 +1,168 @@
+"""train_step: forward, filter, backward, agree across ranks, clip, update, record."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from time import perf_counter
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from unbraid import dist
+from unbraid.data.batch import Batch
+from unbraid.draws import seeded_torch
+from unbraid.records import ItemId, StepRecord
+from unbraid.train.state import TrainState
+
+_WEIGHT, _WEIGHTED_LOSS, _LOSS, _REAL, _TRAINED, _EASY, _NONFINITE, _OVER = range(8)
+"""Places in the tally: the small tensor that the ranks sum to agree on a step."""
+
+
+class Verdicts(NamedTuple):
+    """What one micro-batch came to, each ``(batch,)``: losses, their weights, and flags."""
+
+    losses: Tensor
+    weights: Tensor
+    bad: Tensor  # loss not finite, or over the limit
+    real: Tensor  # no stand-in
+
+
+def train_step(state: TrainState, batch: Batch | Sequence[Batch]) -> StepRecord:
+    """Train on one batch, or on the micro-batches of one step, unless something is wrong with it.
+
+    With per-example losses l_i and weights w_i over all ranks and micro-batches, the gradient is
+    ``sum(w_i * grad l_i) / sum(w_i)``. Every rank must call it, and runs every backward. A step that cannot be trusted
+    is left out on every rank alike: weights, optimizer and clipper stay as they were, bit for bit; the record says why.
+
+    Args:
+        state: Changed in place.
+        batch: Examples of this rank.
+
+    Returns:
+        What happened; the same on every rank but for times and `StepRecord.bad_items`.
+    """
+    started = perf_counter()
+    parts = [batch] if isinstance(batch, Batch) else list(batch)
+    state.step += 1
+    state.optimizer.zero_grad(set_to_none=True)
+    with seeded_torch(state.seed, "step", state.step, dist.rank()):
+        ran = [_forward_backward(state, part, last=part is parts[-1]) for part in parts]
+    tally = dist.sum_over_ranks(torch.stack([_tally(part) for part in ran]).sum(0))
+    gradients = [p.grad for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm, divisor = _true_norm(gradients, tally, state.precision.scale)
+    fine = (tally[_NONFINITE] + tally[_OVER] == 0) & (tally[_WEIGHT] > 0) & norm.isfinite()
+    limit = state.clipper(norm, fine)
+    _update(state, gradients, divisor * (norm / limit).clamp_min(1), fine)
+    state.optimizer.zero_grad(set_to_none=True)
+    outcome, record = _record(state, tally, norm, limit, perf_counter() - started)
+    if parts[0].items:
+        record = replace(record, epoch=parts[0].items[0].epoch)
+    if outcome not in ("trained", "all_easy"):
+        record = replace(record, bad_items=tuple(_bad_items(parts, ran, all_of_them=outcome not in _BY_LOSS)))
+    state.faults.add(outcome)
+    if outcome in ("trained", "loss_scale"):
+        state.precision.update(overflowed=outcome == "loss_scale")
+    return record
+
+
+def _forward_backward(state: TrainState, batch: Batch, *, last: bool) -> Verdicts:
+    """Judge each example, and add the gradient of the weighted sum of their losses to what is there."""
+    model = state.model
+    with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext():
+        with state.precision.autocast(batch.mixture.device):
+            estimate = model(batch.mixture)
+        losses = state.loss(estimate.float(), batch.sources.float())
+        losses = losses.flatten(1).mean(1) if losses.dim() > 1 else losses
+        judged, given = losses.detach(), batch.weight.to(losses.dtype)
+        weights = given
+        for loss_filter in state.filters:
+            weights = weights * loss_filter(judged)
+        bad = ~(judged.abs() <= state.loss_upper_limit) & (given > 0)
+        weights = torch.where(bad, given, weights)
+        ((weights * losses).sum() * state.precision.scale).backward()
+    return Verdicts(judged, weights, bad, given > 0)
+
+
+def _tally(of: Verdicts) -> Tensor:
+    counted, finite = of.weights > 0, of.losses.isfinite()
+    rows: list[Tensor] = [
+        of.weights,
+        torch.where(counted, of.weights * of.losses, 0),
+        torch.where(of.real, of.losses, 0),
+    ]
+    rows += [of.real, counted & ~of.bad, of.real & ~counted, of.bad & ~finite, of.bad & finite]
+    return torch.stack([row.sum().to(torch.float32) for row in rows])
+
+
+def _true_norm(gradients: list[Tensor], tally: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """L2 norm of the averaged, unscaled gradient, and what the gradients at hand must be divided by to become it.
+
+    Several processes leave the mean over ranks of each rank's weighted sum.
+    """
+    divisor = tally[_WEIGHT].clamp_min(torch.finfo(tally.dtype).tiny) * (scale / dist.world_size())
+    total = nn.utils.get_total_norm(gradients) if gradients else torch.zeros_like(divisor)
+    return torch.where(tally[_WEIGHT] > 0, total / divisor, 0.0 * total), divisor
+
+
+def _update(state: TrainState, gradients: list[Tensor], divisor: Tensor, fine: Tensor) -> None:
+    """Divide the gradients and let the optimizer step, or leave everything alone where the step is not fine.
+
+    On an accelerator, an optimizer that takes ``found_inf`` decides on the device. Everywhere else the host decides: on
+    the CPU that costs nothing, on an accelerator one synchronisation.
+    """
+    optimizer = state.optimizer
+    in_its_own_pass = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+    if not (in_its_own_pass and fine.device.type == "cuda") and not bool(fine):
+        return
+    if not in_its_own_pass:
+        torch._foreach_div_(gradients, divisor)
+        optimizer.step()
+        return
+    optimizer.grad_scale, optimizer.found_inf = divisor.float(), (~fine).float()  # type: ignore[attr-defined]
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+
+
+_BY_LOSS = ("nonfinite_loss", "over_limit")
+
+
+def _record(state: TrainState, tally: Tensor, norm: Tensor, limit: Tensor, seconds: float) -> tuple[str, StepRecord]:
+    """Bring all scalars to the host together, and say what became of the step."""
+    *counts, norm_here, limit_here = torch.cat([tally, torch.stack([norm, limit]).to(tally.dtype)]).tolist()
+    weight, n_real = counts[_WEIGHT], counts[_REAL]
+    if counts[_NONFINITE]:
+        outcome = "nonfinite_loss"
+    elif counts[_OVER]:
+        outcome = "over_limit"
+    elif weight == 0:
+        outcome = "all_easy"
+    elif not math.isfinite(norm_here):
+        outcome = "loss_scale" if state.precision.scales else "nonfinite_gradient"
+    else:
+        outcome = "trained"
+    return outcome, StepRecord(
+        step=state.step,
+        epoch=0,
+        outcome=outcome,
+        loss=counts[_WEIGHTED_LOSS] / weight if weight else counts[_LOSS] / max(n_real, 1),
+        grad_norm=norm_here,
+        limit=limit_here,
+        lr=float(state.optimizer.param_groups[0]["lr"]),
+        loss_scale=state.precision.scale,
+        n_trained=round(counts[_TRAINED]) if outcome == "trained" else 0,
+        n_easy=round(counts[_EASY]),
+        n_bad=round(counts[_NONFINITE] + counts[_OVER]),
+        seconds=seconds,
+        examples_per_second=n_real / seconds,
+    )
+
+
+def _bad_items(parts: Sequence[Batch], ran: Sequence[Verdicts], *, all_of_them: bool) -> Iterator[ItemId]:
+    for part, verdicts in zip(parts, ran, strict=True):
+        guilty = verdicts.real if all_of_them else verdicts.bad
+        yield from (item for item, flag in zip(part.items, guilty.tolist(), strict=False) if flag)
