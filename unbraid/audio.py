@@ -1,5 +1,6 @@
 """Read, write and probe audio files, by seconds; numpy only."""
 
+import contextlib
 import os
 import struct
 from dataclasses import dataclass
@@ -39,12 +40,11 @@ def probe_audio(path: Path) -> AudioInfo:
     """
     try:
         info = soundfile.info(str(path))
+        _refuse_cut_wav(path)
     except (soundfile.LibsndfileError, OSError, RuntimeError) as error:
         raise AudioError(_unreadable(path, error)) from error
     if info.frames == 0:
         raise AudioError(f"{path} holds no samples.")
-    if (missing := _missing_wav_bytes(path)) > 0:
-        raise AudioError(f"{path} is cut short: its header promises {missing} bytes more than the file has.")
     return AudioInfo(info.frames, info.samplerate, info.channels)
 
 
@@ -60,7 +60,7 @@ def read_audio(path: Path, start_seconds: float = 0.0, duration_seconds: float |
         The audio, ``(channel, time)``, float32, and its sample rate in Hz.
 
     Raises:
-        AudioError: If the file cannot be read, or breaks off in the middle.
+        AudioError: If the file cannot be read, or breaks off in the middle, be it behind the excerpt.
     """
     try:
         with soundfile.SoundFile(str(path)) as file:
@@ -71,6 +71,7 @@ def read_audio(path: Path, start_seconds: float = 0.0, duration_seconds: float |
             file.seek(start)
             audio = file.read(wanted, dtype="float32", always_2d=True)
             rate = int(file.samplerate)
+        _refuse_cut_wav(path)
     except (soundfile.LibsndfileError, OSError, RuntimeError) as error:
         raise AudioError(_unreadable(path, error)) from error
     if len(audio) < wanted:
@@ -106,7 +107,8 @@ def write_audio(path: Path, audio: Audio, sample_rate: int) -> Path:
         soundfile.write(str(temporary), audio.T, sample_rate, subtype=subtype)
         temporary.replace(path)
     except (soundfile.LibsndfileError, OSError, ValueError, TypeError) as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise AudioError(f"{path} cannot be written: {error}") from error
     return path
 
@@ -126,6 +128,11 @@ def _unreadable(path: Path, error: Exception) -> str:
         return f"{path} is an empty file."
     reason = str(error).rsplit(": ", 1)[-1].strip().rstrip(".")
     return f"{path} cannot be read as audio ({reason})."
+
+
+def _refuse_cut_wav(path: Path) -> None:
+    if (missing := _missing_wav_bytes(path)) > 0:
+        raise AudioError(f"{path} is cut short: its header promises {missing} bytes more than the file has.")
 
 
 def _missing_wav_bytes(path: Path) -> int:

@@ -1,6 +1,7 @@
 """The commands: each parses, calls the library, prints. Torch is imported only when a command runs."""
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -30,6 +31,8 @@ def train(args: argparse.Namespace) -> int:
     with stop_on_signals() as stop:
         records = run_training(recipe, run, resume=args.resume, stop=stop)
         show_training(records, max_steps=recipe.train.max_steps, max_minutes=recipe.train.max_minutes)
+    if os.environ.get("RANK", "0") != "0":  # one process of several tells
+        return EXIT_STOPPED + stop.signal if stop.signal else 0
     if stop.signal:
         print(f"Stopped by signal {stop.signal}; go on with: unbraid train {args.recipe} --run {run.path} --resume")
         return EXIT_STOPPED + stop.signal
@@ -119,7 +122,8 @@ def parser() -> argparse.ArgumentParser:
     command = add("train", train)
     command.add_argument("recipe", type=Path, help="a TOML file, or the name of one of ours")
     _add_set(command)
-    command.add_argument("--run", type=Path, help="run directory (runs/NAME-OF-THE-RECIPE)")
+    run_help = "run directory (runs/NAME-OF-THE-RECIPE); behind torchrun write --run-dir, it takes --run for itself"
+    command.add_argument("--run", "--run-dir", dest="run", type=Path, metavar="DIR", help=run_help)
     command.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the run directory")
 
     command = add("evaluate", evaluate)
@@ -141,7 +145,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    def convert(text: str) -> Any:  # noqa: ANN401 - a number of that kind
+    def convert(text: str) -> Any:
         if kind(text) <= 0:
             raise ValueError(text)
         return kind(text)

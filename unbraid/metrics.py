@@ -16,8 +16,8 @@ def si_sdr(estimate: Tensor, target: Tensor, *, floor: float = 1e-13) -> Tensor:
     """Scale-invariant signal-to-distortion ratio, in dB; higher is better.
 
     Both signals lose their mean first. The floor is relative to the target's part of the estimate: gain changes
-    nothing, and 100 dB is still right to 0.01 dB in float32. Silence on either side scores below -90 dB, finite; it says
-    nothing about separation, so callers leave silent targets out or use a loss that means something there.
+    nothing, and 100 dB is still right to 0.01 dB in float32. Silence on either side scores below -90 dB, finite; it
+    says nothing about separation, so callers leave silent targets out or use a loss that means something there.
 
     Args:
         estimate: Separated signals, ``(..., time)``.

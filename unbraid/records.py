@@ -189,8 +189,12 @@ class RunDirectory:
 
 def to_json_row(record: Any) -> dict[str, Any]:
     """A record dataclass as a dict that is valid JSON: a value that is not finite is null, with its text beside it."""
+    return _with_texts(asdict(record))
+
+
+def _with_texts(values: Mapping[str, Any]) -> dict[str, Any]:
     row: dict[str, Any] = {}
-    for name, value in asdict(record).items():
+    for name, value in values.items():
         row[name] = _finite(value)
         if isinstance(value, float) and not math.isfinite(value):
             row[f"{name}_text"] = str(value)
@@ -201,7 +205,7 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {key: _finite(part) for key, part in value.items()}
+        return _with_texts(value)
     if isinstance(value, (list, tuple)):
         return [_finite(part) for part in value]
     return value
@@ -227,8 +231,12 @@ def read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
     with path.open("rb") as file:
         for line in file:
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except ValueError:
+                row = None
+            if isinstance(row, dict):
+                rows.append(row)
+            else:
                 torn += 1
     return rows, torn
 
@@ -245,17 +253,24 @@ def read_validation(path: Path) -> list[ValidationRecord]:
 
 def _from_row(kind: type[Any], row: dict[str, Any]) -> Any:
     names = [f.name for f in fields(kind) if f.name in row]
-    return kind(**{name: float(row[f"{name}_text"]) if f"{name}_text" in row else row[name] for name in names})
+    values = {name: float(row[f"{name}_text"]) if f"{name}_text" in row else row[name] for name in names}
+    if "bad_items" in values:
+        values["bad_items"] = tuple(ItemId(**item | {"files": tuple(item["files"])}) for item in values["bad_items"])
+    return kind(**values)
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a small text file so that a reader, or a crash, sees the old one or the new one and nothing between."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager

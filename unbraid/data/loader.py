@@ -1,10 +1,14 @@
 """Batches; every draw seeded by (seed, purpose, epoch, index), so that any position can be gone back to."""
 
+import multiprocessing
+import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -288,13 +292,25 @@ def batches(dataset: Mixtures, keys: Sampler[list[Key]], *, workers: int) -> Dat
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         multiprocessing_context=("spawn" if sys.platform == "win32" else "forkserver") if workers else None,
-        worker_init_fn=_leave_interrupts_to_the_main_process,
+        worker_init_fn=_begin_worker,
         generator=torch.Generator(),
     )
 
 
-def _leave_interrupts_to_the_main_process(_worker: int) -> None:
+def _begin_worker(_worker: int) -> None:
+    """Leave Ctrl-C to the main process, and end when it ends.
+
+    Torch's own watch looks at the parent process: here that is the fork server, which lives as long as a worker does.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
+
+
+def _exit_after(parent: BaseProcess) -> None:
+    parent.join()
+    os._exit(1)
 
 
 class FixedKeys(Sampler[list[Key]]):

@@ -76,11 +76,13 @@ def read_excerpt(track: Track, start_seconds: float, n_samples: int, sample_rate
         audio, rate = read_audio(track.path, start_seconds, n_samples / sample_rate + 0.05)
     except AudioError as error:
         raise BadExcerpt(AudioFault("AUDIO_UNREADABLE", path, str(error))) from error
-    if (fault := _judge(audio, rate, track, keep_silent=keep_silent)) is not None:
-        whole = track.seconds <= WHOLE_FILE_SECONDS
-        raise BadExcerpt(AudioFault(fault.code, path, fault.message, whole and fault.code == "AUDIO_SILENT"))
+    if (fault := _judge(audio, rate, track, keep_silent=True)) is not None:
+        raise BadExcerpt(fault)
     mono = audio.mean(axis=0, keepdims=True, dtype=np.float32)
-    return fit_length(resample(mono, rate, sample_rate), n_samples)
+    excerpt = fit_length(resample(mono, rate, sample_rate), n_samples)
+    if not keep_silent and _is_silent(excerpt):
+        raise BadExcerpt(AudioFault("AUDIO_SILENT", path, f"{path} is silent where it was read.", in_excerpt_only=True))
+    return excerpt
 
 
 @lru_cache(maxsize=65_536)
@@ -112,9 +114,15 @@ def _judge(audio: Audio, rate: int, track: Track, *, keep_silent: bool) -> Audio
         )
     if (bad := first_bad_sample(audio)) is not None:
         return AudioFault("AUDIO_NONFINITE", path, f"{path} has a sample that is not finite, the first at index {bad}.")
-    if not keep_silent and power_db(audio) < SILENT_DB:
+    if not keep_silent and _is_silent(audio):
         return AudioFault("AUDIO_SILENT", path, f"{path} is silent.")
     return None
+
+
+def _is_silent(audio: Audio) -> bool:
+    """Whether nothing is left once the channels are mixed down and a constant offset is taken away."""
+    mono = audio.mean(axis=0)
+    return power_db(mono - mono.mean()) < SILENT_DB
 
 
 def mix(

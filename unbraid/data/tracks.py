@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -57,14 +58,15 @@ def read_manifest(path: Path) -> list[Track]:
     """Read a CSV manifest with the columns ``path, speaker`` and, better, ``seconds, sample_rate, split``.
 
     Paths are relative to the manifest's folder and stay below it. ``class`` stands in for ``speaker`` in a manifest of
-    noises. Other columns are left alone.
+    noises. Other columns are left alone. Where seconds or sample_rate is missing, empty or 0, the file is asked; one
+    that cannot be read is a track with a fault.
 
     Raises:
         DataError: If the file is not such a table; the message names row and column.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            table = csv.DictReader(file, restkey="", strict=True)
+            table = csv.DictReader(file, strict=True)
             columns = tuple(table.fieldnames or ())
             group = next((name for name in ("speaker", "class") if name in columns), None)
             if "path" not in columns or group is None:
@@ -79,23 +81,34 @@ def read_manifest(path: Path) -> list[Track]:
 
 
 def _read_row(manifest: Path, root: Path, number: int, row: dict[str, str], group: str) -> Track:
-    if "" in row or None in row.values():
+    if None in row or None in row.values():
         raise DataError(f"{manifest}, row {number}, has more or fewer fields than the header.")
     audio = root / row["path"]
-    if not row["path"] or not audio.resolve().is_relative_to(root):
+    if not row["path"] or not _is_below(audio, root):
         raise DataError(f"{manifest}, row {number}: path {row['path']!r} must lead to a file below {root}.")
     split = split_named(row.get("split", ""))
     if row.get("split") and not split:
         raise DataError(f"{manifest}, row {number}: split {row['split']!r} is not one of {', '.join(SPLITS)}.")
     try:
-        if row.get("seconds") and row.get("sample_rate"):
-            return Track((("audio", audio),), row[group], float(row["seconds"]), int(float(row["sample_rate"])), split)
+        seconds, sample_rate = (float(row.get(name) or 0) for name in ("seconds", "sample_rate"))
     except ValueError:
-        raise DataError(f"{manifest}, row {number}: seconds and sample_rate must be numbers.") from None
+        seconds = sample_rate = math.nan
+    if not (0 <= seconds < math.inf and 0 <= sample_rate < math.inf):
+        raise DataError(f"{manifest}, row {number}: seconds and sample_rate must be numbers above 0, or empty.")
+    if seconds and int(sample_rate):
+        return Track((("audio", audio),), row[group], seconds, int(sample_rate), split)
     try:
         return Track.of(audio, probe_audio(audio), group=row[group], split=split)
     except AudioError as error:
-        raise DataError(f"{manifest}, row {number}: {error}") from error
+        fault = f"{manifest}, row {number}: {error}"
+        return Track((("audio", audio),), row[group], 0.0, 0, split, fault=fault)
+
+
+def _is_below(path: Path, root: Path) -> bool:
+    try:
+        return path.resolve().is_relative_to(root)
+    except (OSError, ValueError, RuntimeError):  # a name that no file can have, a link to itself
+        return False
 
 
 def write_manifest(path: Path, tracks: Iterable[Track]) -> None:
@@ -105,7 +118,7 @@ def write_manifest(path: Path, tracks: Iterable[Track]) -> None:
         table.writerow(_COLUMNS)
         for track in tracks:
             relative = track.path.resolve().relative_to(path.parent.resolve()).as_posix()
-            table.writerow([relative, track.group, track.seconds, track.sample_rate, track.split])
+            table.writerow([relative, track.group, track.seconds or "", track.sample_rate or "", track.split])
 
 
 def with_splits(tracks: Sequence[Track], *, n_sources: int) -> list[Track]:

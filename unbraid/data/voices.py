@@ -85,7 +85,11 @@ class VoicesError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Talker:
-    """What makes one talker differ from the next; pitch and range in eSpeak's own 0 to 99, rate in words a minute."""
+    """What makes one talker differ from the next.
+
+    Pitch and range are in eSpeak's own 0 to 99, the rate in words a minute. `tract` shortens the vocal tract: all
+    frequencies are multiplied by it, so that few variants make many voices.
+    """
 
     name: str
     split: str
@@ -93,6 +97,7 @@ class Talker:
     pitch: int
     pitch_range: int
     rate: int
+    tract: float
 
 
 def make_voices(
@@ -206,6 +211,7 @@ def make_talkers(n_speakers: int, *, seed: int = 0) -> list[Talker]:
                     pitch=int(rng.integers(15, 86)),
                     pitch_range=int(rng.integers(25, 81)),
                     rate=int(rng.integers(140, 201)),
+                    tract=round(float(rng.uniform(0.85, 1.18)), 3),
                 )
             )
     return talkers
@@ -294,7 +300,12 @@ class Speaker:
         """Become `talker`."""
         if self.library.espeak_SetVoiceByName(talker.voice.encode()):
             raise VoicesError(f"eSpeak NG has no voice {talker.voice}.")
-        for parameter, value in ((1, talker.rate), (2, VOLUME), (3, talker.pitch), (4, talker.pitch_range)):
+        for parameter, value in (
+            (1, round(talker.rate / talker.tract)),
+            (2, VOLUME),
+            (3, talker.pitch),
+            (4, talker.pitch_range),
+        ):
             self.library.espeak_SetParameter(parameter, value, 0)
 
     def say(self, sentence: str) -> Audio:
@@ -333,7 +344,9 @@ def speak(task: dict[str, Any]) -> list[dict[str, Any]]:
         speaker.select(talker)
         (folder / "speech" / talker.name).mkdir(parents=True, exist_ok=True)
         for i, sentence in enumerate(sentences):
-            audio = trim_and_level(soxr.resample(speaker.say(sentence), SYNTHESIS_RATE, sample_rate), sample_rate)
+            audio = trim_and_level(
+                soxr.resample(speaker.say(sentence), SYNTHESIS_RATE * talker.tract, sample_rate), sample_rate
+            )
             path = f"speech/{talker.name}/{i:03d}.flac"
             soundfile.write(folder / path, audio, sample_rate, subtype="PCM_16")
             seconds = round(len(audio) / sample_rate, 3)

@@ -43,7 +43,7 @@ def assign_sources(signal_loss: SignalLoss, estimate: Tensor, target: Tensor) ->
     """Which estimate belongs to which target, for each example; channels stay together.
 
     Only this search looks at all pairs, and it needs no gradient: the loss is then taken of the chosen pairs alone,
-    in its exact form.
+    in its exact form. A silent target has no say in SI-SDR, as it is left out of the loss.
 
     Args:
         signal_loss: ``(estimate, target)`` to one value per signal.
@@ -55,7 +55,9 @@ def assign_sources(signal_loss: SignalLoss, estimate: Tensor, target: Tensor) ->
     """
     with torch.no_grad():
         if signal_loss is neg_si_sdr:
-            pairs = pairwise_si_sdr(estimate.transpose(1, 2), target.transpose(1, 2)).mean(1)
+            pairs = pairwise_si_sdr(estimate.transpose(1, 2), target.transpose(1, 2))
+            counts = _sounding(target).transpose(1, 2)[:, :, None] > 0
+            pairs = torch.where(counts, pairs, 0.0).mean(1)
         else:
             shape = (estimate.shape[0], estimate.shape[1], *target.shape[1:])
             pairs = -signal_loss(estimate[:, :, None].expand(shape), target[:, None].expand(shape)).mean(-1)
@@ -63,6 +65,11 @@ def assign_sources(signal_loss: SignalLoss, estimate: Tensor, target: Tensor) ->
 
 
 def _mean_over_sounding(values: Tensor, target: Tensor) -> Tensor:
-    sounding = (target.square().mean(-1) > SILENCE).to(values.dtype)
-    sounding = torch.where(sounding.sum((1, 2), keepdim=True) > 0, sounding, 1.0)
+    sounding = _sounding(target)
     return (values * sounding).sum((1, 2)) / sounding.sum((1, 2))
+
+
+def _sounding(target: Tensor) -> Tensor:
+    """1 for each signal that is not silent, else 0, ``(batch, source, channel)``; all 1 where all are silent."""
+    sounding = (target.square().mean(-1) > SILENCE).to(target.dtype)
+    return torch.where(sounding.sum((1, 2), keepdim=True) > 0, sounding, 1.0)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from unbraid.models.layers import NORMS, LearnedDecoder, LearnedEncoder
+from unbraid.models.layers import NORMS, LearnedDecoder, LearnedEncoder, fourier_filters
 
 MASKS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
@@ -19,8 +19,8 @@ MASKS: dict[str, Callable[[Tensor], Tensor]] = {
 class ConvBlock(nn.Module):
     """One dilated depthwise-separable convolution: what to add to the features, and what to add to the output.
 
-    The depthwise convolution is a sum of shifted products, which a compiler fuses with the norms around it; the two last
-    1x1 convolutions are one product.
+    The depthwise convolution is a sum of shifted products, which a compiler fuses with the norms around it; the last
+    two 1x1 convolutions are one product.
     """
 
     def __init__(self, *, bottleneck: int, hidden: int, skip: int, kernel_size: int, dilation: int, norm: str) -> None:
@@ -35,8 +35,9 @@ class ConvBlock(nn.Module):
         self.outer = nn.Linear(hidden, bottleneck + skip)
 
     def forward(self, features: Tensor, dilation: int) -> tuple[Tensor, Tensor]:
-        """``(batch, frame, channel)`` to the same and ``(batch, frame, skip)``; the dilation is an argument so that one
-        compiled graph serves all blocks.
+        """``(batch, frame, channel)`` to the same and ``(batch, frame, skip)``.
+
+        The dilation is an argument so that one compiled graph serves all blocks.
         """
         hidden = self.inner_norm(prelu(self.inner(features), self.inner_slope))
         hidden = self.outer_norm(prelu(self.depthwise(hidden, dilation), self.outer_slope))
@@ -77,6 +78,8 @@ class ConvTasNet(nn.Module):
         n_repeats: How often the dilations start again.
         norm: `gln` over frames and channels, or `cln` over channels.
         mask: `sigmoid`, `relu`, or `softmax` over the sources.
+        filters: What the transform starts from: `random` as published, or `fourier`, which suits long filters and
+            short trainings.
 
     Reference:
         Luo and Mesgarani, "Conv-TasNet", TASLP 2019, arXiv:1809.07454.
@@ -97,6 +100,7 @@ class ConvTasNet(nn.Module):
         n_repeats: int = 3,
         norm: str = "gln",
         mask: str = "sigmoid",
+        filters: str = "random",
     ) -> None:
         super().__init__()
         if norm not in NORMS or mask not in MASKS:
@@ -107,6 +111,10 @@ class ConvTasNet(nn.Module):
         self.n_sources, self.mask = n_sources, mask
         self.encoder = LearnedEncoder(n_filters=n_filters, kernel_size=kernel_size, stride=stride)
         self.decoder = LearnedDecoder(n_filters=n_filters, kernel_size=kernel_size, stride=stride)
+        if filters == "fourier":
+            with torch.no_grad():
+                self.encoder.filters.weight.copy_(fourier_filters(n_filters, kernel_size))
+                self.decoder.filters.weight.copy_(self.encoder.filters.weight.T)
         self.norm, self.narrow = NORMS[norm](n_filters), nn.Linear(n_filters, bottleneck)
         self.blocks = nn.ModuleList(
             ConvBlock(
@@ -125,6 +133,11 @@ class ConvTasNet(nn.Module):
         masks = self.masks(encoded)
         masked = rearrange(masks * encoded[:, :, None], "bc l s f -> (bc s) l f")
         return rearrange(self.decoder(masked, time), "(b c s) t -> b s c t", b=batch, s=self.n_sources)
+
+    def compile_regions(self) -> None:
+        """Compile what pays: one block, with batch, frames and dilation left open, for all blocks and lengths."""
+        for block in self.blocks:
+            block.compile(dynamic=True)
 
     def masks(self, encoded: Tensor) -> Tensor:
         """``(batch, frame, filter)`` to ``(batch, frame, source, filter)``."""

@@ -99,7 +99,7 @@ class SepFormer(nn.Module):
         super().__init__()
         if n_filters % n_heads or n_filters % 2 or chunk_size % 2 or kernel_size % 2:
             raise ValueError(
-                f"n_filters {n_filters} must be a multiple of n_heads {n_heads}; n_filters, chunk_size {chunk_size} and "
+                f"n_filters {n_filters} must be a multiple of n_heads {n_heads}; it, chunk_size {chunk_size} and "
                 f"kernel_size {kernel_size} must be even."
             )
         self.n_sources, self.n_filters, self.hop = n_sources, n_filters, chunk_size // 2

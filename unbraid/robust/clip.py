@@ -80,12 +80,13 @@ class AutoClip:
         return torch.full_like(norm, self._current())
 
     def state_dict(self) -> dict[str, Any]:
-        """All norms so far, in no particular order."""
-        return {"norms": torch.tensor([-value for value in self._low] + self._high, dtype=torch.float64)}
+        """All norms so far, from small to large: what two heaps hold does not tell in which order they were filled."""
+        norms = sorted([-value for value in self._low] + self._high)
+        return {"norms": torch.tensor(norms, dtype=torch.float64)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the norms of another run."""
-        norms = sorted(state["norms"].tolist())
+        norms = state["norms"].tolist()
         n_low = self._n_low(len(norms))
         self._low, self._high = [-value for value in reversed(norms[:n_low])], norms[n_low:]
 

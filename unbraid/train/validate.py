@@ -15,6 +15,7 @@ from unbraid.train.state import TrainState
 def validation(dataset: Mixtures, *, n_items: int, batch_size: int) -> Validate:
     """A function that scores a state's model on the first ``n_items`` mixtures, shared out over the ranks."""
 
+    @torch.no_grad()
     def validate(state: TrainState) -> Scores:
         sums = torch.zeros(4, dtype=torch.float64)
         keys = FixedKeys(n_items, batch_size, rank=dist.rank(), world_size=dist.world_size())

@@ -1,0 +1,74 @@
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import settings
+
+settings.register_profile("unbraid", deadline=None, max_examples=50, derandomize=True)
+settings.load_profile("unbraid")
+
+
+def talker(speaker, utterance, *, seconds=1.5, sample_rate=8000):
+    """Something like a talker, ``(time,)``: decaying harmonics of the speaker's own pitch, and breath; never silent."""
+    rng = np.random.default_rng([20240501, speaker, utterance])
+    time = np.arange(round(seconds * sample_rate)) / sample_rate
+    pitch = 90 + 17 * speaker + rng.uniform(-5, 5)
+    syllable = 0.2 + np.exp(-8 * ((time + rng.uniform(0, 0.25)) % 0.25))
+    voice = sum(np.sin(2 * np.pi * k * pitch * time + rng.uniform(0, 6)) / k for k in range(1, 9))
+    return (0.05 * syllable * (voice + 0.3 * rng.standard_normal(len(time)))).astype(np.float32)
+
+
+@pytest.fixture
+def speaker_folder(tmp_path):
+    """A factory of folders ``speaker-NN/NN.wav``, 32-bit float, the same samples every time."""
+
+    def make(n_speakers=8, n_files=2, seconds=1.5, sample_rate=8000, root=None):
+        root = tmp_path / "speech" if root is None else root
+        for speaker in range(n_speakers):
+            folder = root / f"speaker-{speaker:02d}"
+            folder.mkdir(parents=True, exist_ok=True)
+            for utterance in range(n_files):
+                audio = talker(speaker, utterance, seconds=seconds, sample_rate=sample_rate)
+                soundfile.write(folder / f"{utterance:02d}.wav", audio, sample_rate, subtype="FLOAT")
+        return root
+
+    return make
+
+
+RECIPE = """
+[data]
+path = "{path}"
+excerpt_seconds = 0.5
+batch_size = 4
+workers = 0
+[model]
+name = "conv_tasnet"
+n_filters = 16
+bottleneck = 8
+hidden = 16
+skip = 8
+n_blocks = 2
+n_repeats = 1
+[optim]
+name = "adam"
+lr = 1e-3
+[train]
+max_steps = 6
+precision = "fp32"
+[validate]
+every_steps = 3
+n_items = 3
+[save]
+every_steps = 2
+"""
+
+
+@pytest.fixture
+def recipe_file(tmp_path, speaker_folder):
+    """A factory of small recipes on a small speaker folder; takes TOML to append, returns the file's path."""
+
+    def make(extra="", path=None):
+        file = tmp_path / "recipe.toml"
+        file.write_text(RECIPE.format(path=(path or speaker_folder()).as_posix()) + extra)
+        return file
+
+    return make

@@ -1,0 +1,258 @@
+import os
+
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from unbraid.audio import probe_audio, write_audio
+from unbraid.data.mixing import BadExcerpt, mix, read_excerpt
+from unbraid.data.tracks import Track
+from unbraid.dsp import power_db
+
+
+def sound(n_samples=2000, *, seed=0, n_channels=1, level=0.1):
+    return level * np.random.default_rng(seed).standard_normal((n_channels, n_samples), dtype=np.float32)
+
+
+def track_of(path):
+    return Track.of(path, probe_audio(path), group="anna")
+
+
+def excerpt(track, start=0.0, n_samples=4000, sample_rate=8000, *, keep_silent=False):
+    return read_excerpt(track, start, n_samples, sample_rate, keep_silent=keep_silent)
+
+
+LEVELS = st.lists(st.floats(-60, 0), min_size=1, max_size=4)
+SNR = st.one_of(st.none(), st.floats(-20, 40))
+
+
+@given(LEVELS, SNR, st.integers(0, 99))
+def test_the_mixture_is_exactly_the_sum_of_its_parts(levels, snr_db, seed):
+    noise = None if snr_db is None else sound(seed=seed + 50)
+    made = mix([sound(seed=seed + i) for i in range(len(levels))], levels, noise, snr_db or 0.0)
+
+    total = made.sources.sum(axis=0) if noise is None else made.sources.sum(axis=0) + made.noise
+
+    assert made.mixture.dtype == made.sources.dtype == np.float32
+    assert np.array_equal(made.mixture, total)
+
+
+@given(LEVELS, SNR, st.integers(0, 99))
+def test_nothing_is_louder_than_full_scale(levels, snr_db, seed):
+    noise = None if snr_db is None else sound(seed=seed + 50)
+
+    made = mix([sound(seed=seed + i) for i in range(len(levels))], levels, noise, snr_db or 0.0)
+
+    assert np.abs(made.mixture).max() <= 0.99 + 1e-6
+
+
+@given(LEVELS, st.floats(-20, 40))
+def test_levels_and_snr_are_as_asked_but_for_one_gain_on_everything(levels, snr_db):
+    made = mix([sound(seed=i) for i in range(len(levels))], levels, sound(seed=9), snr_db)
+
+    turned_down = [level - power_db(source) for level, source in zip(levels, made.sources, strict=True)]
+    speech, loudest = power_db(made.sources.sum(axis=0)), np.abs(made.mixture).max()
+    assert max(turned_down) - min(turned_down) < 1e-3
+    assert speech - power_db(made.noise) == pytest.approx(snr_db, abs=1e-3)
+    assert abs(turned_down[0]) < 1e-3 or (turned_down[0] > 0 and loudest == pytest.approx(0.99, abs=1e-5))
+
+
+@given(st.floats(-40, 40))
+def test_the_level_of_a_recording_does_not_matter(gain_db):
+    gain = np.float32(10 ** (gain_db / 20))
+    one = mix([sound(seed=0), sound(seed=1)], [-25, -28], sound(seed=2), 5)
+
+    other = mix([gain * sound(seed=0), sound(seed=1)], [-25, -28], gain * sound(seed=2), 5)
+
+    np.testing.assert_allclose(other.mixture, one.mixture, atol=1e-6)
+
+
+def test_the_order_of_the_sources_is_kept():
+    made = mix([sound(seed=0), sound(seed=1)], [-20, -20])
+
+    assert np.corrcoef(made.sources[1, 0], sound(seed=1)[0])[0, 1] == pytest.approx(1)
+
+
+def test_silence_stays_silence_among_sounds():
+    made = mix([np.zeros((1, 2000), np.float32), sound()], [-20, -20], sound(seed=1), 10)
+
+    assert not made.sources[0].any()
+    assert power_db(made.sources[1]) == pytest.approx(-20, abs=1e-3)
+
+
+def test_nothing_but_silence_is_finite():
+    silence = np.zeros((1, 2000), np.float32)
+
+    made = mix([silence, silence], [-20, -20], sound(), 10)
+
+    assert np.isfinite(made.mixture).all()
+
+
+def test_the_recordings_are_not_changed():
+    source = sound()
+    mix([source, sound(seed=1)], [-60, 0], source, 0)
+
+    assert np.array_equal(source, sound())
+
+
+def test_an_excerpt_is_that_part_of_the_recording(tmp_path):
+    audio = sound(12_000)
+    track = track_of(write_audio(tmp_path / "a.wav", audio, 8000))
+
+    assert np.array_equal(excerpt(track, 0.25), audio[:, 2000:6000])
+
+
+def test_a_short_recording_is_padded_at_its_end(tmp_path):
+    audio = sound(3000)
+    track = track_of(write_audio(tmp_path / "a.wav", audio, 8000))
+
+    padded = excerpt(track)
+
+    assert np.array_equal(padded[:, :3000], audio)
+    assert not padded[:, 3000:].any()
+
+
+def test_several_channels_become_their_mean(tmp_path):
+    audio = sound(4000, n_channels=3)
+    track = track_of(write_audio(tmp_path / "a.wav", audio, 8000))
+
+    np.testing.assert_allclose(excerpt(track), audio.mean(axis=0, keepdims=True), atol=1e-7)
+
+
+@pytest.mark.parametrize("rate", [16000, 44100, 11025])
+def test_a_recording_at_another_rate_has_the_asked_length_and_pitch(tmp_path, rate):
+    tone = np.sin(2 * np.pi * 500 * np.arange(rate) / rate).astype(np.float32)
+    track = track_of(write_audio(tmp_path / "a.wav", 0.5 * tone, rate))
+
+    resampled = excerpt(track, 0.1)
+
+    assert resampled.shape == (1, 4000)
+    spectrum = np.abs(np.fft.rfft(resampled[0]))
+    assert spectrum.argmax() == 250  # 500 Hz, in steps of 2 Hz
+    assert power_db(resampled[:, -200:]) == pytest.approx(-9.03, abs=0.1)  # up to its last sample
+
+
+@pytest.fixture
+def three_hours(tmp_path):
+    """Zeros, in a sparse file, with sound in the last second."""
+    path, n_samples = tmp_path / "long.wav", 3 * 3600 * 8000
+    write_audio(path, sound(8000), 8000)
+    audio, header = path.read_bytes()[-32_000:], bytearray(path.read_bytes()[:-32_000])
+    header[-4:] = np.uint32(4 * n_samples).tobytes()
+    header[4:8] = np.uint32(len(header) - 8 + 4 * n_samples).tobytes()
+    with path.open("wb") as file:
+        file.write(header)
+        file.seek(len(header) + 4 * n_samples - len(audio))
+        file.write(audio)
+    return track_of(path)
+
+
+def test_of_a_long_recording_only_the_excerpt_is_read(three_hours):
+    assert three_hours.seconds == 3 * 3600
+    assert np.array_equal(excerpt(three_hours, 3 * 3600 - 1), sound(8000)[:, :4000])
+
+
+def test_a_silent_excerpt_says_nothing_about_a_long_recording(three_hours):
+    with pytest.raises(BadExcerpt) as bad:
+        excerpt(three_hours, 3600)
+
+    assert bad.value.fault.code == "AUDIO_SILENT"
+    assert bad.value.fault.in_excerpt_only
+
+
+def bad_file(kind, path):
+    audio = sound(12_000)
+    write_audio(path, audio, 8000)
+    track = track_of(path)
+    if kind in ("nan", "inf"):
+        audio[0, 100] = float(kind)
+        soundfile.write(path, audio.T, 8000, subtype="FLOAT")
+    elif kind == "nan in one channel":
+        pair = np.concatenate([audio, audio])
+        pair[1, 100] = np.nan
+        soundfile.write(path, pair.T, 8000, subtype="FLOAT")
+    elif kind == "vanished":
+        path.unlink()
+    elif kind == "emptied":
+        path.write_bytes(b"")
+    elif kind == "random bytes":
+        path.write_bytes(np.random.default_rng(0).bytes(20_000))
+    elif kind == "cut in half":
+        os.truncate(path, path.stat().st_size // 2)
+    elif kind == "no samples":
+        soundfile.write(path, np.zeros(0), 8000, subtype="FLOAT")
+    elif kind == "another rate":
+        write_audio(path, audio, 16000)
+    elif kind == "silent":
+        write_audio(path, 1e-6 * audio, 8000)
+    elif kind == "one channel is the other turned over":
+        write_audio(path, np.concatenate([audio, -audio]), 8000)
+    elif kind == "offset without sound":
+        write_audio(path, np.full((1, 12_000), 0.3, np.float32), 8000)
+    return track
+
+
+FAULTS = {
+    "nan": "AUDIO_NONFINITE",
+    "inf": "AUDIO_NONFINITE",
+    "nan in one channel": "AUDIO_NONFINITE",
+    "vanished": "AUDIO_UNREADABLE",
+    "emptied": "AUDIO_UNREADABLE",
+    "random bytes": "AUDIO_UNREADABLE",
+    "cut in half": "AUDIO_UNREADABLE",
+    "no samples": "AUDIO_EMPTY",
+    "another rate": "AUDIO_WRONG_RATE",
+    "silent": "AUDIO_SILENT",
+    "one channel is the other turned over": "AUDIO_SILENT",
+    "offset without sound": "AUDIO_SILENT",
+}
+
+
+@pytest.mark.parametrize(("kind", "code"), FAULTS.items())
+@pytest.mark.parametrize("start", [0.0, 0.9])
+def test_a_bad_file_is_named_wherever_the_excerpt_lies(tmp_path, kind, code, start):
+    track = bad_file(kind, tmp_path / "bad.wav")
+
+    with pytest.raises(BadExcerpt) as bad:
+        excerpt(track, start)
+
+    assert (bad.value.fault.code, bad.value.fault.path) == (code, str(track.path))
+    assert not bad.value.fault.in_excerpt_only
+    assert str(track.path) in bad.value.fault.message
+
+
+def test_the_first_sample_that_is_not_finite_is_told(tmp_path):
+    with pytest.raises(BadExcerpt, match="index 100"):
+        excerpt(bad_file("nan", tmp_path / "bad.wav"), 0.9)
+
+
+def test_a_file_at_another_rate_than_listed_is_told_with_both(tmp_path):
+    with pytest.raises(BadExcerpt, match=r"16000 Hz.*8000 Hz"):
+        excerpt(bad_file("another rate", tmp_path / "bad.wav"))
+
+
+def test_silence_is_fine_where_it_is_kept(tmp_path):
+    track = track_of(write_audio(tmp_path / "a.wav", np.zeros((1, 12_000), np.float32), 8000))
+
+    assert not excerpt(track, keep_silent=True).any()
+
+
+@given(st.integers(0, 8000))
+def test_no_silent_excerpt_of_a_sounding_file_is_let_through(tmp_path_factory, start):
+    path = tmp_path_factory.getbasetemp() / "half.wav"
+    if not path.exists():
+        write_audio(path, np.concatenate([np.zeros((1, 6000), np.float32), sound(6000)], axis=1), 8000)
+    track = track_of(path)
+    assume(not 2000 <= start < 2100)  # a few samples of sound: either is right
+
+    try:
+        drawn = excerpt(track, start / 8000)
+    except BadExcerpt as bad:
+        assert bad.fault.code == "AUDIO_SILENT"
+        assert bad.fault.in_excerpt_only
+        assert start < 2000
+    else:
+        assert start >= 2100
+        assert power_db(drawn) > -80

@@ -1,0 +1,198 @@
+import math
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from unbraid.data.folders import speakers
+from unbraid.data.tracks import Track, by_group, read_manifest, split_named, with_splits, write_manifest
+from unbraid.errors import DataError
+
+
+def manifest(folder, text):
+    path = folder / "manifest.csv"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def tracks_of(n_speakers, n_files=2, split=""):
+    return [
+        Track((("audio", Path(f"{s}/{i}.wav")),), f"speaker {s}", 2.0, 8000, split)
+        for s in range(n_speakers)
+        for i in range(n_files)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [("tr", "train"), ("TRAIN", "train"), ("dev", "valid"), ("cv", "valid"), ("Validation", "valid"), ("tt", "test")],
+)
+def test_the_usual_names_of_splits_are_understood(name, split):
+    assert split_named(name) == split
+
+
+@pytest.mark.parametrize("name", ["", "speaker", "trainer", "tests"])
+def test_any_other_name_is_no_split(name):
+    assert split_named(name) == ""
+
+
+def test_what_is_written_is_read_again(speaker_folder):
+    tracks = with_splits(speakers(speaker_folder()), n_sources=2)
+    write_manifest(tracks[0].path.parents[1] / "all.csv", tracks)
+
+    assert read_manifest(tracks[0].path.parents[1] / "all.csv") == tracks
+
+
+def test_files_with_a_fault_are_found_again_in_what_is_written(speaker_folder):
+    root = speaker_folder(n_speakers=2, n_files=1)
+    (root / "speaker-01" / "00.wav").write_bytes(b"")
+    write_manifest(root / "all.csv", speakers(root))
+
+    assert [bool(track.fault) for track in read_manifest(root / "all.csv")] == [False, True]
+
+
+@pytest.mark.parametrize("text", ["path,speaker\n{},anna", "path,speaker,seconds,sample_rate\n{},anna,,0"])
+def test_a_manifest_without_durations_is_completed_from_the_files(speaker_folder, text):
+    root = speaker_folder(n_speakers=1, n_files=1)
+    path = manifest(root, text.format("speaker-00/00.wav"))
+
+    assert read_manifest(path) == [Track((("audio", root / "speaker-00/00.wav"),), "anna", 1.5, 8000)]
+
+
+def test_other_columns_their_order_and_a_byte_order_mark_do_not_matter(tmp_path):
+    text = "\ufeffnote,split,sample_rate,path,seconds,speaker\n'hi',dev,16000,a.wav,2.5,anna\n"
+
+    assert read_manifest(manifest(tmp_path, text)) == [
+        Track((("audio", tmp_path / "a.wav"),), "anna", 2.5, 16000, "valid")
+    ]
+
+
+def test_an_index_column_without_a_name_is_another_column(tmp_path):
+    """As pandas writes it unless told not to."""
+    (track,) = read_manifest(manifest(tmp_path, ",path,speaker,seconds,sample_rate\n0,a.wav,anna,2,8000\n"))
+
+    assert track.group == "anna"
+
+
+def test_the_class_of_a_noise_stands_for_its_speaker(tmp_path):
+    (track,) = read_manifest(manifest(tmp_path, "path,class,seconds,sample_rate\na.wav,rain,2,8000\n"))
+
+    assert track.group == "rain"
+
+
+@pytest.mark.parametrize("path", ["../outside.wav", "/etc/passwd", "a/../../outside.wav", "loop.wav", ""])
+def test_a_path_that_leads_out_of_the_manifests_folder_is_refused_with_its_row(tmp_path, path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "outside.wav").touch()
+    (tmp_path / "data" / "loop.wav").symlink_to("loop.wav")
+    text = f"path,speaker,seconds,sample_rate\na.wav,anna,2,8000\n{path},bob,2,8000\n"
+
+    with pytest.raises(DataError, match="row 3"):
+        read_manifest(manifest(tmp_path / "data", text))
+
+
+def test_a_link_that_leads_out_of_the_manifests_folder_is_refused_with_its_row(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "outside.wav").touch()
+    (tmp_path / "data" / "a.wav").symlink_to(tmp_path / "outside.wav")
+
+    with pytest.raises(DataError, match="row 2"):
+        read_manifest(manifest(tmp_path / "data", "path,speaker,seconds,sample_rate\na.wav,anna,2,8000\n"))
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ("a.wav,anna,2", "fields"),
+        ("a.wav,anna,2,8000,train,more", "fields"),
+        ("a.wav,anna,two,8000,train", "numbers"),
+        ("a.wav,anna,2,8 kHz,train", "numbers"),
+        ("a.wav,anna,nan,8000,train", "numbers"),
+        ("a.wav,anna,inf,8000,train", "numbers"),
+        ("a.wav,anna,-2,8000,train", "numbers"),
+        ("a.wav,anna,2,inf,train", "numbers"),
+        ("a.wav,anna,2,nan,train", "numbers"),
+        ("a.wav,anna,2,8000,holdout", "split"),
+        ("a\0.wav,anna,2,8000,train", "path"),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_refused_with_its_number(tmp_path, row, said):
+    text = f"path,speaker,seconds,sample_rate,split\na.wav,anna,2,8000,train\n{row}\n"
+
+    with pytest.raises(DataError, match=rf"row 3\b.*{said}"):
+        read_manifest(manifest(tmp_path, text))
+
+
+@pytest.mark.parametrize("text", ["", "file,speaker\na.wav,anna\n", "path,talker\na.wav,anna\n", "path;speaker\n"])
+def test_a_table_without_the_needed_columns_is_refused_with_what_it_has(tmp_path, text):
+    with pytest.raises(DataError, match="needs the columns path and speaker"):
+        read_manifest(manifest(tmp_path, text))
+
+
+def test_a_binary_file_is_no_table(tmp_path):
+    with pytest.raises(DataError, match="UTF-8"):
+        read_manifest(manifest(tmp_path, b"\xff\xfe\x00path,speaker"))
+
+
+CELL = st.text(st.characters(codec="utf-8"), max_size=8)
+
+
+@given(st.lists(st.lists(CELL, max_size=6).map(",".join), max_size=4).map("\n".join))
+def test_whatever_the_rows_say_the_answer_is_tracks_or_one_line(text):
+    with tempfile.TemporaryDirectory() as folder:
+        path = manifest(Path(folder), "path,speaker,seconds,sample_rate,split\n" + text)
+        try:
+            tracks = read_manifest(path)
+        except DataError:
+            return
+
+    for track in tracks:
+        assert track.path.resolve().is_relative_to(path.parent.resolve())
+        assert track.fault or (math.isfinite(track.seconds) and track.seconds > 0 and track.sample_rate > 0)
+
+
+@given(st.integers(2, 4), st.integers(0, 60))
+def test_each_speaker_is_in_one_split_and_each_split_can_make_a_mixture(n_sources, more):
+    tracks = with_splits(tracks_of(3 * n_sources + more), n_sources=n_sources)
+
+    splits = {track.group: {other.split for other in tracks if other.group == track.group} for track in tracks}
+    sizes = Counter(split for of_speaker in splits.values() for split in of_speaker)
+    assert all(len(of_speaker) == 1 for of_speaker in splits.values())
+    assert min(sizes["train"], sizes["valid"], sizes["test"]) >= n_sources
+
+
+def test_eight_tenths_of_many_speakers_are_for_training():
+    splits = Counter(track.split for track in with_splits(tracks_of(200, n_files=1), n_sources=2))
+
+    assert splits == {"train": 160, "valid": 20, "test": 20}
+
+
+@given(st.randoms(use_true_random=False))
+def test_splits_do_not_hang_on_the_order_of_the_files(random):
+    tracks = tracks_of(12)
+    shuffled = random.sample(tracks, len(tracks))
+
+    assert set(with_splits(shuffled, n_sources=2)) == set(with_splits(tracks, n_sources=2))
+
+
+def test_splits_that_are_named_stay():
+    tracks = [*tracks_of(3, split="train"), *tracks_of(2, split="test")]
+
+    assert with_splits(tracks, n_sources=2) == tracks
+
+
+def test_too_few_speakers_for_three_splits_are_refused_with_their_number():
+    with pytest.raises(DataError, match="5 speakers are too few"):
+        with_splits(tracks_of(5), n_sources=2)
+
+
+def test_groups_hold_every_track_in_its_order():
+    tracks = tracks_of(3)[::-1]
+
+    groups = by_group(tracks)
+
+    assert list(groups) == ["speaker 2", "speaker 1", "speaker 0"]
+    assert [track for group in groups.values() for track in group] == tracks

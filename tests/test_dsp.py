@@ -1,0 +1,98 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from unbraid.dsp import check_same_shape, fit_length, power_db, resample, to_amplitude
+
+
+def sine(frequency, sample_rate, seconds=0.5):
+    time = np.arange(round(seconds * sample_rate)) / sample_rate
+    return np.sin(2 * np.pi * frequency * time, dtype=np.float64).astype(np.float32)[None]
+
+
+def middle(audio):
+    quarter = audio.shape[-1] // 4
+    return audio[..., quarter:-quarter]
+
+
+@pytest.mark.parametrize(("from_rate", "to_rate"), [(16000, 8000), (8000, 16000), (44100, 8000), (8000, 11025)])
+def test_a_tone_is_the_same_tone_at_the_other_rate(from_rate, to_rate):
+    resampled = resample(sine(1000, from_rate), from_rate, to_rate)
+
+    np.testing.assert_allclose(middle(resampled), middle(sine(1000, to_rate, 0.6)[:, : resampled.shape[1]]), atol=1e-3)
+
+
+def test_a_tone_above_the_new_rates_half_is_gone():
+    assert power_db(middle(resample(sine(6000, 16000), 16000, 8000))) < -80
+
+
+@given(st.integers(1, 3000), st.sampled_from([8000, 16000, 44100, 48000]), st.sampled_from([8000, 16000, 22050]))
+def test_the_duration_is_kept_to_the_sample_above(n_samples, from_rate, to_rate):
+    resampled = resample(np.ones((2, n_samples), np.float32), from_rate, to_rate)
+
+    assert resampled.shape[0] == 2
+    assert resampled.dtype == np.float32
+    assert 0 <= resampled.shape[1] / to_rate - n_samples / from_rate < 1 / to_rate
+
+
+def test_the_same_rate_changes_nothing():
+    audio = sine(440, 8000)
+
+    assert np.array_equal(resample(audio, 8000, 8000), audio)
+
+
+def test_channels_are_resampled_apart():
+    pair = np.concatenate([sine(300, 16000), sine(700, 16000)])
+
+    np.testing.assert_array_equal(resample(pair, 16000, 8000)[1:], resample(pair[1:], 16000, 8000))
+
+
+def test_nothing_is_resampled_to_nothing():
+    assert resample(np.zeros((1, 0), np.float32), 16000, 8000).shape == (1, 0)
+
+
+@given(st.integers(0, 20), st.integers(0, 20))
+def test_fitting_keeps_what_there_is_and_adds_only_zeros(n_samples, wanted):
+    audio = np.arange(1, 2 * n_samples + 1, dtype=np.float32).reshape(2, n_samples)
+    kept = min(n_samples, wanted)
+
+    fitted = fit_length(audio, wanted)
+
+    assert fitted.shape == (2, wanted)
+    assert np.array_equal(fitted[:, :kept], audio[:, :kept])
+    assert not fitted[:, kept:].any()
+
+
+@pytest.mark.parametrize(
+    ("audio", "expected"),
+    [
+        (np.tile(np.float32([1, -1]), 500), 0.0),
+        (sine(1000, 8000), -3.0103),
+        (np.full((1, 1000), 0.1, np.float32), -20.0),
+        (np.zeros((1, 1000), np.float32), -200.0),
+        (np.full((1, 1000), 1e-7, np.float32), -140.0),
+        (np.full((1, 3_000_000), 1e-3, np.float32), -60.0),
+    ],
+    ids=["square wave", "sine", "tenth", "silence", "very quiet", "long"],
+)
+def test_power_is_known_for_simple_signals(audio, expected):
+    assert power_db(audio) == pytest.approx(expected, abs=1e-4)
+
+
+@given(st.floats(-60, 60))
+def test_a_gain_in_db_moves_the_power_by_as_much(gain_db):
+    audio = sine(440, 8000).astype(np.float64)
+
+    assert power_db(audio * to_amplitude(gain_db)) == pytest.approx(power_db(audio) + gain_db, abs=1e-9)
+
+
+def test_twenty_db_are_a_factor_of_ten():
+    assert to_amplitude(20) == pytest.approx(10)
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (8,), (2, 1), (2, 9)])
+def test_shapes_that_would_only_broadcast_are_refused(shape):
+    with pytest.raises(ValueError, match="same shape"):
+        check_same_shape(torch.zeros(2, 8), torch.zeros(shape))

@@ -1,0 +1,207 @@
+from itertools import permutations
+
+import mir_eval
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from unbraid.metrics import best_assignment, pairwise_si_sdr, reorder, sdr, si_sdr, snr
+
+
+def signals(*shape, seed=0, dtype=torch.float64):
+    return 0.1 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def noisy(target, ratio_db, seed=1):
+    """The target and noise at right angles to it, whose power is exactly so many dB lower."""
+    target = target - target.mean(-1, keepdim=True)
+    noise = signals(*target.shape, seed=seed)
+    noise = noise - noise.mean(-1, keepdim=True)
+    noise = noise - (noise * target).sum(-1, keepdim=True) / target.square().sum(-1, keepdim=True) * target
+    gain = (target.square().mean(-1, keepdim=True) / noise.square().mean(-1, keepdim=True)).sqrt()
+    return target + 10 ** (-ratio_db / 20) * gain * noise
+
+
+@pytest.mark.parametrize("ratio_db", [-20, 0, 10, 50, 100])
+@pytest.mark.parametrize("metric", [si_sdr, snr])
+def test_noise_at_right_angles_has_the_ratio_it_was_made_with(metric, ratio_db):
+    target = signals(3, 4000)
+
+    ratios = metric(noisy(target, ratio_db), target - target.mean(-1, keepdim=True))
+
+    torch.testing.assert_close(ratios, torch.full((3,), float(ratio_db)).double(), atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("ratio_db", [-30, 0, 30, 60, 100])
+@pytest.mark.parametrize("n_samples", [800, 24_000])
+@pytest.mark.parametrize("metric", [si_sdr, snr])
+def test_float32_is_right_to_a_hundredth_of_a_db(metric, n_samples, ratio_db):
+    target = signals(16, n_samples)
+    estimate, target = noisy(target, ratio_db).float(), (target - target.mean(-1, keepdim=True)).float()
+
+    ratios = metric(estimate, target)
+
+    assert ratios.dtype == torch.float32
+    torch.testing.assert_close(ratios.double(), metric(estimate.double(), target.double()), atol=0.01, rtol=0)
+
+
+@given(st.floats(1e-4, 300), st.floats(1e-4, 300))
+def test_si_sdr_hears_no_gain_on_either_side(estimate_gain, target_gain):
+    target = signals(2, 2000).float()
+    estimate = noisy(target.double(), 40).float()
+
+    torch.testing.assert_close(
+        si_sdr(estimate_gain * estimate, target_gain * target), si_sdr(estimate, target), atol=0.01, rtol=0
+    )
+
+
+@pytest.mark.parametrize("ratio_db", [0, 40])
+def test_si_sdr_hears_no_offset_and_no_polarity(ratio_db):
+    target = signals(2, 2000)
+    estimate = noisy(target, ratio_db)
+
+    torch.testing.assert_close(si_sdr(0.3 - estimate, target + 0.5), si_sdr(estimate, target), atol=1e-6, rtol=0)
+
+
+def test_snr_hears_a_gain_of_a_half_as_6_db():
+    target = signals(2, 2000)
+
+    torch.testing.assert_close(snr(target / 2, target), torch.full((2,), 6.0206).double(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("metric", [si_sdr, snr])
+def test_a_perfect_estimate_has_a_finite_ratio_above_any_other(metric):
+    target = signals(1, 2000, dtype=torch.float32)
+
+    assert 120 < metric(target, target).item() < 140
+
+
+@pytest.mark.parametrize("silent", ["estimate", "target", "both"])
+def test_silence_scores_below_minus_90_db_and_finite(silent):
+    sound, silence = signals(1, 2000, dtype=torch.float32), torch.zeros(1, 2000)
+    pair = {"estimate": (silence, sound), "target": (sound, silence), "both": (silence, silence)}[silent]
+
+    assert -400 < si_sdr(*pair).item() < -90
+
+
+@pytest.mark.parametrize("metric", [si_sdr, snr, sdr])
+def test_shapes_are_never_broadcast(metric):
+    with pytest.raises(ValueError, match="same shape"):
+        metric(signals(2, 1, 1000), signals(2, 3, 1000))
+
+
+@pytest.mark.parametrize("metric", [si_sdr, snr, sdr])
+def test_each_signal_is_scored_by_itself(metric):
+    target = signals(2, 3, 1, 1500)
+    estimate = target + signals(2, 3, 1, 1500, seed=1)
+
+    ratios = metric(estimate, target)
+
+    assert ratios.shape == (2, 3, 1)
+    torch.testing.assert_close(ratios[1, 2, 0], metric(estimate[1, 2, 0][None], target[1, 2, 0][None])[0])
+
+
+@pytest.mark.filterwarnings("ignore:mir_eval.separation:FutureWarning")
+def test_sdr_is_the_one_of_mir_eval():
+    target = signals(2, 4000, seed=2)
+    filtered = torch.from_numpy(np.stack([np.convolve(row, [1, 0.5, -0.2])[:4000] for row in target.numpy()]))
+    estimate = filtered + torch.tensor([[0.3], [0.01]]) * signals(2, 4000, seed=3)
+
+    expected, *_ = mir_eval.separation.bss_eval_sources(target.numpy(), estimate.numpy(), compute_permutation=False)
+
+    torch.testing.assert_close(sdr(estimate, target), torch.from_numpy(expected), atol=0.01, rtol=0)
+
+
+def test_sdr_of_float32_is_the_one_of_float64():
+    target = signals(3, 2000)
+    estimate = target + 0.1 * signals(3, 2000, seed=1)
+
+    torch.testing.assert_close(sdr(estimate.float(), target.float()).double(), sdr(estimate, target), atol=0.01, rtol=0)
+
+
+def test_sdr_says_nothing_of_silence_and_the_others_do_not_notice():
+    target = signals(3, 2000)
+    estimate = target + signals(3, 2000, seed=1)
+    whole = sdr(estimate, target)
+    target[0], estimate[2] = 0, 0
+
+    ratios = sdr(estimate, target)
+
+    assert ratios.isnan().tolist() == [True, False, True]
+    assert ratios[1] == pytest.approx(whole[1].item(), abs=1e-6)
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.floats(-30, 40), st.integers(0, 99))
+def test_the_pairwise_form_is_si_sdr_of_every_pair(n_estimates, n_targets, ratio_db, seed):
+    target = signals(2, n_targets, 1000, seed=seed)
+    estimate = noisy(target[:, torch.arange(n_estimates) % n_targets], ratio_db, seed=seed + 1).float()
+    target = target.float()
+
+    pairs = pairwise_si_sdr(estimate, target)
+
+    shape = (2, n_estimates, n_targets, 1000)
+    each = si_sdr(estimate[:, :, None].expand(shape), target[:, None].expand(shape))
+    sounding = each > -60  # of two signals at right angles only the rounding is left
+    torch.testing.assert_close(pairs[sounding], each[sounding], atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("ratio_db", [-10, 20, 60, 100])
+@pytest.mark.parametrize("n_sources", [2, 3, 6])
+def test_the_pairwise_form_finds_the_order_at_any_quality(n_sources, ratio_db):
+    target = signals(8, n_sources, 2000)
+    orders = torch.stack([torch.randperm(n_sources, generator=torch.Generator().manual_seed(i)) for i in range(8)])
+    estimate = reorder(noisy(target, ratio_db), orders).float()
+
+    assert torch.equal(best_assignment(pairwise_si_sdr(estimate, target.float())), orders.argsort(1))
+
+
+def brute_force(scores):
+    """The highest sum over all one-to-one assignments of estimates (rows) to targets (columns)."""
+    orders = permutations(range(len(scores)), len(scores[0]))
+    return max(sum(scores[e][t] for t, e in enumerate(order)) for order in orders)
+
+
+@given(st.integers(1, 6), st.integers(0, 2), st.integers(0, 9999))
+def test_the_assignment_is_one_to_one_and_no_other_is_better(n_targets, n_spare, seed):
+    n_estimates = min(6, n_targets + n_spare)
+    scores = 20 * torch.randn(3, n_estimates, n_targets, generator=torch.Generator().manual_seed(seed))
+
+    assignment = best_assignment(scores)
+
+    assert assignment.shape == (3, n_targets)
+    assert assignment.dtype == torch.int64
+    for chosen, item in zip(assignment, scores, strict=True):
+        assert len(set(chosen.tolist())) == n_targets
+        assert item[chosen, torch.arange(n_targets)].sum().item() == pytest.approx(brute_force(item.tolist()), abs=1e-3)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("n_sources", [3, 5])
+def test_a_sick_example_has_an_order_and_its_neighbours_keep_theirs(n_sources, value):
+    scores = torch.randn(2, n_sources, n_sources, generator=torch.Generator().manual_seed(0))
+    healthy = best_assignment(scores)
+    scores[0] = value
+
+    assignment = best_assignment(scores)
+
+    assert sorted(assignment[0].tolist()) == list(range(n_sources))
+    assert torch.equal(assignment[1], healthy[1])
+
+
+@pytest.mark.parametrize("n_sources", [3, 5])
+def test_one_score_that_is_nan_is_not_chosen_where_another_can_be(n_sources):
+    scores = torch.zeros(1, n_sources, n_sources)
+    scores[0, 0, 0] = torch.nan
+
+    assert best_assignment(scores)[0, 0] != 0
+
+
+def test_reordering_moves_whole_estimates_and_drops_those_nobody_asked_for():
+    estimate = torch.arange(2 * 3 * 2 * 4.0).reshape(2, 3, 2, 4)
+
+    ordered = reorder(estimate, torch.tensor([[2, 0], [1, 2]]))
+
+    assert torch.equal(ordered[0], estimate[0, [2, 0]])
+    assert torch.equal(ordered[1], estimate[1, [1, 2]])

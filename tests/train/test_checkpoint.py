@@ -1,0 +1,199 @@
+"""Checkpoints: whole or not at all, verified before use, nothing of a pickle."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from unbraid.errors import CheckpointError
+from unbraid.records import RunDirectory
+from unbraid.robust.clip import AutoClip
+from unbraid.robust.precision import Precision
+from unbraid.train.checkpoint import find_checkpoint, newest_checkpoint, read_checkpoint, save_checkpoint
+from unbraid.train.optim import OPTIMIZERS, Plateau
+from unbraid.train.state import TrainState
+
+
+def squared_error(estimate, target):
+    return (estimate - target).square().mean(-1)
+
+
+def make_state(seed=0, optimizer="adam"):
+    torch.manual_seed(seed)
+    model = nn.Linear(3, 3)
+    options = {"momentum": 0.9} if optimizer == "sgd" else {}
+    state = TrainState(
+        model,
+        squared_error,
+        OPTIMIZERS[optimizer](model.parameters(), lr=1e-2, **options),
+        AutoClip(),
+        precision=Precision("fp16"),
+        schedule=Plateau(),
+    )
+    for step in range(3):
+        state.optimizer.zero_grad()
+        model(torch.randn(4, 3)).square().mean().backward()
+        state.optimizer.step()
+        state.clipper(torch.tensor(1.0 + step), torch.tensor(True))
+    state.step, state.bad_files = 3, {"a<b>.wav": "AUDIO_NONFINITE"}
+    return state
+
+
+def save(run, state, *, best=False, keep=9):
+    return save_checkpoint(run, state.state_dict(), recipe={"data": {"seed": 1}}, choices={}, best=best, keep=keep)
+
+
+@pytest.fixture
+def run(tmp_path):
+    return RunDirectory(tmp_path / "run")
+
+
+@pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
+def test_what_was_saved_comes_back_bit_for_bit_and_trains_on_alike(run, optimizer):
+    state, other = make_state(0, optimizer), make_state(1, optimizer)
+
+    other.load_state_dict(read_checkpoint(save(run, state)).state)
+
+    assert other.step == 3
+    assert other.best_loss == math.inf
+    assert other.bad_files == {"a<b>.wav": "AUDIO_NONFINITE"}
+    data = torch.randn(4, 3)
+    for each in (state, other):
+        each.optimizer.zero_grad()
+        each.model(data).square().mean().backward()
+        each.optimizer.step()
+    assert torch.equal(state.model.weight, other.model.weight)
+    norms = [each.clipper(torch.tensor(0.5), torch.tensor(True)) for each in (state, other)]
+    assert torch.equal(*norms)
+
+
+def test_the_learning_rate_a_plateau_schedule_came_to_is_kept(run):
+    state, other = make_state(), make_state()
+    for loss in (1.0, 2.0, 2.0, 2.0, 2.0):
+        state.schedule.observe(loss)
+
+    other.load_state_dict(read_checkpoint(save(run, state)).state)
+
+    assert other.schedule.factor(1, 0.0) == state.schedule.factor(1, 0.0) < 1
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "zero", "remove"])
+def test_a_damaged_file_is_noticed_and_the_checkpoint_before_it_taken(run, name, damage):
+    state = make_state()
+    older = save(run, state)
+    state.step = 6
+    path = save(run, state) / name
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    if damage == "flip":
+        content[middle] ^= 1
+    elif damage == "truncate":
+        del content[middle:]
+    elif damage == "zero":
+        content[:] = bytes(len(content))
+    path.unlink()
+    if damage != "remove":
+        path.write_bytes(content)
+
+    found, passed_over = newest_checkpoint(run)
+
+    assert found.path == older
+    assert len(passed_over) == 1
+    assert "step-000006" in passed_over[0]
+
+
+def test_a_checkpoint_without_its_manifest_is_none(run):
+    path = save(run, make_state())
+    (path / "manifest.json").unlink()
+
+    assert newest_checkpoint(run)[0] is None
+    with pytest.raises(CheckpointError, match="is no checkpoint"):
+        find_checkpoint(path)
+
+
+def test_a_folder_left_half_written_is_reported_and_not_taken(run):
+    whole = save(run, make_state())
+    partial = run.checkpoints / ".step-000009.4711.tmp"
+    partial.mkdir()
+    (partial / "model.safetensors").write_bytes(b"half")
+
+    found, passed_over = newest_checkpoint(run)
+
+    assert found.path == whole
+    assert [".step-000009" in message for message in passed_over] == [True]
+
+
+@pytest.mark.parametrize(
+    "given", ["", "checkpoints", "checkpoints/best", "checkpoints/last", "checkpoints/step-000003"]
+)
+def test_every_way_to_name_a_checkpoint_leads_to_it(run, given):
+    path = save(run, make_state(), best=True)
+
+    assert find_checkpoint(run.path / given).resolve() == path.resolve()
+
+
+def test_a_run_directory_stands_for_its_best_checkpoint(run):
+    state = make_state()
+    best = save(run, state, best=True)
+    state.step = 6
+    save(run, state)
+
+    assert find_checkpoint(run.path) == best
+
+
+def test_old_checkpoints_go_but_for_the_best(run):
+    state = make_state()
+    for step in range(1, 7):
+        state.step = step
+        save(run, state, best=step == 2, keep=2)
+
+    assert sorted(path.name for path in run.checkpoints.glob("step-*")) == ["step-000002", "step-000005", "step-000006"]
+
+
+def test_a_model_that_is_not_finite_is_never_saved(run):
+    state = make_state()
+    with torch.no_grad():
+        state.model.bias[1] = torch.nan
+
+    with pytest.raises(CheckpointError, match="not finite.*bias"):
+        save(run, state)
+    assert not list(run.checkpoints.glob("*"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="file size limits are POSIX")
+def test_a_disk_that_refuses_leaves_the_old_checkpoint_whole_and_nothing_half_written(run):
+    import resource
+
+    older = save(run, make_state())
+    state = make_state(1)
+    state.step = 6
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            save(run, state)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    assert read_checkpoint(older).state["progress"]["step"] == 3
+    assert [path.name for path in run.checkpoints.iterdir() if path.is_dir()] == [older.name]
+
+
+def test_a_newer_schema_is_refused_by_name(run):
+    path = save(run, make_state())
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(manifest | {"schema": 99}))
+
+    with pytest.raises(CheckpointError, match="schema 99"):
+        read_checkpoint(path)
+
+
+def test_no_file_of_a_checkpoint_is_a_pickle(run):
+    for path in save(run, make_state()).iterdir():
+        assert path.suffix in (".json", ".safetensors")
+        assert path.read_bytes()[:1] != b"\x80"

@@ -1,0 +1,94 @@
+"""N processes do what one would: two real ones on gloo against one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from unbraid.records import RunDirectory, read_rows
+
+pytestmark = pytest.mark.ddp
+
+
+def torchrun(*arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    out = tmp_path_factory.mktemp("ranks")
+    ended = torchrun(str(Path(__file__).parent / "two_ranks.py"), str(out))
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return [json.loads((out / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("case", ["even", "uneven", "micro_batches", "filtered", "nothing_left"])
+def test_two_ranks_take_the_step_of_one_process_on_the_joined_batch(ranks, case):
+    for seen in ranks:
+        assert seen[case]["distance"] < 1e-6
+        assert seen[case]["norms"][0] == pytest.approx(seen[case]["norms"][1], rel=1e-5)
+
+
+def test_in_float32_to_one_part_in_a_hundred_thousand(ranks):
+    assert ranks[0]["float32"]["distance"] < 1e-5
+
+
+def test_a_filtered_rank_takes_part_with_weight_zero(ranks):
+    assert ranks[0]["nothing_left"]["n"] == ranks[1]["nothing_left"]["n"] == 4
+
+
+def test_nan_on_one_rank_makes_all_leave_the_step_out_together(ranks):
+    for seen in ranks:
+        assert (seen["nan"]["outcome"], seen["nan"]["unmoved"], seen["nan"]["next"]) == (
+            "nonfinite_loss",
+            True,
+            "trained",
+        )
+        assert seen["nan"]["difference"] is None
+        assert len(seen["nan"]["norms"]) == 2
+    assert ranks[0]["nan"]["norms"] == ranks[1]["nan"]["norms"]
+
+
+def test_weights_are_bit_equal_after_fifty_steps_on_different_data(ranks):
+    assert [seen["fifty"]["agreed"] for seen in ranks] == [None, None]
+
+
+def test_a_weight_that_differs_by_a_thousandth_is_found_and_named(ranks):
+    assert [seen["fifty"]["found"] for seen in ranks] == ["2.weight", "2.weight"]
+
+
+def test_agreement(ranks):
+    for seen in ranks:
+        assert seen["any"] == [True, False]
+        assert seen["from_main"] == 5.0
+
+
+@pytest.mark.slow
+def test_torchrun_trains_as_one_process_does_and_either_goes_on_with_the_others_run(recipe_file, tmp_path):
+    file = recipe_file('[clip]\nname = "autoclip"\n')
+    two, one, mixed = (tmp_path / name for name in ("two", "one", "mixed"))
+
+    def both(path, *extra):
+        ended = torchrun("-m", "unbraid", "train", str(file), "--run-dir", str(path), *extra)
+        assert ended.returncode == 0, ended.stderr[-3000:]
+
+    def alone(path, *extra):
+        command = [sys.executable, "-m", "unbraid", "train", str(file), "--run", str(path), *extra]
+        subprocess.run(command, check=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+    both(two)
+    alone(one)
+    both(mixed, "--set", "train.max_steps=4")
+    alone(mixed, "--resume")
+
+    losses = {path.name: [row["loss"] for row in read_rows(RunDirectory(path).steps)[0]] for path in (two, one, mixed)}
+    assert len(losses["two"]) == len(losses["mixed"]) == 6
+    assert losses["two"] == pytest.approx(losses["one"], abs=1e-4)
+    assert losses["mixed"] == pytest.approx(losses["one"], abs=1e-4)
+    scores = [read_rows(RunDirectory(path).validation)[0][-1]["si_sdr"] for path in (two, one)]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-3)

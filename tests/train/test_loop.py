@@ -1,0 +1,346 @@
+"""A whole run, in one process: records, events, stop rules, and going on where it was stopped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import soundfile
+
+from unbraid.assemble import train
+from unbraid.data.folders import speakers
+from unbraid.data.tracks import with_splits
+from unbraid.errors import CheckpointError, TrainingStopped
+from unbraid.recipe import load_recipe
+from unbraid.records import TIMING_FIELDS, RunDirectory, StepRecord, read_rows
+from unbraid.train.checkpoint import read_checkpoint
+
+
+def run_recipe(file, path, *overrides, resume=False):
+    run = RunDirectory(path)
+    return run, list(train(load_recipe(file, overrides), run, resume=resume))
+
+
+def without_times(log):
+    return [{key: value for key, value in row.items() if key not in TIMING_FIELDS} for row in read_rows(log)[0]]
+
+
+def weights(run, step):
+    return (run.checkpoints / f"step-{step:06d}" / "model.safetensors").read_bytes()
+
+
+def spoil(path, index=100):
+    audio, rate = soundfile.read(path, dtype="float32")
+    audio[index] = np.nan
+    soundfile.write(path, audio, rate, subtype="FLOAT")
+
+
+def test_a_run_leaves_everything_the_design_names(recipe_file, tmp_path):
+    run, records = run_recipe(recipe_file(), tmp_path / "run")
+
+    steps = [record for record in records if isinstance(record, StepRecord)]
+    assert [record.step for record in steps] == [1, 2, 3, 4, 5, 6]
+    assert {record.outcome for record in steps} == {"trained"}
+    assert [row["step"] for row in read_rows(run.validation)[0]] == [3, 6]
+    assert (run.checkpoints / "last").read_text().strip() == "step-000006"
+    assert json.loads(run.environment.read_text())["chosen"]["precision"] == "fp32"
+    assert load_recipe(run.recipe).optim.options["lr"] == 1e-3
+
+
+def test_what_was_yielded_is_what_was_written(recipe_file, tmp_path):
+    run, records = run_recipe(recipe_file(), tmp_path / "run")
+
+    assert [row["loss"] for row in read_rows(run.steps)[0]] == [r.loss for r in records if isinstance(r, StepRecord)]
+
+
+def test_the_same_recipe_gives_the_same_weights_bit_for_bit(recipe_file, tmp_path):
+    file = recipe_file()
+    runs = [run_recipe(file, tmp_path / name)[0] for name in ("a", "b")]
+
+    assert weights(runs[0], 6) == weights(runs[1], 6)
+
+
+def test_data_workers_change_nothing(recipe_file, tmp_path):
+    file = recipe_file()
+    alone = run_recipe(file, tmp_path / "a")[0]
+    helped = run_recipe(file, tmp_path / "b", "data.workers=2")[0]
+
+    assert weights(alone, 6) == weights(helped, 6)
+
+
+def test_micro_batches_change_nothing_but_memory(recipe_file, tmp_path):
+    file = recipe_file()
+    one = run_recipe(file, tmp_path / "a")[1]
+    four = run_recipe(file, tmp_path / "b", "train.accumulate=4")[1]
+
+    for first, second in zip(one, four, strict=True):
+        assert second.loss == pytest.approx(first.loss, abs=1e-4)
+
+
+def test_a_nan_file_is_named_and_the_run_equals_one_that_excludes_it(recipe_file, speaker_folder, tmp_path):
+    folder = speaker_folder()
+    bad = next(track.path for track in with_splits(speakers(folder), n_sources=2) if track.split == "train")
+    spoil(bad)
+    file = recipe_file(path=folder)
+    with_fault, records = run_recipe(file, tmp_path / "a", "data.items_per_epoch=8", "train.max_steps=8")
+    without, _ = run_recipe(
+        file, tmp_path / "b", "data.items_per_epoch=8", "train.max_steps=8", f"data.exclude=['{bad}']"
+    )
+
+    events = read_rows(with_fault.events)[0]
+    assert [(event["code"], event["files"]) for event in events] == [("AUDIO_NONFINITE", [str(bad)])]
+    assert "index 100" in events[0]["message"]
+    assert {r.outcome for r in records if isinstance(r, StepRecord)} == {"trained"}
+    assert weights(with_fault, 8) == weights(without, 8)
+    assert read_rows(without.events)[0] == []
+
+
+def test_more_bad_files_than_the_budget_end_the_run_with_their_list(recipe_file, speaker_folder, tmp_path):
+    folder = speaker_folder(n_speakers=10, n_files=3)
+    for path in sorted(folder.rglob("*.wav")):
+        if path.parent.name < "speaker-08" and path.stem != "02":
+            spoil(path)
+
+    with pytest.raises(TrainingStopped, match="More than 5 bad files.*AUDIO_NONFINITE"):
+        run_recipe(recipe_file(path=folder), tmp_path / "run", "train.max_steps=40")
+
+
+def test_a_run_whose_every_loss_is_nan_stops_after_twenty_steps_and_says_so(recipe_file, tmp_path):
+    file = recipe_file('[loss]\nname = "sick:nan_loss"\n')
+    (tmp_path / "sick.py").write_text("def nan_loss(estimate, target):\n    return estimate.sum(-1) * float('nan')\n")
+
+    with pytest.raises(TrainingStopped, match="of the last .* steps had to be left out"):
+        run_recipe(file, tmp_path / "run", "train.max_steps=60")
+
+    rows, torn = read_rows(tmp_path / "run" / "steps.jsonl")
+    assert torn == 0
+    assert {row["outcome"] for row in rows} == {"nonfinite_loss"}
+    assert {(row["loss"], row["loss_text"]) for row in rows} == {(None, "nan")}
+    assert len(rows) == 11
+
+
+def test_on_bad_example_stop_ends_the_run_at_once(recipe_file, tmp_path):
+    file = recipe_file('[loss]\nname = "sick:nan_loss"\n')
+    (tmp_path / "sick.py").write_text("def nan_loss(estimate, target):\n    return estimate.sum(-1) * float('nan')\n")
+
+    with pytest.raises(TrainingStopped, match="step 1 by nonfinite loss"):
+        run_recipe(file, tmp_path / "run", "train.on_bad_example=stop")
+
+
+def test_a_first_validation_that_is_nan_is_never_best(recipe_file, tmp_path):
+    file = recipe_file('[loss]\nname = "sick:nan_at_first"\n')
+    (tmp_path / "sick.py").write_text(
+        "import torch\n"
+        "validations = []\n"
+        "def nan_at_first(estimate, target):\n"
+        "    value = (estimate - target).square().mean(-1)\n"
+        "    if torch.is_grad_enabled() or estimate.dim() == 5:  # training, or all pairs at once\n"
+        "        return value\n"
+        "    validations.append(value)\n"
+        "    return value * float('nan') if len(validations) == 1 else value\n"
+    )
+
+    _, records = run_recipe(file, tmp_path / "run")
+
+    validations = [record for record in records if not isinstance(record, StepRecord)]
+    assert not validations[0].best
+    assert np.isnan(validations[0].loss)
+    assert validations[-1].best
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told_and_the_run_goes_on(recipe_file, tmp_path):
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    records = []
+    for record in train(load_recipe(recipe_file(), ["save.every_steps=1"]), RunDirectory(tmp_path / "run")):
+        records.append(record)
+        if isinstance(record, StepRecord):
+            limit = 5_000 if record.step == 3 else before[0]  # steps.jsonl is smaller, the weights are larger
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+
+    events = read_rows(tmp_path / "run" / "events.jsonl")[0]
+    assert [event["code"] for event in events] == ["CHECKPOINT_FAILED"]
+    assert [record.step for record in records if isinstance(record, StepRecord)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_second_run_in_the_same_directory_is_refused(recipe_file, tmp_path):
+    file = recipe_file()
+    run_recipe(file, tmp_path / "run")
+
+    with pytest.raises(CheckpointError, match="holds a run already"):
+        run_recipe(file, tmp_path / "run")
+
+
+def test_two_runs_at_once_in_one_directory_are_refused(recipe_file, tmp_path):
+    recipe = load_recipe(recipe_file())
+    first = train(recipe, RunDirectory(tmp_path / "run"))
+    next(first)
+
+    with pytest.raises(CheckpointError, match="written by another run"):
+        next(train(recipe, RunDirectory(tmp_path / "run"), resume=True))
+    first.close()
+
+
+def test_a_run_stopped_at_any_step_and_resumed_equals_one_never_stopped(recipe_file, tmp_path):
+    file = recipe_file('[clip]\nname = "autoclip"\n[schedule]\nname = "plateau"\npatience = 0\n')
+    whole, _ = run_recipe(file, tmp_path / "whole")
+    for stop_at in (1, 2, 3, 5):
+        run = RunDirectory(tmp_path / f"stopped-{stop_at}")
+        records = train(load_recipe(file), run)
+        while (record := next(records)).step < stop_at or not isinstance(record, StepRecord):
+            pass
+        records.close()  # nothing is written any more, as when the process is killed here
+
+        run_recipe(file, run.path, resume=True)
+
+        assert weights(run, 6) == weights(whole, 6)
+        assert without_times(run.steps) == without_times(whole.steps)
+        assert without_times(run.validation) == without_times(whole.validation)
+
+
+def test_resuming_passes_over_a_damaged_checkpoint_and_says_so(recipe_file, tmp_path):
+    file = recipe_file()
+    whole, _ = run_recipe(file, tmp_path / "whole")
+    run, _ = run_recipe(file, tmp_path / "run")
+    damaged = run.checkpoints / "step-000006" / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+
+    run_recipe(file, run.path, resume=True)
+
+    codes = [event["code"] for event in read_rows(run.events)[0]]
+    assert codes == ["CHECKPOINT_PASSED_OVER", "RUN_RESUMED"]
+    assert weights(run, 6) == weights(whole, 6)
+    assert without_times(run.steps) == without_times(whole.steps)
+
+
+def test_resuming_with_a_harmful_change_is_refused_with_the_difference(recipe_file, tmp_path):
+    file = recipe_file()
+    run_recipe(file, tmp_path / "run")
+
+    with pytest.raises(CheckpointError, match=r"optim\.lr was 0\.001, is 0\.01"):
+        run_recipe(file, tmp_path / "run", "optim.lr=0.01", resume=True)
+
+
+def test_a_finished_run_goes_on_with_a_larger_budget(recipe_file, tmp_path):
+    file = recipe_file()
+    longer, _ = run_recipe(file, tmp_path / "longer", "train.max_steps=9")
+    run, _ = run_recipe(file, tmp_path / "run")
+    run_recipe(file, run.path, "train.max_steps=9", resume=True)
+
+    assert weights(run, 9) == weights(longer, 9)
+
+
+def test_starting_from_another_runs_weights(recipe_file, tmp_path):
+    file = recipe_file()
+    first, _ = run_recipe(file, tmp_path / "first")
+    second, _ = run_recipe(file, tmp_path / "second", f"model.init={first.path}", "optim.lr=0", "train.max_steps=1")
+
+    start = read_checkpoint(second.checkpoints / "step-000001").state["model"]
+    best = (first.checkpoints / "best").read_text().strip()
+    given = read_checkpoint(first.checkpoints / best).state["model"]
+    assert all(start[name].equal(given[name]) for name in given)
+
+
+def launch(file, path, *extra):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "unbraid", "train", str(file), "--run", str(path), *extra]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process, timeout=120):
+    out, errors = process.communicate(timeout=timeout)
+    return process.returncode, out + errors
+
+
+def wait_for_steps(run, n_steps, process):
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and process.poll() is None:
+        if len(read_rows(run.steps)[0]) >= n_steps:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"the run did not come to step {n_steps}: {process.communicate()[1]}")
+
+
+@pytest.mark.slow
+def test_kill_9_in_mid_epoch_and_resume_ends_bit_equal_to_the_run_never_stopped(recipe_file, tmp_path):
+    file = recipe_file('[clip]\nname = "autoclip"\n[schedule]\nname = "plateau"\npatience = 0\n')
+    budget = ["--set", "train.max_steps=60", "--set", "data.workers=2", "--set", "save.every_steps=7"]
+    whole, killed = RunDirectory(tmp_path / "whole"), RunDirectory(tmp_path / "killed")
+    assert finish(launch(file, whole.path, *budget))[0] == 0
+    process = launch(file, killed.path, *budget)
+    wait_for_steps(killed, 25, process)
+    process.kill()
+    assert finish(process)[0] == -signal.SIGKILL
+    assert len(read_rows(killed.steps)[0]) < 60
+
+    assert finish(launch(file, killed.path, *budget, "--resume"))[0] == 0
+
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert (whole.checkpoints / "step-000060" / name).read_bytes() == (
+            killed.checkpoints / "step-000060" / name
+        ).read_bytes()
+    assert without_times(killed.steps) == without_times(whole.steps)
+    assert without_times(killed.validation) == without_times(whole.validation)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="children are looked up in /proc")  # noqa: PTH112
+def test_data_workers_end_when_the_run_is_killed(recipe_file, tmp_path):
+    process = launch(recipe_file(), tmp_path / "run", "--set", "train.max_steps=100000", "--set", "data.workers=2")
+    wait_for_steps(RunDirectory(tmp_path / "run"), 3, process)
+    family = descendants(process.pid)
+    assert len(family) >= 3  # the fork server and two workers
+
+    process.kill()
+    finish(process)
+
+    deadline = time.monotonic() + 20
+    while (left := [pid for pid in family if alive(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert left == []
+
+
+def descendants(pid):
+    parents = {}
+    for entry in os.listdir("/proc"):  # noqa: PTH208
+        if entry.isdigit():
+            try:
+                with open(f"/proc/{entry}/stat") as file:  # noqa: PTH123
+                    parents[int(entry)] = int(file.read().rsplit(")", 1)[1].split()[1])
+            except OSError:
+                continue
+    found, todo = [], [pid]
+    while todo:
+        children = [child for child, parent in parents.items() if parent == todo[0]]
+        found += children
+        todo = todo[1:] + children
+    return found
+
+
+def alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:  # noqa: PTH123
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+def test_sigterm_finishes_the_step_writes_a_checkpoint_and_ends_with_143(recipe_file, tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    process = launch(recipe_file(), run.path, "--set", "train.max_steps=100000", "--set", "save.every_steps=0")
+    wait_for_steps(run, 5, process)
+    process.send_signal(signal.SIGTERM)
+    status, out = finish(process, timeout=60)
+
+    assert status == 128 + signal.SIGTERM
+    assert "--resume" in out
+    last = int((run.checkpoints / "last").read_text().strip()[5:])
+    assert last == len(read_rows(run.steps)[0])
+    assert asdict(read_checkpoint(run.checkpoints / f"step-{last:06d}"))["state"]["progress"]["step"] == last

@@ -1,0 +1,338 @@
+"""The training step: the formula, and what must never reach the weights."""
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from unbraid.data.batch import Batch
+from unbraid.losses.pit import SeparationLoss
+from unbraid.losses.waveform import neg_si_sdr
+from unbraid.records import ItemId
+from unbraid.robust.clip import AutoClip, FixedClip, NoClip
+from unbraid.robust.filter import ThresholdFilter
+from unbraid.robust.precision import Precision
+from unbraid.train.optim import OPTIMIZERS
+from unbraid.train.state import FaultWindow, TrainState
+from unbraid.train.step import train_step
+
+
+class TwoFilters(nn.Module):
+    """The smallest separator: one FIR filter a source."""
+
+    def __init__(self):
+        super().__init__()
+        self.filters = nn.Conv1d(1, 2, 9, padding=4)
+
+    def forward(self, mixture: Tensor) -> Tensor:
+        return self.filters(mixture)[:, :, None]
+
+
+def squared_error(estimate: Tensor, target: Tensor) -> Tensor:
+    return (estimate - target).square().mean(-1)
+
+
+def make_state(*, seed=0, optimizer="adam", lr=1e-2, dtype=torch.float32, **parts) -> TrainState:
+    torch.manual_seed(seed)
+    model = TwoFilters().to(dtype)
+    parts.setdefault("loss", SeparationLoss(neg_si_sdr))
+    return TrainState(model, optimizer=OPTIMIZERS[optimizer](model.parameters(), lr=lr), **parts)
+
+
+def make_batch(n=2, *, seed=1, time=400, scale=1.0) -> Batch:
+    rng = torch.Generator().manual_seed(seed)
+    sources = scale * torch.randn(n, 2, 1, time, generator=rng)
+    items = [ItemId("train", 0, i, (f"a{i}.wav", f"b{i}.wav")) for i in range(n)]
+    return Batch.of(sources.sum(1), sources, items=items)
+
+
+def with_nan(batch: Batch, example: int) -> Batch:
+    batch.mixture[example, 0, 7] = torch.nan
+    return batch
+
+
+def snapshot(state: TrainState):
+    kept = copy.deepcopy(state.state_dict())
+    del kept["progress"]["step"], kept["faults"]  # the count of steps and of faults is what does move
+    return kept
+
+
+def assert_same(before, after, where=""):
+    assert type(before) is type(after), where
+    if isinstance(before, dict):
+        assert before.keys() == after.keys(), where
+        for key in before:
+            assert_same(before[key], after[key], f"{where}/{key}")
+    elif isinstance(before, Tensor):
+        assert torch.equal(before, after), where
+    elif isinstance(before, (list, tuple)):
+        assert len(before) == len(after), where
+        for i, pair in enumerate(zip(before, after, strict=True)):
+            assert_same(*pair, f"{where}/{i}")
+    else:
+        assert before == after, where
+
+
+def reference_gradient(model: nn.Module, loss, batch: Batch, weights: Tensor) -> list[Tensor]:
+    """Written out: sum of w_i grad l_i over sum of w_i, one example at a time."""
+    total = [torch.zeros_like(p) for p in model.parameters()]
+    for i, weight in enumerate(weights.tolist()):
+        value = loss(model(batch.mixture[i : i + 1]), batch.sources[i : i + 1]).mean()
+        for sum_, gradient in zip(total, torch.autograd.grad(value, list(model.parameters())), strict=True):
+            sum_ += weight * gradient
+    return [gradient / weights.sum() for gradient in total]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_one_nan_sample_in_a_batch_of_two_leaves_the_weights_alone_and_the_next_step_trains(precision):
+    state = make_state(clipper=AutoClip(), precision=Precision(precision))
+    train_step(state, make_batch(seed=5))
+    before = snapshot(state)
+
+    record = train_step(state, with_nan(make_batch(), 1))
+
+    assert record.outcome == "nonfinite_loss"
+    assert_same(before, snapshot(state))
+    assert train_step(state, make_batch(seed=6)).outcome == "trained"
+    assert not torch.equal(before["model"]["filters.weight"], state.model.filters.weight)
+    assert all(p.isfinite().all() for p in state.model.parameters())
+
+
+@pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
+@pytest.mark.parametrize("clipper", [FixedClip, AutoClip, NoClip])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_first_step_that_is_left_out_changes_nothing(optimizer, clipper, precision):
+    state = make_state(optimizer=optimizer, clipper=clipper(), precision=Precision(precision))
+    before = snapshot(state)
+
+    record = train_step(state, with_nan(make_batch(), 0))
+
+    assert (record.outcome, record.n_trained) == ("nonfinite_loss", 0)
+    assert_same(before, snapshot(state))
+
+
+def test_the_run_with_a_bad_step_ends_with_the_weights_of_the_run_without_it():
+    with_fault, without = make_state(clipper=AutoClip()), make_state(clipper=AutoClip())
+    for seed in range(6):
+        if seed == 3:
+            train_step(with_fault, with_nan(make_batch(seed=99), 0))
+        train_step(with_fault, make_batch(seed=seed))
+        train_step(without, make_batch(seed=seed))
+
+    assert_same(without.model.state_dict(), with_fault.model.state_dict())
+
+
+def test_an_example_that_is_bad_is_named_by_its_files():
+    record = train_step(make_state(), with_nan(make_batch(3), 2))
+
+    assert [item.files for item in record.bad_items] == [("a2.wav", "b2.wav")]
+    assert (record.n_bad, record.n_trained) == (1, 0)
+
+
+def test_a_step_left_out_shows_its_true_loss_and_never_zero():
+    assert math.isnan(train_step(make_state(), with_nan(make_batch(), 0)).loss)
+
+
+def test_a_loss_of_minus_infinity_does_not_pass():
+    def minus_infinity(estimate: Tensor, target: Tensor) -> Tensor:
+        return estimate.sum(-1) * 0 - torch.inf
+
+    state = make_state(loss=minus_infinity)
+    before = snapshot(state)
+
+    assert train_step(state, make_batch()).outcome == "nonfinite_loss"
+    assert_same(before, snapshot(state))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_loss_over_the_limit_on_either_side_is_left_out(sign):
+    state = make_state(loss=lambda e, t: sign * 1e3 + squared_error(e, t) * 0, loss_upper_limit=100.0)
+    before = snapshot(state)
+
+    record = train_step(state, make_batch())
+
+    assert (record.outcome, record.n_bad) == ("over_limit", 2)
+    assert record.loss == pytest.approx(sign * 1e3)
+    assert_same(before, snapshot(state))
+
+
+def test_a_gradient_that_is_not_finite_under_a_finite_loss_is_left_out():
+    def kink(estimate: Tensor, target: Tensor) -> Tensor:
+        return (estimate * 0).sum(-1).sqrt()  # 0, with the gradient 0 * inf
+
+    state = make_state(loss=kink, clipper=AutoClip())
+    before = snapshot(state)
+
+    record = train_step(state, make_batch())
+
+    assert (record.outcome, len(record.bad_items)) == ("nonfinite_gradient", 2)
+    assert_same(before, snapshot(state))
+
+
+def test_an_overflow_under_fp16_moves_the_scale_and_nothing_else():
+    state = make_state(loss=squared_error, precision=Precision("fp16", scale=2.0**40), clipper=AutoClip())
+    before = snapshot(state)
+
+    record = train_step(state, make_batch(scale=100))
+
+    after = snapshot(state)
+    assert record.outcome == "loss_scale"
+    assert after.pop("precision")["scale"] == before.pop("precision")["scale"] / 2
+    assert_same(before, after)
+
+
+def test_fp16_with_scaling_gives_the_gradient_of_fp32():
+    plain = make_state(loss=squared_error, optimizer="sgd", clipper=NoClip())
+    scaled = make_state(
+        loss=squared_error, optimizer="sgd", clipper=NoClip(), precision=Precision("fp16", scale=1024.0)
+    )
+
+    norms = [train_step(state, make_batch()).grad_norm for state in (plain, scaled)]
+
+    assert norms[1] == pytest.approx(norms[0], rel=5e-3)
+    assert torch.allclose(plain.model.filters.weight, scaled.model.filters.weight, atol=1e-4)
+
+
+def test_easy_examples_have_no_say_in_the_gradient():
+    def easy_where_marked(estimate: Tensor, target: Tensor) -> Tensor:
+        return squared_error(estimate, target) - 50.0 * (target[..., 0] == 7.0)
+
+    hard, mixed = make_batch(2), make_batch(3)
+    mixed.mixture[:2], mixed.sources[:2], mixed.sources[2, ..., 0] = hard.mixture, hard.sources, 7.0
+    parts = {"optimizer": "sgd", "loss": easy_where_marked, "clipper": NoClip()}
+    filtered, alone = make_state(filters=[ThresholdFilter(threshold_db=-30.0)], **parts), make_state(**parts)
+
+    record = train_step(filtered, mixed)
+    train_step(alone, hard)
+
+    assert (record.n_trained, record.n_easy) == (2, 1)
+    assert torch.allclose(filtered.model.filters.weight, alone.model.filters.weight, atol=1e-7)
+
+
+def test_a_batch_of_easy_examples_alone_is_no_fault_and_no_step():
+    state = make_state(filters=[ThresholdFilter(threshold_db=1e6)], clipper=AutoClip())
+    before = snapshot(state)
+
+    record = train_step(state, make_batch())
+
+    assert (record.outcome, record.n_easy, record.n_bad) == ("all_easy", 2, 0)
+    assert math.isfinite(record.loss)
+    assert record.loss != 0
+    assert state.faults.in_a_row == 0
+    assert_same(before, snapshot(state))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    weights=st.lists(st.floats(0.1, 3.0), min_size=4, max_size=8),
+    cuts=st.sets(st.integers(1, 7), max_size=3),
+    zero=st.integers(0, 7),
+)
+def test_the_gradient_is_the_weighted_mean_however_the_batch_is_cut(weights, cuts, zero):
+    weights = torch.tensor(weights, dtype=torch.float64)
+    if zero < len(weights):
+        weights[zero] = 0.0
+    batch = make_batch(len(weights))
+    batch = Batch.of(batch.mixture.double(), batch.sources.double(), weight=weights)
+    state = make_state(optimizer="sgd", lr=1.0, loss=squared_error, clipper=NoClip(), dtype=torch.float64)
+    before = [p.detach().clone() for p in state.model.parameters()]
+    wanted = reference_gradient(state.model, squared_error, batch, weights)
+    edges = [0, *sorted(c for c in cuts if c < len(weights)), len(weights)]
+    parts = [
+        Batch.of(batch.mixture[a:b], batch.sources[a:b], weight=weights[a:b])
+        for a, b in zip(edges, edges[1:], strict=False)
+    ]
+
+    record = train_step(state, parts)
+
+    taken = [old - new.detach() for old, new in zip(before, state.model.parameters(), strict=True)]
+    for mine, theirs in zip(taken, wanted, strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-5, atol=1e-6)
+    assert record.grad_norm == pytest.approx(float(torch.cat([g.flatten() for g in wanted]).norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
+def test_clipping_equals_torch_clip_grad_norm(optimizer):
+    state, plain = make_state(optimizer=optimizer, clipper=FixedClip(max_norm=0.5)), make_state(optimizer=optimizer)
+    batch = make_batch()
+
+    record = train_step(state, batch)
+    plain.loss(plain.model(batch.mixture), batch.sources).mean().backward()
+    norm = nn.utils.clip_grad_norm_(plain.model.parameters(), 0.5)
+    plain.optimizer.step()
+
+    assert record.clipped
+    assert record.grad_norm == pytest.approx(float(norm), rel=1e-5)
+    assert torch.allclose(state.model.filters.weight, plain.model.filters.weight, rtol=1e-4, atol=1e-6)
+
+
+def test_a_gradient_ten_thousand_times_too_long_does_not_poison_the_second_moment():
+    state = make_state(clipper=FixedClip(max_norm=1.0), loss=squared_error)
+
+    train_step(state, make_batch(scale=100))
+
+    assert max(float(s["exp_avg_sq"].sum()) for s in state.optimizer.state.values()) <= 1.001e-3
+
+
+def test_gradients_do_not_pile_up_from_step_to_step():
+    state = make_state(optimizer="sgd", lr=0.0, clipper=NoClip())
+
+    norms = [train_step(state, make_batch()).grad_norm for _ in range(3)]
+
+    assert norms[0] == norms[1] == norms[2]
+
+
+@pytest.mark.parametrize("caller_seed", [1, 2])
+def test_dropout_draws_the_same_wherever_the_callers_generator_stands(caller_seed):
+    def losses(seed: int) -> list[float | None]:
+        state = make_state(optimizer="sgd")
+        state.model = nn.Sequential(state.model, nn.Dropout(0.5))
+        torch.manual_seed(seed)
+        return [train_step(state, make_batch()).loss for _ in range(3)]
+
+    first = losses(0)
+
+    assert first == losses(caller_seed)
+    assert len(set(first)) == 3
+
+
+def test_the_callers_generator_is_left_where_it_was():
+    state = make_state()
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+
+    torch.manual_seed(3)
+    train_step(state, make_batch())
+
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_twenty_faults_in_a_row_end_the_run_and_nineteen_do_not():
+    window = FaultWindow()
+    for _ in range(19):
+        window.add("loss_scale")
+    assert window.verdict() is None
+    window.add("loss_scale")
+    assert "20 steps in a row" in window.verdict()
+
+
+def test_more_than_one_percent_of_faults_end_the_run():
+    window = FaultWindow()
+    for i in range(1000):
+        window.add("nonfinite_loss" if i % 100 == 0 else "trained")
+    assert window.verdict() is None
+    window.add("trained")
+    for _ in range(2):
+        window.add("nonfinite_loss")
+    assert "of the last 1000 steps" in window.verdict()
+
+
+def test_easy_batches_never_end_a_run():
+    window = FaultWindow()
+    for _ in range(50):
+        window.add("all_easy")
+    assert window.verdict() is None
