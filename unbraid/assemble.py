@@ -191,7 +191,7 @@ def list_tracks(recipe: Recipe) -> tuple[list[Track], list[Track]]:
     """The recordings of a recipe's data set with their splits, and its noises."""
     data = recipe.data
     if data.path is None:
-        raise RecipeError("[data] needs a path: --set data.path=FOLDER, or a CSV manifest.")
+        raise RecipeError("[data] needs a path to a speaker folder or a CSV manifest: --set data.path=FOLDER.")
     tracks = find_part("data", Part(data.name), DATASETS, recipe.folder)(data.path)
     return with_splits(tracks, n_sources=data.n_sources), noises(data.noise) if data.noise else []
 

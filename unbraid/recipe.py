@@ -68,6 +68,7 @@ _SETTINGS: dict[str, type[Any]] = {
     "save": SaveSettings,
 }
 _PARTS = ("model", "loss", "optim", "schedule", "clip")
+_PATHS = (("data", "path"), ("data", "noise"), ("model", "init"))
 _TABLES = (*_SETTINGS, *_PARTS, "filter")
 
 
@@ -95,6 +96,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         _override(table, override)
     _anchor_paths(table, Path())
+    for where, key in _PATHS:
+        if isinstance(table.get(where), dict) and table[where].get(key) == "":
+            raise RecipeError(f"{where}.{key} is still to be named: --set {where}.{key}=PATH, or in {path}.")
     return recipe_from_table(table, path.parent.resolve())
 
 
@@ -261,8 +265,7 @@ def _part(where: str, table: Table) -> Part:
 
 def _anchor_paths(table: Table, folder: Path) -> None:
     """Make the file's relative paths relative to the file."""
-    keys = [("data", "path"), ("data", "noise"), ("model", "init")]
-    for where, key in keys:
+    for where, key in _PATHS:
         section = table.get(where)
         if isinstance(section, dict) and isinstance(section.get(key), str) and section[key]:
             section[key] = str((folder / Path(section[key]).expanduser()).absolute())
@@ -286,7 +289,7 @@ def _override(table: Table, text: str) -> None:
                 raise RecipeError(f"--set {text!r}: the recipe has {len(target)} filters, counted from 0.")
             target = target[int(name)]
         else:
-            target = target.setdefault(name, {})
+            target = target.setdefault(name, [] if name == "filter" else {})
         if not isinstance(target, (dict, list)):
             raise RecipeError(f"--set {text!r}: {name} is a value, not a table.")
     if isinstance(target, list):

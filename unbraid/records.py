@@ -253,7 +253,9 @@ def read_validation(path: Path) -> list[ValidationRecord]:
 
 def _from_row(kind: type[Any], row: dict[str, Any]) -> Any:
     names = [f.name for f in fields(kind) if f.name in row]
-    values = {name: float(row[f"{name}_text"]) if f"{name}_text" in row else row[name] for name in names}
+    values: dict[str, Any] = {
+        name: float(row[f"{name}_text"]) if f"{name}_text" in row else row[name] for name in names
+    }
     if "bad_items" in values:
         values["bad_items"] = tuple(ItemId(**item | {"files": tuple(item["files"])}) for item in values["bad_items"])
     return kind(**values)

@@ -159,7 +159,7 @@ def test_a_model_that_is_not_finite_is_never_saved(run):
     with torch.no_grad():
         state.model.bias[1] = torch.nan
 
-    with pytest.raises(CheckpointError, match="not finite.*bias"):
+    with pytest.raises(CheckpointError, match=r"not finite.*bias"):
         save(run, state)
     assert not list(run.checkpoints.glob("*"))
 

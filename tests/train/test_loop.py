@@ -106,7 +106,7 @@ def test_more_bad_files_than_the_budget_end_the_run_with_their_list(recipe_file,
         if path.parent.name < "speaker-08" and path.stem != "02":
             spoil(path)
 
-    with pytest.raises(TrainingStopped, match="More than 5 bad files.*AUDIO_NONFINITE"):
+    with pytest.raises(TrainingStopped, match=r"More than 5 bad files.*AUDIO_NONFINITE"):
         run_recipe(recipe_file(path=folder), tmp_path / "run", "train.max_steps=40")
 
 
@@ -114,7 +114,7 @@ def test_a_run_whose_every_loss_is_nan_stops_after_twenty_steps_and_says_so(reci
     file = recipe_file('[loss]\nname = "sick:nan_loss"\n')
     (tmp_path / "sick.py").write_text("def nan_loss(estimate, target):\n    return estimate.sum(-1) * float('nan')\n")
 
-    with pytest.raises(TrainingStopped, match="of the last .* steps had to be left out"):
+    with pytest.raises(TrainingStopped, match=r"of the last .* steps had to be left out"):
         run_recipe(file, tmp_path / "run", "train.max_steps=60")
 
     rows, torn = read_rows(tmp_path / "run" / "steps.jsonl")

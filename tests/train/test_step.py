@@ -2,6 +2,7 @@
 
 import copy
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -242,10 +243,7 @@ def test_the_gradient_is_the_weighted_mean_however_the_batch_is_cut(weights, cut
     before = [p.detach().clone() for p in state.model.parameters()]
     wanted = reference_gradient(state.model, squared_error, batch, weights)
     edges = [0, *sorted(c for c in cuts if c < len(weights)), len(weights)]
-    parts = [
-        Batch.of(batch.mixture[a:b], batch.sources[a:b], weight=weights[a:b])
-        for a, b in zip(edges, edges[1:], strict=False)
-    ]
+    parts = [Batch.of(batch.mixture[a:b], batch.sources[a:b], weight=weights[a:b]) for a, b in pairwise(edges)]
 
     record = train_step(state, parts)
 

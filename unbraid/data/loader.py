@@ -36,6 +36,8 @@ class DataSettings:
         path: Where it lies.
         sample_rate: Rate that the model works at, in Hz.
         n_sources: Talkers in a mixture.
+        kinds: One source of each of these kinds, in this order, such as ``["speech", "music"]``; a manifest's column
+            ``kind`` names them. Empty mixes any talkers with each other.
         excerpt_seconds: Length of an example.
         batch_size: Examples in one optimizer step, over all processes and micro-batches together: the same recipe means
             the same training on one GPU and on eight.
@@ -55,6 +57,7 @@ class DataSettings:
     name: str = "speakers"
     sample_rate: int = 8000
     n_sources: int = 2
+    kinds: tuple[str, ...] = ()
     excerpt_seconds: float = 3.0
     batch_size: int = 1
     workers: int = 1
@@ -110,11 +113,16 @@ class Mixtures(Dataset[Example]):
     groups: dict[str, list[Track]] = field(init=False, repr=False, compare=False)
     places: dict[str, int] = field(init=False, repr=False, compare=False)
     names: tuple[str, ...] = field(init=False, repr=False, compare=False)
+    names_of_kind: dict[str, list[str]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         groups = by_group(self.tracks)
         object.__setattr__(self, "groups", groups)
         object.__setattr__(self, "names", tuple(groups))
+        of_kind = {
+            kind: [name for name, some in groups.items() if some[0].kind == kind] for kind in self.settings.kinds
+        }
+        object.__setattr__(self, "names_of_kind", of_kind)
         object.__setattr__(self, "places", {name: place for place, name in enumerate(groups)})
 
     def __len__(self) -> int:
@@ -147,9 +155,15 @@ class Mixtures(Dataset[Example]):
         n_tracks = len(self.tracks)
         turn = _order(self.settings.seed, self.purpose, key.epoch, n_tracks)[key.index % n_tracks]
         first = self.tracks[turn if attempt == 0 else rng.integers(n_tracks)]
+        return [first, *(tracks[rng.integers(len(tracks))] for tracks in self._draw_others(rng, first))]
+
+    def _draw_others(self, rng: np.random.Generator, first: Track) -> list[list[Track]]:
+        """The recordings of each other talker: of each other kind, or simply of somebody else."""
+        if self.settings.kinds:
+            names = [self.names_of_kind[kind] for kind in self.settings.kinds if kind != first.kind]
+            return [self.groups[some[rng.integers(len(some))]] for some in names]
         others = rng.choice(len(self.names) - 1, self.settings.n_sources - 1, replace=False)
-        chosen = [self.groups[self.names[other + (other >= self.places[first.group])]] for other in others]
-        return [first, *(tracks[rng.integers(len(tracks))] for tracks in chosen)]
+        return [self.groups[self.names[other + (other >= self.places[first.group])]] for other in others]
 
     def _draw_mixture(self, rng: np.random.Generator, talkers: list[Track]) -> tuple[Mixture, tuple[str, ...]]:
         s = self.settings
@@ -165,8 +179,11 @@ class Mixtures(Dataset[Example]):
             for track, start in zip(drawn, starts, strict=True)
         ]
         noise = read[-1] if self.noises else None
-        levels = [s.level_db + gain for gain in gains]
-        return mix(read[: len(talkers)], levels, noise, snr_db), tuple(str(track.path) for track in drawn)
+        order = [place for kind in s.kinds for place, talker in enumerate(talkers) if talker.kind == kind]
+        order = order or list(range(len(talkers)))
+        levels = [s.level_db + gains[place] for place in order]
+        files = [drawn[place] for place in order] + drawn[len(talkers) :]
+        return mix([read[place] for place in order], levels, noise, snr_db), tuple(str(track.path) for track in files)
 
 
 @lru_cache(maxsize=4)
@@ -193,6 +210,8 @@ def mixtures(
     if not chosen:
         found = ", ".join(sorted({track.split or "none" for track in tracks}))
         raise DataError(f"No recordings in the split {purpose!r} of {settings.path} (splits found: {found}).")
+    if settings.kinds:
+        chosen = _of_kinds(chosen, settings)
     noise = tuple(track for track in noises if track.split in ("", purpose))
     if noises and not noise:
         raise DataError(f"No noises in the split {purpose!r} of {settings.noise}.")
@@ -211,6 +230,17 @@ def mixtures(
             f"but a mixture of {settings.n_sources} needs as many different ones."
         )
     return Mixtures(chosen, noise, settings, purpose)
+
+
+def _of_kinds(tracks: Sequence[Track], settings: DataSettings) -> tuple[Track, ...]:
+    """The recordings of the kinds that are mixed; whoever is heard in two kinds counts as two."""
+    if len(settings.kinds) != settings.n_sources:
+        raise DataError(f"data.kinds names {len(settings.kinds)} kinds for data.n_sources = {settings.n_sources}.")
+    found = {track.kind for track in tracks}
+    if missing := [kind for kind in settings.kinds if kind not in found]:
+        listed = ", ".join(sorted(found - {""})) or "none"
+        raise DataError(f"No recordings of kind {missing[0]!r} in {settings.path} (kinds found: {listed}).")
+    return tuple(replace(t, group=f"{t.kind}/{t.group}") for t in tracks if t.kind in settings.kinds)
 
 
 def _check_rates(tracks: Sequence[Track], settings: DataSettings) -> None:

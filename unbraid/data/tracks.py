@@ -14,7 +14,7 @@ from unbraid.errors import AudioError, DataError, nearest
 SPLITS = ("train", "valid", "test")
 _SPLIT_NAMES = {"train": "train", "tr": "train", "valid": "valid", "validation": "valid", "val": "valid"}
 _SPLIT_NAMES |= {"dev": "valid", "cv": "valid", "test": "test", "tt": "test", "eval": "test"}
-_COLUMNS = ("path", "speaker", "seconds", "sample_rate", "split")
+_COLUMNS = ("path", "speaker", "seconds", "sample_rate", "split", "kind")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,7 @@ class Track:
         seconds: Duration.
         sample_rate: In Hz.
         split: ``train``, ``valid``, ``test``, or empty where nobody has said.
+        kind: What sort of sound it is, such as ``speech`` or ``music``; empty where nobody has said.
         fault: Why it cannot be used, found while listing; empty for a sound one. It stays listed, so that a run with it
             draws the same as one that names it under ``exclude``.
     """
@@ -36,6 +37,7 @@ class Track:
     seconds: float
     sample_rate: int
     split: str = ""
+    kind: str = ""
     fault: str = ""
 
     @property
@@ -44,9 +46,9 @@ class Track:
         return self.stems[0][1]
 
     @classmethod
-    def of(cls, path: Path, info: AudioInfo, *, group: str, split: str = "") -> "Track":
+    def of(cls, path: Path, info: AudioInfo, *, group: str, split: str = "", kind: str = "") -> "Track":
         """A plain recording."""
-        return cls((("audio", path),), group, info.seconds, info.sample_rate, split)
+        return cls((("audio", path),), group, info.seconds, info.sample_rate, split, kind)
 
 
 def split_named(name: str) -> str:
@@ -55,7 +57,7 @@ def split_named(name: str) -> str:
 
 
 def read_manifest(path: Path) -> list[Track]:
-    """Read a CSV manifest with the columns ``path, speaker`` and, better, ``seconds, sample_rate, split``.
+    """Read a CSV manifest with the columns ``path, speaker`` and, better, ``seconds, sample_rate, split``; or ``kind``.
 
     Paths are relative to the manifest's folder and stay below it. ``class`` stands in for ``speaker`` in a manifest of
     noises. Other columns are left alone. Where seconds or sample_rate is missing, empty or 0, the file is asked; one
@@ -95,13 +97,14 @@ def _read_row(manifest: Path, root: Path, number: int, row: dict[str, str], grou
         seconds = sample_rate = math.nan
     if not (0 <= seconds < math.inf and 0 <= sample_rate < math.inf):
         raise DataError(f"{manifest}, row {number}: seconds and sample_rate must be numbers above 0, or empty.")
+    kind = row.get("kind", "")
     if seconds and int(sample_rate):
-        return Track((("audio", audio),), row[group], seconds, int(sample_rate), split)
+        return Track((("audio", audio),), row[group], seconds, int(sample_rate), split, kind)
     try:
-        return Track.of(audio, probe_audio(audio), group=row[group], split=split)
+        return Track.of(audio, probe_audio(audio), group=row[group], split=split, kind=kind)
     except AudioError as error:
         fault = f"{manifest}, row {number}: {error}"
-        return Track((("audio", audio),), row[group], 0.0, 0, split, fault=fault)
+        return Track((("audio", audio),), row[group], 0.0, 0, split, kind, fault=fault)
 
 
 def _is_below(path: Path, root: Path) -> bool:
@@ -118,7 +121,9 @@ def write_manifest(path: Path, tracks: Iterable[Track]) -> None:
         table.writerow(_COLUMNS)
         for track in tracks:
             relative = track.path.resolve().relative_to(path.parent.resolve()).as_posix()
-            table.writerow([relative, track.group, track.seconds or "", track.sample_rate or "", track.split])
+            table.writerow(
+                [relative, track.group, track.seconds or "", track.sample_rate or "", track.split, track.kind]
+            )
 
 
 def with_splits(tracks: Sequence[Track], *, n_sources: int) -> list[Track]:

@@ -1,0 +1,148 @@
+import pytest
+import torch
+
+from unbraid.models import MODELS
+
+TINY = {
+    "conv_tasnet": {"n_filters": 16, "bottleneck": 8, "hidden": 16, "skip": 8, "n_blocks": 3, "n_repeats": 2},
+    "sepformer": {"n_filters": 16, "chunk_size": 10, "n_blocks": 1, "n_layers": 2, "n_heads": 2, "d_hidden": 32},
+}
+every_model = pytest.mark.parametrize("name", sorted(MODELS))
+
+
+def tiny(name, *, seed=0, **sizes):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MODELS[name](**TINY[name], **sizes)
+
+
+def noise(*shape, seed=0):
+    return 0.1 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@every_model
+@pytest.mark.parametrize("n_sources", [1, 2, 3])
+@pytest.mark.parametrize("n_channels", [1, 2])
+def test_a_mixture_becomes_so_many_sources_with_its_channels(name, n_sources, n_channels):
+    sources = tiny(name, n_sources=n_sources)(noise(2, n_channels, 300))
+
+    assert sources.shape == (2, n_sources, n_channels, 300)
+
+
+@every_model
+def test_any_length_from_one_sample_up_comes_back_at_exactly_that_length(name):
+    model = tiny(name).eval()
+    lengths = [*range(1, 36), 79, 80, 81, 159, 160, 161, 1000, 1001]
+
+    with torch.no_grad():
+        outputs = {time: model(noise(1, 1, time)) for time in lengths}
+
+    assert [output.shape[-1] for output in outputs.values()] == lengths
+    assert all(output.isfinite().all() for output in outputs.values())
+
+
+@every_model
+def test_a_batch_gives_what_its_examples_give_one_by_one(name):
+    model, mixture = tiny(name).eval(), noise(3, 2, 500)
+    mixture[1] *= 100
+
+    with torch.no_grad():
+        together = model(mixture)
+        one_by_one = torch.cat([model(example[None]) for example in mixture])
+
+    torch.testing.assert_close(together, one_by_one, atol=1e-5, rtol=1e-4)
+
+
+@every_model
+def test_each_channel_is_separated_as_if_it_were_alone(name):
+    model, mixture = tiny(name).eval(), noise(1, 2, 500)
+
+    with torch.no_grad():
+        channels = torch.cat([model(mixture[:, [channel]]) for channel in (0, 1)], 2)
+        torch.testing.assert_close(model(mixture), channels, atol=1e-5, rtol=1e-4)
+
+
+@every_model
+def test_silence_gives_finite_sources_and_finite_gradients(name):
+    model = tiny(name)
+    sources = model(torch.zeros(2, 1, 300))
+    sources.square().sum().backward()
+
+    assert sources.isfinite().all()
+    assert all(weight.grad.isfinite().all() for weight in model.parameters())
+
+
+@every_model
+def test_the_gradient_reaches_every_parameter(name):
+    model = tiny(name)
+    (model(noise(2, 1, 500)) - noise(2, 2, 1, 500, seed=1)).square().mean().backward()
+
+    missed = [key for key, weight in model.named_parameters() if weight.grad is None or not weight.grad.any()]
+    assert missed == []
+
+
+@every_model
+def test_the_gradient_reaches_every_sample_of_the_mixture(name):
+    mixture = noise(1, 1, 501).requires_grad_()
+    tiny(name)(mixture).square().sum().backward()
+
+    assert (mixture.grad != 0).all()
+
+
+@every_model
+@pytest.mark.parametrize("gain", [1e-4, 1.0, 300.0])
+def test_forward_and_backward_are_finite_at_any_gain(name, gain):
+    model = tiny(name)
+    sources = model(gain * noise(2, 1, 500))
+    sources.square().mean().sqrt().backward()
+
+    assert sources.isfinite().all()
+    assert all(weight.grad.isfinite().all() for weight in model.parameters())
+
+
+@every_model
+@pytest.mark.parametrize("gain", [0.0, 1e-4, 1.0, 300.0])
+def test_bf16_is_finite_and_within_a_few_percent_of_fp32(name, gain):
+    model, mixture = tiny(name).eval(), gain * noise(2, 1, 500)
+
+    exact = model(mixture)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(mixture)
+    rounded.float().square().sum().backward()
+
+    assert rounded.isfinite().all()
+    assert (rounded.float() - exact).norm() <= 0.05 * exact.norm()
+    assert all(weight.grad.isfinite().all() for weight in model.parameters())
+
+
+@every_model
+def test_weights_that_are_saved_and_loaded_give_the_same_output(name, tmp_path):
+    one, other, mixture = tiny(name, seed=0).eval(), tiny(name, seed=1).eval(), noise(1, 1, 300)
+    assert not torch.equal(one(mixture), other(mixture))
+
+    torch.save(one.state_dict(), tmp_path / "model.pt")
+    other.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
+
+    assert torch.equal(one(mixture), other(mixture))
+
+
+@every_model
+def test_the_mixture_is_not_changed(name):
+    mixture = noise(1, 1, 300)
+    tiny(name)(mixture)
+
+    assert torch.equal(mixture, noise(1, 1, 300))
+
+
+@every_model
+def test_a_low_and_a_high_tone_are_told_apart_after_a_few_steps(name):
+    model, time = tiny(name), torch.arange(500)
+    tones = torch.stack([(0.1 * time).sin(), (2.0 * time).sin()])[None, :, None]
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(40):
+        loss = (model(tones.sum(1)) - tones).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    assert loss.item() < 0.1 * tones.square().mean().item()

@@ -1,0 +1,49 @@
+"""One source of each kind, in the order the recipe names."""
+
+from dataclasses import replace
+
+import pytest
+
+from unbraid.data.folders import speakers
+from unbraid.data.loader import DataSettings, Key, mixtures
+from unbraid.dsp import power_db
+from unbraid.errors import DataError
+
+SETTINGS = DataSettings(excerpt_seconds=0.5, kinds=("low", "high"))
+
+
+@pytest.fixture
+def tracks(speaker_folder):
+    found = speakers(speaker_folder(n_speakers=6))
+    kinds = ("high", "low", "other")
+    return [replace(track, split="train", kind=kinds[int(track.group[-2:]) % 3]) for track in found]
+
+
+def kind_of(tracks, file):
+    return next(track.kind for track in tracks if str(track.path) == file)
+
+
+def test_sources_come_in_the_order_of_their_kinds_and_others_never(tracks):
+    dataset = mixtures(tracks, SETTINGS, "train")
+
+    for index in range(20):
+        assert [kind_of(tracks, file) for file in dataset[Key(0, index)].item.files] == ["low", "high"]
+
+
+def test_neither_kind_is_always_the_louder(tracks):
+    dataset = mixtures(tracks, SETTINGS, "train")
+    levels = [[power_db(source) for source in dataset[Key(0, index)].audio.sources] for index in range(20)]
+
+    assert {low > high for low, high in levels} == {True, False}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (replace(SETTINGS, kinds=("low", "shrill")), "No recordings of kind 'shrill'.*high, low, other"),
+        (replace(SETTINGS, kinds=("low",)), r"1 kinds for data\.n_sources = 2"),
+    ],
+)
+def test_kinds_that_are_not_there_are_said_so(tracks, settings, words):
+    with pytest.raises(DataError, match=words):
+        mixtures(tracks, settings, "train")

@@ -1,0 +1,43 @@
+"""make demo, from a checkout to separated sound, as a user runs it."""
+
+import csv
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import soundfile
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.slow
+def test_make_demo_separates_talkers_it_has_never_heard(tmp_path):
+    out = tmp_path / "demo"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    ended = subprocess.run(
+        ["make", "demo", f"DEMO_OUT={out}"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+
+    with (out / "evaluation.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    improvement = sum(float(row["si_sdri"]) for row in rows) / len(rows)
+    assert len(rows) == 100
+    assert improvement >= 5.0
+    with (out / "voices" / "speech.csv").open() as file:
+        split_of = {row["speaker"]: row["split"] for row in csv.DictReader(file)}
+    heard = {Path(file).parent.name for row in rows for file in row["files"].split(" + ")}
+    assert {split_of[speaker] for speaker in heard} == {"test"}
+    assert len(list((out / "evaluation-audio").glob("*.wav"))) == 5 * 5
+    assert soundfile.info(out / "evaluation-audio" / "000-estimate-1.wav").samplerate == 8000
+    assert (out / "demo.png").stat().st_size > 50_000
+    assert re.search(r"training\s+\d+ %", ended.stdout)
+    assert len(re.findall(r"^  \S.*  unbraid ", ended.stdout, flags=re.MULTILINE)) == 3

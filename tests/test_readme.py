@@ -1,0 +1,108 @@
+"""The README is true: its commands run, its code runs, its figures are those of benchmarks/results."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+SMALLER = {
+    "train": "--set train.max_steps=3 --set validate.n_items=2 --set data.excerpt_seconds=0.5 --set train.compile=off",
+    "evaluate": "--n-items 3",
+}
+"""Added to the README's commands, so that a test can afford them; nothing in them is taken away."""
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands():
+    lines = [line.split("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+@pytest.fixture
+def workshop(tmp_path, monkeypatch, speaker_folder):
+    """A folder with the files that the README speaks of."""
+    speaker_folder(root=tmp_path / "my_speakers")
+    for name in ("my_noise/hum.wav", "my_mixture.wav"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        soundfile.write(tmp_path / name, 0.1 * np.random.default_rng(0).standard_normal(16000), 8000)
+    for block in (*blocks("python"), *blocks("toml")):
+        if named := re.match(r"# (\w+\.\w+)\n", block):
+            (tmp_path / named[1]).write_text(block)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run_as_written(line, folder):
+    words = shlex.split(line)
+    kind = next((kind for kind in SMALLER if kind in words), None)
+    resumed = ["--set", "train.max_steps=5"] if "--resume" in words else []
+    words += shlex.split(SMALLER.get(kind, "")) + resumed
+    tools = Path(sys.executable).parent
+    environment = os.environ | {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.slow
+def test_every_command_but_make_runs_in_the_order_it_is_written(workshop):
+    ours = [line for line in commands() if not line.startswith("make ")]
+    assert len(ours) >= 6
+
+    for line in ours:
+        ended = run_as_written(line, workshop)
+        assert ended.returncode == 0, f"{line}\n{ended.stdout}\n{ended.stderr}"
+
+    assert (workshop / "separated" / "my_mixture.source-2.wav").exists()
+    assert (workshop / "runs" / "two" / "checkpoints" / "best").exists()
+
+
+def test_the_make_targets_it_names_are_there():
+    targets = [line.split()[1] for line in commands() if line.startswith("make ")]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+
+    assert targets == ["demo", "test"]
+    assert [target for target in targets if not re.search(rf"^{target}:", makefile, flags=re.MULTILINE)] == []
+
+
+def test_the_loop_of_ones_own_trains(capsys):
+    code = next(block for block in blocks("python") if "train_step" in block)
+    names = {}
+    exec(compile(code, "README.md", "exec"), names)  # noqa: S102
+    sources = torch.randn(2, 2, 1, 800, generator=torch.Generator().manual_seed(0))
+
+    names["train"]([(sources.sum(1), sources)] * 2)
+
+    assert re.findall(r"^(\d) (\w+)", capsys.readouterr().out, flags=re.MULTILINE) == [
+        ("1", "trained"),
+        ("2", "trained"),
+    ]
+
+
+def test_the_figures_are_those_that_were_measured():
+    measured = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text())
+    quoted = re.search(r"SI-SDRi (\S+) ± (\S+) dB", README)
+
+    assert [float(quoted[1]), float(quoted[2])] == measured["test"]["si_sdri"]
+    assert measured["date"] in README
+    assert measured["machine"].split(",")[0] in README
+    assert f"{measured['command_seconds'] / 60:.1f} minutes" in README
+
+
+def test_links_and_pictures_lead_somewhere():
+    targets = [target for target in re.findall(r"\]\(([^)]+)\)", README) if "://" not in target]
+
+    assert targets
+    assert [target for target in targets if not (ROOT / target).exists()] == []
