@@ -134,6 +134,14 @@ def test_a_chunk_of_odd_length_before_the_data_is_not_taken_for_a_cut(tmp_path):
     assert probe_audio(path).n_samples == 800
 
 
+def test_a_cut_is_found_behind_a_chunk_of_odd_length_too(tmp_path):
+    path = write_pcm_wav(tmp_path / "a.wav", before_data=b"LIST" + struct.pack("<I", 5) + b"hello\0")
+    os.truncate(path, path.stat().st_size - 400)
+
+    with pytest.raises(AudioError, match="400 bytes more"):
+        probe_audio(path)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_a_flac_with_200_rotten_bytes_is_an_error_that_names_it(tmp_path, seed):
     path = write_audio(tmp_path / "a.flac", noise(), 8000)

@@ -128,14 +128,14 @@ def test_one_speaker_in_a_split_is_said_so(recipe_file, speaker_folder, tmp_path
     assert "1 speaker," in line
 
 
-def test_silent_files_are_named_in_events_and_a_silent_corpus_ends_the_run(
-    recipe_file, speaker_folder, tmp_path, capsys
-):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_silent_corpus_ends_the_run_with_one_line(workers, recipe_file, speaker_folder, tmp_path, capsys):
     folder = speaker_folder(n_speakers=8, n_files=1)
     for path in folder.rglob("*.wav"):
         write_wav(path, np.zeros(8000, np.float32))
 
-    line = fails(capsys, "train", recipe_file(path=folder), "--run", tmp_path / "run")
+    file = recipe_file(path=folder)
+    line = fails(capsys, "train", file, "--run", tmp_path / "run", "--set", f"data.workers={workers}")
 
     assert "is silent" in line
     assert ".wav" in line

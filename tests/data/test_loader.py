@@ -129,6 +129,14 @@ def test_levels_gains_and_snr_lie_where_they_were_asked(speaker_folder, noise_fo
         assert low - 1e-3 <= min(drawn) < low + 1 < high - 1 < max(drawn) <= high + 1e-3
 
 
+def test_each_source_after_the_first_has_a_gain_of_its_own(speaker_folder):
+    example = dataset_of(speaker_folder(), replace(SETTINGS, n_sources=4))[Key(0, 0)]
+
+    levels = sorted(power_db(source) for source in example.audio.sources)
+
+    assert min(np.diff(levels)) > 0.01
+
+
 def test_the_sources_are_excerpts_of_the_files_that_are_named(speaker_folder):
     for example in examples_of(dataset_of(speaker_folder())):
         for source, path in zip(example.audio.sources, example.item.files, strict=True):

@@ -127,12 +127,11 @@ def test_a_recording_at_another_rate_has_the_asked_length_and_pitch(tmp_path, ra
     tone = np.sin(2 * np.pi * 500 * np.arange(rate) / rate).astype(np.float32)
     track = track_of(write_audio(tmp_path / "a.wav", 0.5 * tone, rate))
 
-    resampled = excerpt(track, 0.1)
+    resampled = excerpt(track, 0.2)
 
     assert resampled.shape == (1, 4000)
-    spectrum = np.abs(np.fft.rfft(resampled[0]))
-    assert spectrum.argmax() == 250  # 500 Hz, in steps of 2 Hz
-    assert power_db(resampled[:, -200:]) == pytest.approx(-9.03, abs=0.1)  # up to its last sample
+    expected = 0.5 * np.sin(2 * np.pi * 500 * (0.2 + np.arange(4000) / 8000))
+    np.testing.assert_allclose(resampled[0, 100:], expected[100:], atol=1e-2)  # up to its last sample
 
 
 @pytest.fixture

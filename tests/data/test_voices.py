@@ -110,8 +110,7 @@ def test_a_missing_library_is_named_with_the_way_to_get_it(tmp_path, monkeypatch
 
 def test_a_voice_that_is_not_there_is_named(tmp_path, monkeypatch):
     pytest.importorskip("espeakng_loader")
-    monkeypatch.setattr(voices, "ENGLISH", "nowhere")
-    monkeypatch.setattr(voices, "OTHERS", "nowhere")
+    monkeypatch.setattr(voices, "ACCENTS", "nowhere")
     with pytest.raises(VoicesError, match="no voice nowhere"):
         make_voices(tmp_path, n_speakers=6, n_utterances=1)
     assert not (tmp_path / "speech.csv").exists()

@@ -313,18 +313,44 @@ class StepKeys(Sampler[list[Key]]):
             step += 1
 
 
-def batches(dataset: Mixtures, keys: Sampler[list[Key]], *, workers: int) -> DataLoader[Example]:
-    """Prepare `Loaded` batches ahead in worker processes, in the order of the keys."""
-    return DataLoader(
-        dataset,
+def batches(dataset: Mixtures, keys: Sampler[list[Key]], *, workers: int) -> Iterator[Loaded]:
+    """Prepare batches ahead in worker processes, and yield them in the order of the keys.
+
+    Raises:
+        DataError: If an example could not be made; in its own words, wherever that was.
+    """
+    loader = DataLoader(
+        _Told(dataset),
         batch_sampler=keys,
-        collate_fn=collate,
+        collate_fn=_collate_told,
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         multiprocessing_context=("spawn" if sys.platform == "win32" else "forkserver") if workers else None,
         worker_init_fn=_begin_worker,
         generator=torch.Generator(),
     )
+    for loaded in loader:
+        if isinstance(loaded, DataError):
+            raise loaded
+        yield loaded
+
+
+@dataclass(frozen=True)
+class _Told(Dataset[Example | DataError]):
+    """Mixtures whose errors are handed over: raised in a worker, they would arrive as the text of a traceback."""
+
+    mixtures: Mixtures
+
+    def __getitem__(self, key: Key) -> Example | DataError:
+        try:
+            return self.mixtures[key]
+        except DataError as error:
+            return error
+
+
+def _collate_told(examples: Sequence[Example | DataError]) -> Loaded | DataError:
+    made = [example for example in examples if not isinstance(example, DataError)]
+    return next((example for example in examples if isinstance(example, DataError)), None) or collate(made)
 
 
 def _begin_worker(_worker: int) -> None:

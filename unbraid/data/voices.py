@@ -43,9 +43,10 @@ LOW = (
     "|Lee|Marco|Mario Michael|Reed|adam|antonio|benjamin|david|ed|edward edward2|gustave marcelo|iven iven2|john|ian"
     "|norbert|pablo|max paul|mike2|pedro|quincy rob robert|sandro|travis|victor Storm|klatt|klatt2|klatt3|croak|grandpa"
 )
-# Voices that read the Latin alphabet; half of the talkers are English ones.
-ENGLISH = "en-us|en|en-gb-scotland|en-gb-x-rp|en-gb-x-gbclan|en-gb-x-gbcwmd|en-029|en-us-nyc"
-OTHERS = "de|nl|sv|da|fr|it|es|pt-br|pl|cs|fi|hu|ro|tr|id|cy|sw|et|lv|sk|hr|af|ca|eo"
+ACCENTS = "en-us|en|en-gb-scotland|en-gb-x-rp|en-gb-x-gbclan|en-gb-x-gbcwmd|en-029|en-us-nyc"
+# Lowest and highest pitch, in eSpeak's own 0 to 99, and shortening of the vocal tract.
+PITCH = {"high": (40, 75), "low": (25, 55)}
+TRACT = {"high": (1.0, 1.15), "low": (0.88, 1.0)}
 
 OPENINGS = (
     "today|yesterday|in the morning|after lunch|every summer|on the way home|once more|late at night|now and then"
@@ -200,18 +201,18 @@ def make_talkers(n_speakers: int, *, seed: int = 0) -> list[Talker]:
     talkers: list[Talker] = []
     for split, count in counts.items():
         for i in range(count):
-            variants = pools["high" if i % 2 else "low"][split]
-            accents = ENGLISH if rng.random() < 0.5 else OTHERS
-            accent, variant = rng.choice(accents.split("|")), variants[i // 2 % len(variants)]
+            kind = "high" if i % 2 else "low"
+            variants = pools[kind][split]
+            accent, variant = rng.choice(ACCENTS.split("|")), variants[i // 2 % len(variants)]
             talkers.append(
                 Talker(
                     name=f"{split}-{i:03d}-{accent}-{variant}",
                     split=split,
                     voice=f"{accent}+{variant}",
-                    pitch=int(rng.integers(15, 86)),
-                    pitch_range=int(rng.integers(25, 81)),
-                    rate=int(rng.integers(140, 201)),
-                    tract=round(float(rng.uniform(0.85, 1.18)), 3),
+                    pitch=int(rng.integers(*PITCH[kind])),
+                    pitch_range=int(rng.integers(25, 71)),
+                    rate=int(rng.integers(145, 196)),
+                    tract=round(float(rng.uniform(*TRACT[kind])), 3),
                 )
             )
     return talkers
