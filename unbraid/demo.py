@@ -45,7 +45,9 @@ def run_demo(recipe_path: Path, out: Path, *, overrides: Sequence[str] = ()) -> 
     check_matplotlib()
     recipe = load_recipe(recipe_path, overrides)
     with progress_bar("making talkers", 1.0) as advance:
-        table = make_voices(out / "voices", progress=lambda done, total: advance(done / total, f"{done} of {total}"))
+        table = make_voices(
+            out / "voices", n_utterances=8, progress=lambda done, total: advance(done / total, f"{done} of {total}")
+        )
     recipe = replace(recipe, data=replace(recipe.data, path=table.absolute()))
     run = RunDirectory(out / "run")
     with stop_on_signals() as stop:

@@ -27,14 +27,16 @@ import numpy as np
 import soundfile
 import soxr
 
+from unbraid.errors import UserError
+
 SPLITS = {"train": 0.72, "valid": 0.08, "test": 0.2}
-FORMAT = 1  # to be raised whenever the same parameters would give other audio
+FORMAT = 2  # to be raised whenever the same parameters would give other audio
 SYNTHESIS_RATE = 22_050
 GROUP = 6  # talkers a process: enough to hide its start, few enough for smooth progress
 GROUP_SECONDS = 300.0  # a process that takes longer hangs
 VOLUME = 35  # of 100 as the usual; louder, and the strong variants clip inside eSpeak
 RMS_DB = -26.0
-COLUMNS = ("path", "speaker", "seconds", "sample_rate", "source", "split")
+COLUMNS = ("path", "speaker", "seconds", "sample_rate", "source", "split", "kind")
 
 # Variants of one root stand together and stay in one split. Whispers, echoes and robots are left out.
 HIGH = "f1|f2|f3|f4|f5|Alicia|Andrea|Annie|anika|aunty|belinda linda|grandma|shelby|steph steph2 steph3"
@@ -80,7 +82,7 @@ ENDINGS = (
 Audio = np.ndarray[Any, np.dtype[np.float32]]
 
 
-class VoicesError(ValueError):
+class VoicesError(UserError):
     """Talkers cannot be made here; the message says what to do."""
 
 
@@ -89,11 +91,12 @@ class Talker:
     """What makes one talker differ from the next.
 
     Pitch and range are in eSpeak's own 0 to 99, the rate in words a minute. `tract` shortens the vocal tract: all
-    frequencies are multiplied by it, so that few variants make many voices.
+    frequencies are multiplied by it, so that few variants make many voices. The kind is `high` or `low`.
     """
 
     name: str
     split: str
+    kind: str
     voice: str
     pitch: int
     pitch_range: int
@@ -124,7 +127,8 @@ def make_voices(
         progress: Called with (talkers done, talkers in all), from the calling thread.
 
     Returns:
-        The path of the table, with the columns path, speaker, seconds, sample_rate, source and split.
+        The path of the table, with the columns path, speaker, seconds, sample_rate, source, split and kind
+            (``high`` or ``low``).
 
     Raises:
         VoicesError: If espeakng-loader is missing, or does not speak on this machine, or a count is too small.
@@ -208,6 +212,7 @@ def make_talkers(n_speakers: int, *, seed: int = 0) -> list[Talker]:
                 Talker(
                     name=f"{split}-{i:03d}-{accent}-{variant}",
                     split=split,
+                    kind=kind,
                     voice=f"{accent}+{variant}",
                     pitch=int(rng.integers(*PITCH[kind])),
                     pitch_range=int(rng.integers(25, 71)),
@@ -351,9 +356,8 @@ def speak(task: dict[str, Any]) -> list[dict[str, Any]]:
             path = f"speech/{talker.name}/{i:03d}.flac"
             soundfile.write(folder / path, audio, sample_rate, subtype="PCM_16")
             seconds = round(len(audio) / sample_rate, 3)
-            rows.append(
-                dict(zip(COLUMNS, (path, talker.name, seconds, sample_rate, "espeak-ng", talker.split), strict=True))
-            )
+            row = (path, talker.name, seconds, sample_rate, "espeak-ng", talker.split, talker.kind)
+            rows.append(dict(zip(COLUMNS, row, strict=True)))
     return rows
 
 

@@ -1,6 +1,7 @@
 """Conv-TasNet: masks on a learned transform, from a stack of dilated convolutions."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -98,15 +99,14 @@ class ConvTasNet(nn.Module):
         block_kernel: int = 3,
         n_blocks: int = 8,
         n_repeats: int = 3,
-        norm: str = "gln",
-        mask: str = "sigmoid",
-        filters: str = "random",
+        norm: Literal["gln", "cln"] = "gln",
+        mask: Literal["sigmoid", "relu", "softmax"] = "sigmoid",
+        filters: Literal["random", "fourier"] = "random",
     ) -> None:
         super().__init__()
-        if norm not in NORMS or mask not in MASKS:
-            raise ValueError(
-                f"norm {norm!r} must be one of {', '.join(NORMS)}, mask {mask!r} one of {', '.join(MASKS)}."
-            )
+        for given, allowed in ((norm, NORMS), (mask, MASKS), (filters, ("random", "fourier"))):
+            if given not in allowed:
+                raise ValueError(f"{given!r} is not one of {', '.join(allowed)}.")
         stride = stride or kernel_size // 2
         self.n_sources, self.mask = n_sources, mask
         self.encoder = LearnedEncoder(n_filters=n_filters, kernel_size=kernel_size, stride=stride)
