@@ -36,15 +36,14 @@ def run_figures(run: Path, table: Path) -> dict[str, object]:
     steps = [record for record in read_steps(RunDirectory(run).steps) if record.trained]
     validation = read_rows(RunDirectory(run).validation)[0]
     with table.open(newline="", encoding="utf-8") as file:
-        rows = [
-            {key: float(value) if value else None for key, value in row.items() if key != "files"}
-            for row in csv.DictReader(file)
-        ]
+        table_rows = list(csv.DictReader(file))
+    rows = [{k: float(v) if v else None for k, v in row.items() if k != "files"} for row in table_rows]
     model, recipe = load_model(run)
     environment = json.loads(RunDirectory(run).environment.read_text())
     return {
         "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{processor()}, {os.cpu_count()} cores, torch {environment['torch']}, {environment['chosen']['precision']}",
+        "machine": f"{processor()}, {os.cpu_count()} cores, torch {environment['torch']}",
+        "precision": environment["chosen"]["precision"],
         "model": recipe.model.name,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "steps": steps[-1].step,

@@ -1,4 +1,4 @@
-"""Makes .venv and installs unbraid into it, with PyTorch's CPU build where there is no NVIDIA GPU; needs python3 alone."""
+"""Makes .venv and installs unbraid into it, with PyTorch's CPU build where there is no NVIDIA GPU."""
 
 import platform
 import shutil

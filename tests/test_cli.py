@@ -141,6 +141,18 @@ def test_a_silent_corpus_ends_the_run_with_one_line(workers, recipe_file, speake
     assert ".wav" in line
 
 
+def test_a_run_directory_that_is_a_file_is_said_so(recipe_file, tmp_path, capsys):
+    (tmp_path / "file").touch()
+
+    assert "file" in fails(capsys, "train", recipe_file(), "--run", tmp_path / "file")
+
+
+def test_a_file_to_leave_out_that_is_not_there_is_said_so(recipe_file, tmp_path, capsys):
+    line = fails(capsys, "train", recipe_file(), "--set", "data.exclude=['nowhere.wav']", "--run", tmp_path / "run")
+
+    assert "nowhere.wav" in line
+
+
 def test_two_runs_in_one_directory_are_refused(trained, recipe_file, capsys):
     line = fails(capsys, "train", recipe_file(), "--run", trained)
 
@@ -188,6 +200,7 @@ def test_evaluate_writes_a_row_a_mixture_and_the_first_to_hear(trained, capsys):
     ("option", "words"),
     [
         (["-o", "table.txt"], ["table.txt", ".csv or .parquet"]),
+        (["-o", "/dev/null/x.csv"], ["/dev/null"]),
         (["nowhere"], ["nowhere", "does not exist"]),
         (["--seconds", "99"], ["as long as an excerpt of 99 s"]),
     ],
@@ -259,6 +272,15 @@ def test_code_that_came_with_a_checkpoint_does_not_run_unless_trusted(recipe_fil
     assert "--trust" in fails(capsys, "evaluate", "run", "--n-items", "1")
     assert not (tmp_path / "ran").exists()
     assert main(["evaluate", "run", "--n-items", "1", "--trust"]) == 0
+
+
+def test_a_data_set_that_came_with_a_checkpoint_does_not_run_unless_trusted(recipe_file, tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.py").write_text("from unbraid.data.folders import speakers as go\n")
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", str(recipe_file()), "--run", "run", "--set", "data.name=mine:go"]) == 0
+    capsys.readouterr()
+
+    assert "--trust" in fails(capsys, "evaluate", "run", "--n-items", "1")
 
 
 @pytest.mark.slow

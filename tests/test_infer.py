@@ -86,6 +86,29 @@ def test_channels_are_separated_each_for_itself():
     assert np.array_equal(both[:, :1], left)
 
 
+def test_a_source_sixty_decibels_below_the_other_is_not_taken_for_silence():
+    mixture = sum(tones(8000))[None]
+
+    estimates = separate_audio(LowAndHigh(gains=(-7.0, 0.005)), mixture, 8000, model_rate=8000, match_level=True)
+
+    assert np.allclose(estimates.sum(0), mixture, atol=1e-4)
+
+
+def test_a_source_stays_in_its_file_from_channel_to_channel():
+    class Swaps(LowAndHigh):
+        def forward(self, mixture):
+            separated = super().forward(mixture)
+            separated[:, :, 1] = separated[:, :, 1].flip(1)
+            return separated
+
+    low, high = tones(8000)
+    stereo = np.stack([low + high, 0.5 * low + 0.5 * high])
+
+    swapped = separate_audio(Swaps(), stereo, 8000, model_rate=8000, match_level=False)
+
+    assert np.allclose(swapped, separate_audio(LowAndHigh(), stereo, 8000, model_rate=8000, match_level=False))
+
+
 def test_training_mode_is_given_back():
     model = LowAndHigh().train()
     assert not separate(model, torch.ones(1, 1, 10)).requires_grad

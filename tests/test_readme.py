@@ -80,7 +80,7 @@ def test_the_make_targets_it_names_are_there():
 def test_the_loop_of_ones_own_trains(capsys):
     code = next(block for block in blocks("python") if "train_step" in block)
     names = {}
-    exec(compile(code, "README.md", "exec"), names)  # noqa: S102
+    exec(compile(code, "README.md", "exec"), names)
     sources = torch.randn(2, 2, 1, 800, generator=torch.Generator().manual_seed(0))
 
     names["train"]([(sources.sum(1), sources)] * 2)

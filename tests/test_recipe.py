@@ -75,6 +75,9 @@ def test_a_resolved_recipe_reads_back_as_itself(path, write):
         ("model = 'sepformer'\n" + ENDS, ["model = 'sepformer'", "[model]"]),
         ("[filter]\nname = 'threshold'\n" + ENDS, ["[[filter]]", "two brackets"]),
         ("[data\n", ["not valid TOML", "line 1"]),
+        ("[data]\nlevel_db = nan\n" + ENDS, ["data.level_db", "finite"]),
+        ("[data]\ngains_db = [-inf, 0.0]\n" + ENDS, ["data.gains_db", "finite"]),
+        ("[data]\nexcerpt_seconds = 1e-6\n" + ENDS, ["samples", "above 0"]),
         ("[data]\npath = ''\n" + ENDS, ["data.path", "--set data.path=PATH"]),
     ],
 )
@@ -102,6 +105,10 @@ def test_a_mistake_is_named_in_one_line(write, text, words):
         ("[loss]\nname = 'l1'\nassign = 'permuted'", ["loss.assign", "permutation, fixed"]),
         ("[model]\nname = 'nowhere:Net'", ["nowhere:Net", "no nowhere.py"]),
         ("[model]\nname = 'sepformer'\nn_heads = 7", ["[model] sepformer", "n_heads 7"]),
+        ("[model]\nname = 'conv_tasnet'\nn_filters = -1", ["[model] conv_tasnet", "cannot be made"]),
+        ("[model]\nname = 'conv_tasnet'\nmask = 'sigmod'", ["model.mask", "Did you mean 'sigmoid'?"]),
+        ("[schedule]\nname = 'cosine'\nwarmup_steps = -5", ["warmup_steps = -5", "0 or more"]),
+        ("[schedule]\nname = 'plateau'\nreduce_by = -2.0", ["reduce_by = -2", "between 0 and 1"]),
     ],
 )
 def test_a_mistake_in_a_part_is_named_in_one_line(write, text, words):
@@ -119,6 +126,7 @@ def test_a_mistake_in_a_part_is_named_in_one_line(write, text, words):
     [
         ("optim.lr", ["must look like optim.lr=3e-4"]),
         ("lr=3", ["key of a table"]),
+        ("schedule=3", ["key of a table"]),
         ("filter.0.threshold_db=-40", ["0 filters"]),
         ("train.max_steps.x=3", ["max_steps is a value"]),
     ],
@@ -137,6 +145,17 @@ def test_overrides_are_toml_or_plain_text(write):
     assert (recipe.optim.name, recipe.optim.options["lr"]) == ("sgd", 3e-4)
     assert recipe.filters[0].options["threshold_db"] == -40
     assert recipe.data.gains_db == (-3.0, 3.0)
+
+
+def test_naming_another_part_leaves_the_keys_of_the_one_before_behind(write):
+    recipe = load_recipe(
+        write(ENDS + '[clip]\nname = "fixed"\nmax_norm = 1.0\n[optim]\nname = "adam"\nlr = 1e-3\n'),
+        ["clip.name=autoclip", "clip.percentile=5", "optim.name=sgd", 'schedule={name="cosine"}'],
+    )
+
+    assert (recipe.clip.name, recipe.clip.options) == ("autoclip", {"percentile": 5})
+    assert (recipe.optim.name, recipe.optim.options) == ("sgd", {"lr": 1e-3})
+    assert recipe.schedule.name == "cosine"
 
 
 def test_paths_in_the_file_are_relative_to_it_and_paths_on_the_command_line_to_the_current_folder(

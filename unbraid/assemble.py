@@ -1,5 +1,6 @@
 """A recipe's names turned into objects: model, data, training state; a run from start or resumption to end."""
 
+import hashlib
 import importlib.util
 import inspect
 import json
@@ -22,12 +23,12 @@ from unbraid.data.folders import noises
 from unbraid.data.loader import Mixtures, StepKeys, batches, mixtures
 from unbraid.data.tracks import Track, with_splits
 from unbraid.draws import seeded_torch
-from unbraid.errors import CheckpointError, RecipeError, nearest
+from unbraid.errors import CheckpointError, DataError, RecipeError, UserError, nearest
 from unbraid.losses import LOSSES, is_in_db
 from unbraid.losses.pit import SeparationLoss
 from unbraid.models import MODELS
 from unbraid.recipe import Part, Recipe, checked, differences, recipe_from_table, recipe_table, to_toml
-from unbraid.records import Event, RunDirectory, StepRecord, ValidationRecord, append_record, owned, write_atomically
+from unbraid.records import Event, RunDirectory, append_record, owned, write_atomically
 from unbraid.robust import CLIPPERS, FILTERS
 from unbraid.robust.precision import Precision, best_precision
 from unbraid.train.checkpoint import (
@@ -36,14 +37,14 @@ from unbraid.train.checkpoint import (
     find_checkpoint,
     newest_checkpoint,
     read_checkpoint,
-    remove_partial,
+    tidy,
 )
-from unbraid.train.loop import Fit, StopRequest, fit
+from unbraid.train.loop import Job, StopRequest, Told, fit
 from unbraid.train.optim import OPTIMIZERS, SCHEDULES
 from unbraid.train.state import TrainState
 from unbraid.train.validate import validation
 
-_MAY_CHANGE = ("train.max_steps", "train.max_minutes", "save.", "data.workers")
+_MAY_CHANGE = ("train.max_steps", "train.max_minutes", "train.precision", "save.", "data.workers", "data.exclude")
 """Keys that a resumed run may give other values than it began with."""
 
 _RECORDED_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES", "WORLD_SIZE")
@@ -108,13 +109,17 @@ def build_part(
         RecipeError: If a key is unknown, or a value of the wrong type or refused by the part.
     """
     signature = find_part(kind, part, registry, folder)
+    if not callable(signature):
+        raise RecipeError(f"[{kind}] name = {part.name!r} is a {type(signature).__name__}, nothing that can be called.")
     options = checked(kind, signature, part.options, given=tuple(given))
     try:
         return signature(**given, **options)
     except RecipeError:
         raise
-    except ValueError as error:
-        raise RecipeError(f"[{kind}] {part.name}: {error}") from error
+    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+        raise RecipeError(
+            f"[{kind}] {part.name} cannot be made of these keys ({type(error).__name__}: {error})."
+        ) from error
 
 
 def build_model(recipe: Recipe, *, trust: bool = True) -> nn.Module:
@@ -155,17 +160,37 @@ def _load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def choose_device() -> torch.device:
-    """The process's own GPU, or the CPU."""
-    return torch.device("cuda", dist.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    """The process's own GPU, or the CPU.
+
+    Raises:
+        UserError: If there are more processes on this machine than GPUs.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if dist.local_rank() >= torch.cuda.device_count():
+        raise UserError(
+            f"This machine has {torch.cuda.device_count()} GPUs for more processes: lower --nproc-per-node, or set "
+            "CUDA_VISIBLE_DEVICES= to train on the CPU."
+        )
+    return torch.device("cuda", dist.local_rank())
 
 
-def choose(recipe: Recipe, model: nn.Module, device: torch.device) -> dict[str, Any]:
-    """What "auto" comes to, fixed before the first step and taken again on resuming."""
-    precision = best_precision(device) if recipe.train.precision == "auto" else recipe.train.precision
+def choose(recipe: Recipe, model: nn.Module, device: torch.device, *, before: dict[str, Any] | None) -> dict[str, Any]:
+    """What "auto" comes to, fixed before the first step and taken again on resuming, with the number of threads.
+
+    Args:
+        recipe: Where it says "auto", or something else.
+        model: Whether it is made for compiling.
+        device: Where it runs.
+        before: What was chosen when the run began.
+    """
+    asked = recipe.train.precision
+    if before is not None:
+        return before | ({} if asked == "auto" else {"precision": asked})
+    pays = recipe.train.compile == "on" or (recipe.train.compile == "auto" and _compiling_pays(recipe, model, device))
     return {
-        "precision": precision,
-        "compile": recipe.train.compile == "on"
-        or (recipe.train.compile == "auto" and _compiling_pays(recipe, model, device)),
+        "precision": best_precision(device) if asked == "auto" else asked,
+        "compile": pays,
         "threads": torch.get_num_threads(),
     }
 
@@ -187,13 +212,22 @@ class Corpus:
     valid: Mixtures
 
 
-def list_tracks(recipe: Recipe) -> tuple[list[Track], list[Track]]:
-    """The recordings of a recipe's data set with their splits, and its noises."""
+def list_tracks(recipe: Recipe, *, trust: bool = True) -> tuple[list[Track], list[Track]]:
+    """The recordings of a recipe's data set with their splits, and its noises.
+
+    Raises:
+        DataError: If they cannot be listed, or processes that train together see different ones.
+        RecipeError: If the data set is somebody's own code and is not trusted.
+    """
     data = recipe.data
     if data.path is None:
         raise RecipeError("[data] needs a path to a speaker folder or a CSV manifest: --set data.path=FOLDER.")
-    tracks = find_part("data", Part(data.name), DATASETS, recipe.folder)(data.path)
-    return with_splits(tracks, n_sources=data.n_sources), noises(data.noise) if data.noise else []
+    tracks = find_part("data", Part(data.name), DATASETS, recipe.folder if trust else None)(data.path)
+    found = with_splits(tracks, n_sources=data.n_sources), noises(data.noise) if data.noise else []
+    digest = hashlib.sha256(repr(found).encode()).hexdigest()
+    if dist.any_rank(digest != dist.from_main_process(digest), choose_device()):
+        raise DataError(f"The processes see different files in {data.path}; every machine needs the same data.")
+    return found
 
 
 def build_corpus(recipe: Recipe) -> Corpus:
@@ -208,21 +242,21 @@ def build_state(recipe: Recipe, model: nn.Module, *, precision: str) -> TrainSta
     Raises:
         RecipeError: If a part is refused, or a filter in dB meets a loss that is not.
     """
-    options = dict(recipe.loss.options)
-    assign = options.pop("assign", "permutation")
-    if assign not in ("permutation", "fixed"):
-        raise RecipeError(f"loss.assign = {assign!r} is not one of permutation, fixed.")
+    if recipe.assign not in ("permutation", "fixed"):
+        raise RecipeError(f"loss.assign = {recipe.assign!r} is not one of permutation, fixed.")
+    for key in recipe.loss.options:
+        if key != "assign":
+            raise RecipeError(f"[loss] has no key {key!r}; its keys are name, assign.")
     signal_loss = find_part("loss", recipe.loss, LOSSES, recipe.folder)
-    if options:
-        raise RecipeError(f"[loss] has no key {next(iter(options))!r}; its keys are name, assign.")
     filters = [build_part("filter", part, FILTERS, recipe.folder) for part in recipe.filters]
     for part, loss_filter in zip(recipe.filters, filters, strict=True):
         if loss_filter.needs_db and not is_in_db(signal_loss):
             raise RecipeError(f"[[filter]] {part.name} needs a loss in dB, which {recipe.loss.name} is not.")
-    wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if dist.world_size() > 1 else model
+    if dist.world_size() > 1:
+        _check_statistics(model)
     return TrainState(
-        model=wrapped,
-        loss=SeparationLoss(signal_loss, assign=assign),
+        model=dist.wrap(model),
+        loss=SeparationLoss(signal_loss, assign=recipe.assign),
         optimizer=build_part("optim", recipe.optim, OPTIMIZERS, recipe.folder, parameters=model.parameters()),
         clipper=build_part("clip", recipe.clip, CLIPPERS, recipe.folder),
         filters=filters,
@@ -233,9 +267,18 @@ def build_state(recipe: Recipe, model: nn.Module, *, precision: str) -> TrainSta
     )
 
 
+def _check_statistics(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
+            raise RecipeError(
+                f"[model] {name} is a {type(module).__name__}, whose statistics would differ from process to process; "
+                "take nn.SyncBatchNorm, or a norm without running statistics."
+            )
+
+
 def train(
     recipe: Recipe, run: RunDirectory, *, resume: bool = False, stop: StopRequest | None = None
-) -> Iterator[StepRecord | ValidationRecord]:
+) -> Iterator[Told]:
     """Train by a recipe into a run directory.
 
     Args:
@@ -245,7 +288,7 @@ def train(
         stop: Ends the run early, with a checkpoint.
 
     Yields:
-        A record for each step and validation, after it was written.
+        A record for each step and validation, and events, after they were written.
 
     Raises:
         UserError: If recipe, data or run directory cannot be used, or a stop rule ended the run.
@@ -263,13 +306,14 @@ def train(
 
 def _train(
     recipe: Recipe, run: RunDirectory, device: torch.device, *, resume: bool, stop: StopRequest | None
-) -> Iterator[StepRecord | ValidationRecord]:
+) -> Iterator[Told]:
     checkpoint, passed_over = _starting_point(recipe, run, resume=resume)
     corpus = build_corpus(recipe)
     model = build_model(recipe).to(device)
     if checkpoint is None and "init" in recipe.model.options:
         _load_weights(model, read_checkpoint(find_checkpoint(Path(recipe.model.options["init"]))))
-    choices = checkpoint.choices if checkpoint else choose(recipe, model, device)
+    choices = dist.from_main_process(choose(recipe, model, device, before=checkpoint.choices if checkpoint else None))
+    torch.set_num_threads(choices["threads"])
     if choices["compile"]:
         compile_regions = getattr(model, "compile_regions", model.compile)
         compile_regions()
@@ -277,7 +321,7 @@ def _train(
     if checkpoint is not None:
         state.load_state_dict(checkpoint.state)
     table = recipe_table(recipe)
-    job = Fit(run, recipe.train, recipe.validate, recipe.save, table, choices, n_files=len(corpus.train.tracks))
+    job = Job(run, recipe.train, recipe.validate, recipe.save, table, choices, n_files=len(corpus.train.tracks))
     if dist.is_main():
         _open_run(recipe, run, state, checkpoint, passed_over, choices, device)
     keys = StepKeys(
@@ -290,7 +334,10 @@ def _train(
     )
     loaded = batches(corpus.train, keys, workers=recipe.data.workers)
     validate = validation(
-        corpus.valid, n_items=recipe.validate.n_items, batch_size=max(1, recipe.data.batch_size // dist.world_size())
+        corpus.valid,
+        n_items=recipe.validate.n_items,
+        batch_size=max(1, recipe.data.batch_size // (dist.world_size() * recipe.train.accumulate)),
+        assign=recipe.assign,
     )
     yield from fit(state, loaded, validate, job, stop)
 
@@ -298,22 +345,29 @@ def _train(
 def _starting_point(recipe: Recipe, run: RunDirectory, *, resume: bool) -> tuple[Checkpoint | None, list[str]]:
     """The checkpoint to go on from, if any, once it is sure that nothing would be lost or mixed up."""
     if not resume:
-        if run.steps.exists() or run.checkpoints.exists():
+        if (run.steps.exists() and run.steps.stat().st_size) or any(run.checkpoints.glob("step-*")):
             raise CheckpointError(
                 f"{run.path} holds a run already: --resume goes on with it, --run DIR begins another."
             )
         return None, []
     if not run.path.exists() or not run.recipe.exists():
         raise CheckpointError(f"{run.path} holds no run to go on with; leave --resume out to begin one.")
-    checkpoint, passed_over = newest_checkpoint(run)
+    found, passed_over = newest_checkpoint(run) if dist.is_main() else (None, [])
+    path = dist.from_main_process(found.path if found else None)
+    checkpoint = found or (read_checkpoint(path) if path else None)
     if checkpoint is None:
-        return None, [*passed_over, f"{run.path} has no whole checkpoint yet; the run begins again."]
+        if any(run.checkpoints.glob("step-*")):
+            raise CheckpointError(
+                f"{run.path} has no whole checkpoint left ({' '.join(passed_over)}); begin a new run."
+            )
+        return None, [*passed_over, f"{run.path} had no checkpoint yet; the run began again."]
     changed = differences(checkpoint.recipe, recipe_table(recipe))
-    harmful = {key: pair for key, pair in changed.items() if not key.startswith(_MAY_CHANGE)}
-    if harmful:
-        listed = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in harmful.items())
-        raise CheckpointError(f"{run.path} was begun by another recipe: {listed}. Take these back, or begin a new run.")
-    return checkpoint, passed_over
+    told = [f"{key} was {old!r}, is {new!r}" for key, (old, new) in changed.items()]
+    if harmful := [words for words in told if not words.startswith(_MAY_CHANGE)]:
+        raise CheckpointError(
+            f"{run.path} was begun by another recipe: {'; '.join(harmful)}. Take that back, or begin a new run."
+        )
+    return checkpoint, [*passed_over, *(f"Changed on resuming: {words}." for words in told)]
 
 
 def _open_run(
@@ -321,18 +375,21 @@ def _open_run(
     run: RunDirectory,
     state: TrainState,
     checkpoint: Checkpoint | None,
-    passed_over: list[str],
+    notes: list[str],
     choices: dict[str, Any],
     device: torch.device,
 ) -> None:
     """Write what a run directory begins with; cut back what a resumed run will write again."""
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     cut_logs(run, checkpoint.log_bytes if checkpoint else {})
-    remove_partial(run)
+    tidy(run, checkpoint)
+    for log in run.logs:
+        log.touch()
     write_atomically(run.recipe, to_toml(recipe))
     write_atomically(run.environment, json.dumps(environment(choices, device), indent=1) + "\n")
-    for message in passed_over:
-        append_record(run.events, Event("CHECKPOINT_PASSED_OVER", state.step, 0, message))
+    for message in notes:
+        code = "RECIPE_CHANGED" if message.startswith("Changed") else "CHECKPOINT_PASSED_OVER"
+        append_record(run.events, Event(code, state.step, 0, message))
     if checkpoint is not None:
         message = f"Went on from {checkpoint.path.name}."
         append_record(run.events, Event("RUN_RESUMED", state.step, 0, message, evidence=choices))

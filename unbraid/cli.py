@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -34,7 +35,8 @@ def train(args: argparse.Namespace) -> int:
     if os.environ.get("RANK", "0") != "0":  # one process of several tells
         return EXIT_STOPPED + stop.signal if stop.signal else 0
     if stop.signal:
-        print(f"Stopped by signal {stop.signal}; go on with: unbraid train {args.recipe} --run {run.path} --resume")
+        words = [*args.words, *([] if args.resume else ["--resume"])]
+        print(f"Stopped by signal {stop.signal}; go on with: unbraid {shlex.join(words)}")
         return EXIT_STOPPED + stop.signal
     print(f"The run is in {run.path}; next: unbraid evaluate {run.path}")
     return 0
@@ -52,6 +54,8 @@ def evaluate(args: argparse.Namespace) -> int:
         found = evaluate_checkpoint(args.checkpoint, progress=lambda done, _: advance(done), **options)
     print_summaries(found.summaries, f"{len(found.rows)} mixtures of {found.recipe.data.path} ({args.split})")
     print(f"A row for each mixture: {found.table}" + (f"; to hear: {found.audio}" if found.audio else ""))
+    for message in found.bad_files.values():
+        print(f"Left out: {message}")
     return 0
 
 
@@ -69,11 +73,11 @@ def demo(args: argparse.Namespace) -> int:
     from unbraid.demo import run_demo, what_next
     from unbraid.screen import print_summaries
 
-    result = run_demo(find_recipe(Path("demo")), args.out, overrides=args.set)
+    result = run_demo(recipes_folder() / "demo.toml", args.out, overrides=args.set)
     if isinstance(result, int):
         print(f"Stopped by signal {result}; unbraid demo -o {args.out} goes on from there.")
         return EXIT_STOPPED + result
-    print_summaries(result.summaries, f"{result.n_items} mixtures of two talkers never heard in training")
+    print_summaries(result.summaries, f"{result.n_items} mixtures of a low and a high voice, never heard in training")
     print("\n".join(what_next(result)))
     return 0
 
@@ -164,11 +168,16 @@ def _add_trust(command: argparse.ArgumentParser) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; a user's mistake ends as one line on stderr and status 2."""
-    args = parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    args = parser().parse_args(words)
+    args.words = words
     try:
         return args.function(args)
     except UserError as error:
         print(f"unbraid: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except OSError as error:
+        print(f"unbraid: {error}. Mend that, and start again.", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         return EXIT_STOPPED + signal.SIGINT

@@ -77,5 +77,5 @@ def what_next(result: DemoResult) -> list[str]:
         "Try next:",
         f"  your own sound       unbraid separate MIXTURE.wav -m {run} -o separated",
         "  your own recordings  unbraid train conv_tasnet_small --set data.path=FOLDER_OF_SPEAKERS",
-        f"  another clipper      unbraid demo -o {out}-autoclip --set clip.name=autoclip --set clip.percentile=10",
+        f"  another clipper      unbraid demo -o {out}-autoclip --set clip.name=autoclip",
     ]

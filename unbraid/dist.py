@@ -1,14 +1,19 @@
 """Rank, agreement and sums over ranks; no-ops in a single process."""
 
 import hashlib
+import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as td
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=10)
 
@@ -53,20 +58,50 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+def max_over_ranks(values: Sequence[float], device: torch.device | None = None) -> list[float]:
+    """The largest of each value over all ranks, in one collective; every rank must call it."""
+    if world_size() == 1:
+        return list(values)
+    shared = torch.tensor(values, dtype=torch.float64, device=device)
+    td.all_reduce(shared, op=td.ReduceOp.MAX)
+    return shared.tolist()
+
+
+def gather(some: Sequence[T], device: torch.device | None = None) -> list[tuple[int, T]]:
+    """What every rank brought, with its rank; where none brought anything, that costs one small collective."""
+    if world_size() == 1:
+        return [(0, item) for item in some]
+    if not any_rank(bool(some), device):
+        return []
+    everyone: list[list[T]] = [[] for _ in range(world_size())]
+    td.all_gather_object(everyone, list(some))
+    return [(number, item) for number, items in enumerate(everyone) for item in items]
+
+
+def from_main_process(value: T) -> T:
+    """The main process's object, on every rank; every rank must call it."""
+    if world_size() == 1:
+        return value
+    shared = [value]
+    td.broadcast_object_list(shared, 0)
+    return shared[0]
+
+
+def wrap(model: nn.Module) -> nn.Module:
+    """The model as its gradients are averaged over ranks; itself in a single process. Buffers are left alone."""
+    if world_size() == 1:
+        return model
+    arguments = inspect.signature(DistributedDataParallel).parameters
+    if "forward_sync_buffers" in arguments:  # torch 2.13 and newer
+        return DistributedDataParallel(model, forward_sync_buffers=False)
+    return DistributedDataParallel(model, broadcast_buffers=False)
+
+
 def any_rank(flag: bool, device: torch.device | None = None) -> bool:
     """Whether any rank says so; every rank must call it."""
     if world_size() == 1:
         return flag
     return bool(sum_over_ranks(torch.tensor(float(flag), device=device)) > 0)
-
-
-def from_main(value: float, device: torch.device | None = None) -> float:
-    """The main process's value, on every rank."""
-    if world_size() == 1:
-        return value
-    shared = torch.tensor(value, dtype=torch.float64, device=device)
-    td.broadcast(shared, 0)
-    return float(shared)
 
 
 def first_difference(model: nn.Module) -> str | None:

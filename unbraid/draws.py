@@ -9,7 +9,7 @@ import numpy as np
 
 def seed_sequence(seed: int, purpose: str, *position: int) -> np.random.SeedSequence:
     """The entropy that belongs to one draw: a seed, what the draw is for, and where in the run it stands."""
-    return np.random.SeedSequence([seed & 0xFFFFFFFF, zlib.crc32(purpose.encode()), *position])
+    return np.random.SeedSequence([seed % 2**64, zlib.crc32(purpose.encode()), len(position), *position])
 
 
 def generator(seed: int, purpose: str, *position: int) -> np.random.Generator:

@@ -15,11 +15,13 @@ from unbraid.assemble import list_tracks, load_model
 from unbraid.audio import write_audio
 from unbraid.data.batch import Batch
 from unbraid.data.loader import FixedKeys, Mixtures, collate, mixtures
+from unbraid.data.mixing import AudioFault
+from unbraid.dsp import SILENCE
 from unbraid.errors import UserError
 from unbraid.infer import at_mixture_level, separate
-from unbraid.losses.pit import assign_sources
+from unbraid.losses.pit import order_as_targets
 from unbraid.losses.waveform import neg_si_sdr
-from unbraid.metrics import reorder, sdr, si_sdr
+from unbraid.metrics import sdr, si_sdr
 from unbraid.recipe import Recipe
 from unbraid.train.checkpoint import find_checkpoint
 
@@ -53,6 +55,7 @@ class Evaluation:
     table: Path
     audio: Path | None
     recipe: Recipe
+    bad_files: dict[str, str]
 
 
 def evaluate_checkpoint(
@@ -84,22 +87,24 @@ def evaluate_checkpoint(
         UserError: If checkpoint, data or table cannot be used.
     """
     folder = find_checkpoint(checkpoint)
-    table = out or folder.parent.parent / "evaluation.csv"
+    table = out or (folder.parent.parent if folder.parent.name == "checkpoints" else folder) / "evaluation.csv"
     check_table_path(table)
     model, recipe = load_model(folder, trust=trust)
     changes: dict[str, Any] = {"path": data.absolute()} if data else {}
     changes |= {"excerpt_seconds": seconds} if seconds else {}
     recipe = replace(recipe, data=replace(recipe.data, **changes))
-    tracks, noise = list_tracks(recipe)
+    tracks, noise = list_tracks(recipe, trust=trust)
     dataset = mixtures(tracks, recipe.data, split, noises=noise)
     audio = table.with_suffix("").parent / f"{table.stem}-audio" if save_audio else None
-    rows = []
-    for row in evaluate(model, dataset, recipe, n_items=n_items, save_audio=save_audio, folder=audio):
+    rows: list[Row] = []
+    bad_files: dict[str, str] = {}
+    for row, faults in evaluate(model, dataset, recipe, n_items=n_items, save_audio=save_audio, folder=audio):
+        bad_files |= {fault.path: fault.message for fault in faults if not fault.in_excerpt_only}
         rows.append(row)
         if progress is not None:
             progress(len(rows), n_items)
     write_table(table, rows)
-    return Evaluation(rows, summarise(rows), table, audio, recipe)
+    return Evaluation(rows, summarise(rows), table, audio, recipe, bad_files)
 
 
 def evaluate(
@@ -110,10 +115,11 @@ def evaluate(
     n_items: int,
     save_audio: int = 0,
     folder: Path | None = None,
-) -> Iterator[Row]:
+) -> Iterator[tuple[Row, tuple[AudioFault, ...]]]:
     """Separate and score mixtures, one row each, in order.
 
-    Every estimate is held against its source in the order that gives the best SI-SDR. The mean over a mixture's sources
+    Every estimate is held against its source, in the order that gives the best SI-SDR unless the recipe's is fixed. The
+    mean over a mixture's sources
     stands under the metric's name, each source's value behind it as ``si_sdr_1`` and so on. A value that means
     nothing (a silent source) is None, never 0.
 
@@ -126,14 +132,15 @@ def evaluate(
         folder: Where to; needed with ``save_audio``.
 
     Yields:
-        ``index``, the metrics, and ``files``.
+        A row with ``index``, the metrics, and ``files``; and what was wrong with files drawn before these.
     """
     for [key] in FixedKeys(n_items, 1):
         loaded = collate([dataset[key]])
         batch = loaded.batch
         estimate = separate(model, batch.mixture).cpu()
-        ordered = reorder(estimate, assign_sources(neg_si_sdr, estimate, batch.sources))
-        yield {"index": key.index} | _scores(ordered, batch) | {"files": " + ".join(batch.items[0].files)}
+        ordered = order_as_targets(estimate, batch.sources, neg_si_sdr, assign=recipe.assign)
+        row = {"index": key.index} | _scores(ordered, batch) | {"files": " + ".join(batch.items[0].files)}
+        yield row, loaded.faults
         if key.index < save_audio and folder is not None:
             _save_audio(folder, key.index, ordered, batch, recipe)
 
@@ -142,7 +149,7 @@ def _scores(ordered: Tensor, batch: Batch) -> Row:
     unprocessed = batch.mixture[:, None].expand_as(batch.sources).contiguous()
     after = {"si_sdr": si_sdr(ordered, batch.sources), "sdr": sdr(ordered, batch.sources)}
     before = {"si_sdr": si_sdr(unprocessed, batch.sources), "sdr": sdr(unprocessed, batch.sources)}
-    silent = batch.sources.square().mean(-1) == 0
+    silent = batch.sources.square().mean(-1) <= SILENCE
     row: Row = {}
     for name in METRICS:
         plain = name.removesuffix("i")
@@ -179,16 +186,14 @@ def write_table(path: Path, rows: Sequence[Row]) -> None:
     """Write rows as ``.csv`` or ``.parquet``.
 
     Raises:
-        UserError: If the suffix is another, or Parquet is asked for and pyarrow is not installed.
+        OSError: If the disk refuses.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".csv":
         with path.open("w", newline="", encoding="utf-8") as file:
             table = csv.DictWriter(file, list(rows[0]))
             table.writeheader()
             table.writerows(rows)
         return
-    check_table_path(path)
     import pyarrow
     import pyarrow.parquet
 
@@ -199,10 +204,14 @@ def check_table_path(path: Path) -> None:
     """Refuse a table that could not be written, before the work of filling it.
 
     Raises:
-        UserError: As `write_table`.
+        UserError: If the suffix is another, or Parquet is asked for and pyarrow is not installed.
+        OSError: If its folder cannot be made.
     """
     if path.suffix not in TABLE_SUFFIXES:
         raise UserError(f"{path} must end in {' or '.join(TABLE_SUFFIXES)}.")
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name the table to write.")
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
         try:
             import pyarrow  # noqa: F401

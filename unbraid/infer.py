@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from unbraid.audio import Audio
 from unbraid.dsp import fit_length, resample
+from unbraid.metrics import best_assignment, pairwise_si_sdr, reorder
 
 
 def separate(model: nn.Module, mixture: Tensor) -> Tensor:
@@ -28,7 +29,7 @@ def separate_audio(model: nn.Module, audio: Audio, sample_rate: int, *, model_ra
 
     Args:
         model: A separator.
-        audio: ``(channel, time)``; channels are separated alike, each for itself.
+        audio: ``(channel, time)``; channels are separated each for itself, and keep their sources together.
         sample_rate: Of the recording, in Hz; what the model's rate cannot carry is lost.
         model_rate: What the model was trained at, in Hz.
         match_level: Whether the model leaves levels open, so that they are taken from the mixture.
@@ -39,11 +40,25 @@ def separate_audio(model: nn.Module, audio: Audio, sample_rate: int, *, model_ra
     if audio.shape[-1] == 0:
         return np.zeros((getattr(model, "n_sources", 1), *audio.shape), np.float32)
     mixture = resample(audio, sample_rate, model_rate)
-    estimates = separate(model, torch.from_numpy(mixture)[None])[0].cpu().numpy()
+    estimates = same_source_in_every_channel(separate(model, torch.from_numpy(mixture)[None]))[0].cpu().numpy()
     if match_level:
         estimates = at_mixture_level(estimates, mixture)
     back = [fit_length(resample(source, model_rate, sample_rate), audio.shape[-1]) for source in estimates]
     return np.stack(back)
+
+
+def same_source_in_every_channel(estimates: Tensor) -> Tensor:
+    """Order each channel's sources as those of the first channel that they are most like, by SI-SDR.
+
+    Args:
+        estimates: ``(batch, source, channel, time)``.
+
+    Returns:
+        The same, reordered.
+    """
+    first = estimates[:, :, 0]
+    channels = [estimates[:, :, c] for c in range(estimates.shape[2])]
+    return torch.stack([reorder(c, best_assignment(pairwise_si_sdr(c, first))) for c in channels], 2)
 
 
 def at_mixture_level(estimates: Audio, mixture: Audio) -> Audio:
@@ -59,5 +74,7 @@ def at_mixture_level(estimates: Audio, mixture: Audio) -> Audio:
         As ``estimates``; silence stays silence.
     """
     flat = estimates.reshape(len(estimates), -1).astype(np.float64)
-    gains = np.linalg.lstsq(flat @ flat.T, flat @ mixture.reshape(-1).astype(np.float64), rcond=1e-6)[0]
-    return (estimates * gains[:, None, None]).astype(np.float32)
+    norms = np.linalg.norm(flat, axis=1, keepdims=True)
+    unit = flat / np.where(norms > 0, norms, 1)
+    gains = np.linalg.lstsq(unit @ unit.T, unit @ mixture.reshape(-1).astype(np.float64), rcond=1e-6)[0]
+    return (unit * gains[:, None]).reshape(estimates.shape).astype(np.float32)

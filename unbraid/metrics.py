@@ -114,6 +114,26 @@ def pairwise_si_sdr(estimate: Tensor, target: Tensor, *, floor: float = 1e-13) -
     return 10 * ((power + 1e-10 * SILENCE).log10() - (distortion + floor * power + SILENCE).log10())
 
 
+def sounding(target: Tensor) -> Tensor:
+    """Whether each signal is more than silence, ``(batch, source, channel)``; all count where all are silent."""
+    heard = target.square().mean(-1) > SILENCE
+    return heard | ~heard.any(dim=(1, 2), keepdim=True)
+
+
+def mean_over_sounding(values: Tensor, target: Tensor) -> Tensor:
+    """Mean of each example's values over the sources and channels whose target is not silent.
+
+    Args:
+        values: ``(batch, source, channel)``.
+        target: ``(batch, source, channel, time)``.
+
+    Returns:
+        ``(batch,)``; where all targets are silent, the mean over all.
+    """
+    counts = sounding(target)
+    return torch.where(counts, values, 0.0).sum((1, 2)) / counts.sum((1, 2))
+
+
 def best_assignment(scores: Tensor) -> Tensor:
     """The one-to-one assignment of estimates to targets with the highest sum of scores.
 

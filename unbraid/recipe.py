@@ -1,6 +1,7 @@
 """Recipe dataclasses, TOML and ``--set`` overrides: every key is checked against the signature it is meant for."""
 
 import inspect
+import math
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,7 +13,11 @@ import tomli_w
 
 from unbraid.data.loader import DataSettings
 from unbraid.errors import RecipeError, nearest
+from unbraid.losses import LOSSES, ignores_level
+from unbraid.models import MODELS
+from unbraid.robust import CLIPPERS
 from unbraid.train.loop import SaveSettings, TrainSettings, ValidateSettings
+from unbraid.train.optim import OPTIMIZERS, SCHEDULES
 
 Table = dict[str, Any]
 
@@ -56,9 +61,14 @@ class Recipe:
     folder: Path = field(default_factory=Path)
 
     @property
+    def assign(self) -> str:
+        """How estimates are assigned to targets."""
+        return str(self.loss.options.get("assign", "permutation"))
+
+    @property
     def leaves_level_open(self) -> bool:
         """Whether the loss does not care for the level of the model's outputs, which is then taken from the mixture."""
-        return self.loss.name == "neg_si_sdr"
+        return ignores_level(LOSSES.get(self.loss.name))
 
 
 _SETTINGS: dict[str, type[Any]] = {
@@ -68,6 +78,13 @@ _SETTINGS: dict[str, type[Any]] = {
     "save": SaveSettings,
 }
 _PARTS = ("model", "loss", "optim", "schedule", "clip")
+_REGISTRIES: dict[str, dict[str, Callable[..., Any]]] = {
+    "model": MODELS,
+    "loss": LOSSES,
+    "optim": OPTIMIZERS,
+    "schedule": SCHEDULES,
+    "clip": CLIPPERS,
+}
 _PATHS = (("data", "path"), ("data", "noise"), ("model", "init"))
 _TABLES = (*_SETTINGS, *_PARTS, "filter")
 
@@ -93,8 +110,11 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"The recipe {path} is not valid TOML: {error}.") from error
     _anchor_paths(table, path.parent)
-    for override in overrides:
-        _override(table, override)
+    names = {where: _name_of(table, where) for where in _REGISTRIES}
+    explicit = {_override(table, override) for override in overrides}
+    for where, name in names.items():
+        if _name_of(table, where) != name:
+            _drop_foreign_keys(table, where, explicit)
     _anchor_paths(table, Path())
     for where, key in _PATHS:
         if isinstance(table.get(where), dict) and table[where].get(key) == "":
@@ -205,7 +225,9 @@ def _as_type(value: Any, hint: Any, where: str) -> Any:
         return _as_one_of(value, arguments, where)
     if origin in (tuple, list, Sequence) or hint in (tuple, list):
         return _as_sequence(value, hint, where)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise RecipeError(f"{where} = {value} must be a finite number.")
         return float(value)
     if hint is Path and isinstance(value, str):
         return Path(value)
@@ -268,20 +290,39 @@ def _anchor_paths(table: Table, folder: Path) -> None:
     for where, key in _PATHS:
         section = table.get(where)
         if isinstance(section, dict) and isinstance(section.get(key), str) and section[key]:
-            section[key] = str((folder / Path(section[key]).expanduser()).absolute())
+            try:
+                section[key] = str((folder / Path(section[key]).expanduser()).absolute())
+            except RuntimeError as error:
+                raise RecipeError(f"{where}.{key} = {section[key]!r} cannot be found ({error}).") from error
 
 
-def _override(table: Table, text: str) -> None:
+def _name_of(table: Table, where: str) -> object:
+    section = table.get(where)
+    return section.get("name") if isinstance(section, dict) else None
+
+
+def _drop_foreign_keys(table: Table, where: str, explicit: set[str]) -> None:
+    """After ``--set clip.name=...``, leave out the file's keys that belong to the part it named before."""
+    section = table[where]
+    if not isinstance(section, dict):
+        return
+    part = _REGISTRIES[where].get(str(section.get("name")))
+    known = {"name", "init", "assign", *(inspect.signature(part).parameters if part else ())}
+    table[where] = {key: value for key, value in section.items() if key in known or f"{where}.{key}" in explicit}
+
+
+def _override(table: Table, text: str) -> str:
+    """Lay one override over the table, and return its key."""
     key, equals, value = text.partition("=")
     names = key.strip().split(".")
     if not equals or not all(names):
         raise RecipeError(f"--set {text!r} must look like optim.lr=3e-4.")
-    if len(names) == 1 and names[0] != "filter":
-        raise RecipeError(f"--set {text!r} must name a key of a table, such as optim.lr=3e-4.")
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         parsed = value.strip()
+    if len(names) == 1 and not isinstance(parsed, (dict, list)):
+        raise RecipeError(f"--set {text!r} must name a key of a table, such as optim.lr=3e-4.")
     target: Any = table
     for name in names[:-1]:
         if isinstance(target, list):
@@ -295,6 +336,7 @@ def _override(table: Table, text: str) -> None:
     if isinstance(target, list):
         raise RecipeError(f"--set {text!r}: name the filter by its number, such as filter.0.threshold_db=-40.")
     target[names[-1]] = parsed
+    return key.strip()
 
 
 def _check_ranges(recipe: Recipe) -> None:
@@ -308,6 +350,7 @@ def _check_ranges(recipe: Recipe) -> None:
         "train.loss_upper_limit": train.loss_upper_limit,
         "validate.n_items": recipe.validate.n_items,
         "save.keep": recipe.save.keep,
+        "the number of samples in an excerpt": data.n_samples,
     }
     not_negative = {
         "data.workers": data.workers,
@@ -326,6 +369,8 @@ def _check_ranges(recipe: Recipe) -> None:
     for name, (low, high) in {"data.gains_db": data.gains_db, "data.noise_snr_db": data.noise_snr_db}.items():
         if not low <= high:
             raise RecipeError(f"{name} = [{low:g}, {high:g}] must be given from low to high.")
+    if not -120 <= data.level_db <= 0:
+        raise RecipeError(f"data.level_db = {data.level_db:g} must be from -120 to 0, in dB of full scale.")
     if train.max_steps == 0 and train.max_minutes == 0:
         raise RecipeError("The run has no end: set train.max_steps, train.max_minutes, or both.")
 

@@ -1,6 +1,7 @@
 """The run directory: file names, record dataclasses, append and read JSON lines; no torch."""
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -177,11 +178,6 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     @property
-    def audio(self) -> Path:
-        """Validation examples to hear."""
-        return self.path / "audio"
-
-    @property
     def logs(self) -> tuple[Path, Path, Path]:
         """The files of JSON lines, which a resumed run cuts back to where its checkpoint stands."""
         return self.steps, self.validation, self.events
@@ -212,10 +208,17 @@ def _finite(value: Any) -> Any:
 
 
 def append_record(path: Path, record: Any) -> None:
-    """Append one record as one line, in a single write."""
-    line = json.dumps(to_json_row(record), allow_nan=False) + "\n"
+    """Append one record as one line, in a single write; of a line that a full disk cuts short nothing stays.
+
+    Raises:
+        OSError: If the disk refuses.
+    """
+    line = (json.dumps(to_json_row(record), allow_nan=False) + "\n").encode()
     with path.open("ab", buffering=0) as file:
-        file.write(line.encode())
+        end = file.tell()
+        if file.write(line) < len(line):
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:

@@ -3,7 +3,7 @@
 import os
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -11,17 +11,25 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from unbraid.records import StepRecord, ValidationRecord
+from unbraid.records import Event, StepRecord, ValidationRecord
 
 PLAIN_EVERY_SECONDS = 10.0
 
 
-class Advance(Protocol):
-    """Moves a progress bar."""
+class Advance:
+    """Moves a progress bar: ``advance(done, text)``, and says lines above it.
+
+    Args:
+        move: What to do with done and text.
+        say: What to do with a line.
+    """
+
+    def __init__(self, move: Callable[[float, str], None], say: Callable[[str], None]) -> None:
+        self.move, self.say = move, say
 
     def __call__(self, done: float, text: str = "") -> None:
         """So much is done, and this is what to say beside it."""
-        ...
+        self.move(done, text)
 
 
 @contextmanager
@@ -34,26 +42,33 @@ def progress_bar(title: str, total: float) -> Iterator[Advance]:
     columns = (TextColumn(title), BarColumn(), TextColumn("{task.percentage:3.0f} %"), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[text]}"), console=console) as progress:
         task = progress.add_task(title, total=total, text="")
-        yield lambda done, text="": progress.update(task, completed=done, text=text)
+        yield Advance(
+            lambda done, text: progress.update(task, completed=done, text=text),
+            lambda line: progress.console.print(line, markup=False, highlight=False),
+        )
 
 
 def _plain_lines(title: str, total: float) -> Advance:
     last = -PLAIN_EVERY_SECONDS
 
-    def advance(done: float, text: str = "") -> None:
+    def advance(done: float, text: str) -> None:
         nonlocal last
         now = time.monotonic()
         if now - last >= PLAIN_EVERY_SECONDS or done >= total:
             last = now
             print(f"{title} {100 * done / total:3.0f} %  {text}".rstrip(), flush=True)  # noqa: T201
 
-    return advance
+    return Advance(advance, lambda line: print(line, flush=True))  # noqa: T201
 
 
 def show_training(
-    records: Iterable[StepRecord | ValidationRecord], *, max_steps: int, max_minutes: float, title: str = "training"
+    records: Iterable[StepRecord | ValidationRecord | Event],
+    *,
+    max_steps: int,
+    max_minutes: float,
+    title: str = "training",
 ) -> None:
-    """Go through a training's records with a bar, and a line for each validation.
+    """Go through a training's records with a bar, and a line for each event.
 
     Args:
         records: The run; it moves on as it is gone through.
@@ -67,6 +82,9 @@ def show_training(
     ticker = Ticker()
     with progress_bar(title, 1.0) as advance:
         for record in records:
+            if isinstance(record, Event):
+                advance.say(f"{record.code} at step {record.step}: {record.message}")
+                continue
             ticker.add(record)
             by_time = record.elapsed_seconds / (60 * max_minutes) if max_minutes else 0.0
             by_steps = record.step / max_steps if max_steps else 0.0

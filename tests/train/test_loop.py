@@ -15,15 +15,16 @@ import soundfile
 from unbraid.assemble import train
 from unbraid.data.folders import speakers
 from unbraid.data.tracks import with_splits
-from unbraid.errors import CheckpointError, TrainingStopped
+from unbraid.errors import CheckpointError, TrainingStopped, UserError
 from unbraid.recipe import load_recipe
-from unbraid.records import TIMING_FIELDS, RunDirectory, StepRecord, read_rows
-from unbraid.train.checkpoint import read_checkpoint
+from unbraid.records import TIMING_FIELDS, Event, RunDirectory, StepRecord, read_rows
+from unbraid.train.checkpoint import newest_checkpoint, read_checkpoint
 
 
 def run_recipe(file, path, *overrides, resume=False):
     run = RunDirectory(path)
-    return run, list(train(load_recipe(file, overrides), run, resume=resume))
+    told = list(train(load_recipe(file, overrides), run, resume=resume))
+    return run, [record for record in told if not isinstance(record, Event)]
 
 
 def without_times(log):
@@ -110,7 +111,7 @@ def test_more_bad_files_than_the_budget_end_the_run_with_their_list(recipe_file,
         run_recipe(recipe_file(path=folder), tmp_path / "run", "train.max_steps=40")
 
 
-def test_a_run_whose_every_loss_is_nan_stops_after_twenty_steps_and_says_so(recipe_file, tmp_path):
+def test_a_run_whose_every_loss_is_nan_stops_soon_and_says_so(recipe_file, tmp_path):
     file = recipe_file('[loss]\nname = "sick:nan_loss"\n')
     (tmp_path / "sick.py").write_text("def nan_loss(estimate, target):\n    return estimate.sum(-1) * float('nan')\n")
 
@@ -169,6 +170,126 @@ def test_a_checkpoint_that_cannot_be_written_is_told_and_the_run_goes_on(recipe_
     assert [record.step for record in records if isinstance(record, StepRecord)] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_last_checkpoint_that_cannot_be_written_ends_the_run_with_a_word(recipe_file, tmp_path):
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    records = train(load_recipe(recipe_file()), RunDirectory(tmp_path / "run"))
+    while not isinstance(record := next(records), StepRecord) or record.step < 5:
+        pass
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, before[1]))
+    try:
+        with pytest.raises(TrainingStopped, match="step 6, the last, could not be written"):
+            list(records)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    assert [event["code"] for event in read_rows(tmp_path / "run" / "events.jsonl")[0]] == ["CHECKPOINT_FAILED"]
+    assert (tmp_path / "run" / "checkpoints" / "last").read_text().strip() == "step-000004"
+
+
+def test_a_log_that_cannot_be_written_stays_readable_and_the_run_goes_on(recipe_file, tmp_path):
+    import resource
+
+    run = RunDirectory(tmp_path / "run")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    told = []
+    for record in train(load_recipe(recipe_file(), ["save.every_steps=0"]), run):
+        told.append(record)
+        if isinstance(record, StepRecord):
+            full = run.steps.stat().st_size + 10 if record.step == 2 else before[0]
+            resource.setrlimit(resource.RLIMIT_FSIZE, (full, before[1]))
+
+    rows, torn = read_rows(run.steps)
+    assert torn == 0
+    assert [row["step"] for row in rows] == [1, 2, 4, 5, 6]
+    assert [event.code for event in told if isinstance(event, Event)].count("LOG_FAILED") == 1
+
+
+def test_events_are_yielded_as_they_are_written(recipe_file, speaker_folder, tmp_path):
+    folder = speaker_folder()
+    spoil(next(track.path for track in with_splits(speakers(folder), n_sources=2) if track.split == "valid"))
+    run = RunDirectory(tmp_path / "run")
+
+    told = list(train(load_recipe(recipe_file(path=folder), ["validate.n_items=8"]), run))
+
+    events = [record for record in told if isinstance(record, Event)]
+    assert [event.code for event in events] == ["AUDIO_NONFINITE"]
+    assert [row["code"] for row in read_rows(run.events)[0]] == ["AUDIO_NONFINITE"]
+
+
+def test_a_run_that_a_stop_rule_ended_goes_on_once_its_files_are_excluded(recipe_file, speaker_folder, tmp_path):
+    folder = speaker_folder(n_speakers=10, n_files=3)
+    bad = [p for p in sorted(folder.rglob("*.wav")) if p.parent.name < "speaker-08" and p.stem != "02"]
+    for path in bad:
+        spoil(path)
+    file = recipe_file(path=folder)
+    with pytest.raises(TrainingStopped, match=r"More than 5 bad files"):
+        run_recipe(file, tmp_path / "run", "train.max_steps=40")
+    listed = [str(path) for path in bad]
+
+    _, records = run_recipe(file, tmp_path / "run", "train.max_steps=40", f"data.exclude={listed}", resume=True)
+
+    assert records[-1].step == 40
+
+
+def test_the_last_validation_is_made_up_for_if_the_run_was_killed_before_it(recipe_file, tmp_path):
+    file = recipe_file()
+    whole, _ = run_recipe(file, tmp_path / "whole", "validate.every_steps=4")
+    run = RunDirectory(tmp_path / "run")
+    records = train(load_recipe(file, ["validate.every_steps=4", "train.max_steps=9"]), run)
+    while not isinstance(record := next(records), StepRecord) or record.step < 7:  # its checkpoint is that of step 6
+        pass
+    records.close()
+
+    run_recipe(file, run.path, "validate.every_steps=4", resume=True)
+
+    assert without_times(run.validation) == without_times(whole.validation)
+    assert [row["step"] for row in read_rows(run.validation)[0]] == [4, 6]
+
+
+def test_a_directory_burnt_by_a_model_that_does_not_fit_can_be_used_again(recipe_file, tmp_path):
+    file = recipe_file()
+    (tmp_path / "wrong.py").write_text(
+        "from torch import nn\nclass Net(nn.Conv1d):\n    def __init__(self):\n        super().__init__(1, 2, 3)\n"
+    )
+
+    with pytest.raises(UserError, match=r"The model returned \(4, 2, 3998\); it must return"):
+        run_recipe(file, tmp_path / "run", "model.name=wrong:Net")
+    _, records = run_recipe(file, tmp_path / "run")
+
+    assert records[-1].step == 6
+
+
+def test_statistics_that_layers_keep_do_not_hear_of_a_bad_example(recipe_file, tmp_path):
+    file = recipe_file('[loss]\nname = "sick:nan_once"\n')
+    (tmp_path / "sick.py").write_text(
+        "import torch\n"
+        "calls = []\n"
+        "def nan_once(estimate, target):\n"
+        "    value = (estimate - target).square().mean(-1)\n"
+        "    if torch.is_grad_enabled():\n"
+        "        calls.append(1)\n"
+        "        if len(calls) == 2:\n"
+        "            return value * float('nan')\n"
+        "    return value\n"
+    )
+    (tmp_path / "normed.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.filters, self.norm = nn.Conv1d(1, 2, 3, padding=1), nn.BatchNorm1d(2)\n"
+        "    def forward(self, mixture):\n"
+        "        return self.norm(self.filters(mixture))[:, :, None]\n"
+    )
+
+    run, records = run_recipe(file, tmp_path / "run", "model.name=normed:Net")
+
+    assert [r.outcome for r in records if isinstance(r, StepRecord)].count("nonfinite_loss") == 1
+    assert read_checkpoint(run.checkpoints / "step-000006").state["model"]["norm.num_batches_tracked"] == 5
+
+
 def test_a_second_run_in_the_same_directory_is_refused(recipe_file, tmp_path):
     file = recipe_file()
     run_recipe(file, tmp_path / "run")
@@ -193,7 +314,7 @@ def test_a_run_stopped_at_any_step_and_resumed_equals_one_never_stopped(recipe_f
     for stop_at in (1, 2, 3, 5):
         run = RunDirectory(tmp_path / f"stopped-{stop_at}")
         records = train(load_recipe(file), run)
-        while (record := next(records)).step < stop_at or not isinstance(record, StepRecord):
+        while not isinstance(record := next(records), StepRecord) or record.step < stop_at:
             pass
         records.close()  # nothing is written any more, as when the process is killed here
 
@@ -217,6 +338,31 @@ def test_resuming_passes_over_a_damaged_checkpoint_and_says_so(recipe_file, tmp_
     assert codes == ["CHECKPOINT_PASSED_OVER", "RUN_RESUMED"]
     assert weights(run, 6) == weights(whole, 6)
     assert without_times(run.steps) == without_times(whole.steps)
+
+
+def test_checkpoints_written_after_damaged_ones_were_passed_over_are_kept(recipe_file, tmp_path):
+    file = recipe_file()
+    run, _ = run_recipe(file, tmp_path / "run", "save.keep=3")
+    for step in (4, 6):
+        (run.checkpoints / f"step-{step:06d}" / "model.safetensors").write_bytes(b"")
+
+    records = train(load_recipe(file, ["save.keep=1"]), run, resume=True)
+    while not isinstance(record := next(records), StepRecord) or record.step < 5:
+        pass
+    records.close()
+
+    assert newest_checkpoint(run)[0].path.name == "step-000004"
+
+
+def test_a_run_without_a_whole_checkpoint_is_not_begun_again_over_its_records(recipe_file, tmp_path):
+    file = recipe_file()
+    run, _ = run_recipe(file, tmp_path / "run")
+    for path in run.checkpoints.glob("step-*/model.safetensors"):
+        path.write_bytes(b"")
+
+    with pytest.raises(CheckpointError, match="no whole checkpoint left"):
+        run_recipe(file, run.path, resume=True)
+    assert len(read_rows(run.steps)[0]) == 6
 
 
 def test_resuming_with_a_harmful_change_is_refused_with_the_difference(recipe_file, tmp_path):
@@ -323,12 +469,46 @@ def descendants(pid):
     return found
 
 
+def command_line(pid):
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:  # noqa: PTH123
+            return file.read()
+    except OSError:
+        return b""
+
+
 def alive(pid):
     try:
         with open(f"/proc/{pid}/stat") as file:  # noqa: PTH123
             return file.read().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+@pytest.mark.parametrize("to", ["one rank", "the group"])
+def test_sigterm_to_one_of_two_ranks_or_to_all_and_their_workers_ends_both_with_a_checkpoint(recipe_file, tmp_path, to):
+    run = RunDirectory(tmp_path / "run")
+    words = ["train", str(recipe_file()), "--run-dir", str(run.path)]
+    words += ["--set", "train.max_steps=100000", "--set", "save.every_steps=0", "--set", "data.workers=1"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "unbraid"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*command, *words], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    wait_for_steps(run, 5, process)
+    ranks = [pid for pid in descendants(process.pid) if b"--run-dir" in command_line(pid)]
+    assert len(ranks) == 2
+    if to == "one rank":
+        os.kill(ranks[1], signal.SIGTERM)
+    else:
+        process.send_signal(signal.SIGTERM)  # torchrun passes it on to the process groups of its ranks
+
+    _, out = finish(process, timeout=90)
+
+    last = int((run.checkpoints / "last").read_text().strip()[5:])
+    assert last == len(read_rows(run.steps)[0]), out
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from unbraid.records import ItemId
 from unbraid.robust.clip import AutoClip, FixedClip, NoClip
 from unbraid.robust.filter import ThresholdFilter
 from unbraid.robust.precision import Precision
-from unbraid.train.optim import OPTIMIZERS
+from unbraid.train.optim import OPTIMIZERS, prime
 from unbraid.train.state import FaultWindow, TrainState
 from unbraid.train.step import train_step
 
@@ -103,6 +103,33 @@ def test_one_nan_sample_in_a_batch_of_two_leaves_the_weights_alone_and_the_next_
     assert all(p.isfinite().all() for p in state.model.parameters())
 
 
+@pytest.mark.parametrize("kind", [{}, {"momentum": 0.9}], ids=["plain", "momentum"])
+def test_a_first_step_left_out_before_momentum_leaves_the_next_what_it_would_have_been(kind):
+    def sgd(model):
+        return OPTIMIZERS["sgd"](model.parameters(), lr=0.1, **kind)
+
+    states = [make_state(), make_state()]
+    for state in states:
+        state.optimizer = sgd(state.model)
+        prime(state.optimizer)
+    train_step(states[0], with_nan(make_batch(), 0))
+    for state in states:
+        for seed in (1, 2):
+            train_step(state, make_batch(seed=seed))
+
+    plain = make_state()
+    optimizer = torch.optim.SGD(plain.model.parameters(), lr=0.1, foreach=False, fused=False, **kind)
+    for seed in (1, 2):
+        batch = make_batch(seed=seed)
+        optimizer.zero_grad()
+        plain.loss(plain.model(batch.mixture), batch.sources).mean().backward()
+        nn.utils.clip_grad_norm_(plain.model.parameters(), 5.0)
+        optimizer.step()
+
+    assert torch.equal(states[0].model.filters.weight, states[1].model.filters.weight)
+    assert torch.allclose(states[0].model.filters.weight, plain.model.filters.weight, atol=1e-6)
+
+
 @pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
 @pytest.mark.parametrize("clipper", [FixedClip, AutoClip, NoClip])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -147,6 +174,20 @@ def test_a_loss_of_minus_infinity_does_not_pass():
 
     assert train_step(state, make_batch()).outcome == "nonfinite_loss"
     assert_same(before, snapshot(state))
+
+
+def test_an_infinite_loss_does_not_pass_an_infinite_limit():
+    state = make_state(loss=lambda e, t: squared_error(e, t) - torch.inf, loss_upper_limit=math.inf)
+
+    assert train_step(state, make_batch()).outcome == "nonfinite_loss"
+
+
+def test_at_the_smallest_scale_an_overflow_is_a_fault():
+    precision = Precision("fp16", scale=Precision.MIN_SCALE)
+    state = make_state(loss=lambda e, t: squared_error(e, t) * 1e30, loss_upper_limit=1e38, precision=precision)
+
+    assert train_step(state, make_batch(scale=100)).outcome == "nonfinite_gradient"
+    assert state.precision.scale == Precision.MIN_SCALE
 
 
 @pytest.mark.parametrize("sign", [1, -1])

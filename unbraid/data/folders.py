@@ -52,7 +52,8 @@ def _from_folder(root: Path) -> list[Track]:
             continue
         folders = path.relative_to(root).parts[:-1]
         split = split_named(folders[0]) if folders else ""
-        group = folders[1 if split and len(folders) > 1 else 0] if folders else path.stem
+        own_folders = folders[1:] if split else folders
+        group = own_folders[0] if own_folders else path.stem
         try:
             if not path.resolve().is_relative_to(root.resolve()):
                 raise AudioError(f"{path} leads outside of {root}.")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import FrameType
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -25,6 +26,9 @@ from unbraid.errors import DataError
 from unbraid.records import ItemId
 
 MAX_ATTEMPTS = 100
+
+GRACE_SECONDS = 20.0
+"""How long a data worker goes on after a SIGTERM."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,8 +214,7 @@ def mixtures(
     if not chosen:
         found = ", ".join(sorted({track.split or "none" for track in tracks}))
         raise DataError(f"No recordings in the split {purpose!r} of {settings.path} (splits found: {found}).")
-    if settings.kinds:
-        chosen = _of_kinds(chosen, settings)
+    _check_excluded(settings, [*tracks, *noises])
     noise = tuple(track for track in noises if track.split in ("", purpose))
     if noises and not noise:
         raise DataError(f"No noises in the split {purpose!r} of {settings.noise}.")
@@ -223,6 +226,8 @@ def mixtures(
             f"{settings.excerpt_seconds:g} s (the longest: {max(sound, default=0):.2f} s); lower data.excerpt_seconds."
         )
     chosen = tuple(track for track in chosen if track.fault or track.seconds >= settings.excerpt_seconds / 2)
+    if settings.kinds:
+        chosen = _of_kinds(chosen, settings)
     n_speakers = len({track.group for track in chosen})
     if n_speakers < settings.n_sources:
         raise DataError(
@@ -232,10 +237,22 @@ def mixtures(
     return Mixtures(chosen, noise, settings, purpose)
 
 
+def _check_excluded(settings: DataSettings, tracks: Sequence[Track]) -> None:
+    known = {str(track.path) for track in tracks} if settings.exclude else set()
+    for path in settings.exclude:
+        if path not in known:
+            raise DataError(
+                f"data.exclude names {path}, which is none of the files in {settings.path}; see events.jsonl."
+            )
+
+
 def _of_kinds(tracks: Sequence[Track], settings: DataSettings) -> tuple[Track, ...]:
     """The recordings of the kinds that are mixed; whoever is heard in two kinds counts as two."""
-    if len(settings.kinds) != settings.n_sources:
-        raise DataError(f"data.kinds names {len(settings.kinds)} kinds for data.n_sources = {settings.n_sources}.")
+    if len(settings.kinds) != settings.n_sources or len(set(settings.kinds)) < len(settings.kinds):
+        raise DataError(
+            f"data.kinds = {list(settings.kinds)} must name {settings.n_sources} different kinds, one for each source "
+            "(data.n_sources)."
+        )
     found = {track.kind for track in tracks}
     if missing := [kind for kind in settings.kinds if kind not in found]:
         listed = ", ".join(sorted(found - {""})) or "none"
@@ -356,12 +373,22 @@ def _collate_told(examples: Sequence[Example | DataError]) -> Loaded | DataError
 def _begin_worker(_worker: int) -> None:
     """Leave Ctrl-C to the main process, and end when it ends.
 
+    A SIGTERM to the whole group of processes, as torchrun and batch systems send it, comes here too: the main process
+    still needs batches to finish its step.
+
     Torch's own watch looks at the parent process: here that is the fork server, which lives as long as a worker does.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _end_later)
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
+
+
+def _end_later(_number: int, _frame: FrameType | None) -> None:
+    timer = threading.Timer(GRACE_SECONDS, os._exit, (1,))
+    timer.daemon = True
+    timer.start()
 
 
 def _exit_after(parent: BaseProcess) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +17,9 @@ SILENT_DB = -80.0
 
 WHOLE_FILE_SECONDS = 60.0
 """Files up to this length are judged whole when they are first drawn; of longer ones only the excerpt is read."""
+
+LENGTH_TOLERANCE_SECONDS = 0.1
+"""How much shorter than listed a file may be."""
 
 
 class Mixture(NamedTuple):
@@ -76,7 +79,7 @@ def read_excerpt(track: Track, start_seconds: float, n_samples: int, sample_rate
         audio, rate = read_audio(track.path, start_seconds, n_samples / sample_rate + 0.05)
     except AudioError as error:
         raise BadExcerpt(AudioFault("AUDIO_UNREADABLE", path, str(error))) from error
-    if (fault := _judge(audio, rate, track, keep_silent=True)) is not None:
+    if (fault := _judge(audio, rate, track, keep_silent=True, start_seconds=start_seconds)) is not None:
         raise BadExcerpt(fault)
     mono = audio.mean(axis=0, keepdims=True, dtype=np.float32)
     excerpt = fit_length(resample(mono, rate, sample_rate), n_samples)
@@ -85,7 +88,7 @@ def read_excerpt(track: Track, start_seconds: float, n_samples: int, sample_rate
     return excerpt
 
 
-@lru_cache(maxsize=65_536)
+@cache
 def judge_file(track: Track, *, keep_silent: bool) -> AudioFault | None:
     """What is wrong with a whole file of up to `WHOLE_FILE_SECONDS`; None where nothing is, or the file is longer.
 
@@ -101,10 +104,15 @@ def judge_file(track: Track, *, keep_silent: bool) -> AudioFault | None:
         audio, rate = read_audio(track.path)
     except AudioError as error:
         return AudioFault("AUDIO_UNREADABLE", path, str(error))
+    missing = track.seconds - audio.shape[-1] / rate
+    if audio.size and missing > LENGTH_TOLERANCE_SECONDS and rate == track.sample_rate:
+        return AudioFault("AUDIO_TOO_SHORT", path, f"{path} is {missing:.2f} s shorter than it was listed.")
     return _judge(audio, rate, track, keep_silent=keep_silent)
 
 
-def _judge(audio: Audio, rate: int, track: Track, *, keep_silent: bool) -> AudioFault | None:
+def _judge(
+    audio: Audio, rate: int, track: Track, *, keep_silent: bool, start_seconds: float = 0.0
+) -> AudioFault | None:
     path = str(track.path)
     if audio.size == 0:
         return AudioFault("AUDIO_EMPTY", path, f"{path} holds no samples where it was read.")
@@ -113,7 +121,8 @@ def _judge(audio: Audio, rate: int, track: Track, *, keep_silent: bool) -> Audio
             "AUDIO_WRONG_RATE", path, f"{path} is at {rate} Hz, but was listed at {track.sample_rate} Hz."
         )
     if (bad := first_bad_sample(audio)) is not None:
-        return AudioFault("AUDIO_NONFINITE", path, f"{path} has a sample that is not finite, the first at index {bad}.")
+        index = bad + round(start_seconds * rate)
+        return AudioFault("AUDIO_NONFINITE", path, f"{path} has a sample that is not finite, at index {index}.")
     if not keep_silent and _is_silent(audio):
         return AudioFault("AUDIO_SILENT", path, f"{path} is silent.")
     return None

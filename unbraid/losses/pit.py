@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from unbraid.dsp import SILENCE
-from unbraid.losses import SignalLoss
+from unbraid.errors import UserError
+from unbraid.losses import SignalLoss, ignores_level
 from unbraid.losses.waveform import neg_si_sdr
-from unbraid.metrics import best_assignment, pairwise_si_sdr, reorder
+from unbraid.metrics import best_assignment, mean_over_sounding, pairwise_si_sdr, reorder, sounding
 
 
 class SeparationLoss:
@@ -31,12 +31,44 @@ class SeparationLoss:
     def __call__(self, estimate: Tensor, target: Tensor) -> Tensor:
         """Losses ``(batch,)`` of estimates and targets, both ``(batch, source, channel, time)``, in float32."""
         estimate, target = estimate.float(), target.float()
-        if self.assign == "permutation":
-            estimate = reorder(estimate, assign_sources(self.signal_loss, estimate, target))
-        values = self.signal_loss(estimate, target)
-        if self.signal_loss is not neg_si_sdr:
-            return values.mean(dim=tuple(range(1, values.dim())))
-        return _mean_over_sounding(values, target)
+        check_estimate(estimate, target)
+        values = self.signal_loss(order_as_targets(estimate, target, self.signal_loss, assign=self.assign), target)
+        if values.shape != target.shape[:-1]:
+            raise UserError(
+                f"The loss returned {tuple(values.shape)} for signals {tuple(target.shape)}; "
+                f"it must return one value a signal, {tuple(target.shape[:-1])}."
+            )
+        if ignores_level(self.signal_loss):
+            return mean_over_sounding(values, target)
+        return values.mean((1, 2))
+
+
+def check_estimate(estimate: Tensor, target: Tensor) -> None:
+    """Refuse what a model returned if it cannot be held against the sources.
+
+    Raises:
+        UserError: If shapes do not fit; more outputs than sources do.
+    """
+    fits = estimate.dim() == 4 and estimate.shape[0] == target.shape[0] and estimate.shape[2:] == target.shape[2:]
+    if not fits or estimate.shape[1] < target.shape[1]:
+        raise UserError(
+            f"The model returned {tuple(estimate.shape)}; it must return (batch, source, channel, time) as the sources "
+            f"have it, {tuple(target.shape)}, with as many outputs or more."
+        )
+
+
+def order_as_targets(estimate: Tensor, target: Tensor, signal_loss: SignalLoss, *, assign: str) -> Tensor:
+    """Estimates in the order of their targets, ``(batch, source, channel, time)``; outputs to spare are left out.
+
+    Args:
+        estimate: ``(batch, output, channel, time)``.
+        target: ``(batch, source, channel, time)``.
+        signal_loss: What makes the best order the best.
+        assign: As `SeparationLoss` takes it.
+    """
+    if assign == "fixed":
+        return estimate[:, : target.shape[1]]
+    return reorder(estimate, assign_sources(signal_loss, estimate, target))
 
 
 def assign_sources(signal_loss: SignalLoss, estimate: Tensor, target: Tensor) -> Tensor:
@@ -56,20 +88,9 @@ def assign_sources(signal_loss: SignalLoss, estimate: Tensor, target: Tensor) ->
     with torch.no_grad():
         if signal_loss is neg_si_sdr:
             pairs = pairwise_si_sdr(estimate.transpose(1, 2), target.transpose(1, 2))
-            counts = _sounding(target).transpose(1, 2)[:, :, None] > 0
+            counts = sounding(target).transpose(1, 2)[:, :, None]
             pairs = torch.where(counts, pairs, 0.0).mean(1)
         else:
             shape = (estimate.shape[0], estimate.shape[1], *target.shape[1:])
             pairs = -signal_loss(estimate[:, :, None].expand(shape), target[:, None].expand(shape)).mean(-1)
         return best_assignment(pairs)
-
-
-def _mean_over_sounding(values: Tensor, target: Tensor) -> Tensor:
-    sounding = _sounding(target)
-    return (values * sounding).sum((1, 2)) / sounding.sum((1, 2))
-
-
-def _sounding(target: Tensor) -> Tensor:
-    """1 for each signal that is not silent, else 0, ``(batch, source, channel)``; all 1 where all are silent."""
-    sounding = (target.square().mean(-1) > SILENCE).to(target.dtype)
-    return torch.where(sounding.sum((1, 2), keepdim=True) > 0, sounding, 1.0)

@@ -8,8 +8,8 @@ from torch import Tensor
 class LossFilter(Protocol):
     """Turns finite per-example losses ``(batch,)`` into weights ``(batch,)``, at least 0.
 
-    An example's weight depends on its own loss and on what earlier steps left, never on its neighbours: otherwise N
-    processes would not do what one does. A filter that remembers has ``state_dict`` and ``load_state_dict``.
+    An example's weight depends on its own loss, never on its neighbours: otherwise N processes would not do what one
+    does. What it says of a loss that is not finite is not used.
     """
 
     needs_db: bool

@@ -23,7 +23,8 @@ class Precision:
         growth_interval: Steps without an overflow until the scale doubles.
     """
 
-    MIN_SCALE = 2.0**-10
+    MIN_SCALE = 2.0**-4
+    """Where halving ends: an overflow at this scale is no matter of the scale."""
 
     def __init__(self, name: str = "fp32", *, scale: float = 2.0**16, growth_interval: int = 2000) -> None:
         if name not in PRECISIONS:
@@ -37,6 +38,11 @@ class Precision:
         """Whether the loss is scaled: a gradient that is not finite is then an overflow first of all."""
         return self.name == "fp16"
 
+    @property
+    def can_shrink(self) -> bool:
+        """Whether a gradient that is not finite may be an overflow that a smaller scale cures."""
+        return self.scales and self.scale > self.MIN_SCALE
+
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         """The context that the model's forward runs in."""
         return torch.autocast(device.type, PRECISIONS[self.name], enabled=self.name != "fp32")
@@ -46,7 +52,7 @@ class Precision:
         if not self.scales:
             return
         if overflowed:
-            self.scale, self.n_good = self.scale / 2, 0
+            self.scale, self.n_good = max(self.MIN_SCALE, self.scale / 2), 0
             return
         self.n_good += 1
         if self.n_good >= self.growth_interval:

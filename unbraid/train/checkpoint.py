@@ -89,7 +89,11 @@ def save_checkpoint(
         _sync(temporary)
         if final.exists():  # written when the run was stopped here, and now again with the last validation
             final.rename(replaced)
-        temporary.rename(final)
+        try:
+            temporary.rename(final)
+        except OSError:
+            replaced.rename(final)
+            raise
         shutil.rmtree(replaced, ignore_errors=True)
         _sync(run.checkpoints)
     except OSError:
@@ -117,12 +121,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
         files = {name: _verified(path / name, digest) for name, digest in manifest["sha256"].items()}
         about = json.loads(files["state.json"])
         model = safetensors.torch.load(files["model.safetensors"])
-        state = _unpack(about["state"], safetensors.torch.load(files["optimizer.safetensors"]))
+        state = _unpack(about["state"], safetensors.torch.load(files["optimizer.safetensors"])) | {"model": model}
+        return Checkpoint(path, state, about["recipe"], about["log_bytes"], about["choices"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path} is not a whole checkpoint ({type(error).__name__}: {error}).") from error
-    return Checkpoint(path, state | {"model": model}, about["recipe"], about["log_bytes"], about["choices"])
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -153,6 +157,7 @@ def newest_checkpoint(run: RunDirectory) -> tuple[Checkpoint | None, list[str]]:
     Returns:
         It, or None; and a sentence for each newer or partial one that was passed over.
     """
+    _give_back_replaced(run)
     passed_over = [f"{path} is a partial checkpoint, left by a run that was killed." for path in _partial(run)]
     for path in reversed(_complete(run)):
         try:
@@ -162,10 +167,26 @@ def newest_checkpoint(run: RunDirectory) -> tuple[Checkpoint | None, list[str]]:
     return None, passed_over
 
 
-def remove_partial(run: RunDirectory) -> None:
-    """Remove what a killed run left half-written."""
+def _give_back_replaced(run: RunDirectory) -> None:
+    """Undo a replacement that was killed between its two renames."""
+    for path in run.checkpoints.glob(".step-*.old.tmp"):
+        final = run.checkpoints / path.name[1:].split(".")[0]
+        if not final.exists():
+            path.rename(final)
+
+
+def tidy(run: RunDirectory, taken: Checkpoint | None) -> None:
+    """Make room before a resumed run writes: remove what was left half-written, set damaged checkpoints aside.
+
+    Args:
+        run: Where.
+        taken: The checkpoint to go on from; whatever is newer than it did not verify.
+    """
     for path in _partial(run):
         shutil.rmtree(path, ignore_errors=True)
+    for path in _complete(run):
+        if taken is not None and _step_of(path) > _step_of(taken.path):
+            path.rename(path.with_name(f"{path.name}.damaged"))
 
 
 def cut_logs(run: RunDirectory, log_bytes: dict[str, int]) -> None:
@@ -182,7 +203,11 @@ def first_nonfinite(model: dict[str, Tensor]) -> str | None:
 
 def _complete(run: RunDirectory) -> list[Path]:
     found = [path for path in run.checkpoints.glob("step-*") if path.is_dir() and path.name[5:].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[5:]))
+    return sorted(found, key=_step_of)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name[5:])
 
 
 def _partial(run: RunDirectory) -> Iterator[Path]:

@@ -5,8 +5,9 @@ import itertools
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from time import perf_counter
 from types import FrameType
 from typing import Any, Literal, NamedTuple
@@ -14,10 +15,10 @@ from typing import Any, Literal, NamedTuple
 from unbraid import dist
 from unbraid.data.loader import Loaded
 from unbraid.data.mixing import AudioFault
-from unbraid.errors import CheckpointError, TrainingStopped
+from unbraid.errors import TrainingStopped
 from unbraid.records import Event, RunDirectory, StepRecord, ValidationRecord, append_record
 from unbraid.train.checkpoint import first_nonfinite, save_checkpoint
-from unbraid.train.state import TrainState, set_learning_rate
+from unbraid.train.state import FaultWindow, TrainState, set_learning_rate
 from unbraid.train.step import train_step
 
 
@@ -71,27 +72,29 @@ class SaveSettings:
 
 
 class Scores(NamedTuple):
-    """Means over the validation examples of all ranks."""
+    """Means over the validation examples of all ranks, and what was wrong with files on this one."""
 
     loss: float
     si_sdr: float
     si_sdri: float
     n_items: int
+    faults: tuple[AudioFault, ...] = ()
 
 
 Validate = Callable[[TrainState], Scores]
+Told = StepRecord | ValidationRecord | Event
 
 
 @dataclass
 class StopRequest:
-    """Set by SIGTERM or Ctrl-C: the step at hand is finished, a checkpoint written, and the run ends."""
+    """Set by SIGTERM or Ctrl-C: the step at hand is finished, a checkpoint written, and the run ends on every rank."""
 
     signal: int = 0
 
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Turn SIGTERM and SIGINT into a `StopRequest`; the second one of a kind is not held back any more."""
+    """Turn SIGTERM and SIGINT into a `StopRequest`; a second Ctrl-C is not held back any more."""
     request = StopRequest()
 
     def ask(number: int, _frame: FrameType | None) -> None:
@@ -111,7 +114,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
 
 
 @dataclass(frozen=True)
-class Fit:
+class Job:
     """What `fit` needs beside the state: where to write, how often, and what a checkpoint says of the run.
 
     Attributes:
@@ -122,6 +125,8 @@ class Fit:
         recipe: The resolved recipe, for the checkpoint.
         choices: What "auto" chose, for the checkpoint.
         n_files: Files in the training split, which the budget for bad ones is a share of.
+        events: Written, and not yet yielded.
+        refused: Files that the disk has refused, and that was said.
     """
 
     run: RunDirectory
@@ -131,11 +136,13 @@ class Fit:
     recipe: dict[str, Any]
     choices: dict[str, Any]
     n_files: int = 0
+    events: list[Event] = field(default_factory=list)
+    refused: set[Path] = field(default_factory=set)
 
 
 def fit(
-    state: TrainState, loaded: Iterable[Loaded], validate: Validate, job: Fit, stop: StopRequest | None = None
-) -> Iterator[StepRecord | ValidationRecord]:
+    state: TrainState, loaded: Iterable[Loaded], validate: Validate, job: Job, stop: StopRequest | None = None
+) -> Iterator[Told]:
     """Train until the budget is spent, yielding each record after it was written.
 
     Args:
@@ -146,37 +153,53 @@ def fit(
         stop: Ends the run early, with a checkpoint.
 
     Yields:
-        A record for each step, and for each validation.
+        A record for each step and each validation, and events as they come.
 
     Raises:
-        TrainingStopped: If a stop rule ended the run. A checkpoint of the state is written first where it is sound.
+        TrainingStopped: If a stop rule ended the run, after a checkpoint that can be gone on from; or if the last
+            checkpoint could not be written.
     """
     stop = stop or StopRequest()
     source, began = iter(loaded), perf_counter() - state.elapsed_seconds
-    unsaved = unvalidated = False
-    while not _spent(state, job.train, stop):
-        set_learning_rate(state, state.schedule.factor(state.step + 1, _progress(state, job.train)))
-        record = _step(state, source, job, began)
-        yield record
-        if (reason := _stop_rule(state, record, job)) is not None:
-            save(state, job)
-            raise TrainingStopped(reason)
-        unsaved = unvalidated = True
-        if _due(state.step, job.validate.every_steps):
-            validation = _validated(state, validate, job)
-            unvalidated = False
-            yield validation
-        if _due(state.step, job.save.every_steps) or (not unvalidated and validation.best):
-            save(state, job)
-            unsaved = False
-    if unvalidated and not stop.signal:
+    done, saved = _agree_on_end(state, job, stop), True
+    if done and not stop.signal and state.step > state.validated_step:  # stopped between its last step and this
         yield _validated(state, validate, job)
-        unsaved = True
-    if unsaved:
-        save(state, job)
+        saved = _save(state, job)
+    while not done:
+        set_learning_rate(state, state.schedule.factor(state.step + 1, _progress(state, job.train)))
+        record, faults = _step(state, source, job, began)
+        yield record
+        _set_aside(state, faults, job)
+        _tell_of_fault(record, job)
+        if (reason := _stop_rule(state, record, job)) is not None:
+            state.faults, state.bad_files = FaultWindow(), {}  # whoever goes on has mended something
+            _save(state, job)
+            yield from _take(job.events)
+            raise TrainingStopped(reason)
+        done, saved = _agree_on_end(state, job, stop), False
+        best = False
+        if not stop.signal and (done or _due(state.step, job.validate.every_steps)):
+            validation = _validated(state, validate, job)
+            best = validation.best
+            yield validation
+        if done or best or _due(state.step, job.save.every_steps):
+            saved = _save(state, job)
+        yield from _take(job.events)
+    if not saved:
+        raise TrainingStopped(
+            f"The checkpoint of step {state.step}, the last, could not be written to {job.run.checkpoints}: make room, "
+            "and go on from the one before with --resume."
+        )
 
 
-def _step(state: TrainState, source: Iterator[Loaded], job: Fit, began: float) -> StepRecord:
+def _take(events: list[Event]) -> Iterator[Event]:
+    while events:
+        yield events.pop(0)
+
+
+def _step(
+    state: TrainState, source: Iterator[Loaded], job: Job, began: float
+) -> tuple[StepRecord, tuple[AudioFault, ...]]:
     waited = perf_counter()
     parts = list(itertools.islice(source, job.train.accumulate))
     data_seconds = perf_counter() - waited
@@ -186,10 +209,8 @@ def _step(state: TrainState, source: Iterator[Loaded], job: Fit, began: float) -
     elapsed = state.elapsed_seconds
     record = replace(record, data_seconds=data_seconds, examples_per_second=rate, elapsed_seconds=elapsed)
     if dist.is_main():
-        append_record(job.run.steps, record)
-    set_aside(state, [fault for part in parts for fault in part.faults], job)
-    _tell_of_fault(record, job)
-    return record
+        _append(job.run.steps, record, job)
+    return record, tuple(fault for part in parts for fault in part.faults)
 
 
 def _due(step: int, every_steps: int) -> bool:
@@ -197,52 +218,66 @@ def _due(step: int, every_steps: int) -> bool:
 
 
 def _progress(state: TrainState, train: TrainSettings) -> float:
+    """The share of the budget that is spent; on every rank what the main one's clock says."""
     by_steps = state.step / train.max_steps if train.max_steps else 0.0
     by_time = state.elapsed_seconds / (60 * train.max_minutes) if train.max_minutes else 0.0
-    return max(by_steps, dist.from_main(by_time, state.device) if train.max_minutes else 0.0)
+    return max(by_steps, by_time)
 
 
-def _spent(state: TrainState, train: TrainSettings, stop: StopRequest) -> bool:
-    """Whether budget or a signal ends the run; the ranks agree, so that none waits for another."""
-    return dist.any_rank(bool(stop.signal) or _progress(state, train) >= 1, state.device)
+def _agree_on_end(state: TrainState, job: Job, stop: StopRequest) -> bool:
+    """Whether the run ends here, by its budget or by a signal to any rank: the same on all, in one small collective."""
+    if dist.world_size() > 1:
+        clock = state.elapsed_seconds if dist.is_main() else 0.0
+        signal_number, state.elapsed_seconds = dist.max_over_ranks([float(stop.signal), clock], state.device)
+        stop.signal = int(signal_number)
+    return bool(stop.signal) or _progress(state, job.train) >= 1
 
 
-def set_aside(state: TrainState, faults: list[AudioFault], job: Fit) -> None:
-    """Record each bad file once; an excerpt that is merely silent is not worth an event."""
-    for fault in faults:
-        if fault.in_excerpt_only or fault.path in state.bad_files:
-            continue
-        state.bad_files[fault.path] = fault.code
-        append_record(job.run.events, Event(fault.code, state.step, dist.rank(), fault.message, (fault.path,)))
+def _append(path: Path, record: Told, job: Job) -> None:
+    """Write a record; a disk that refuses is told of, and does not end the run."""
+    try:
+        append_record(path, record)
+    except OSError as error:
+        if path not in job.refused:
+            job.refused.add(path)
+            job.events.append(Event("LOG_FAILED", record.step, dist.rank(), f"{path} could not be written ({error})."))
 
 
-def _tell_of_fault(record: StepRecord, job: Fit) -> None:
-    if record.trained or not (record.bad_items or dist.is_main()):
+def _tell(event: Event, job: Job) -> None:
+    _append(job.run.events, event, job)
+    job.events.append(event)
+
+
+def _set_aside(state: TrainState, faults: Sequence[AudioFault], job: Job) -> None:
+    """Name each bad file once, whichever rank met it; an excerpt that is merely silent is not worth an event."""
+    new = [fault for fault in faults if not fault.in_excerpt_only and fault.path not in state.bad_files]
+    for rank, fault in dist.gather(new, state.device):
+        if fault.path not in state.bad_files:
+            state.bad_files[fault.path] = fault.code
+            if dist.is_main():
+                _tell(Event(fault.code, state.step, rank, fault.message, (fault.path,)), job)
+
+
+def _tell_of_fault(record: StepRecord, job: Job) -> None:
+    if record.outcome in ("trained", "all_easy") or not (record.bad_items or dist.is_main()):
         return
     message = f"Step {record.step} was left out ({record.outcome.replace('_', ' ')}); weights are as before."
     files = tuple(dict.fromkeys(file for item in record.bad_items for file in item.files))
     items = [[item.purpose, item.epoch, item.index] for item in record.bad_items]
     evidence = {"loss": record.loss, "grad_norm": record.grad_norm, "items": items}
     code = f"STEP_SKIPPED_{record.outcome.upper()}"
-    append_record(job.run.events, Event(code, record.step, dist.rank(), message, files, evidence))
+    _tell(Event(code, record.step, dist.rank(), message, files, evidence), job)
 
 
-def _stop_rule(state: TrainState, record: StepRecord, job: Fit) -> str | None:
-    """Why the run must end now, the same on every rank."""
+def _stop_rule(state: TrainState, record: StepRecord, job: Job) -> str | None:
+    """Why the run must end now; the same on every rank, as all of it was agreed on."""
     budget = max(5, 0.01 * job.n_files)
-    over_budget = dist.any_rank(len(state.bad_files) > budget, state.device)
-    if over_budget:
+    if len(state.bad_files) > budget:
         listed = ", ".join(f"{path} ({code})" for path, code in state.bad_files.items())
-        return (
-            f"More than {budget:g} bad files on a rank: {listed or 'see events.jsonl'}. "
-            "Mend them, or name them under data.exclude."
-        )
+        return f"More than {budget:g} bad files: {listed}. Mend them, or name them under data.exclude."
     if (verdict := state.faults.verdict()) is not None:
-        advice = (
-            'set train.precision = "bf16"'
-            if record.outcome == "loss_scale"
-            else "see events.jsonl for the files behind it"
-        )
+        by_scale = record.outcome == "loss_scale"
+        advice = 'set train.precision = "bf16"' if by_scale else f"{job.run.events} names the files behind it"
         return f"Stopped at step {state.step}: {verdict}, the last by {record.outcome.replace('_', ' ')}; {advice}."
     if job.train.on_bad_example == "stop" and record.outcome not in ("trained", "all_easy", "loss_scale"):
         reason = record.outcome.replace("_", " ")
@@ -250,16 +285,18 @@ def _stop_rule(state: TrainState, record: StepRecord, job: Fit) -> str | None:
     return None
 
 
-def _validated(state: TrainState, validate: Validate, job: Fit) -> ValidationRecord:
+def _validated(state: TrainState, validate: Validate, job: Job) -> ValidationRecord:
     started = perf_counter()
     scores = validate(state)
+    _set_aside(state, scores.faults, job)
     usable = math.isfinite(scores.loss)
     best = usable and scores.loss < state.best_loss
     if best:
         state.best_loss, state.best_step = scores.loss, state.step
     if usable:
         state.schedule.observe(scores.loss)
-    progress = _progress(state, job.train)
+    state.validated_step = state.step
+    progress = min(1.0, _progress(state, job.train))
     record = ValidationRecord(
         step=state.step,
         loss=scores.loss,
@@ -267,22 +304,20 @@ def _validated(state: TrainState, validate: Validate, job: Fit) -> ValidationRec
         si_sdri=scores.si_sdri,
         n_items=scores.n_items,
         best=best,
-        lr=state.optimizer.param_groups[0]["initial_lr"] * state.schedule.factor(state.step, min(1.0, progress)),
+        lr=state.optimizer.param_groups[0]["initial_lr"] * state.schedule.factor(state.step, progress),
         elapsed_seconds=state.elapsed_seconds,
         seconds=perf_counter() - started,
     )
     if dist.is_main():
-        append_record(job.run.validation, record)
+        _append(job.run.validation, record, job)
     return record
 
 
-def save(state: TrainState, job: Fit) -> None:
-    """Write a checkpoint, after the ranks have made sure that they hold the same weights.
-
-    A disk that refuses is reported and does not end the run. A model that is not finite is never saved.
+def _save(state: TrainState, job: Job) -> bool:
+    """Write a checkpoint, after the ranks have made sure that they hold the same weights; False where a disk refused.
 
     Raises:
-        TrainingStopped: If ranks differ, or the model is not finite.
+        TrainingStopped: If ranks differ, or the model is not finite: such a model is never saved.
     """
     if (name := dist.first_difference(state.bare_model)) is not None:
         raise TrainingStopped(f"At step {state.step} the processes do not hold the same weights (first in {name}).")
@@ -291,21 +326,14 @@ def save(state: TrainState, job: Fit) -> None:
             f"At step {state.step} the model is not finite (first in {name}); checkpoints before it are whole, "
             "and --resume takes them."
         )
-    if dist.is_main():
-        _write(state, job)
-
-
-def _write(state: TrainState, job: Fit) -> None:
+    if not dist.is_main():
+        return True
     try:
-        save_checkpoint(
-            job.run,
-            state.state_dict(),
-            recipe=job.recipe,
-            choices=job.choices,
-            best=state.best_step == state.step,
-            keep=job.save.keep,
-        )
-    except (OSError, CheckpointError) as error:
+        best = state.best_step == state.step
+        content = state.state_dict()
+        save_checkpoint(job.run, content, recipe=job.recipe, choices=job.choices, best=best, keep=job.save.keep)
+    except OSError as error:
         message = f"The checkpoint of step {state.step} could not be written ({error}); older ones are whole."
-        with contextlib.suppress(OSError):
-            append_record(job.run.events, Event("CHECKPOINT_FAILED", state.step, dist.rank(), message))
+        _tell(Event("CHECKPOINT_FAILED", state.step, dist.rank(), message), job)
+        return False
+    return True

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from unbraid.errors import RecipeError
+
 Parameters = Iterable[nn.Parameter]
 
 
@@ -47,6 +49,28 @@ def sgd(parameters: Parameters, *, lr: float = 1e-2, momentum: float = 0.0, weig
     return torch.optim.SGD(parameters, lr, momentum, weight_decay=weight_decay, fused=_fused(parameters))
 
 
+def prime(optimizer: Optimizer) -> None:
+    """Let a fused optimizer make its state before the first step, so that a first step left out finds it clean.
+
+    It steps once with ``found_inf`` set: nothing moves, but moments are made. Fused SGD leaves its momentum buffer
+    uninitialised in such a step; zeros make the first real step what it would have been.
+    """
+    if not getattr(optimizer, "_step_supports_amp_scaling", False) or optimizer.state:
+        return
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    kept = [p.grad for p in parameters]
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+    optimizer.found_inf = torch.ones((), device=parameters[0].device)  # type: ignore[attr-defined]
+    optimizer.step()
+    del optimizer.found_inf  # type: ignore[attr-defined]
+    for p, gradient in zip(parameters, kept, strict=True):
+        p.grad = gradient
+        for moment in optimizer.state[p].values():
+            if isinstance(moment, torch.Tensor):
+                moment.zero_()
+
+
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"adam": adam, "adamw": adamw, "sgd": sgd}
 
 
@@ -70,6 +94,8 @@ class Constant:
     """
 
     def __init__(self, *, warmup_steps: int = 0) -> None:
+        if warmup_steps < 0:
+            raise RecipeError(f"schedule.warmup_steps = {warmup_steps} must be 0 or more.")
         self.warmup_steps = warmup_steps
 
     def factor(self, step: int, progress: float) -> float:
@@ -93,6 +119,8 @@ class Cosine(Constant):
 
     def __init__(self, *, warmup_steps: int = 0, min_factor: float = 0.0) -> None:
         super().__init__(warmup_steps=warmup_steps)
+        if not 0 <= min_factor <= 1:
+            raise RecipeError(f"schedule.min_factor = {min_factor:g} must be between 0 and 1.")
         self.min_factor = min_factor
 
     def factor(self, step: int, progress: float) -> float:
@@ -115,6 +143,11 @@ class Plateau(Constant):
         self, *, warmup_steps: int = 0, reduce_by: float = 0.5, patience: int = 2, min_factor: float = 1e-4
     ) -> None:
         super().__init__(warmup_steps=warmup_steps)
+        if not 0 < reduce_by < 1 or patience < 0 or not 0 <= min_factor <= 1:
+            raise RecipeError(
+                f"[schedule] reduce_by = {reduce_by:g} must be between 0 and 1, patience = {patience} 0 or more, and "
+                f"min_factor = {min_factor:g} from 0 to 1."
+            )
         self.reduce_by, self.patience, self.min_factor = reduce_by, patience, min_factor
         self.current, self.best, self.n_worse = 1.0, math.inf, 0
 

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from unbraid.robust.clip import Clipper, FixedClip
 from unbraid.robust.filter import LossFilter
 from unbraid.robust.precision import Precision
-from unbraid.train.optim import Constant, Schedule
+from unbraid.train.optim import Constant, Schedule, prime
 
 ExampleLoss = Callable[[Tensor, Tensor], Tensor]
 """``(estimate, sources)`` to ``(batch, ...)``; the step takes each example's mean."""
@@ -75,9 +75,10 @@ class TrainState:
         step: Steps done, those left out among them; the position in the data follows from it.
         best_loss: Lowest finite validation loss so far.
         best_step: Where that was.
+        validated_step: The last step after which was validated.
         elapsed_seconds: Wall time of the run, over all its resumptions.
         faults: Outcomes of the last steps.
-        bad_files: Files set aside so far, and the code of what is wrong with each.
+        bad_files: Files set aside so far on any rank, and the code of what is wrong with each.
     """
 
     model: nn.Module
@@ -92,6 +93,7 @@ class TrainState:
     step: int = 0
     best_loss: float = math.inf
     best_step: int = 0
+    validated_step: int = 0
     elapsed_seconds: float = 0.0
     faults: FaultWindow = field(default_factory=FaultWindow)
     bad_files: dict[str, str] = field(default_factory=dict)
@@ -99,6 +101,7 @@ class TrainState:
     def __post_init__(self) -> None:
         for group in self.optimizer.param_groups:
             group.setdefault("initial_lr", float(group["lr"]))
+        prime(self.optimizer)
 
     @property
     def bare_model(self) -> nn.Module:
@@ -132,7 +135,7 @@ class TrainState:
             setattr(self, name, state["progress"][name])
         self.bad_files = dict(state["progress"]["bad_files"])
 
-    _PROGRESS = ("step", "best_loss", "best_step", "elapsed_seconds")
+    _PROGRESS = ("step", "best_loss", "best_step", "validated_step", "elapsed_seconds")
 
 
 def set_learning_rate(state: TrainState, factor: float) -> None:

@@ -10,12 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from unbraid import dist
 from unbraid.data.batch import Batch
 from unbraid.draws import seeded_torch
+from unbraid.errors import UserError
 from unbraid.records import ItemId, StepRecord
-from unbraid.train.state import TrainState
+from unbraid.train.state import ExampleLoss, TrainState
 
 _WEIGHT, _WEIGHTED_LOSS, _LOSS, _REAL, _TRAINED, _EASY, _NONFINITE, _OVER = range(8)
 """Places in the tally: the small tensor that the ranks sum to agree on a step."""
@@ -42,12 +44,13 @@ def train_step(state: TrainState, batch: Batch | Sequence[Batch]) -> StepRecord:
         batch: Examples of this rank.
 
     Returns:
-        What happened; the same on every rank but for times and `StepRecord.bad_items`.
+        What happened; the same on every rank but for `epoch`, times and `StepRecord.bad_items`.
     """
     started = perf_counter()
     parts = [batch] if isinstance(batch, Batch) else list(batch)
     state.step += 1
     state.optimizer.zero_grad(set_to_none=True)
+    buffers = [(buffer, buffer.clone()) for buffer in state.model.buffers()]
     with seeded_torch(state.seed, "step", state.step, dist.rank()):
         ran = [_forward_backward(state, part, last=part is parts[-1]) for part in parts]
     tally = dist.sum_over_ranks(torch.stack([_tally(part) for part in ran]).sum(0))
@@ -55,7 +58,9 @@ def train_step(state: TrainState, batch: Batch | Sequence[Batch]) -> StepRecord:
     norm, divisor = _true_norm(gradients, tally, state.precision.scale)
     fine = (tally[_NONFINITE] + tally[_OVER] == 0) & (tally[_WEIGHT] > 0) & norm.isfinite()
     limit = state.clipper(norm, fine)
-    _update(state, gradients, divisor * (norm / limit).clamp_min(1), fine)
+    _update(state.optimizer, gradients, divisor * (norm / limit).clamp_min(1), fine)
+    for buffer, before in buffers:  # statistics that layers such as BatchNorm keep
+        buffer.copy_(torch.where(fine, buffer, before))
     state.optimizer.zero_grad(set_to_none=True)
     outcome, record = _record(state, tally, norm, limit, perf_counter() - started)
     if parts[0].items:
@@ -74,16 +79,31 @@ def _forward_backward(state: TrainState, batch: Batch, *, last: bool) -> Verdict
     with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext():
         with state.precision.autocast(batch.mixture.device):
             estimate = model(batch.mixture)
-        losses = state.loss(estimate.float(), batch.sources.float())
-        losses = losses.flatten(1).mean(1) if losses.dim() > 1 else losses
+        losses = example_losses(state.loss, estimate, batch.sources)
         judged, given = losses.detach(), batch.weight.to(losses.dtype)
         weights = given
         for loss_filter in state.filters:
-            weights = weights * loss_filter(judged)
-        bad = ~(judged.abs() <= state.loss_upper_limit) & (given > 0)
+            weights = weights * loss_filter(judged).clamp_min(0)
+        bad = ~(judged.isfinite() & (judged.abs() <= state.loss_upper_limit)) & (given > 0)
         weights = torch.where(bad, given, weights)
         ((weights * losses).sum() * state.precision.scale).backward()
     return Verdicts(judged, weights, bad, given > 0)
+
+
+def example_losses(loss: ExampleLoss, estimate: Tensor, sources: Tensor) -> Tensor:
+    """One loss for each example, ``(batch,)``, in float32 (float64 stays).
+
+    Raises:
+        UserError: If the loss does not keep the examples apart.
+    """
+    wide = [part.to(torch.promote_types(part.dtype, torch.float32)) for part in (estimate, sources)]
+    losses = loss(*wide)
+    if losses.dim() == 0 or len(losses) != len(sources):
+        raise UserError(
+            f"The loss returned {tuple(losses.shape)} for a batch of {len(sources)}; it must keep the examples apart, "
+            "so that a bad one can be told from the others."
+        )
+    return losses.flatten(1).mean(1) if losses.dim() > 1 else losses
 
 
 def _tally(of: Verdicts) -> Tensor:
@@ -107,20 +127,18 @@ def _true_norm(gradients: list[Tensor], tally: Tensor, scale: float) -> tuple[Te
     return torch.where(tally[_WEIGHT] > 0, total / divisor, 0.0 * total), divisor
 
 
-def _update(state: TrainState, gradients: list[Tensor], divisor: Tensor, fine: Tensor) -> None:
+def _update(optimizer: Optimizer, gradients: list[Tensor], divisor: Tensor, fine: Tensor) -> None:
     """Divide the gradients and let the optimizer step, or leave everything alone where the step is not fine.
 
-    On an accelerator, an optimizer that takes ``found_inf`` decides on the device. Everywhere else the host decides: on
-    the CPU that costs nothing, on an accelerator one synchronisation.
+    An optimizer that takes ``grad_scale`` and ``found_inf`` does both in its own pass, where the tensors are. For any
+    other the host decides, which on an accelerator costs one synchronisation.
     """
-    optimizer = state.optimizer
-    in_its_own_pass = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
-    if not (in_its_own_pass and fine.device.type == "cuda") and not bool(fine):
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        if bool(fine):
+            torch._foreach_div_(gradients, divisor)
+            optimizer.step()
         return
-    if not in_its_own_pass:
-        torch._foreach_div_(gradients, divisor)
-        optimizer.step()
-        return
+    # found_inf must be exactly 0 or 1; of what is divided by the divisor only finite numbers are used
     optimizer.grad_scale, optimizer.found_inf = divisor.float(), (~fine).float()  # type: ignore[attr-defined]
     try:
         optimizer.step()
@@ -142,7 +160,7 @@ def _record(state: TrainState, tally: Tensor, norm: Tensor, limit: Tensor, secon
     elif weight == 0:
         outcome = "all_easy"
     elif not math.isfinite(norm_here):
-        outcome = "loss_scale" if state.precision.scales else "nonfinite_gradient"
+        outcome = "loss_scale" if state.precision.can_shrink else "nonfinite_gradient"
     else:
         outcome = "trained"
     return outcome, StepRecord(

@@ -4,31 +4,43 @@ import torch
 
 from unbraid import dist
 from unbraid.data.loader import FixedKeys, Mixtures, collate
+from unbraid.data.mixing import AudioFault
 from unbraid.infer import separate
-from unbraid.losses.pit import assign_sources
+from unbraid.losses.pit import order_as_targets
 from unbraid.losses.waveform import neg_si_sdr
-from unbraid.metrics import reorder, si_sdr
+from unbraid.metrics import mean_over_sounding, si_sdr
 from unbraid.train.loop import Scores, Validate
 from unbraid.train.state import TrainState
+from unbraid.train.step import example_losses
 
 
-def validation(dataset: Mixtures, *, n_items: int, batch_size: int) -> Validate:
-    """A function that scores a state's model on the first ``n_items`` mixtures, shared out over the ranks."""
+def validation(dataset: Mixtures, *, n_items: int, batch_size: int, assign: str = "permutation") -> Validate:
+    """A function that scores a state's model on the first ``n_items`` mixtures, shared out over the ranks.
+
+    Args:
+        dataset: Mixtures of sources not trained on.
+        n_items: How many.
+        batch_size: How many go through the model together.
+        assign: Whether SI-SDR is taken in the best order (``"permutation"``) or the model's own (``"fixed"``).
+    """
 
     @torch.no_grad()
     def validate(state: TrainState) -> Scores:
-        sums = torch.zeros(4, dtype=torch.float64)
-        keys = FixedKeys(n_items, batch_size, rank=dist.rank(), world_size=dist.world_size())
-        for batch in (collate([dataset[key] for key in some]).batch.to(state.device) for some in keys):
+        sums, faults = torch.zeros(4, dtype=torch.float64), list[AudioFault]()
+        for keys in FixedKeys(n_items, batch_size, rank=dist.rank(), world_size=dist.world_size()):
+            loaded = collate([dataset[key] for key in keys])
+            faults.extend(loaded.faults)
+            batch = loaded.batch.to(state.device)
             with state.precision.autocast(state.device):
                 estimate = separate(state.bare_model, batch.mixture)
-            losses = state.loss(estimate, batch.sources)
-            ordered = reorder(estimate, assign_sources(neg_si_sdr, estimate, batch.sources))
-            ratio = si_sdr(ordered, batch.sources).mean((1, 2))
-            before = si_sdr(batch.mixture[:, None].expand_as(batch.sources), batch.sources).mean((1, 2))
-            sums[:3] += torch.stack([losses.sum(), ratio.sum(), (ratio - before).sum()]).double().cpu()
+            losses = example_losses(state.loss, estimate, batch.sources)
+            ordered = order_as_targets(estimate, batch.sources, neg_si_sdr, assign=assign)
+            after = mean_over_sounding(si_sdr(ordered, batch.sources), batch.sources)
+            unprocessed = batch.mixture[:, None].expand_as(batch.sources)
+            before = mean_over_sounding(si_sdr(unprocessed, batch.sources), batch.sources)
+            sums[:3] += torch.stack([losses.sum(), after.sum(), (after - before).sum()]).double().cpu()
             sums[3] += len(losses)
         loss, total, improvement, count = dist.sum_over_ranks(sums.to(state.device)).tolist()
-        return Scores(loss / count, total / count, improvement / count, round(count))
+        return Scores(loss / count, total / count, improvement / count, round(count), tuple(faults))
 
     return validate
