@@ -65,7 +65,9 @@ def test_a_weight_that_differs_by_a_thousandth_is_found_and_named(ranks):
 def test_agreement(ranks):
     for seen in ranks:
         assert seen["any"] == [True, False]
-        assert seen["from_main"] == 5.0
+        assert seen["from_main"] == {"rank": 0}
+        assert seen["largest"] == [1.0, 0.0]
+        assert seen["gathered"] == [[[1, "b"]], []]
 
 
 @pytest.mark.slow

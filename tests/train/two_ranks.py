@@ -42,7 +42,7 @@ def part(batch, places):
 
 def distance(state, other):
     pairs = zip(state.bare_model.parameters(), other.bare_model.parameters(), strict=True)
-    return max(float((mine - theirs).abs().max()) for mine, theirs in pairs)
+    return max((mine - theirs).detach().abs().max().item() for mine, theirs in pairs)
 
 
 def same_as_one_process(shares, *, dtype=torch.float64, filters=(), weightless=()):
@@ -105,7 +105,9 @@ def main(out):
             "nan": nan_on_one_rank(),
             "fifty": different_data_for_fifty_steps(),
             "any": [dist.any_rank(dist.rank() == 1), dist.any_rank(False)],
-            "from_main": dist.from_main(float(dist.rank() + 5)),
+            "from_main": dist.from_main_process({"rank": dist.rank()}),
+            "largest": dist.max_over_ranks([dist.rank(), -dist.rank()]),
+            "gathered": [dist.gather(["b"] if dist.rank() == 1 else []), dist.gather([])],
         }
         Path(out, f"rank-{dist.rank()}.json").write_text(json.dumps(results))
 
