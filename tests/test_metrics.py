@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from itertools import permutations
 
 import mir_eval
@@ -205,3 +208,17 @@ def test_reordering_moves_whole_estimates_and_drops_those_nobody_asked_for():
 
     assert torch.equal(ordered[0], estimate[0, [2, 0]])
     assert torch.equal(ordered[1], estimate[1, [1, 2]])
+
+
+def test_sdr_comes_back_after_the_number_of_threads_was_set():
+    script = (
+        "import torch\n"
+        "from unbraid.metrics import sdr\n"
+        "torch.set_num_threads(2)\n"
+        "target = torch.randn(2, 4000, generator=torch.Generator().manual_seed(0))\n"
+        "for _ in range(5):\n"
+        "    assert sdr(2 * target, target).min() > 50\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+
+    assert subprocess.run([sys.executable, "-c", script], env=environment, timeout=60, check=False).returncode == 0

@@ -313,7 +313,8 @@ def _train(
     if checkpoint is None and "init" in recipe.model.options:
         _load_weights(model, read_checkpoint(find_checkpoint(Path(recipe.model.options["init"]))))
     choices = dist.from_main_process(choose(recipe, model, device, before=checkpoint.choices if checkpoint else None))
-    torch.set_num_threads(choices["threads"])
+    if torch.get_num_threads() != choices["threads"]:
+        torch.set_num_threads(choices["threads"])
     if choices["compile"]:
         compile_regions = getattr(model, "compile_regions", model.compile)
         compile_regions()

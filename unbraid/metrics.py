@@ -85,8 +85,11 @@ def sdr(estimate: Tensor, target: Tensor) -> Tensor:
     pairs = (target.flatten(0, -2)[:, None].double(), estimate.flatten(0, -2)[:, None].double())
     silent = (pairs[0].square().mean(-1) <= SILENCE) | (pairs[1].square().mean(-1) <= SILENCE)
     filled = [pair + silent[..., None] * torch.linspace(-1, 1, pair.shape[-1]).double().to(pair) for pair in pairs]
-    ratio = fast_bss_eval.sdr(*filled, filter_length=512, return_perm=False, load_diag=1e-10)
-    return torch.where(silent, torch.nan, ratio).reshape(target.shape[:-1]).to(estimate.dtype)
+    # as NumPy arrays: torch's batched solver may never come back on the CPU once torch.set_num_threads was called
+    on_host = [pair.cpu().numpy() for pair in filled]
+    ratio = fast_bss_eval.sdr(*on_host, filter_length=512, return_perm=False, load_diag=1e-10)
+    known = torch.from_numpy(ratio).to(silent.device).reshape(silent.shape)
+    return torch.where(silent, torch.nan, known).reshape(target.shape[:-1]).to(estimate.dtype)
 
 
 def pairwise_si_sdr(estimate: Tensor, target: Tensor, *, floor: float = 1e-13) -> Tensor:
