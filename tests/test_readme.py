@@ -95,7 +95,9 @@ def test_the_figures_are_those_that_were_measured():
     measured = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text())
     quoted = re.search(r"SI-SDRi (\S+) ± (\S+) dB", README)
 
+    real = json.loads((ROOT / "benchmarks" / "results" / "real_talkers_15_minutes.json").read_text())
     assert [float(quoted[1]), float(quoted[2])] == measured["test"]["si_sdri"]
+    assert "came to SI-SDRi {} ± {} dB".format(*real["test"]["si_sdri"]) in README
     assert measured["date"] in README
     assert measured["machine"].split(",")[0] in README
     assert f"{measured['command_seconds'] / 60:.1f} minutes" in README
