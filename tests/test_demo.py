@@ -40,4 +40,4 @@ def test_make_demo_separates_talkers_it_has_never_heard(tmp_path):
     assert soundfile.info(out / "evaluation-audio" / "000-estimate-1.wav").samplerate == 8000
     assert (out / "demo.png").stat().st_size > 50_000
     assert re.search(r"training\s+\d+ %", ended.stdout)
-    assert len(re.findall(r"^  \S.*  unbraid ", ended.stdout, flags=re.MULTILINE)) == 3
+    assert len(re.findall(r"^  \S.*  \S*unbraid \w", ended.stdout, flags=re.MULTILINE)) == 3

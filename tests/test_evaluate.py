@@ -9,7 +9,7 @@ from torch import nn
 
 from unbraid.audio import read_audio
 from unbraid.data.folders import speakers
-from unbraid.data.loader import DataSettings, mixtures
+from unbraid.data.mixtures import DataSettings, mixtures
 from unbraid.data.tracks import with_splits
 from unbraid.evaluate import evaluate, summarise, write_table
 from unbraid.recipe import Recipe
@@ -35,7 +35,7 @@ class Knows(nn.Module):
         self.gain = nn.Parameter(torch.ones(()))
 
     def forward(self, mixture):
-        from unbraid.data.loader import Key
+        from unbraid.data.mixtures import Key
 
         sources = torch.from_numpy(self.dataset[Key(0, self.count)].audio.sources)
         self.count += 1

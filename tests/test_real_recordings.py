@@ -7,7 +7,7 @@ import pytest
 
 from unbraid.cli import main, recipes_folder
 from unbraid.data.folders import noises, speakers
-from unbraid.data.loader import DataSettings, Key, mixtures
+from unbraid.data.mixtures import DataSettings, Key, mixtures
 from unbraid.dsp import power_db
 from unbraid.records import RunDirectory, read_rows
 

@@ -1,14 +1,13 @@
-"""A recipe's names turned into objects: model, data, training state; a run from start or resumption to end."""
+"""Model, data and training state of a recipe put together; a run from its start, or its resumption, to its end."""
 
 import hashlib
-import importlib.util
 import inspect
 import json
 import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,16 @@ import unbraid
 from unbraid import dist
 from unbraid.data import DATASETS
 from unbraid.data.folders import noises
-from unbraid.data.loader import Mixtures, StepKeys, batches, mixtures
+from unbraid.data.loader import StepKeys, batches
+from unbraid.data.mixtures import Mixtures, mixtures
 from unbraid.data.tracks import Track, with_splits
 from unbraid.draws import seeded_torch
-from unbraid.errors import CheckpointError, DataError, RecipeError, UserError, nearest
+from unbraid.errors import CheckpointError, DataError, RecipeError, UserError
 from unbraid.losses import LOSSES, is_in_db
 from unbraid.losses.pit import SeparationLoss
 from unbraid.models import MODELS
-from unbraid.recipe import Part, Recipe, checked, differences, recipe_from_table, recipe_table, to_toml
+from unbraid.parts import build_part, find_part
+from unbraid.recipe import Part, Recipe, differences, recipe_from_table, recipe_table, to_toml
 from unbraid.records import Event, RunDirectory, append_record, owned, write_atomically
 from unbraid.robust import CLIPPERS, FILTERS
 from unbraid.robust.precision import Precision, best_precision
@@ -48,78 +49,6 @@ _MAY_CHANGE = ("train.max_steps", "train.max_minutes", "train.precision", "save.
 """Keys that a resumed run may give other values than it began with."""
 
 _RECORDED_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES", "WORLD_SIZE")
-
-
-def find_part(
-    kind: str, part: Part, registry: dict[str, Callable[..., Any]], folder: Path | None
-) -> Callable[..., Any]:
-    """The object that a name stands for: an entry of the registry, or ``my_file:MyClass`` beside the recipe.
-
-    Args:
-        kind: Name of the table, for messages.
-        part: The name.
-        registry: Built-in entries.
-        folder: Where to look for one's own; None where one's own code must not run.
-
-    Raises:
-        RecipeError: If there is no such thing.
-    """
-    if part.name in registry:
-        return registry[part.name]
-    file, colon, attribute = part.name.partition(":")
-    if not colon:
-        raise RecipeError(
-            f"[{kind}] name = {part.name!r} is not one of {', '.join(sorted(registry))}.{nearest(part.name, registry)} "
-            "For your own, write 'my_file:MyClass'."
-        )
-    if folder is None:
-        raise RecipeError(f"[{kind}] name = {part.name!r} is code that came with the checkpoint; --trust lets it run.")
-    path = next((path for path in (folder / f"{file}.py", Path.cwd() / f"{file}.py") if path.is_file()), None)
-    if path is None:
-        raise RecipeError(f"[{kind}] name = {part.name!r}: there is no {file}.py beside the recipe ({folder}).")
-    module = _load_module(path)
-    if not hasattr(module, attribute):
-        raise RecipeError(f"[{kind}] name = {part.name!r}: {path} has no {attribute}.{nearest(attribute, dir(module))}")
-    return getattr(module, attribute)
-
-
-def _load_module(path: Path) -> Any:
-    name = f"unbraid_own_{path.stem}"
-    if name in sys.modules and getattr(sys.modules[name], "__file__", None) == str(path):
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise RecipeError(f"{path} is not a Python file.")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
-        raise RecipeError(f"{path} cannot be imported ({type(error).__name__}: {error}).") from error
-    return module
-
-
-def build_part(
-    kind: str, part: Part, registry: dict[str, Callable[..., Any]], folder: Path | None, **given: Any
-) -> Any:
-    """Find a part and call it with the recipe's options, and with what the code supplies itself.
-
-    Raises:
-        RecipeError: If a key is unknown, or a value of the wrong type or refused by the part.
-    """
-    signature = find_part(kind, part, registry, folder)
-    if not callable(signature):
-        raise RecipeError(f"[{kind}] name = {part.name!r} is a {type(signature).__name__}, nothing that can be called.")
-    options = checked(kind, signature, part.options, given=tuple(given))
-    try:
-        return signature(**given, **options)
-    except RecipeError:
-        raise
-    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
-        raise RecipeError(
-            f"[{kind}] {part.name} cannot be made of these keys ({type(error).__name__}: {error})."
-        ) from error
 
 
 def build_model(recipe: Recipe, *, trust: bool = True) -> nn.Module:

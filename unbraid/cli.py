@@ -24,7 +24,7 @@ def train(args: argparse.Namespace) -> int:
     from unbraid.assemble import train as run_training
     from unbraid.recipe import load_recipe
     from unbraid.records import RunDirectory
-    from unbraid.screen import show_training
+    from unbraid.screen import program, show_training
     from unbraid.train.loop import stop_on_signals
 
     recipe = load_recipe(find_recipe(args.recipe), args.set)
@@ -36,9 +36,9 @@ def train(args: argparse.Namespace) -> int:
         return EXIT_STOPPED + stop.signal if stop.signal else 0
     if stop.signal:
         words = [*args.words, *([] if args.resume else ["--resume"])]
-        print(f"Stopped by signal {stop.signal}; go on with: unbraid {shlex.join(words)}")
+        print(f"Stopped by signal {stop.signal}; go on with: {program()} {shlex.join(words)}")
         return EXIT_STOPPED + stop.signal
-    print(f"The run is in {run.path}; next: unbraid evaluate {run.path}")
+    print(f"The run is in {run.path}; next: {program()} evaluate {run.path}")
     return 0
 
 
@@ -75,7 +75,7 @@ def demo(args: argparse.Namespace) -> int:
 
     result = run_demo(recipes_folder() / "demo.toml", args.out, overrides=args.set)
     if isinstance(result, int):
-        print(f"Stopped by signal {result}; unbraid demo -o {args.out} goes on from there.")
+        print(f"Stopped by signal {result}; the same command goes on from there.")
         return EXIT_STOPPED + result
     print_summaries(result.summaries, f"{result.n_items} mixtures of a low and a high voice, never heard in training")
     print("\n".join(what_next(result)))

@@ -10,7 +10,7 @@ from unbraid.evaluate import Summary, evaluate_checkpoint
 from unbraid.plots import check_matplotlib, draw_run
 from unbraid.recipe import load_recipe
 from unbraid.records import RunDirectory
-from unbraid.screen import progress_bar, show_training
+from unbraid.screen import program, progress_bar, show_training
 from unbraid.train.loop import stop_on_signals
 
 N_TEST_ITEMS, N_AUDIO = 100, 5
@@ -70,12 +70,12 @@ def run_demo(recipe_path: Path, out: Path, *, overrides: Sequence[str] = ()) -> 
 
 def what_next(result: DemoResult) -> list[str]:
     """Where to listen and look, and three things to try."""
-    run, out = result.run.path, result.run.path.parent
+    run, out, unbraid = result.run.path, result.run.path.parent, program()
     return [
         f"Listen:  {result.audio}: 000-mixture.wav, then 000-estimate-1.wav and 000-estimate-2.wav",
         f"Look:    {result.picture}",
         "Try next:",
-        f"  your own sound       unbraid separate MIXTURE.wav -m {run} -o separated",
-        "  your own recordings  unbraid train conv_tasnet_small --set data.path=FOLDER_OF_SPEAKERS",
-        f"  another clipper      unbraid demo -o {out}-autoclip --set clip.name=autoclip",
+        f"  your own sound       {unbraid} separate MIXTURE.wav -m {run} -o separated",
+        f"  your own recordings  {unbraid} train conv_tasnet_small --set data.path=FOLDER_OF_SPEAKERS",
+        f"  another clipper      {unbraid} demo -o {out}-autoclip --set clip.name=autoclip",
     ]

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from unbraid.assemble import list_tracks, load_model
 from unbraid.audio import write_audio
 from unbraid.data.batch import Batch
-from unbraid.data.loader import FixedKeys, Mixtures, collate, mixtures
+from unbraid.data.loader import FixedKeys, collate
 from unbraid.data.mixing import AudioFault
+from unbraid.data.mixtures import Mixtures, mixtures
 from unbraid.dsp import SILENCE
 from unbraid.errors import UserError
 from unbraid.infer import at_mixture_level, separate

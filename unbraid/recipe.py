@@ -11,7 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tomli_w
 
-from unbraid.data.loader import DataSettings
+from unbraid.data.mixtures import DataSettings
 from unbraid.errors import RecipeError, nearest
 from unbraid.losses import LOSSES, ignores_level
 from unbraid.models import MODELS

@@ -1,10 +1,13 @@
 """What a run looks like in a terminal: progress, tables; plain lines where there is no terminal."""
 
 import os
+import shutil
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Protocol
 
 from rich.console import Console
@@ -30,6 +33,14 @@ class Advance:
     def __call__(self, done: float, text: str = "") -> None:
         """So much is done, and this is what to say beside it."""
         self.move(done, text)
+
+
+def program() -> str:
+    """How unbraid was called, so that the commands it offers can be pasted."""
+    if shutil.which("unbraid"):
+        return "unbraid"
+    called = Path(sys.argv[0])
+    return f"{sys.executable} -m unbraid" if called.name == "__main__.py" else str(called)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from unbraid.data.folders import speakers
-from unbraid.data.loader import DataSettings, Key, mixtures
+from unbraid.data.mixtures import DataSettings, Key, mixtures
 from unbraid.dsp import power_db
 from unbraid.errors import DataError
 

@@ -3,8 +3,9 @@
 import torch
 
 from unbraid import dist
-from unbraid.data.loader import FixedKeys, Mixtures, collate
+from unbraid.data.loader import FixedKeys, collate
 from unbraid.data.mixing import AudioFault
+from unbraid.data.mixtures import Mixtures
 from unbraid.infer import separate
 from unbraid.losses.pit import order_as_targets
 from unbraid.losses.waveform import neg_si_sdr

@@ -1,0 +1,82 @@
+"""A recipe's names turned into objects: an entry of a registry, or one's own from a file beside the recipe."""
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from unbraid.errors import RecipeError, nearest
+from unbraid.recipe import Part, checked
+
+
+def find_part(
+    kind: str, part: Part, registry: dict[str, Callable[..., Any]], folder: Path | None
+) -> Callable[..., Any]:
+    """The object that a name stands for: an entry of the registry, or ``my_file:MyClass`` beside the recipe.
+
+    Args:
+        kind: Name of the table, for messages.
+        part: The name.
+        registry: Built-in entries.
+        folder: Where to look for one's own; None where one's own code must not run.
+
+    Raises:
+        RecipeError: If there is no such thing.
+    """
+    if part.name in registry:
+        return registry[part.name]
+    file, colon, attribute = part.name.partition(":")
+    if not colon:
+        raise RecipeError(
+            f"[{kind}] name = {part.name!r} is not one of {', '.join(sorted(registry))}.{nearest(part.name, registry)} "
+            "For your own, write 'my_file:MyClass'."
+        )
+    if folder is None:
+        raise RecipeError(f"[{kind}] name = {part.name!r} is code that came with the checkpoint; --trust lets it run.")
+    path = next((path for path in (folder / f"{file}.py", Path.cwd() / f"{file}.py") if path.is_file()), None)
+    if path is None:
+        raise RecipeError(f"[{kind}] name = {part.name!r}: there is no {file}.py beside the recipe ({folder}).")
+    module = _load_module(path)
+    if not hasattr(module, attribute):
+        raise RecipeError(f"[{kind}] name = {part.name!r}: {path} has no {attribute}.{nearest(attribute, dir(module))}")
+    return getattr(module, attribute)
+
+
+def _load_module(path: Path) -> Any:
+    name = f"unbraid_own_{path.stem}"
+    if name in sys.modules and getattr(sys.modules[name], "__file__", None) == str(path):
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise RecipeError(f"{path} is not a Python file.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise RecipeError(f"{path} cannot be imported ({type(error).__name__}: {error}).") from error
+    return module
+
+
+def build_part(
+    kind: str, part: Part, registry: dict[str, Callable[..., Any]], folder: Path | None, **given: Any
+) -> Any:
+    """Find a part and call it with the recipe's options, and with what the code supplies itself.
+
+    Raises:
+        RecipeError: If a key is unknown, or a value of the wrong type or refused by the part.
+    """
+    signature = find_part(kind, part, registry, folder)
+    if not callable(signature):
+        raise RecipeError(f"[{kind}] name = {part.name!r} is a {type(signature).__name__}, nothing that can be called.")
+    options = checked(kind, signature, part.options, given=tuple(given))
+    try:
+        return signature(**given, **options)
+    except RecipeError:
+        raise
+    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+        raise RecipeError(
+            f"[{kind}] {part.name} cannot be made of these keys ({type(error).__name__}: {error})."
+        ) from error
