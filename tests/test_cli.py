@@ -102,7 +102,7 @@ def test_data_that_is_not_there_is_said_so(make, words, recipe_file, tmp_path, c
 @pytest.mark.parametrize(
     ("folder", "override", "words"),
     [
-        ({"n_speakers": 1}, "data.n_sources=2", ["1 speakers", "too few"]),
+        ({"n_speakers": 1}, "data.n_sources=2", ["1 speaker cannot be split"]),
         ({"seconds": 0.3}, "data.excerpt_seconds=0.5", ["as long as an excerpt of 0.5 s", "0.30 s"]),
         ({"sample_rate": 16000}, "data.sample_rate=8000", ["16000 Hz", "data.resample = true"]),
     ],
@@ -144,7 +144,7 @@ def test_a_silent_corpus_ends_the_run_with_one_line(workers, recipe_file, speake
 def test_a_run_directory_that_is_a_file_is_said_so(recipe_file, tmp_path, capsys):
     (tmp_path / "file").touch()
 
-    assert "file" in fails(capsys, "train", recipe_file(), "--run", tmp_path / "file")
+    assert "cannot be the run directory" in fails(capsys, "train", recipe_file(), "--run", tmp_path / "file")
 
 
 def test_a_file_to_leave_out_that_is_not_there_is_said_so(recipe_file, tmp_path, capsys):
@@ -200,7 +200,7 @@ def test_evaluate_writes_a_row_a_mixture_and_the_first_to_hear(trained, capsys):
     ("option", "words"),
     [
         (["-o", "table.txt"], ["table.txt", ".csv or .parquet"]),
-        (["-o", "/dev/null/x.csv"], ["/dev/null"]),
+        (["-o", "/dev/null/x.csv"], ["/dev/null/x.csv cannot be written"]),
         (["nowhere"], ["nowhere", "does not exist"]),
         (["--seconds", "99"], ["as long as an excerpt of 99 s"]),
     ],
@@ -244,6 +244,16 @@ def test_separate_refuses_two_files_of_one_name_before_writing(trained, tmp_path
 
     assert "rename one" in line
     assert not (tmp_path / "out").exists()
+
+
+def test_separate_refuses_an_empty_file_and_a_folder_that_cannot_be_one(trained, tmp_path, capsys):
+    write_wav(tmp_path / "empty.wav", np.zeros(0, np.float32))
+    write_wav(tmp_path / "a.wav", np.full(800, 0.1, np.float32))
+
+    line = fails(capsys, "separate", tmp_path / "empty.wav", "-m", trained, "-o", tmp_path / "out")
+    assert "holds no samples" in line
+    line = fails(capsys, "separate", tmp_path / "a.wav", "-m", trained, "-o", tmp_path / "a.wav")
+    assert "cannot be the folder" in line
 
 
 def test_separate_goes_through_folders(trained, tmp_path):

@@ -46,7 +46,10 @@ def test_a_threshold_filter_is_at_minus_thirty_db_unless_told(write):
 def test_the_shipped_recipes_load_and_name_parts_that_exist(path):
     recipe = load_recipe(path, ["data.path=speech", *(["data.noise=noise"] if "noise" in path.stem else [])])
 
-    build_state(recipe, build_model(recipe), precision="fp32")
+    state = build_state(recipe, build_model(recipe), precision="fp32")
+
+    assert state.clipper.max_norm == 5.0
+    assert sum(len(group["params"]) for group in state.optimizer.param_groups) == len(list(state.model.parameters()))
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

@@ -36,9 +36,12 @@ def train(args: argparse.Namespace) -> int:
         return EXIT_STOPPED + stop.signal if stop.signal else 0
     if stop.signal:
         words = [*args.words, *([] if args.resume else ["--resume"])]
+        if "WORLD_SIZE" in os.environ:
+            print(f"Stopped by signal {stop.signal}; go on with the same torchrun command and --resume.")
+            return EXIT_STOPPED + stop.signal
         print(f"Stopped by signal {stop.signal}; go on with: {program()} {shlex.join(words)}")
         return EXIT_STOPPED + stop.signal
-    print(f"The run is in {run.path}; next: {program()} evaluate {run.path}")
+    print(f"The run is in {run.path}; next: {program()} evaluate {run.path}{' --trust' * recipe.has_own_code}")
     return 0
 
 
@@ -52,7 +55,9 @@ def evaluate(args: argparse.Namespace) -> int:
     }
     with progress_bar("evaluating", args.n_items) as advance:
         found = evaluate_checkpoint(args.checkpoint, progress=lambda done, _: advance(done), **options)
-    print_summaries(found.summaries, f"{len(found.rows)} mixtures of {found.recipe.data.path} ({args.split})")
+    heard = {file for row in found.rows for file in row["files"].split(" + ")}
+    title = f"{len(found.rows)} mixtures of {len(heard)} files in {found.recipe.data.path} ({args.split})"
+    print_summaries(found.summaries, title)
     print(f"A row for each mixture: {found.table}" + (f"; to hear: {found.audio}" if found.audio else ""))
     for message in found.bad_files.values():
         print(f"Left out: {message}")

@@ -205,14 +205,20 @@ def check_table_path(path: Path) -> None:
     """Refuse a table that could not be written, before the work of filling it.
 
     Raises:
-        UserError: If the suffix is another, or Parquet is asked for and pyarrow is not installed.
-        OSError: If its folder cannot be made.
+        UserError: If it cannot be written, the suffix is another, or Parquet is asked for and pyarrow is not there.
     """
     if path.suffix not in TABLE_SUFFIXES:
         raise UserError(f"{path} must end in {' or '.join(TABLE_SUFFIXES)}.")
     if path.is_dir():
         raise UserError(f"{path} is a folder; name the table to write.")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not path.exists()
+        path.open("ab").close()
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}).") from error
     if path.suffix == ".parquet":
         try:
             import pyarrow  # noqa: F401

@@ -66,6 +66,11 @@ class Recipe:
         return str(self.loss.options.get("assign", "permutation"))
 
     @property
+    def has_own_code(self) -> bool:
+        """Whether a model or data set is named that is not one of ours: a checkpoint of it has to be trusted."""
+        return ":" in self.model.name or ":" in self.data.name
+
+    @property
     def leaves_level_open(self) -> bool:
         """Whether the loss does not care for the level of the model's outputs, which is then taken from the mixture."""
         return ignores_level(LOSSES.get(self.loss.name))

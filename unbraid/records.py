@@ -285,7 +285,10 @@ def owned(run: RunDirectory) -> Iterator[None]:
     Raises:
         CheckpointError: If another process holds it.
     """
-    run.path.mkdir(parents=True, exist_ok=True)
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{run.path} cannot be the run directory ({error.strerror}); give another.") from error
     with run.lock.open("a+", encoding="utf-8") as file:
         try:
             _lock(file.fileno())

@@ -26,9 +26,15 @@ def separate_files(files: Sequence[Path], model: Path, out: Path, *, trust: bool
             anything is written. If audio turns out to be unreadable, when its turn comes: what was written stays.
     """
     jobs = _jobs(files, out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out} cannot be the folder to write to ({error.strerror}).") from error
     network, recipe = load_model(model, trust=trust)
     for path, target in jobs:
         audio, rate = read_audio(path)
+        if audio.shape[-1] == 0:
+            raise AudioError(f"{path} holds no samples; there is nothing to separate.")
         if (bad := first_bad_sample(audio)) is not None:
             raise AudioError(
                 f"{path} has a sample that is not finite, the first at index {bad}; it cannot be separated."

@@ -140,7 +140,8 @@ def with_splits(tracks: Sequence[Track], *, n_sources: int) -> list[Track]:
     n_held_out = max(n_sources, round(len(speakers) / 10))
     if len(speakers) < 3 * n_sources:
         raise DataError(
-            f"{len(speakers)} speakers are too few to split into train, valid and test of {n_sources} or more each: "
+            f"{len(speakers)} speaker{'s' * (len(speakers) != 1)} cannot be split into train, valid and test of "
+            f"{n_sources} or more each: "
             "add speakers, or name the splits yourself (folders train/, valid/, test/, or a manifest's column split)."
         )
     held_out = dict.fromkeys(speakers[:n_held_out], "valid")
