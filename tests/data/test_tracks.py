@@ -185,7 +185,7 @@ def test_splits_that_are_named_stay():
 
 
 def test_too_few_speakers_for_three_splits_are_refused_with_their_number():
-    with pytest.raises(DataError, match="5 speakers are too few"):
+    with pytest.raises(DataError, match="5 speakers cannot be split"):
         with_splits(tracks_of(5), n_sources=2)
 
 
