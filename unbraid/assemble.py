@@ -236,7 +236,7 @@ def train(
 def _train(
     recipe: Recipe, run: RunDirectory, device: torch.device, *, resume: bool, stop: StopRequest | None
 ) -> Iterator[Told]:
-    checkpoint, passed_over = _starting_point(recipe, run, resume=resume)
+    checkpoint, notes = _starting_point(recipe, run, resume=resume)
     corpus = build_corpus(recipe)
     model = build_model(recipe).to(device)
     if checkpoint is None and "init" in recipe.model.options:
@@ -253,7 +253,7 @@ def _train(
     table = recipe_table(recipe)
     job = Job(run, recipe.train, recipe.validate, recipe.save, table, choices, n_files=len(corpus.train.tracks))
     if dist.is_main():
-        _open_run(recipe, run, state, checkpoint, passed_over, choices, device)
+        _open_run(recipe, run, state, checkpoint, notes, choices, device)
     keys = StepKeys(
         len(corpus.train),
         recipe.data.batch_size,
@@ -272,8 +272,14 @@ def _train(
     yield from fit(state, loaded, validate, job, stop)
 
 
-def _starting_point(recipe: Recipe, run: RunDirectory, *, resume: bool) -> tuple[Checkpoint | None, list[str]]:
-    """The checkpoint to go on from, if any, once it is sure that nothing would be lost or mixed up."""
+def _starting_point(
+    recipe: Recipe, run: RunDirectory, *, resume: bool
+) -> tuple[Checkpoint | None, list[tuple[str, str]]]:
+    """The checkpoint to go on from, if any, once it is sure that nothing would be lost or mixed up.
+
+    Returns:
+        It, and codes and messages of the events to record about it.
+    """
     if not resume:
         if (run.steps.exists() and run.steps.stat().st_size) or any(run.checkpoints.glob("step-*")):
             raise CheckpointError(
@@ -283,6 +289,7 @@ def _starting_point(recipe: Recipe, run: RunDirectory, *, resume: bool) -> tuple
     if not run.path.exists() or not run.recipe.exists():
         raise CheckpointError(f"{run.path} holds no run to go on with; leave --resume out to begin one.")
     found, passed_over = newest_checkpoint(run) if dist.is_main() else (None, [])
+    notes = [("CHECKPOINT_PASSED_OVER", message) for message in passed_over]
     path = dist.from_main_process(found.path if found else None)
     checkpoint = found or (read_checkpoint(path) if path else None)
     if checkpoint is None:
@@ -290,14 +297,14 @@ def _starting_point(recipe: Recipe, run: RunDirectory, *, resume: bool) -> tuple
             raise CheckpointError(
                 f"{run.path} has no whole checkpoint left ({' '.join(passed_over)}); begin a new run."
             )
-        return None, [*passed_over, f"{run.path} had no checkpoint yet; the run began again."]
+        return None, [*notes, ("RUN_BEGUN_AGAIN", f"{run.path} had no checkpoint yet; the run began again.")]
     changed = differences(checkpoint.recipe, recipe_table(recipe))
-    told = [f"{key} was {old!r}, is {new!r}" for key, (old, new) in changed.items()]
-    if harmful := [words for words in told if not words.startswith(_MAY_CHANGE)]:
+    told = {key: f"{key} was {old!r}, is {new!r}" for key, (old, new) in changed.items()}
+    if harmful := [words for key, words in told.items() if not key.startswith(_MAY_CHANGE)]:
         raise CheckpointError(
             f"{run.path} was begun by another recipe: {'; '.join(harmful)}. Take that back, or begin a new run."
         )
-    return checkpoint, [*passed_over, *(f"Changed on resuming: {words}." for words in told)]
+    return checkpoint, [*notes, *(("RECIPE_CHANGED", f"On resuming, {words}.") for words in told.values())]
 
 
 def _open_run(
@@ -305,7 +312,7 @@ def _open_run(
     run: RunDirectory,
     state: TrainState,
     checkpoint: Checkpoint | None,
-    notes: list[str],
+    notes: list[tuple[str, str]],
     choices: dict[str, Any],
     device: torch.device,
 ) -> None:
@@ -317,8 +324,7 @@ def _open_run(
         log.touch()
     write_atomically(run.recipe, to_toml(recipe))
     write_atomically(run.environment, json.dumps(environment(choices, device), indent=1) + "\n")
-    for message in notes:
-        code = "RECIPE_CHANGED" if message.startswith("Changed") else "CHECKPOINT_PASSED_OVER"
+    for code, message in notes:
         append_record(run.events, Event(code, state.step, 0, message))
     if checkpoint is not None:
         message = f"Went on from {checkpoint.path.name}."

@@ -136,7 +136,7 @@ def recipe_from_table(table: Table, folder: Path) -> Recipe:
     for name in table:
         if name not in _TABLES:
             raise RecipeError(f"[{name}] is not one of the tables {', '.join(_TABLES)}.{nearest(name, _TABLES)}")
-    settings = {name: check_table(name, kind, _table(table, name)) for name, kind in _SETTINGS.items()}
+    settings = {name: kind(**checked(name, kind, _table(table, name))) for name, kind in _SETTINGS.items()}
     parts: dict[str, Any] = {name: _part(name, _table(table, name)) for name in _PARTS if name in table}
     rows = table.get("filter", [])
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
@@ -174,8 +174,8 @@ def differences(before: Table, after: Table) -> dict[str, tuple[Any, Any]]:
     return found
 
 
-def check_table(where: str, signature: Callable[..., Any], table: Table, *, given: Sequence[str] = ()) -> Any:
-    """Call a signature with a table's values, after checking every key and type against it.
+def checked(where: str, signature: Callable[..., Any], table: Table, *, given: Sequence[str] = ()) -> Table:
+    """The table's values, brought to the types that a signature asks for, after checking every key and type against it.
 
     Args:
         where: Name of the table, for messages.
@@ -186,11 +186,6 @@ def check_table(where: str, signature: Callable[..., Any], table: Table, *, give
     Raises:
         RecipeError: If a key is unknown or missing, or a value is of the wrong type.
     """
-    return signature(**checked(where, signature, table, given=given))
-
-
-def checked(where: str, signature: Callable[..., Any], table: Table, *, given: Sequence[str] = ()) -> Table:
-    """The table's values, brought to the types that the signature asks for; as `check_table`."""
     parameters = inspect.signature(signature).parameters
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     allowed = [

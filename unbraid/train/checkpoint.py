@@ -92,7 +92,8 @@ def save_checkpoint(
         try:
             temporary.rename(final)
         except OSError:
-            replaced.rename(final)
+            if replaced.exists():
+                replaced.rename(final)
             raise
         shutil.rmtree(replaced, ignore_errors=True)
         _sync(run.checkpoints)

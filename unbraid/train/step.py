@@ -62,14 +62,13 @@ def train_step(state: TrainState, batch: Batch | Sequence[Batch]) -> StepRecord:
     for buffer, before in buffers:  # statistics that layers such as BatchNorm keep
         buffer.copy_(torch.where(fine, buffer, before))
     state.optimizer.zero_grad(set_to_none=True)
-    outcome, record = _record(state, tally, norm, limit, perf_counter() - started)
-    if parts[0].items:
-        record = replace(record, epoch=parts[0].items[0].epoch)
-    if outcome not in ("trained", "all_easy"):
-        record = replace(record, bad_items=tuple(_bad_items(parts, ran, all_of_them=outcome not in _BY_LOSS)))
-    state.faults.add(outcome)
-    if outcome in ("trained", "loss_scale"):
-        state.precision.update(overflowed=outcome == "loss_scale")
+    epoch = parts[0].items[0].epoch if parts[0].items else 0
+    record = _record(state, tally, norm, limit, epoch=epoch, seconds=perf_counter() - started)
+    if record.outcome not in ("trained", "all_easy"):
+        record = replace(record, bad_items=tuple(_bad_items(parts, ran, all_of_them=record.outcome not in _BY_LOSS)))
+    state.faults.add(record.outcome)
+    if record.outcome in ("trained", "loss_scale"):
+        state.precision.update(overflowed=record.outcome == "loss_scale")
     return record
 
 
@@ -149,7 +148,7 @@ def _update(optimizer: Optimizer, gradients: list[Tensor], divisor: Tensor, fine
 _BY_LOSS = ("nonfinite_loss", "over_limit")
 
 
-def _record(state: TrainState, tally: Tensor, norm: Tensor, limit: Tensor, seconds: float) -> tuple[str, StepRecord]:
+def _record(state: TrainState, tally: Tensor, norm: Tensor, limit: Tensor, *, epoch: int, seconds: float) -> StepRecord:
     """Bring all scalars to the host together, and say what became of the step."""
     *counts, norm_here, limit_here = torch.cat([tally, torch.stack([norm, limit]).to(tally.dtype)]).tolist()
     weight, n_real = counts[_WEIGHT], counts[_REAL]
@@ -163,9 +162,9 @@ def _record(state: TrainState, tally: Tensor, norm: Tensor, limit: Tensor, secon
         outcome = "loss_scale" if state.precision.can_shrink else "nonfinite_gradient"
     else:
         outcome = "trained"
-    return outcome, StepRecord(
+    return StepRecord(
         step=state.step,
-        epoch=0,
+        epoch=epoch,
         outcome=outcome,
         loss=counts[_WEIGHTED_LOSS] / weight if weight else counts[_LOSS] / max(n_real, 1),
         grad_norm=norm_here,
