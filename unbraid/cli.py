@@ -33,14 +33,14 @@ def train(args: argparse.Namespace) -> int:
         records = run_training(recipe, run, resume=args.resume, stop=stop)
         show_training(records, max_steps=recipe.train.max_steps, max_minutes=recipe.train.max_minutes)
     if os.environ.get("RANK", "0") != "0":  # one process of several tells
-        return EXIT_STOPPED + stop.signal if stop.signal else 0
-    if stop.signal:
+        return EXIT_STOPPED + stop.agreed if stop.agreed else 0
+    if stop.agreed:
         words = [*args.words, *([] if args.resume else ["--resume"])]
         if "WORLD_SIZE" in os.environ:
-            print(f"Stopped by signal {stop.signal}; go on with the same torchrun command and --resume.")
-            return EXIT_STOPPED + stop.signal
-        print(f"Stopped by signal {stop.signal}; go on with: {program()} {shlex.join(words)}")
-        return EXIT_STOPPED + stop.signal
+            print(f"Stopped by signal {stop.agreed}; go on with the same torchrun command and --resume.")
+            return EXIT_STOPPED + stop.agreed
+        print(f"Stopped by signal {stop.agreed}; go on with: {program()} {shlex.join(words)}")
+        return EXIT_STOPPED + stop.agreed
     print(f"The run is in {run.path}; next: {program()} evaluate {run.path}{' --trust' * recipe.has_own_code}")
     return 0
 

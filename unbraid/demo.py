@@ -53,8 +53,8 @@ def run_demo(recipe_path: Path, out: Path, *, overrides: Sequence[str] = ()) -> 
     with stop_on_signals() as stop:
         records = train(recipe, run, resume=run.recipe.exists(), stop=stop)
         show_training(records, max_steps=recipe.train.max_steps, max_minutes=recipe.train.max_minutes)
-    if stop.signal:
-        return stop.signal
+    if stop.agreed:
+        return stop.agreed
     with progress_bar("evaluating", N_TEST_ITEMS) as advance:
         found = evaluate_checkpoint(
             run.path,

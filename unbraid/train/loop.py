@@ -87,9 +87,16 @@ Told = StepRecord | ValidationRecord | Event
 
 @dataclass
 class StopRequest:
-    """Set by SIGTERM or Ctrl-C: the step at hand is finished, a checkpoint written, and the run ends on every rank."""
+    """Set by SIGTERM or Ctrl-C: the step at hand is finished, a checkpoint written, and the run ends on every rank.
+
+    Attributes:
+        signal: What this process received; 0 for nothing. Only the handler writes it: it may strike at any instant,
+            also while the ranks agree.
+        agreed: What the ranks have agreed to stop for; 0 for nothing.
+    """
 
     signal: int = 0
+    agreed: int = 0
 
 
 @contextlib.contextmanager
@@ -162,7 +169,7 @@ def fit(
     stop = stop or StopRequest()
     source, began = iter(loaded), perf_counter() - state.elapsed_seconds
     done, saved = _agree_on_end(state, job, stop), True
-    if done and not stop.signal and state.step > state.validated_step:  # stopped between its last step and this
+    if done and not stop.agreed and state.step > state.validated_step:  # stopped between its last step and this
         yield _validated(state, validate, job)
         saved = _save(state, job)
     while not done:
@@ -178,7 +185,7 @@ def fit(
             raise TrainingStopped(reason)
         done, saved = _agree_on_end(state, job, stop), False
         best = False
-        if not stop.signal and (done or _due(state.step, job.validate.every_steps)):
+        if not stop.agreed and (done or _due(state.step, job.validate.every_steps)):
             validation = _validated(state, validate, job)
             best = validation.best
             yield validation
@@ -229,8 +236,10 @@ def _agree_on_end(state: TrainState, job: Job, stop: StopRequest) -> bool:
     if dist.world_size() > 1:
         clock = state.elapsed_seconds if dist.is_main() else 0.0
         signal_number, state.elapsed_seconds = dist.max_over_ranks([float(stop.signal), clock], state.device)
-        stop.signal = int(signal_number)
-    return bool(stop.signal) or _progress(state, job.train) >= 1
+        stop.agreed = int(signal_number)
+    else:
+        stop.agreed = stop.signal
+    return bool(stop.agreed) or _progress(state, job.train) >= 1
 
 
 def _append(path: Path, record: Told, job: Job) -> None:
