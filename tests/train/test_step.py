@@ -16,8 +16,9 @@ from unbraid.losses.waveform import neg_si_sdr
 from unbraid.records import ItemId
 from unbraid.robust.clip import AutoClip, FixedClip, NoClip
 from unbraid.robust.filter import ThresholdFilter
+from unbraid.robust.guard import prime
 from unbraid.robust.precision import Precision
-from unbraid.train.optim import OPTIMIZERS, prime
+from unbraid.train.optim import OPTIMIZERS
 from unbraid.train.state import FaultWindow, TrainState
 from unbraid.train.step import train_step
 

@@ -49,28 +49,6 @@ def sgd(parameters: Parameters, *, lr: float = 1e-2, momentum: float = 0.0, weig
     return torch.optim.SGD(parameters, lr, momentum, weight_decay=weight_decay, fused=_fused(parameters))
 
 
-def prime(optimizer: Optimizer) -> None:
-    """Let a fused optimizer make its state before the first step, so that a first step left out finds it clean.
-
-    It steps once with ``found_inf`` set: nothing moves, but moments are made. Fused SGD leaves its momentum buffer
-    uninitialised in such a step; zeros make the first real step what it would have been.
-    """
-    if not getattr(optimizer, "_step_supports_amp_scaling", False) or optimizer.state:
-        return
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-    kept = [p.grad for p in parameters]
-    for p in parameters:
-        p.grad = torch.zeros_like(p)
-    optimizer.found_inf = torch.ones((), device=parameters[0].device)  # type: ignore[attr-defined]
-    optimizer.step()
-    del optimizer.found_inf  # type: ignore[attr-defined]
-    for p, gradient in zip(parameters, kept, strict=True):
-        p.grad = gradient
-        for moment in optimizer.state[p].values():
-            if isinstance(moment, torch.Tensor):
-                moment.zero_()
-
-
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"adam": adam, "adamw": adamw, "sgd": sgd}
 
 

@@ -13,8 +13,9 @@ from torch.optim import Optimizer
 
 from unbraid.robust.clip import Clipper, FixedClip
 from unbraid.robust.filter import LossFilter
+from unbraid.robust.guard import prime
 from unbraid.robust.precision import Precision
-from unbraid.train.optim import Constant, Schedule, prime
+from unbraid.train.optim import Constant, Schedule
 
 ExampleLoss = Callable[[Tensor, Tensor], Tensor]
 """``(estimate, sources)`` to ``(batch, ...)``; the step takes each example's mean."""

@@ -10,13 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
 
 from unbraid import dist
 from unbraid.data.batch import Batch
 from unbraid.draws import seeded_torch
 from unbraid.errors import UserError
 from unbraid.records import ItemId, StepRecord
+from unbraid.robust.guard import update
 from unbraid.train.state import ExampleLoss, TrainState
 
 _WEIGHT, _WEIGHTED_LOSS, _LOSS, _REAL, _TRAINED, _EASY, _NONFINITE, _OVER = range(8)
@@ -58,7 +58,7 @@ def train_step(state: TrainState, batch: Batch | Sequence[Batch]) -> StepRecord:
     norm, divisor = _true_norm(gradients, tally, state.precision.scale)
     fine = (tally[_NONFINITE] + tally[_OVER] == 0) & (tally[_WEIGHT] > 0) & norm.isfinite()
     limit = state.clipper(norm, fine)
-    _update(state.optimizer, gradients, divisor * (norm / limit).clamp_min(1), fine)
+    update(state.optimizer, gradients, divisor * (norm / limit).clamp_min(1), fine)
     for buffer, before in buffers:  # statistics that layers such as BatchNorm keep
         buffer.copy_(torch.where(fine, buffer, before))
     state.optimizer.zero_grad(set_to_none=True)
@@ -124,25 +124,6 @@ def _true_norm(gradients: list[Tensor], tally: Tensor, scale: float) -> tuple[Te
     divisor = tally[_WEIGHT].clamp_min(torch.finfo(tally.dtype).tiny) * (scale / dist.world_size())
     total = nn.utils.get_total_norm(gradients) if gradients else torch.zeros_like(divisor)
     return torch.where(tally[_WEIGHT] > 0, total / divisor, 0.0 * total), divisor
-
-
-def _update(optimizer: Optimizer, gradients: list[Tensor], divisor: Tensor, fine: Tensor) -> None:
-    """Divide the gradients and let the optimizer step, or leave everything alone where the step is not fine.
-
-    An optimizer that takes ``grad_scale`` and ``found_inf`` does both in its own pass, where the tensors are. For any
-    other the host decides, which on an accelerator costs one synchronisation.
-    """
-    if not getattr(optimizer, "_step_supports_amp_scaling", False):
-        if bool(fine):
-            torch._foreach_div_(gradients, divisor)
-            optimizer.step()
-        return
-    # found_inf must be exactly 0 or 1; of what is divided by the divisor only finite numbers are used
-    optimizer.grad_scale, optimizer.found_inf = divisor.float(), (~fine).float()  # type: ignore[attr-defined]
-    try:
-        optimizer.step()
-    finally:
-        del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
 
 
 _BY_LOSS = ("nonfinite_loss", "over_limit")
