@@ -197,17 +197,3 @@ def test_reading_records_and_audio_needs_no_torch():
     code = "import sys, unbraid.records, unbraid.audio; sys.exit('torch' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-@pytest.mark.parametrize(
-    ("outcome", "grad_norm", "limit", "clipped"),
-    [
-        ("trained", 6.0, 5.0, True),
-        ("trained", 5.0, 5.0, False),
-        ("trained", 6.0, None, False),
-        ("trained", 6.0, math.inf, False),
-        ("nonfinite_gradient", math.inf, 5.0, False),
-    ],
-)
-def test_a_step_counts_as_clipped_only_where_its_longer_gradient_was_applied(outcome, grad_norm, limit, clipped):
-    assert replace(STEP, outcome=outcome, grad_norm=grad_norm, limit=limit).clipped is clipped

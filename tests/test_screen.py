@@ -8,7 +8,8 @@ from unbraid.screen import Ticker, progress_bar, show_training
 
 def step(n, loss, outcome="trained"):
     trained = outcome == "trained"
-    return StepRecord(n, 0, outcome, loss, 8.0, 5.0, 1e-3, 1.0, 4 * trained, 0, 0 if trained else 1, seconds=1.0)
+    counts = (4 * trained, 0, 0 if trained else 1)
+    return StepRecord(n, 0, outcome, loss, 8.0, 5.0, 1e-3, 1.0, *counts, clipped=trained, seconds=1.0)
 
 
 def test_a_skipped_step_never_enters_the_mean():

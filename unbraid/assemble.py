@@ -19,7 +19,7 @@ import unbraid
 from unbraid import dist
 from unbraid.data import DATASETS
 from unbraid.data.folders import noises
-from unbraid.data.loader import StepKeys, batches
+from unbraid.data.loader import Loaded, StepKeys, batches
 from unbraid.data.mixtures import Mixtures, mixtures
 from unbraid.data.tracks import Track, with_splits
 from unbraid.draws import seeded_torch
@@ -30,8 +30,9 @@ from unbraid.models import MODELS
 from unbraid.parts import build_part, find_part
 from unbraid.recipe import Part, Recipe, differences, recipe_from_table, recipe_table, to_toml
 from unbraid.records import Event, RunDirectory, append_record, owned, write_atomically
-from unbraid.robust import CLIPPERS, FILTERS
+from unbraid.robust import CLIPPERS, FILTERS, TRANSFORMS
 from unbraid.robust.precision import Precision, best_precision
+from unbraid.train.average import Average
 from unbraid.train.checkpoint import (
     Checkpoint,
     cut_logs,
@@ -40,9 +41,12 @@ from unbraid.train.checkpoint import (
     read_checkpoint,
     tidy,
 )
-from unbraid.train.loop import Job, StopRequest, Told, fit
+from unbraid.train.logbook import Told
+from unbraid.train.loop import fit
 from unbraid.train.optim import OPTIMIZERS, SCHEDULES
+from unbraid.train.settings import Job
 from unbraid.train.state import TrainState
+from unbraid.train.stop import StopRequest
 from unbraid.train.validate import validation
 
 _MAY_CHANGE = ("train.max_steps", "train.max_minutes", "train.precision", "save.", "data.workers", "data.exclude")
@@ -165,34 +169,49 @@ def build_corpus(recipe: Recipe) -> Corpus:
     return Corpus(*(mixtures(tracks, recipe.data, purpose, noises=noise) for purpose in ("train", "valid")))
 
 
-def build_state(recipe: Recipe, model: nn.Module, *, precision: str) -> TrainState:
-    """The training state at step 0, around a model that lies on its device.
+def build_loss(recipe: Recipe, *, trust: bool = True) -> SeparationLoss:
+    """The recipe's loss.
 
     Raises:
-        RecipeError: If a part is refused, or a filter in dB meets a loss that is not.
+        RecipeError: If it is refused, or is somebody's own code and not trusted.
     """
     if recipe.assign not in ("permutation", "fixed"):
         raise RecipeError(f"loss.assign = {recipe.assign!r} is not one of permutation, fixed.")
     for key in recipe.loss.options:
         if key != "assign":
             raise RecipeError(f"[loss] has no key {key!r}; its keys are name, assign.")
-    signal_loss = find_part("loss", recipe.loss, LOSSES, recipe.folder)
+    return SeparationLoss(
+        find_part("loss", recipe.loss, LOSSES, recipe.folder if trust else None), assign=recipe.assign
+    )
+
+
+def build_state(recipe: Recipe, model: nn.Module, *, precision: str) -> TrainState:
+    """The training state at step 0, around a model that lies on its device.
+
+    Raises:
+        RecipeError: If a part is refused, or a filter in dB meets a loss that is not.
+    """
+    loss = build_loss(recipe)
     filters = [build_part("filter", part, FILTERS, recipe.folder) for part in recipe.filters]
     for part, loss_filter in zip(recipe.filters, filters, strict=True):
-        if loss_filter.needs_db and not is_in_db(signal_loss):
+        if loss_filter.needs_db and not is_in_db(loss.signal_loss):
             raise RecipeError(f"[[filter]] {part.name} needs a loss in dB, which {recipe.loss.name} is not.")
     if dist.world_size() > 1:
         _check_statistics(model)
     return TrainState(
         model=dist.wrap(model),
-        loss=SeparationLoss(signal_loss, assign=recipe.assign),
+        loss=loss,
         optimizer=build_part("optim", recipe.optim, OPTIMIZERS, recipe.folder, parameters=model.parameters()),
         clipper=build_part("clip", recipe.clip, CLIPPERS, recipe.folder),
         filters=filters,
+        transforms=[build_part("transform", part, TRANSFORMS, recipe.folder) for part in recipe.transforms],
+        average=Average(model, recipe.train.ema) if recipe.train.ema else None,
+        on_bad_example=recipe.train.on_bad_example,
         precision=Precision(precision),
         schedule=build_part("schedule", recipe.schedule, SCHEDULES, recipe.folder),
         loss_upper_limit=recipe.train.loss_upper_limit,
         seed=recipe.data.seed,
+        examples_per_rank=-(-recipe.data.batch_size // dist.world_size()) + recipe.train.accumulate,
     )
 
 
@@ -254,22 +273,25 @@ def _train(
     job = Job(run, recipe.train, recipe.validate, recipe.save, table, choices, n_files=len(corpus.train.tracks))
     if dist.is_main():
         _open_run(recipe, run, state, checkpoint, notes, choices, device)
-    keys = StepKeys(
-        len(corpus.train),
-        recipe.data.batch_size,
-        first_step=state.step,
-        rank=dist.rank(),
-        world_size=dist.world_size(),
-        accumulate=recipe.train.accumulate,
-    )
-    loaded = batches(corpus.train, keys, workers=recipe.data.workers)
+
+    def load(n_steps_done: int) -> Iterator[Loaded]:
+        keys = StepKeys(
+            len(corpus.train),
+            recipe.data.batch_size,
+            first_step=n_steps_done,
+            rank=dist.rank(),
+            world_size=dist.world_size(),
+            accumulate=recipe.train.accumulate,
+        )
+        return batches(corpus.train, keys, workers=recipe.data.workers)
+
     validate = validation(
         corpus.valid,
         n_items=recipe.validate.n_items,
         batch_size=max(1, recipe.data.batch_size // (dist.world_size() * recipe.train.accumulate)),
         assign=recipe.assign,
     )
-    yield from fit(state, loaded, validate, job, stop)
+    yield from fit(state, load, validate, job, stop)
 
 
 def _starting_point(

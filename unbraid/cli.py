@@ -25,7 +25,7 @@ def train(args: argparse.Namespace) -> int:
     from unbraid.recipe import load_recipe
     from unbraid.records import RunDirectory
     from unbraid.screen import program, show_training
-    from unbraid.train.loop import stop_on_signals
+    from unbraid.train.stop import stop_on_signals
 
     recipe = load_recipe(find_recipe(args.recipe), args.set)
     run = RunDirectory(args.run or Path("runs") / args.recipe.stem)
@@ -70,6 +70,15 @@ def separate(args: argparse.Namespace) -> int:
 
     for path in separate_files(args.files, args.model, args.out, trust=args.trust):
         print(path)
+    return 0
+
+
+def replay(args: argparse.Namespace) -> int:
+    """Run a bad step again: which example, which layer, and in which precision it goes away."""
+    from unbraid.replay import replay as run_again
+
+    for line in run_again(args.incident, trust=args.trust):
+        print(line, flush=True)
     return 0
 
 
@@ -149,6 +158,10 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("files", type=Path, nargs="+", help="audio of any rate and channel count, or folders of it")
     command.add_argument("-m", "--model", type=Path, required=True, help="a run directory or a checkpoint")
     command.add_argument("-o", "--out", type=Path, required=True, help="folder for NAME.source-N.wav")
+    _add_trust(command)
+
+    command = add("replay", replay)
+    command.add_argument("incident", type=Path, help="a folder in the incidents of a run directory")
     _add_trust(command)
     return top
 

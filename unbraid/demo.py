@@ -11,7 +11,7 @@ from unbraid.plots import check_matplotlib, draw_run
 from unbraid.recipe import load_recipe
 from unbraid.records import RunDirectory
 from unbraid.screen import program, progress_bar, show_training
-from unbraid.train.loop import stop_on_signals
+from unbraid.train.stop import stop_on_signals
 
 N_TEST_ITEMS, N_AUDIO = 100, 5
 

@@ -51,6 +51,14 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def on_device(values: Sequence[float], device: torch.device) -> Tensor:
+    """Numbers of the host as a tensor on a device, ``(n,)``, without waiting for it; float64 where there is such."""
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=dtype, device=device)
+    return torch.tensor(values, dtype=dtype).pin_memory().to(device, non_blocking=True)
+
+
 def sum_over_ranks(values: Tensor) -> Tensor:
     """Sum a small tensor over all ranks, in place; every rank must call it."""
     if td.is_initialized():

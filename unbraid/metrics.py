@@ -151,14 +151,14 @@ def best_assignment(scores: Tensor) -> Tensor:
     scores = torch.nan_to_num(scores.detach().float(), nan=-1e6, posinf=1e6, neginf=-1e6)
     if n_estimates > MAX_EXHAUSTIVE_SOURCES:
         return _by_assignment_solver(scores)
-    orders = _orders(n_estimates, n_targets).to(scores.device)
+    orders = _orders(n_estimates, n_targets, scores.device)
     sums = scores[:, orders, torch.arange(n_targets, device=scores.device)].sum(-1)
     return orders[sums.argmax(-1)]
 
 
 @lru_cache(maxsize=16)
-def _orders(n_estimates: int, n_targets: int) -> Tensor:
-    return torch.tensor(list(permutations(range(n_estimates), n_targets)))
+def _orders(n_estimates: int, n_targets: int, device: torch.device) -> Tensor:
+    return torch.tensor(list(permutations(range(n_estimates), n_targets)), device=device)
 
 
 def _by_assignment_solver(scores: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ from unbraid.errors import RecipeError, nearest
 from unbraid.losses import LOSSES, ignores_level
 from unbraid.models import MODELS
 from unbraid.robust import CLIPPERS
-from unbraid.train.loop import SaveSettings, TrainSettings, ValidateSettings
 from unbraid.train.optim import OPTIMIZERS, SCHEDULES
+from unbraid.train.settings import SaveSettings, TrainSettings, ValidateSettings
 
 Table = dict[str, Any]
 
@@ -42,6 +42,7 @@ class Recipe:
         schedule: Of the learning rate.
         clip: Of the gradient's norm.
         filters: ``[[filter]]``, in order.
+        transforms: ``[[transform]]``, of single gradients, in order.
         train: Budget and rules.
         validate: How often.
         save: How often.
@@ -55,6 +56,7 @@ class Recipe:
     schedule: Part = field(default_factory=lambda: Part("plateau"))
     clip: Part = field(default_factory=lambda: Part("fixed"))
     filters: tuple[Part, ...] = ()
+    transforms: tuple[Part, ...] = ()
     train: TrainSettings = field(default_factory=TrainSettings)
     validate: ValidateSettings = field(default_factory=ValidateSettings)
     save: SaveSettings = field(default_factory=SaveSettings)
@@ -91,7 +93,8 @@ _REGISTRIES: dict[str, dict[str, Callable[..., Any]]] = {
     "clip": CLIPPERS,
 }
 _PATHS = (("data", "path"), ("data", "noise"), ("model", "init"))
-_TABLES = (*_SETTINGS, *_PARTS, "filter")
+_LISTS = ("filter", "transform")
+_TABLES = (*_SETTINGS, *_PARTS, *_LISTS)
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -138,11 +141,8 @@ def recipe_from_table(table: Table, folder: Path) -> Recipe:
             raise RecipeError(f"[{name}] is not one of the tables {', '.join(_TABLES)}.{nearest(name, _TABLES)}")
     settings = {name: kind(**checked(name, kind, _table(table, name))) for name, kind in _SETTINGS.items()}
     parts: dict[str, Any] = {name: _part(name, _table(table, name)) for name in _PARTS if name in table}
-    rows = table.get("filter", [])
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise RecipeError("Filters are written as [[filter]], with two brackets: there can be several.")
-    filters = tuple(_part("filter", row) for row in rows)
-    recipe = Recipe(**settings, **parts, filters=filters, folder=folder)
+    lists: dict[str, Any] = {f"{name}s": _parts_of(name, table.get(name, [])) for name in _LISTS}
+    recipe = Recipe(**settings, **parts, **lists, folder=folder)
     _check_ranges(recipe)
     return recipe
 
@@ -153,7 +153,8 @@ def recipe_table(recipe: Recipe) -> Table:
     for name in _PARTS:
         part: Part = getattr(recipe, name)
         table[name] = _plain({"name": part.name, **part.options})
-    table["filter"] = [_plain({"name": part.name, **part.options}) for part in recipe.filters]
+    for name in _LISTS:
+        table[name] = [_plain({"name": part.name, **part.options}) for part in getattr(recipe, f"{name}s")]
     return table
 
 
@@ -285,6 +286,12 @@ def _part(where: str, table: Table) -> Part:
     return Part(name, {key: value for key, value in table.items() if key != "name"})
 
 
+def _parts_of(where: str, rows: Any) -> tuple[Part, ...]:
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise RecipeError(f"A {where} is written as [[{where}]], with two brackets: there can be several.")
+    return tuple(_part(where, row) for row in rows)
+
+
 def _anchor_paths(table: Table, folder: Path) -> None:
     """Make the file's relative paths relative to the file."""
     for where, key in _PATHS:
@@ -327,14 +334,14 @@ def _override(table: Table, text: str) -> str:
     for name in names[:-1]:
         if isinstance(target, list):
             if not name.isdigit() or int(name) >= len(target):
-                raise RecipeError(f"--set {text!r}: the recipe has {len(target)} filters, counted from 0.")
+                raise RecipeError(f"--set {text!r}: the recipe has {len(target)} {names[0]}s, counted from 0.")
             target = target[int(name)]
         else:
-            target = target.setdefault(name, [] if name == "filter" else {})
+            target = target.setdefault(name, [] if name in _LISTS else {})
         if not isinstance(target, (dict, list)):
             raise RecipeError(f"--set {text!r}: {name} is a value, not a table.")
     if isinstance(target, list):
-        raise RecipeError(f"--set {text!r}: name the filter by its number, such as filter.0.threshold_db=-40.")
+        raise RecipeError(f"--set {text!r}: name it by its number, such as filter.0.threshold_db=-40.")
     target[names[-1]] = parsed
     return key.strip()
 
@@ -359,6 +366,8 @@ def _check_ranges(recipe: Recipe) -> None:
         "train.max_minutes": train.max_minutes,
         "validate.every_steps": recipe.validate.every_steps,
         "save.every_steps": recipe.save.every_steps,
+        "save.incidents": recipe.save.incidents,
+        "train.compare_every_steps": train.compare_every_steps,
     }
     for name, value in positive.items():
         if not value > 0:
@@ -371,6 +380,8 @@ def _check_ranges(recipe: Recipe) -> None:
             raise RecipeError(f"{name} = [{low:g}, {high:g}] must be given from low to high.")
     if not -120 <= data.level_db <= 0:
         raise RecipeError(f"data.level_db = {data.level_db:g} must be from -120 to 0, in dB of full scale.")
+    if not 0 <= train.ema < 1:
+        raise RecipeError(f"train.ema = {train.ema:g} must be from 0, for none, to below 1, such as 0.999.")
     if train.max_steps == 0 and train.max_minutes == 0:
         raise RecipeError("The run has no end: set train.max_steps, train.max_minutes, or both.")
 

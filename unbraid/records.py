@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from unbraid.errors import CheckpointError
 
 SCHEMA_VERSION = 1
 
-TIMING_FIELDS = frozenset({"seconds", "data_seconds", "examples_per_second", "elapsed_seconds"})
-"""What a clock measured: all else in ``steps.jsonl`` and ``validation.jsonl`` is the same in a run that was resumed."""
+TIMING_FIELDS = frozenset({"seconds", "data_seconds", "examples_per_second", "elapsed_seconds", "peak_memory_bytes"})
+"""What clock and system say: all else in ``steps.jsonl`` and ``validation.jsonl`` is the same in a resumed run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,43 @@ class ItemId:
 
 
 @dataclass(frozen=True, slots=True)
+class ItemRecord:
+    """One example of a sampled step, as the model left it.
+
+    Attributes:
+        item: Where it came from.
+        loss: Its loss.
+        weight: How much it counted; 0 where a filter took it out.
+        order: Which output belongs to each target; empty where the loss does not say.
+        levels_db: Mean power of each output, in dB of full scale.
+        likeness: The largest correlation, by absolute value, of two outputs; 1 where they are the same sound.
+        residual_db: Power of the mixture less the sum of the outputs over that of the mixture, in dB. A loss that
+            ignores level leaves it open.
+    """
+
+    item: ItemId
+    loss: float | None
+    weight: float
+    order: tuple[int, ...]
+    levels_db: tuple[float, ...]
+    likeness: float | None
+    residual_db: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRecord:
+    """One block of the model in a sampled step.
+
+    Attributes:
+        grad_norm: L2 norm of its share of the averaged, unscaled gradient, before clipping.
+        update_ratio: L2 norm of what the step added to its weights over that of the weights: around 1e-3 is usual.
+    """
+
+    grad_norm: float | None
+    update_ratio: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class StepRecord:
     """One optimizer step, or one that was left out.
 
@@ -43,21 +80,29 @@ class StepRecord:
         step: Number of the step, from 1; a step left out has a number too.
         epoch: The pass over the data that the first example on the main rank belongs to, from 0.
         outcome: ``trained``, or why it was left out: ``nonfinite_loss``, ``over_limit``, ``all_easy``,
-            ``nonfinite_gradient``, ``loss_scale``.
+            ``nonfinite_gradient``, ``loss_scale``, ``out_of_memory``.
         loss: Weighted mean over the examples trained on; where none was, over all examples as they came out, which
             may be NaN.
         grad_norm: L2 norm of the averaged and unscaled gradient, before clipping; NaN or infinite as it came out.
         limit: What the clipper allowed; infinite for no limit. None where it was not asked.
+        clipped: Whether the step was taken with a gradient longer than that.
+        norm_after: The gradient's norm after transforms and clipping: what the optimizer got.
+        si_sdr: Mean SI-SDR of each source over the examples trained on, in dB; empty where the loss does not say
+            which output belongs to which.
         lr: Learning rate of the first parameter group in this step.
         loss_scale: Factor on the loss under fp16; 1 elsewhere.
         n_trained: Examples with weight in the gradient; 0 in a step that was left out.
         n_easy: Examples a filter took out.
-        n_bad: Examples whose loss was not finite or over the limit.
-        bad_items: The examples behind a fault, on this rank: those whose loss is bad; all, if only the gradient is.
+        n_bad: Examples whose loss was not finite or over the limit; where the step was rescued, those set aside.
+        bad_items: The examples behind a fault, on this rank: those whose loss or gradient is bad.
+        n_micro_batches: Pieces that this rank's examples went through the model in.
+        blocks: Each block of the model, in sampled steps.
+        items: Each example of this rank, in sampled steps.
         seconds: Wall time of the step, without waiting for data.
         data_seconds: Wall time spent waiting for the batch.
         examples_per_second: Examples through the model in this step over all of its wall time.
         elapsed_seconds: Wall time of the run so far, over all its resumptions.
+        peak_memory_bytes: The most memory held so far: on the accelerator, or by this process where there is none.
     """
 
     step: int
@@ -72,20 +117,22 @@ class StepRecord:
     n_easy: int
     n_bad: int
     bad_items: tuple[ItemId, ...] = ()
+    clipped: bool = False
+    norm_after: float | None = None
+    si_sdr: tuple[float | None, ...] = ()
+    n_micro_batches: int = 1
+    blocks: Mapping[str, BlockRecord] = field(default_factory=dict)
+    items: tuple[ItemRecord, ...] = ()
     seconds: float = 0.0
     data_seconds: float = 0.0
     examples_per_second: float = 0.0
     elapsed_seconds: float = 0.0
+    peak_memory_bytes: int = 0
 
     @property
     def trained(self) -> bool:
         """Whether the weights moved."""
         return self.outcome == "trained"
-
-    @property
-    def clipped(self) -> bool:
-        """Whether the gradient was longer than the clipper's limit."""
-        return self.trained and self.grad_norm is not None and self.limit is not None and self.grad_norm > self.limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +225,11 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     @property
+    def incidents(self) -> Path:
+        """Folders that hold what `unbraid replay` needs to run a bad step again."""
+        return self.path / "incidents"
+
+    @property
     def logs(self) -> tuple[Path, Path, Path]:
         """The files of JSON lines, which a resumed run cuts back to where its checkpoint stands."""
         return self.steps, self.validation, self.events
@@ -185,10 +237,11 @@ class RunDirectory:
 
 def to_json_row(record: Any) -> dict[str, Any]:
     """A record dataclass as a dict that is valid JSON: a value that is not finite is null, with its text beside it."""
-    return _with_texts(asdict(record))
+    return json_row(asdict(record))
 
 
-def _with_texts(values: Mapping[str, Any]) -> dict[str, Any]:
+def json_row(values: Mapping[str, Any]) -> dict[str, Any]:
+    """As `to_json_row`, of a mapping."""
     row: dict[str, Any] = {}
     for name, value in values.items():
         row[name] = _finite(value)
@@ -201,7 +254,7 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return _with_texts(value)
+        return json_row(value)
     if isinstance(value, (list, tuple)):
         return [_finite(part) for part in value]
     return value
@@ -260,8 +313,20 @@ def _from_row(kind: type[Any], row: dict[str, Any]) -> Any:
         name: float(row[f"{name}_text"]) if f"{name}_text" in row else row[name] for name in names
     }
     if "bad_items" in values:
-        values["bad_items"] = tuple(ItemId(**item | {"files": tuple(item["files"])}) for item in values["bad_items"])
+        values["bad_items"] = tuple(map(_item_id, values["bad_items"]))
+        values["si_sdr"] = tuple(values.get("si_sdr", ()))
+        values["blocks"] = {name: _from_row(BlockRecord, block) for name, block in values.get("blocks", {}).items()}
+        values["items"] = tuple(map(_item_record, values.get("items", ())))
     return kind(**values)
+
+
+def _item_id(row: Mapping[str, Any]) -> ItemId:
+    return ItemId(**{**row, "files": tuple(row["files"])})
+
+
+def _item_record(row: dict[str, Any]) -> ItemRecord:
+    tuples = {name: tuple(row[name]) for name in ("order", "levels_db")}
+    return replace(_from_row(ItemRecord, row), item=_item_id(row["item"]), **tuples)
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -13,6 +13,16 @@ def limits_of(clipper, norms, *, finite=True):
     return [clipper(torch.tensor(norm), torch.tensor(finite)).item() for norm in norms]
 
 
+def saved(clipper, *, raw=False):
+    """Its state, in bytes unless raw, so that it can be compared."""
+    state = clipper.state_dict() if hasattr(clipper, "state_dict") else {}
+    if raw:
+        return state
+    return {
+        name: value.numpy().tobytes() if isinstance(value, torch.Tensor) else value for name, value in state.items()
+    }
+
+
 @every_clipper
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_limit_is_0_d_and_where_and_what_the_norm_is(name, dtype):
@@ -56,6 +66,26 @@ def test_a_norm_that_means_nothing_is_not_learned_even_if_called_finite(name, no
     limits_of(taught, [norm])
 
     assert limits_of(taught, NORMS) == limits_of(untaught, NORMS)
+
+
+@every_clipper
+@pytest.mark.parametrize("norm", [math.nan, math.inf, 12.5, 0.0])
+def test_a_step_that_is_left_out_leaves_its_state_bit_for_bit(name, norm):
+    clipper = CLIPPERS[name]()
+    limits_of(clipper, NORMS)
+    before = saved(clipper)
+
+    limits_of(clipper, [norm], finite=False)
+
+    assert saved(clipper) == before
+
+
+@every_clipper
+def test_what_it_saves_is_tensors_and_numbers(name):
+    clipper = CLIPPERS[name]()
+    limits_of(clipper, NORMS)
+
+    assert all(isinstance(value, (torch.Tensor, int, float, str)) for value in saved(clipper, raw=True).values())
 
 
 @every_clipper

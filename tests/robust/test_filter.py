@@ -1,52 +1,141 @@
+import math
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unbraid.robust import FILTERS
-from unbraid.robust.filter import ThresholdFilter
+from unbraid.errors import RecipeError
+from unbraid.robust.filter import OutlierFilter, PercentileFilter, ThresholdFilter
 
-LOSSES = st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=8)
+LOSSES = st.lists(st.floats(-60, 60, width=32), min_size=1, max_size=30)
+
+
+def observe(loss_filter, losses):
+    losses = torch.as_tensor(losses, dtype=torch.float32)
+    loss_filter.observe(losses, torch.ones(len(losses), dtype=torch.bool))
+
+
+def weigh(loss_filter, *losses):
+    return loss_filter(torch.tensor(losses)).tolist()
 
 
 def test_a_loss_at_or_below_the_threshold_counts_nothing():
-    weights = ThresholdFilter(threshold_db=-20)(torch.tensor([-20.001, -20.0, -19.999, 0.0, 300.0]))
-
-    assert weights.tolist() == [0, 0, 1, 1, 1]
+    assert weigh(ThresholdFilter(threshold_db=-20), -20.001, -20.0, -19.999, 0.0, 300.0) == [0, 0, 1, 1, 1]
 
 
 def test_the_textbooks_threshold_is_30_db():
-    assert ThresholdFilter()(torch.tensor([-30.0, -29.9])).tolist() == [0, 1]
+    assert weigh(ThresholdFilter(), -30.0, -29.9) == [0, 1]
 
 
 def test_a_threshold_in_db_asks_for_losses_in_db():
-    assert ThresholdFilter().needs_db
+    assert [kind().needs_db for kind in (ThresholdFilter, OutlierFilter, PercentileFilter)] == [True, True, False]
 
 
-@pytest.mark.parametrize("name", sorted(FILTERS))
-@given(LOSSES)
-def test_a_weight_hangs_on_its_own_loss_alone(name, losses):
-    losses = torch.tensor(losses)
+@given(LOSSES, st.floats(0.1, 99), st.integers(1, 20))
+def test_what_is_below_numpys_percentile_of_the_last_losses_is_dropped(losses, percentile, window):
+    loss_filter = PercentileFilter(percentile=percentile, window=window, warmup=1)
+    observe(loss_filter, losses)
+    limit = np.percentile(np.array(losses[-window:]), percentile)
 
-    alone = torch.cat([FILTERS[name]()(loss[None]) for loss in losses])
-
-    assert torch.equal(FILTERS[name]()(losses), alone)
-
-
-@pytest.mark.parametrize("name", sorted(FILTERS))
-@given(LOSSES)
-def test_weights_are_finite_and_never_negative(name, losses):
-    weights = FILTERS[name]()(torch.tensor(losses))
-
-    assert weights.isfinite().all()
-    assert (weights >= 0).all()
+    assert weigh(loss_filter, limit - 0.01, limit + 0.01) == [0, 1]
 
 
-@pytest.mark.parametrize("name", sorted(FILTERS))
-def test_weights_have_no_gradient_and_the_dtype_of_the_losses(name):
-    losses = torch.tensor([-50.0, 1.0], dtype=torch.float64, requires_grad=True)
+def test_a_loss_that_equals_the_percentile_stays():
+    loss_filter = PercentileFilter(percentile=50, warmup=1)
+    observe(loss_filter, [1.0, 2.0, 3.0])
 
-    weights = FILTERS[name]()(losses)
+    assert weigh(loss_filter, 1.9, 2.0, 2.1) == [0, 1, 1]
 
-    assert not weights.requires_grad
-    assert weights.dtype == torch.float64
+
+def test_percentile_0_drops_nothing_not_even_a_new_lowest_loss():
+    loss_filter = PercentileFilter(percentile=0, warmup=1)
+    observe(loss_filter, [1.0, 2.0, 3.0])
+
+    assert weigh(loss_filter, -100.0) == [1]
+
+
+def test_about_the_share_asked_for_is_dropped_of_losses_that_keep_falling_slowly():
+    rng, loss_filter, dropped = np.random.default_rng(0), PercentileFilter(percentile=10), []
+    for step in range(1000):
+        losses = torch.from_numpy(rng.normal(-0.002 * step, 3, 8))
+        dropped += (1 - loss_filter(losses)).tolist()
+        observe(loss_filter, losses)
+
+    assert 0.08 < np.mean(dropped[800:]) < 0.12
+
+
+@pytest.mark.parametrize("kind", [PercentileFilter, OutlierFilter])
+def test_nothing_is_dropped_before_so_many_losses_are_known(kind):
+    loss_filter = kind(warmup=5)
+    observe(loss_filter, [1.0, 1.0, 1.0, 1.0])
+    assert weigh(loss_filter, -1000.0, 1000.0) == [1, 1]
+
+    observe(loss_filter, [math.nan])
+    assert weigh(loss_filter, -1000.0, 1000.0) == [1, 1]
+
+    observe(loss_filter, [1.0])
+    assert sum(weigh(loss_filter, -1000.0, 1000.0)) == 1
+
+
+@pytest.mark.parametrize("kind", [PercentileFilter, OutlierFilter])
+def test_before_the_first_step_nothing_is_dropped_even_without_a_warm_up(kind):
+    assert weigh(kind(warmup=0), -1000.0, 1000.0) == [1, 1]
+
+
+@pytest.mark.parametrize(("spread", "limit_db"), [(0.5, 6.0), (2.0, 12.0)])
+def test_an_outlier_is_6_deviations_from_the_median_and_at_least_6_db(spread, limit_db):
+    loss_filter = OutlierFilter(warmup=1)
+    observe(loss_filter, [-10.0 - spread, -10.0, -10.0 + spread])  # median -10, MAD = spread
+
+    assert weigh(loss_filter, -99.0, -10.0, -10.0 + limit_db - 0.01, -10.0 + limit_db + 0.01) == [1, 1, 1, 0]
+
+
+def test_one_wild_loss_does_not_hide_the_next():
+    loss_filter = OutlierFilter(warmup=10)
+    observe(loss_filter, np.random.default_rng(0).normal(-10, 1, 50))
+    for _ in range(5):
+        assert weigh(loss_filter, 40.0) == [0]
+        observe(loss_filter, [40.0])
+
+
+def test_a_lasting_change_of_level_is_followed_and_does_not_lock_it_for_ever():
+    rng, loss_filter, dropped = np.random.default_rng(0), OutlierFilter(window=100, warmup=50), []
+    for level in (-10.0, 20.0):
+        for _ in range(100):
+            losses = torch.from_numpy(rng.normal(level, 1, 2))
+            dropped += (1 - loss_filter(losses)).tolist()
+            observe(loss_filter, losses)
+
+    assert not any(dropped[:200])
+    assert all(dropped[200:220])
+    assert not any(dropped[252:])  # half of the window
+
+
+def test_the_order_of_the_examples_in_a_step_makes_no_difference():
+    losses = np.random.default_rng(0).normal(size=60)
+    for kind in (PercentileFilter, OutlierFilter):
+        one, other = kind(warmup=1), kind(warmup=1)
+        observe(one, losses)
+        observe(other, losses[::-1].copy())
+
+        assert torch.equal(one(torch.from_numpy(losses)), other(torch.from_numpy(losses)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (PercentileFilter, {"percentile": -1}),
+        (PercentileFilter, {"percentile": 100}),
+        (PercentileFilter, {"percentile": math.nan}),
+        (PercentileFilter, {"window": 0}),
+        (PercentileFilter, {"window": 10, "warmup": 11}),
+        (OutlierFilter, {"warmup": -1}),
+        (OutlierFilter, {"n_mads": -1}),
+        (OutlierFilter, {"at_least_db": math.inf}),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_with_what_is_allowed(kind, options):
+    with pytest.raises(RecipeError, match=r"\[\[filter\]\] \w+ = .* must be"):
+        kind(**options)

@@ -7,11 +7,15 @@ from unbraid.robust.precision import PRECISIONS, Precision, best_precision
 CPU = torch.device("cpu")
 
 
+def update(precision, *, overflowed):
+    precision.update(torch.tensor(overflowed), torch.tensor(not overflowed))
+
+
 @pytest.mark.parametrize("name", ["fp32", "bf16"])
 def test_without_fp16_the_loss_is_never_scaled(name):
     precision = Precision(name, scale=1024, growth_interval=1)
     for overflowed in (True, False, False):
-        precision.update(overflowed)
+        update(precision, overflowed=overflowed)
 
     assert not precision.scales
     assert precision.scale == 1
@@ -19,8 +23,8 @@ def test_without_fp16_the_loss_is_never_scaled(name):
 
 def test_an_overflow_halves_the_scale():
     precision = Precision("fp16", scale=1024)
-    precision.update(overflowed=True)
-    precision.update(overflowed=True)
+    update(precision, overflowed=True)
+    update(precision, overflowed=True)
 
     assert precision.scale == 256
 
@@ -29,7 +33,7 @@ def test_the_scale_doubles_after_so_many_good_steps_in_a_row():
     precision = Precision("fp16", scale=1024, growth_interval=3)
     scales = []
     for overflowed in (False, False, True, False, False, False, False, False, False):
-        precision.update(overflowed)
+        update(precision, overflowed=overflowed)
         scales.append(precision.scale)
 
     assert scales == [1024, 1024, 512, 512, 512, 1024, 1024, 1024, 2048]
@@ -38,12 +42,12 @@ def test_the_scale_doubles_after_so_many_good_steps_in_a_row():
 def test_what_is_taken_up_goes_on_identically():
     going_on, resumed = (Precision("fp16", scale=2.0**10, growth_interval=5) for _ in range(2))
     for overflowed in (True, False, False, False):
-        going_on.update(overflowed)
+        update(going_on, overflowed=overflowed)
     resumed.load_state_dict(going_on.state_dict())
 
     for _ in range(12):
-        going_on.update(overflowed=False)
-        resumed.update(overflowed=False)
+        update(going_on, overflowed=False)
+        update(resumed, overflowed=False)
         assert resumed.state_dict() == going_on.state_dict()
 
 
@@ -69,3 +73,10 @@ def test_the_best_precision_of_this_machine_can_be_used():
 
 def test_apples_gpus_stay_in_fp32():
     assert best_precision(torch.device("mps")) == "fp32"
+
+
+def test_a_step_left_out_for_another_reason_counts_neither_way():
+    precision = Precision("fp16", scale=1024, growth_interval=1)
+    precision.update(torch.tensor(False), torch.tensor(False))
+
+    assert precision.state_dict() == Precision("fp16", scale=1024).state_dict()

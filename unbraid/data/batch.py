@@ -47,6 +47,22 @@ class Batch:
         weight = torch.ones(len(mixture), device=mixture.device) if weight is None else weight
         return cls(mixture, sources, weight, noise, tuple(items))
 
+    def pick(self, places: Sequence[int]) -> "Batch":
+        """The batch of some of its examples alone."""
+        noise = None if self.noise is None else self.noise[list(places)]
+        items = tuple(self.items[place] for place in places) if self.items else ()
+        chosen = [part[list(places)] for part in (self.mixture, self.sources, self.weight)]
+        return Batch(chosen[0], chosen[1], chosen[2], noise, items)
+
+    def split(self, n_pieces: int) -> list["Batch"]:
+        """At most so many batches with the same examples in the same order, as even as can be."""
+        size = -(-len(self.mixture) // n_pieces)
+        return [self._slice(slice(first, first + size)) for first in range(0, len(self.mixture), size)]
+
+    def _slice(self, where: slice) -> "Batch":
+        noise = None if self.noise is None else self.noise[where]
+        return Batch(self.mixture[where], self.sources[where], self.weight[where], noise, self.items[where])
+
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
         noise = None if self.noise is None else self.noise.to(device, non_blocking=True)

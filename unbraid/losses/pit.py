@@ -1,12 +1,30 @@
 """Permutation-invariant training, and fixed order, around any loss on signals."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from unbraid.errors import UserError
 from unbraid.losses import SignalLoss, ignores_level
 from unbraid.losses.waveform import neg_si_sdr
-from unbraid.metrics import best_assignment, mean_over_sounding, pairwise_si_sdr, reorder, sounding
+from unbraid.metrics import best_assignment, mean_over_sounding, pairwise_si_sdr, reorder, si_sdr, sounding
+
+
+class Assigned(NamedTuple):
+    """What a loss came to, and how the outputs were held against the targets.
+
+    Attributes:
+        losses: ``(batch,)``.
+        order: Which output belongs to each target, ``(batch, source)``, int64.
+        si_sdr: Of each target's output, mean over channels, in dB, ``(batch, source)``; no gradient.
+        sounding: Whether each target is more than silence, ``(batch, source)``.
+    """
+
+    losses: Tensor
+    order: Tensor
+    si_sdr: Tensor
+    sounding: Tensor
 
 
 class SeparationLoss:
@@ -30,17 +48,23 @@ class SeparationLoss:
 
     def __call__(self, estimate: Tensor, target: Tensor) -> Tensor:
         """Losses ``(batch,)`` of estimates and targets, both ``(batch, source, channel, time)``, in float32."""
+        return self.assigned(estimate, target).losses
+
+    def assigned(self, estimate: Tensor, target: Tensor) -> Assigned:
+        """Losses as `__call__` gives them, with order and SI-SDR; the latter costs nothing where it is the loss."""
         estimate, target = estimate.float(), target.float()
         check_estimate(estimate, target)
-        values = self.signal_loss(order_as_targets(estimate, target, self.signal_loss, assign=self.assign), target)
+        order = output_order(estimate, target, self.signal_loss, assign=self.assign)
+        ordered = reorder(estimate, order)
+        values = self.signal_loss(ordered, target)
         if values.shape != target.shape[:-1]:
             raise UserError(
                 f"The loss returned {tuple(values.shape)} for signals {tuple(target.shape)}; "
                 f"it must return one value a signal, {tuple(target.shape[:-1])}."
             )
-        if ignores_level(self.signal_loss):
-            return mean_over_sounding(values, target)
-        return values.mean((1, 2))
+        losses = mean_over_sounding(values, target) if ignores_level(self.signal_loss) else values.mean((1, 2))
+        ratio = -values.detach() if self.signal_loss is neg_si_sdr else si_sdr(ordered.detach(), target)
+        return Assigned(losses, order, ratio.mean(-1), sounding(target).all(-1))
 
 
 def check_estimate(estimate: Tensor, target: Tensor) -> None:
@@ -58,7 +82,12 @@ def check_estimate(estimate: Tensor, target: Tensor) -> None:
 
 
 def order_as_targets(estimate: Tensor, target: Tensor, signal_loss: SignalLoss, *, assign: str) -> Tensor:
-    """Estimates in the order of their targets, ``(batch, source, channel, time)``; outputs to spare are left out.
+    """Estimates in the order of their targets, ``(batch, source, channel, time)``; outputs to spare are left out."""
+    return reorder(estimate, output_order(estimate, target, signal_loss, assign=assign))
+
+
+def output_order(estimate: Tensor, target: Tensor, signal_loss: SignalLoss, *, assign: str) -> Tensor:
+    """Which output belongs to each target, ``(batch, source)``.
 
     Args:
         estimate: ``(batch, output, channel, time)``.
@@ -67,8 +96,8 @@ def order_as_targets(estimate: Tensor, target: Tensor, signal_loss: SignalLoss, 
         assign: As `SeparationLoss` takes it.
     """
     if assign == "fixed":
-        return estimate[:, : target.shape[1]]
-    return reorder(estimate, assign_sources(signal_loss, estimate, target))
+        return torch.arange(target.shape[1], device=target.device).expand(target.shape[:2])
+    return assign_sources(signal_loss, estimate, target)
 
 
 def assign_sources(signal_loss: SignalLoss, estimate: Tensor, target: Tensor) -> Tensor:

@@ -4,6 +4,9 @@ Features are channels last, ``(batch, frame, channel)``, so that a convolution o
 nothing has to be transposed.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -59,8 +62,18 @@ def fourier_filters(n_filters: int, kernel_size: int) -> Tensor:
     return window * angle.cos() * (2 / kernel_size) ** 0.5
 
 
+def with_range(device: torch.device) -> AbstractContextManager[Any]:
+    """Float32 where autocast would take fp16; bfloat16 stays, its range is float32's.
+
+    For what is as loud as the recording. At a gain of 1e-4 fp16 keeps five bits of a sample and of a masked frame, and
+    the gradient of SI-SDR, which grows as the level falls, overflows. Between first norm and masks no level is left.
+    """
+    narrow = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.float16
+    return torch.autocast(device.type, enabled=False) if narrow else nullcontext()
+
+
 class LearnedEncoder(nn.Module):
-    """A waveform cut into frames and multiplied by learned filters: a strided convolution.
+    """A waveform cut into frames and multiplied by learned filters: a strided convolution; never in fp16.
 
     The end is padded with zeros to a whole frame, and nothing is cut off. The start is not padded, as in the published
     implementations, whose weights therefore give the same frames.
@@ -75,11 +88,13 @@ class LearnedEncoder(nn.Module):
         """``(batch, time)`` to ``(batch, frame, filter)``."""
         time = waveform.shape[-1]
         end = (n_frames(time, self.kernel_size, self.stride) - 1) * self.stride + self.kernel_size
-        return self.filters(F.pad(waveform, (0, end - time)).unfold(-1, self.kernel_size, self.stride))
+        frames = F.pad(waveform, (0, end - time)).unfold(-1, self.kernel_size, self.stride)
+        with with_range(waveform.device):
+            return self.filters(frames)
 
 
 class LearnedDecoder(nn.Module):
-    """Frames back to a waveform by learned filters and overlap-add: a transposed strided convolution."""
+    """Frames back to a waveform by learned filters and overlap-add: a transposed strided convolution; never in fp16."""
 
     def __init__(self, *, n_filters: int, kernel_size: int, stride: int) -> None:
         super().__init__()
@@ -90,7 +105,9 @@ class LearnedDecoder(nn.Module):
 
     def forward(self, features: Tensor, time: int) -> Tensor:
         """``(batch, frame, filter)`` to ``(batch, time)``, in float32: bfloat16 sums would add noise of their own."""
-        frames = rearrange(self.filters(features).float(), "b l (part hop) -> part b l hop", hop=self.stride)
+        with with_range(features.device):
+            filtered = self.filters(features).float()
+        frames = rearrange(filtered, "b l (part hop) -> part b l hop", hop=self.stride)
         last = len(frames) - 1
         shifted = [F.pad(part, (0, 0, i, last - i)) for i, part in enumerate(frames)]
         return rearrange(torch.stack(shifted).sum(0), "b l hop -> b (l hop)")[:, :time]

@@ -1,10 +1,22 @@
-"""CLIPPERS and FILTERS, by name."""
+"""CLIPPERS, TRANSFORMS and FILTERS, by name."""
 
 from collections.abc import Callable
 
-from unbraid.robust.clip import AutoClip, Clipper, FixedClip, NoClip
-from unbraid.robust.filter import LossFilter, ThresholdFilter
+from unbraid.robust.clip import AutoClip, Clipper, FixedClip, NoClip, ZClip
+from unbraid.robust.filter import LossFilter, OutlierFilter, PercentileFilter, ThresholdFilter
+from unbraid.robust.transform import AdaptiveClip, GradientTransform, ValueClip
 
-CLIPPERS: dict[str, Callable[..., Clipper]] = {"fixed": FixedClip, "autoclip": AutoClip, "none": NoClip}
+CLIPPERS: dict[str, Callable[..., Clipper]] = {
+    "fixed": FixedClip,
+    "autoclip": AutoClip,
+    "zclip": ZClip,
+    "none": NoClip,
+}
 
-FILTERS: dict[str, Callable[..., LossFilter]] = {"threshold": ThresholdFilter}
+TRANSFORMS: dict[str, Callable[..., GradientTransform]] = {"value": ValueClip, "adaptive": AdaptiveClip}
+
+FILTERS: dict[str, Callable[..., LossFilter]] = {
+    "threshold": ThresholdFilter,
+    "percentile": PercentileFilter,
+    "outlier": OutlierFilter,
+}

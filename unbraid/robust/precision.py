@@ -4,6 +4,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from unbraid.errors import RecipeError
 
@@ -30,8 +31,8 @@ class Precision:
         if name not in PRECISIONS:
             raise RecipeError(f"[train] precision = {name!r} is not one of auto, {', '.join(PRECISIONS)}.")
         self.name, self.growth_interval = name, growth_interval
-        self.scale = scale if name == "fp16" else 1.0
-        self.n_good = 0
+        self._scale = torch.tensor(scale if name == "fp16" else 1.0)
+        self._n_good = torch.tensor(0)
 
     @property
     def scales(self) -> bool:
@@ -39,32 +40,42 @@ class Precision:
         return self.name == "fp16"
 
     @property
-    def can_shrink(self) -> bool:
-        """Whether a gradient that is not finite may be an overflow that a smaller scale cures."""
-        return self.scales and self.scale > self.MIN_SCALE
+    def scale(self) -> float:
+        """The scale as a number; where it lies on an accelerator, this waits for it."""
+        return float(self._scale)
+
+    def scale_on(self, device: torch.device) -> Tensor:
+        """The scale, 0-d, where the loss is. It stays there: whether it moves is decided without the host."""
+        if self._scale.device != device:
+            self._scale, self._n_good = self._scale.to(device), self._n_good.to(device)
+        return self._scale
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         """The context that the model's forward runs in."""
         return torch.autocast(device.type, PRECISIONS[self.name], enabled=self.name != "fp32")
 
-    def update(self, overflowed: bool) -> None:
-        """Move the scale after a step whose losses were fine."""
+    def update(self, overflowed: Tensor, trained: Tensor) -> None:
+        """Move the scale after a step.
+
+        Args:
+            overflowed: Whether only the gradient was not finite, 0-d, where the scale is.
+            trained: Whether the step was taken; after any other the scale stays.
+        """
         if not self.scales:
             return
-        if overflowed:
-            self.scale, self.n_good = max(self.MIN_SCALE, self.scale / 2), 0
-            return
-        self.n_good += 1
-        if self.n_good >= self.growth_interval:
-            self.scale, self.n_good = self.scale * 2, 0
+        shrinks = overflowed & (self._scale > self.MIN_SCALE)
+        n_good = torch.where(shrinks, 0, self._n_good + trained)
+        grows = n_good >= self.growth_interval
+        self._scale = torch.where(shrinks, self._scale / 2, torch.where(grows, self._scale * 2, self._scale))
+        self._n_good = torch.where(grows, 0, n_good)
 
     def state_dict(self) -> dict[str, Any]:
         """Scale and count of good steps."""
-        return {"scale": self.scale, "n_good": self.n_good}
+        return {"scale": self.scale, "n_good": int(self._n_good)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up where another run stood."""
-        self.scale, self.n_good = float(state["scale"]), int(state["n_good"])
+        self._scale, self._n_good = torch.tensor(float(state["scale"])), torch.tensor(int(state["n_good"]))
 
 
 def best_precision(device: torch.device) -> str:

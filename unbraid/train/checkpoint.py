@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ def save_checkpoint(
         OSError: If the disk refuses; what was there before is whole.
     """
     step = int(state["progress"]["step"])
-    if (name := first_nonfinite(state["model"])) is not None:
+    if (name := first_nonfinite(state["model"] | state.get("training_weights", {}))) is not None:
         raise CheckpointError(f"The model is not finite at step {step} (first in {name}); it was not saved.")
     final = run.checkpoints / f"step-{step:06d}"
     temporary = run.checkpoints / f".{final.name}.{os.getpid()}.tmp"
@@ -76,12 +76,8 @@ def save_checkpoint(
     try:
         temporary.mkdir(parents=True)
         hashes = {
-            "model.safetensors": _write(
-                temporary / "model.safetensors", safetensors.torch.save(_on_host(state["model"]))
-            ),
-            "optimizer.safetensors": _write(
-                temporary / "optimizer.safetensors", safetensors.torch.save(_on_host(tensors))
-            ),
+            "model.safetensors": write_tensors(temporary / "model.safetensors", state["model"]),
+            "optimizer.safetensors": write_tensors(temporary / "optimizer.safetensors", tensors),
             "state.json": _write(temporary / "state.json", json.dumps(about, indent=1).encode()),
         }
         manifest = {"schema": SCHEMA_VERSION, "step": step, "torch": torch.__version__, "sha256": hashes}
@@ -119,7 +115,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             raise CheckpointError(
                 f"{path} was written with schema {manifest['schema']}; this version reads {SCHEMA_VERSION}."
             )
-        files = {name: _verified(path / name, digest) for name, digest in manifest["sha256"].items()}
+        files = {name: read_verified(path / name, digest) for name, digest in manifest["sha256"].items()}
         about = json.loads(files["state.json"])
         model = safetensors.torch.load(files["model.safetensors"])
         state = _unpack(about["state"], safetensors.torch.load(files["optimizer.safetensors"])) | {"model": model}
@@ -223,8 +219,10 @@ def _remove_old(run: RunDirectory, keep: int) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write tensors as safetensors, fsynced, and return the file's SHA-256."""
+    on_host = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    return _write(path, safetensors.torch.save(on_host))
 
 
 def _write(path: Path, content: bytes) -> str:
@@ -235,10 +233,16 @@ def _write(path: Path, content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _verified(path: Path, digest: str) -> bytes:
+def read_verified(path: Path, digest: str) -> bytes:
+    """The bytes of a file whose SHA-256 is known.
+
+    Raises:
+        CheckpointError: If it is another one.
+        OSError: If the file cannot be read.
+    """
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != digest:
-        raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one in {MANIFEST}.")
+        raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one that was written down.")
     return content
 
 

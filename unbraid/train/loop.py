@@ -1,74 +1,28 @@
 """fit: a generator of records; validation and saving at their intervals."""
 
-import contextlib
-import itertools
 import math
-import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from time import perf_counter
-from types import FrameType
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
+
+import torch
 
 from unbraid import dist
-from unbraid.data.loader import Loaded
 from unbraid.data.mixing import AudioFault
 from unbraid.errors import TrainingStopped
-from unbraid.records import Event, RunDirectory, StepRecord, ValidationRecord, append_record
-from unbraid.train.checkpoint import first_nonfinite, save_checkpoint
-from unbraid.train.state import FaultWindow, TrainState, set_learning_rate
-from unbraid.train.step import train_step
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainSettings:
-    """The table ``[train]`` of a recipe.
-
-    Attributes:
-        max_steps: Ends the run; 0 for no such end.
-        max_minutes: Ends the run, over all its resumptions; 0 for no such end.
-        precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
-        compile: ``auto``, ``on`` or ``off``.
-        accumulate: Micro-batches that a step's examples are split into, to save memory; the result is the same.
-        on_bad_example: ``skip`` leaves the step out, ``stop`` ends the run.
-        loss_upper_limit: A loss beyond this, by absolute value, is a fault as NaN is.
-    """
-
-    max_steps: int = 0
-    max_minutes: float = 0.0
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    compile: Literal["auto", "on", "off"] = "auto"
-    accumulate: int = 1
-    on_bad_example: Literal["skip", "stop"] = "skip"
-    loss_upper_limit: float = 999999.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class ValidateSettings:
-    """The table ``[validate]`` of a recipe.
-
-    Attributes:
-        every_steps: How often; 0 only at the end.
-        n_items: How many mixtures.
-    """
-
-    every_steps: int = 1000
-    n_items: int = 100
-
-
-@dataclass(frozen=True, kw_only=True)
-class SaveSettings:
-    """The table ``[save]`` of a recipe.
-
-    Attributes:
-        every_steps: How often; 0 only at the end.
-        keep: How many of the newest checkpoints stay; the best stays beside them.
-    """
-
-    every_steps: int = 1000
-    keep: int = 2
+from unbraid.records import StepRecord, ValidationRecord
+from unbraid.robust.precision import Precision
+from unbraid.train.blame import diagnose
+from unbraid.train.checkpoint import cut_logs, first_nonfinite, newest_checkpoint, read_checkpoint, save_checkpoint
+from unbraid.train.incident import Incident, joined, write_incident
+from unbraid.train.logbook import Logbook, Told
+from unbraid.train.settings import Job, TrainSettings
+from unbraid.train.source import Load, Source
+from unbraid.train.state import FaultWindow, TrainState, judged_weights, set_learning_rate
+from unbraid.train.step import Launched, finish, launch
+from unbraid.train.stop import SIGNALS, StopRequest
+from unbraid.train.verdicts import DeadOutputs, Pace
 
 
 class Scores(NamedTuple):
@@ -82,79 +36,20 @@ class Scores(NamedTuple):
 
 
 Validate = Callable[[TrainState], Scores]
-Told = StepRecord | ValidationRecord | Event
-
-
-@dataclass
-class StopRequest:
-    """Set by SIGTERM or Ctrl-C: the step at hand is finished, a checkpoint written, and the run ends on every rank.
-
-    Attributes:
-        signal: What this process received; 0 for nothing. Only the handler writes it: it may strike at any instant,
-            also while the ranks agree.
-        agreed: What the ranks have agreed to stop for; 0 for nothing.
-    """
-
-    signal: int = 0
-    agreed: int = 0
-
-
-@contextlib.contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
-    """Turn SIGTERM and SIGINT into a `StopRequest`; a second Ctrl-C is not held back any more."""
-    request = StopRequest()
-
-    def ask(number: int, _frame: FrameType | None) -> None:
-        request.signal = number
-        if number == signal.SIGINT:
-            signal.signal(number, before[number])
-
-    if threading.current_thread() is not threading.main_thread():
-        yield request
-        return
-    before = {int(number): signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield request
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@dataclass(frozen=True)
-class Job:
-    """What `fit` needs beside the state: where to write, how often, and what a checkpoint says of the run.
-
-    Attributes:
-        run: The run directory.
-        train: Budget and rules.
-        validate: How often.
-        save: How often, how many.
-        recipe: The resolved recipe, for the checkpoint.
-        choices: What "auto" chose, for the checkpoint.
-        n_files: Files in the training split, which the budget for bad ones is a share of.
-        events: Written, and not yet yielded.
-        refused: Files that the disk has refused, and that was said.
-    """
-
-    run: RunDirectory
-    train: TrainSettings
-    validate: ValidateSettings
-    save: SaveSettings
-    recipe: dict[str, Any]
-    choices: dict[str, Any]
-    n_files: int = 0
-    events: list[Event] = field(default_factory=list)
-    refused: set[Path] = field(default_factory=set)
 
 
 def fit(
-    state: TrainState, loaded: Iterable[Loaded], validate: Validate, job: Job, stop: StopRequest | None = None
+    state: TrainState,
+    load: Load,
+    validate: Validate,
+    job: Job,
+    stop: StopRequest | None = None,
 ) -> Iterator[Told]:
     """Train until the budget is spent, yielding each record after it was written.
 
     Args:
         state: Where to begin; changed in place.
-        loaded: Batches of this rank from step ``state.step`` on, ``accumulate`` a step, without end.
+        load: From a number of steps done to batches of this rank from there on, ``accumulate`` a step, without end.
         validate: Scores the model.
         job: Where and how often.
         stop: Ends the run early, with a checkpoint.
@@ -166,62 +61,357 @@ def fit(
         TrainingStopped: If a stop rule ended the run, after a checkpoint that can be gone on from; or if the last
             checkpoint could not be written.
     """
-    stop = stop or StopRequest()
-    source, began = iter(loaded), perf_counter() - state.elapsed_seconds
-    done, saved = _agree_on_end(state, job, stop), True
-    if done and not stop.agreed and state.step > state.validated_step:  # stopped between its last step and this
-        yield _validated(state, validate, job)
-        saved = _save(state, job)
-    while not done:
-        set_learning_rate(state, state.schedule.factor(state.step + 1, _progress(state, job.train)))
-        record, faults = _step(state, source, job, began)
-        yield record
-        _set_aside(state, faults, job)
-        _tell_of_fault(record, job)
-        if (reason := _stop_rule(state, record, job)) is not None:
-            state.faults, state.bad_files = FaultWindow(), {}  # whoever goes on has mended something
-            _save(state, job)
-            yield from _take(job.events)
-            raise TrainingStopped(reason)
-        done, saved = _agree_on_end(state, job, stop), False
-        best = False
-        if not stop.agreed and (done or _due(state.step, job.validate.every_steps)):
-            validation = _validated(state, validate, job)
-            best = validation.best
-            yield validation
-        if done or best or _due(state.step, job.save.every_steps):
-            saved = _save(state, job)
-        yield from _take(job.events)
-    if not saved:
-        raise TrainingStopped(
-            f"The checkpoint of step {state.step}, the last, could not be written to {job.run.checkpoints}: make room, "
-            "and go on from the one before with --resume."
+    yield from _Course(state, load, validate, job, stop or StopRequest()).run()
+
+
+class _Course:
+    """One training under way: what lies between its steps and does not outlive the process."""
+
+    MAX_RETURNS = 3
+
+    def __init__(
+        self,
+        state: TrainState,
+        load: Load,
+        validate: Validate,
+        job: Job,
+        stop: StopRequest,
+    ) -> None:
+        self.state, self.load, self.validate, self.job, self.stop = state, load, validate, job, stop
+        self.source = Source(load, job.train.accumulate)
+        self.log = Logbook(job.run)
+        self.began = perf_counter() - state.elapsed_seconds
+        self.pace, self.dead_outputs = Pace(dist.world_size()), DeadOutputs()
+        self.done = self.saved = self.went_back = False
+        self.busy_seconds = (0.0, 0.0)  # of the last step: data, forward
+        self.n_returns = 0
+        self.verdict = self.reason = ""  # what is to blame for the last fault; why the run has to stop
+
+    def run(self) -> Iterator[Told]:
+        state, job = self.state, self.job
+        self.done, self.saved = self._over_before_it_began(), True
+        if self.done and not self.stop.agreed and state.step > state.validated_step:
+            yield self._validated()  # stopped between its last step and this
+            self.saved = self._save()
+        under_way: list[_UnderWay] = []
+        while not self.done:
+            under_way.append(self._launch())
+            due = self._due(state.step)
+            while under_way and (due or len(under_way) > self._ahead):
+                yield from self._conclude(under_way.pop(0))
+                due = due or self.done or bool(self.reason)
+                if self.went_back:
+                    under_way.clear()
+                    self.went_back = due = False
+            if self.reason:
+                state.faults, state.bad_files = FaultWindow(), {}  # whoever goes on has mended something
+                self._save()
+                yield from self.log.take()
+                raise TrainingStopped(self.reason)
+            if not due:
+                continue
+            self._compare()
+            best = False
+            if not self.stop.agreed and (self.done or _every(job.validate.every_steps, state.step)):
+                validation = self._validated()
+                best = validation.best
+                yield validation
+            if self.done or best or _every(job.save.every_steps, state.step):
+                self.saved = self._save()
+            yield from self.log.take()
+        if not self.saved:
+            raise TrainingStopped(
+                f"The checkpoint of step {state.step}, the last, could not be written to {job.run.checkpoints}: make "
+                "room, and go on from the one before with --resume."
+            )
+
+    @property
+    def _ahead(self) -> int:
+        """How many steps are launched before the first of them is looked at: an accelerator has always work then."""
+        return 1 if self.state.device.type == "cuda" and self.state.on_bad_example == "skip" else 0
+
+    def _due(self, step: int) -> bool:
+        """Whether something is to be done with the weights after this step, so that it has to be finished first."""
+        job = self.job
+        intervals = [job.validate.every_steps, job.save.every_steps]
+        intervals += [job.train.compare_every_steps] if dist.world_size() > 1 else []
+        return _progress(self.state, job.train) >= 1 or any(_every(interval, step) for interval in intervals)
+
+    def _launch(self) -> "_UnderWay":
+        state = self.state
+        set_learning_rate(state, state.schedule.factor(state.step + 1, _progress(state, self.job.train)))
+        waited = perf_counter()
+        parts = self.source.next_parts(state.step, self.log)
+        data_seconds = perf_counter() - waited
+        faults = tuple(fault for part in parts for fault in part.faults)
+        moved = [part.batch.to(state.device) for part in parts]
+        launched = launch(state, moved, notes=self._notes(faults))
+        self.busy_seconds = (data_seconds, launched.attempt.forward_seconds)
+        return _UnderWay(launched, faults, data_seconds)
+
+    def _notes(self, faults: Sequence[AudioFault]) -> list[float]:
+        """What this rank tells the others with each step: signals, the main clock, new bad files, its busy seconds."""
+        signals = [float(self.stop.signal == number) for number in SIGNALS]
+        clock = perf_counter() - self.began if dist.is_main() else 0.0
+        seconds = [0.0] * (len(Pace.SECTIONS) * dist.world_size())
+        first = len(Pace.SECTIONS) * dist.rank()
+        seconds[first : first + len(Pace.SECTIONS)] = self.busy_seconds
+        return [*signals, clock, float(bool(self._new(faults))), *seconds]
+
+    def _conclude(self, under_way: "_UnderWay") -> Iterator[Told]:
+        """Hear what became of a step, write it down, and act on it; the same on every rank."""
+        state, job = self.state, self.job
+        n_pieces = state.n_pieces
+        record, notes = finish(state, under_way.launched)
+        signals, clock, n_new_faults = notes[: len(SIGNALS)], notes[len(SIGNALS)], notes[len(SIGNALS) + 1]
+        self.stop.agreed = next((int(number) for number, n in zip(SIGNALS, signals, strict=True) if n), 0)
+        state.elapsed_seconds = clock if dist.world_size() > 1 else perf_counter() - self.began
+        rate = record.examples_per_second * record.seconds / (record.seconds + under_way.data_seconds)
+        record = replace(
+            record,
+            data_seconds=under_way.data_seconds,
+            examples_per_second=rate,
+            elapsed_seconds=state.elapsed_seconds,
         )
+        if dist.is_main():
+            self.log.append(job.run.steps, record)
+        yield record
+        if n_new_faults:
+            self._set_aside(under_way.faults)
+        if state.n_pieces > n_pieces and dist.is_main():
+            message = f"Memory ran out; from now on each batch goes through the model in {state.n_pieces} pieces."
+            self.log.tell("OUT_OF_MEMORY", record.step, message)
+        self._tell_of_fault(record, under_way.launched)
+        self._tell_of_health(record, notes[len(SIGNALS) + 2 :])
+        self.saved, self.done = False, bool(self.stop.agreed) or _progress(state, job.train) >= 1
+        if record.outcome in ("nonfinite_loss", "nonfinite_gradient"):
+            self._go_back_if_spoilt(record)
+        self.reason = self.reason or self._stop_rule(record) or ""
+        yield from self.log.take()
+
+    def _over_before_it_began(self) -> bool:
+        """Whether there is nothing to do, by the budget or by a signal to any rank; the same on all."""
+        self.stop.agreed = int(dist.max_over_ranks([float(self.stop.signal)], self.state.device)[0])
+        return bool(self.stop.agreed) or _progress(self.state, self.job.train) >= 1
+
+    def _new(self, faults: Sequence[AudioFault]) -> list[AudioFault]:
+        known = self.state.bad_files
+        return [fault for fault in faults if not fault.in_excerpt_only and fault.path not in known]
+
+    def _set_aside(self, faults: Sequence[AudioFault]) -> None:
+        """Name each bad file once, whichever rank met it; an excerpt that is merely silent is not worth an event."""
+        state = self.state
+        for rank, fault in dist.gather(self._new(faults), state.device):
+            if fault.path not in state.bad_files:
+                state.bad_files[fault.path] = fault.code
+                if dist.is_main():
+                    self.log.tell(fault.code, state.step, fault.message, rank=rank, files=[fault.path])
+
+    def _tell_of_fault(self, record: StepRecord, launched: Launched) -> None:
+        rescued = record.trained and record.n_bad > 0
+        if (record.outcome in ("trained", "all_easy") and not rescued) or not (record.bad_items or dist.is_main()):
+            return
+        outcome = record.outcome.replace("_", " ")
+        message = f"Step {record.step} was left out ({outcome}); weights are as before."
+        if rescued:
+            message = f"Step {record.step} was done without {record.n_bad} bad examples."
+        if record.outcome != "loss_scale" or self.state.faults.verdict() is not None:
+            self.verdict = self._keep_for_replay(record, launched)
+            message += f" {self.verdict}" if self.verdict else ""
+        files = tuple(dict.fromkeys(file for item in record.bad_items for file in item.files))
+        items = [[item.purpose, item.epoch, item.index] for item in record.bad_items]
+        code = "STEP_RESCUED" if rescued else f"STEP_SKIPPED_{record.outcome.upper()}"
+        self.log.tell(code, record.step, message, files=files, loss=record.loss, norm=record.grad_norm, items=items)
+
+    def _keep_for_replay(self, record: StepRecord, launched: Launched) -> str:
+        """Write a replay bundle of this rank's share of a bad step, if there is room; returns what is to blame."""
+        state, job = self.state, self.job
+        if not record.bad_items and dist.world_size() > 1 and record.outcome != "loss_scale":
+            return ""
+        precision = Precision(state.precision.name, scale=record.loss_scale)
+        batch = joined(launched.parts)
+        try:
+            verdict = diagnose(
+                state.bare_model,
+                state.loss,
+                precision,
+                batch,
+                seed=state.seed,
+                step=record.step,
+                rank=dist.rank(),
+                loss_upper_limit=state.loss_upper_limit,
+            )
+        except torch.OutOfMemoryError:
+            return ""
+        sentence = "" if verdict.kind == "none" else verdict.sentence()
+        if len(list(job.run.incidents.glob("step-*"))) >= job.save.incidents:
+            return sentence
+        about = {
+            "step": record.step,
+            "rank": dist.rank(),
+            "world_size": dist.world_size(),
+            "seed": state.seed,
+            "outcome": record.outcome,
+            "loss": record.loss,
+            "grad_norm": record.grad_norm,
+            "precision": state.precision.name,
+            "loss_scale": record.loss_scale,
+            "loss_upper_limit": state.loss_upper_limit,
+            "weights_of_step": state.step if record.trained or self._ahead else record.step - 1,
+            "verdict": verdict.sentence(),
+            "torch": torch.__version__,
+            "device": state.device.type,
+        }
+        try:
+            path = write_incident(job.run.incidents, Incident(about, job.recipe, state.bare_model.state_dict(), batch))
+        except OSError as error:
+            self.log.tell("INCIDENT_FAILED", record.step, f"The bad step could not be kept for a replay ({error}).")
+            return sentence
+        return f"{sentence} To run it again: unbraid replay {path}".strip()
+
+    def _tell_of_health(self, record: StepRecord, seconds: Sequence[float]) -> None:
+        slow = self.pace.add(seconds)
+        if not dist.is_main():
+            return
+        if slow is not None:
+            message = (
+                f"The others wait for process {slow.rank}: its {slow.section} takes {slow.factor:.1f} times as long as "
+                "the middle one's."
+            )
+            self.log.tell("SLOW_RANK", record.step, message, rank=slow.rank, section=slow.section, factor=slow.factor)
+        for output in self.dead_outputs.add(record.items):
+            message = (
+                f"Output {output + 1} of the model is silent whatever the mixture. SI-SDR has no gradient there, so it "
+                "will stay so: begin again with another data.seed or a lower optim.lr, or take a loss that minds level."
+            )
+            self.log.tell("OUTPUT_DEAD", record.step, message, output=output)
+
+    def _stop_rule(self, record: StepRecord) -> str | None:
+        """Why the run must end now; the same on every rank, as all of it was agreed on."""
+        state, job = self.state, self.job
+        budget = max(5, 0.01 * job.n_files)
+        if len(state.bad_files) > budget:
+            listed = ", ".join(f"{path} ({code})" for path, code in state.bad_files.items())
+            return f"More than {budget:g} bad files: {listed}. Mend them, or name them under data.exclude."
+        if (fault := state.faults.verdict()) is not None:
+            by_scale = record.outcome == "loss_scale"
+            advice = 'set train.precision = "bf16"' if by_scale else f"{job.run.events} names the files behind it"
+            blamed = f" {self.verdict}" if self.verdict else ""
+            reason = record.outcome.replace("_", " ")
+            return f"Stopped at step {record.step}: {fault}, the last by {reason}; {advice}.{blamed}"
+        if job.train.on_bad_example == "stop" and record.outcome not in ("trained", "all_easy", "loss_scale"):
+            reason = record.outcome.replace("_", " ")
+            return f'Stopped at step {record.step} by {reason}, as train.on_bad_example = "stop" asks.'
+        return None
+
+    def _go_back_if_spoilt(self, record: StepRecord) -> None:
+        """Where the weights themselves are not finite, on any rank, all go back to the last good checkpoint.
+
+        Raises:
+            TrainingStopped: If there is none, or that has been done too often.
+        """
+        state, run = self.state, self.job.run
+        name = first_nonfinite(state.bare_model.state_dict())
+        if not dist.any_rank(name is not None, state.device):
+            return
+        named = dist.gather([name] if name else [], state.device)
+        where = f"{named[0][1]} on process {named[0][0]}"
+        self.n_returns += 1
+        found = newest_checkpoint(run)[0] if dist.is_main() else None
+        path = dist.from_main_process(found.path if found else None)
+        if path is None or self.n_returns > self.MAX_RETURNS:
+            raise TrainingStopped(
+                f"At step {record.step} the weights are not finite (first {where}), and "
+                + ("there is no checkpoint to go back to" if path is None else "going back did not help")
+                + ": begin again with a lower optim.lr, or resume with one."
+            )
+        checkpoint = found or read_checkpoint(path)
+        state.load_state_dict(checkpoint.state)
+        if dist.is_main():
+            cut_logs(run, checkpoint.log_bytes)
+            message = f"The weights were not finite at step {record.step} (first {where}); went back to {path.name}."
+            self.log.tell("WEIGHTS_NONFINITE", state.step, message, rank=named[0][0])
+        self.source = Source(self.load, self.job.train.accumulate)
+        self.done, self.saved, self.went_back = False, True, True
+
+    def _compare(self) -> None:
+        """Make sure that all ranks hold the same weights.
+
+        Raises:
+            TrainingStopped: If they do not.
+        """
+        if (name := dist.first_difference(self.state.bare_model)) is not None:
+            raise TrainingStopped(
+                f"At step {self.state.step} the processes do not hold the same weights (first in {name}); --resume "
+                "goes on from the last checkpoint, at which they did."
+            )
+
+    def _validated(self) -> ValidationRecord:
+        state, job = self.state, self.job
+        started = perf_counter()
+        with judged_weights(state):
+            scores = self.validate(state)
+        if dist.any_rank(bool(self._new(scores.faults)), state.device):
+            self._set_aside(scores.faults)
+        usable = math.isfinite(scores.loss)
+        best = usable and scores.loss < state.best_loss
+        if best:
+            state.best_loss, state.best_step = scores.loss, state.step
+        if usable:
+            state.schedule.observe(scores.loss)
+        state.validated_step = state.step
+        progress = min(1.0, _progress(state, job.train))
+        record = ValidationRecord(
+            step=state.step,
+            loss=scores.loss,
+            si_sdr=scores.si_sdr,
+            si_sdri=scores.si_sdri,
+            n_items=scores.n_items,
+            best=best,
+            lr=state.optimizer.param_groups[0]["initial_lr"] * state.schedule.factor(state.step, progress),
+            elapsed_seconds=state.elapsed_seconds,
+            seconds=perf_counter() - started,
+        )
+        if dist.is_main():
+            self.log.append(job.run.validation, record)
+        return record
+
+    def _save(self) -> bool:
+        """Write a checkpoint, after the ranks have made sure that they hold the same weights; False if a disk refused.
+
+        Raises:
+            TrainingStopped: If ranks differ, or the model is not finite: such a model is never saved.
+        """
+        state, job = self.state, self.job
+        self._compare()
+        content = state.state_dict()
+        if (name := first_nonfinite(content["model"] | content.get("training_weights", {}))) is not None:
+            raise TrainingStopped(
+                f"At step {state.step} the model is not finite (first in {name}); checkpoints before it are whole, "
+                "and --resume takes them."
+            )
+        if not dist.is_main():
+            return True
+        try:
+            best = state.best_step == state.step
+            save_checkpoint(job.run, content, recipe=job.recipe, choices=job.choices, best=best, keep=job.save.keep)
+        except OSError as error:
+            message = f"The checkpoint of step {state.step} could not be written ({error}); older ones are whole."
+            self.log.tell("CHECKPOINT_FAILED", state.step, message)
+            return False
+        return True
 
 
-def _take(events: list[Event]) -> Iterator[Event]:
-    while events:
-        yield events.pop(0)
+class _UnderWay(NamedTuple):
+    """A step that was launched, and what its data brought along."""
+
+    launched: Launched
+    faults: tuple[AudioFault, ...]
+    data_seconds: float
 
 
-def _step(
-    state: TrainState, source: Iterator[Loaded], job: Job, began: float
-) -> tuple[StepRecord, tuple[AudioFault, ...]]:
-    waited = perf_counter()
-    parts = list(itertools.islice(source, job.train.accumulate))
-    data_seconds = perf_counter() - waited
-    record = train_step(state, [part.batch.to(state.device) for part in parts])
-    rate = record.examples_per_second * record.seconds / (record.seconds + data_seconds)
-    state.elapsed_seconds = perf_counter() - began
-    elapsed = state.elapsed_seconds
-    record = replace(record, data_seconds=data_seconds, examples_per_second=rate, elapsed_seconds=elapsed)
-    if dist.is_main():
-        _append(job.run.steps, record, job)
-    return record, tuple(fault for part in parts for fault in part.faults)
-
-
-def _due(step: int, every_steps: int) -> bool:
-    return every_steps > 0 and step % every_steps == 0
+def _every(interval: int, step: int) -> bool:
+    return interval > 0 and step % interval == 0
 
 
 def _progress(state: TrainState, train: TrainSettings) -> float:
@@ -229,120 +419,3 @@ def _progress(state: TrainState, train: TrainSettings) -> float:
     by_steps = state.step / train.max_steps if train.max_steps else 0.0
     by_time = state.elapsed_seconds / (60 * train.max_minutes) if train.max_minutes else 0.0
     return max(by_steps, by_time)
-
-
-def _agree_on_end(state: TrainState, job: Job, stop: StopRequest) -> bool:
-    """Whether the run ends here, by its budget or by a signal to any rank: the same on all, in one small collective."""
-    if dist.world_size() > 1:
-        clock = state.elapsed_seconds if dist.is_main() else 0.0
-        signal_number, state.elapsed_seconds = dist.max_over_ranks([float(stop.signal), clock], state.device)
-        stop.agreed = int(signal_number)
-    else:
-        stop.agreed = stop.signal
-    return bool(stop.agreed) or _progress(state, job.train) >= 1
-
-
-def _append(path: Path, record: Told, job: Job) -> None:
-    """Write a record; a disk that refuses is told of, and does not end the run."""
-    try:
-        append_record(path, record)
-    except OSError as error:
-        if path not in job.refused:
-            job.refused.add(path)
-            job.events.append(Event("LOG_FAILED", record.step, dist.rank(), f"{path} could not be written ({error})."))
-
-
-def _tell(event: Event, job: Job) -> None:
-    _append(job.run.events, event, job)
-    job.events.append(event)
-
-
-def _set_aside(state: TrainState, faults: Sequence[AudioFault], job: Job) -> None:
-    """Name each bad file once, whichever rank met it; an excerpt that is merely silent is not worth an event."""
-    new = [fault for fault in faults if not fault.in_excerpt_only and fault.path not in state.bad_files]
-    for rank, fault in dist.gather(new, state.device):
-        if fault.path not in state.bad_files:
-            state.bad_files[fault.path] = fault.code
-            if dist.is_main():
-                _tell(Event(fault.code, state.step, rank, fault.message, (fault.path,)), job)
-
-
-def _tell_of_fault(record: StepRecord, job: Job) -> None:
-    if record.outcome in ("trained", "all_easy") or not (record.bad_items or dist.is_main()):
-        return
-    message = f"Step {record.step} was left out ({record.outcome.replace('_', ' ')}); weights are as before."
-    files = tuple(dict.fromkeys(file for item in record.bad_items for file in item.files))
-    items = [[item.purpose, item.epoch, item.index] for item in record.bad_items]
-    evidence = {"loss": record.loss, "grad_norm": record.grad_norm, "items": items}
-    code = f"STEP_SKIPPED_{record.outcome.upper()}"
-    _tell(Event(code, record.step, dist.rank(), message, files, evidence), job)
-
-
-def _stop_rule(state: TrainState, record: StepRecord, job: Job) -> str | None:
-    """Why the run must end now; the same on every rank, as all of it was agreed on."""
-    budget = max(5, 0.01 * job.n_files)
-    if len(state.bad_files) > budget:
-        listed = ", ".join(f"{path} ({code})" for path, code in state.bad_files.items())
-        return f"More than {budget:g} bad files: {listed}. Mend them, or name them under data.exclude."
-    if (verdict := state.faults.verdict()) is not None:
-        by_scale = record.outcome == "loss_scale"
-        advice = 'set train.precision = "bf16"' if by_scale else f"{job.run.events} names the files behind it"
-        return f"Stopped at step {state.step}: {verdict}, the last by {record.outcome.replace('_', ' ')}; {advice}."
-    if job.train.on_bad_example == "stop" and record.outcome not in ("trained", "all_easy", "loss_scale"):
-        reason = record.outcome.replace("_", " ")
-        return f'Stopped at step {state.step} by {reason}, as train.on_bad_example = "stop" asks.'
-    return None
-
-
-def _validated(state: TrainState, validate: Validate, job: Job) -> ValidationRecord:
-    started = perf_counter()
-    scores = validate(state)
-    _set_aside(state, scores.faults, job)
-    usable = math.isfinite(scores.loss)
-    best = usable and scores.loss < state.best_loss
-    if best:
-        state.best_loss, state.best_step = scores.loss, state.step
-    if usable:
-        state.schedule.observe(scores.loss)
-    state.validated_step = state.step
-    progress = min(1.0, _progress(state, job.train))
-    record = ValidationRecord(
-        step=state.step,
-        loss=scores.loss,
-        si_sdr=scores.si_sdr,
-        si_sdri=scores.si_sdri,
-        n_items=scores.n_items,
-        best=best,
-        lr=state.optimizer.param_groups[0]["initial_lr"] * state.schedule.factor(state.step, progress),
-        elapsed_seconds=state.elapsed_seconds,
-        seconds=perf_counter() - started,
-    )
-    if dist.is_main():
-        _append(job.run.validation, record, job)
-    return record
-
-
-def _save(state: TrainState, job: Job) -> bool:
-    """Write a checkpoint, after the ranks have made sure that they hold the same weights; False where a disk refused.
-
-    Raises:
-        TrainingStopped: If ranks differ, or the model is not finite: such a model is never saved.
-    """
-    if (name := dist.first_difference(state.bare_model)) is not None:
-        raise TrainingStopped(f"At step {state.step} the processes do not hold the same weights (first in {name}).")
-    if (name := first_nonfinite(state.bare_model.state_dict())) is not None:
-        raise TrainingStopped(
-            f"At step {state.step} the model is not finite (first in {name}); checkpoints before it are whole, "
-            "and --resume takes them."
-        )
-    if not dist.is_main():
-        return True
-    try:
-        best = state.best_step == state.step
-        content = state.state_dict()
-        save_checkpoint(job.run, content, recipe=job.recipe, choices=job.choices, best=best, keep=job.save.keep)
-    except OSError as error:
-        message = f"The checkpoint of step {state.step} could not be written ({error}); older ones are whole."
-        _tell(Event("CHECKPOINT_FAILED", state.step, dist.rank(), message), job)
-        return False
-    return True

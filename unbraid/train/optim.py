@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from unbraid.errors import RecipeError
+from unbraid.train.muon import Muon
 
 Parameters = Iterable[nn.Parameter]
 
@@ -49,7 +50,61 @@ def sgd(parameters: Parameters, *, lr: float = 1e-2, momentum: float = 0.0, weig
     return torch.optim.SGD(parameters, lr, momentum, weight_decay=weight_decay, fused=_fused(parameters))
 
 
-OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"adam": adam, "adamw": adamw, "sgd": sgd}
+def rmsprop(
+    parameters: Parameters,
+    *,
+    lr: float = 1e-3,
+    alpha: float = 0.99,
+    eps: float = 1e-8,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+) -> Optimizer:
+    """RMSprop.
+
+    It cannot leave a step out by itself: there the host decides, which on an accelerator costs one synchronisation a
+    step. So it is with `Muon` and `schedule_free`.
+    """
+    return torch.optim.RMSprop(list(parameters), lr, alpha, eps, weight_decay, momentum, foreach=True)
+
+
+def schedule_free(
+    parameters: Parameters,
+    *,
+    lr: float = 2.5e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> Optimizer:
+    """AdamW that averages its weights instead of lowering the learning rate, from the extra ``schedule_free``.
+
+    It wants the schedule ``constant``, and a warm-up there. It starts in ``train()``; call ``eval()`` before
+    validating or saving, and ``train()`` after that and after loading.
+
+    Raises:
+        RecipeError: If the extra is not installed.
+
+    Reference:
+        Defazio et al., "The road less scheduled", NeurIPS 2024, arXiv:2405.15682.
+    """
+    try:
+        from unbraid.train.schedule_free import ScheduleFree
+    except ImportError as error:
+        raise RecipeError(
+            '[optim] name = "schedule_free" needs the package schedulefree: pip install "unbraid[schedule_free]".'
+        ) from error
+    optimizer = ScheduleFree(list(parameters), lr, betas, eps, weight_decay)
+    optimizer.train()
+    return optimizer
+
+
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    "adam": adam,
+    "adamw": adamw,
+    "muon": Muon,
+    "rmsprop": rmsprop,
+    "schedule_free": schedule_free,
+    "sgd": sgd,
+}
 
 
 class Schedule(Protocol):

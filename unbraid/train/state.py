@@ -2,9 +2,10 @@
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +13,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from unbraid.robust.clip import Clipper, FixedClip
-from unbraid.robust.filter import LossFilter
+from unbraid.robust.filter import LossFilter, RememberingFilter
 from unbraid.robust.guard import prime
 from unbraid.robust.precision import Precision
+from unbraid.robust.transform import GradientTransform
+from unbraid.train.average import Average
+from unbraid.train.forward import ExampleLoss
 from unbraid.train.optim import Constant, Schedule
-
-ExampleLoss = Callable[[Tensor, Tensor], Tensor]
-"""``(estimate, sources)`` to ``(batch, ...)``; the step takes each example's mean."""
 
 
 class FaultWindow:
@@ -69,6 +70,9 @@ class TrainState:
         optimizer: Over the model's parameters.
         clipper: Limit on the gradient's norm.
         filters: Weights for finite losses, multiplied.
+        transforms: Changes to single gradients, before the whole norm is limited.
+        average: Moving average of the weights, validated and saved in their place; None for none.
+        on_bad_example: ``skip`` and ``stop`` leave a step out that holds one; ``rescue`` repeats it on the clean ones.
         precision: Number format of the forward, and the loss scale.
         schedule: Of the learning rate.
         loss_upper_limit: A loss beyond this, by absolute value, is a fault as NaN is.
@@ -80,6 +84,9 @@ class TrainState:
         elapsed_seconds: Wall time of the run, over all its resumptions.
         faults: Outcomes of the last steps.
         bad_files: Files set aside so far on any rank, and the code of what is wrong with each.
+        n_pieces: What each batch is cut into because memory ran out before.
+        examples_per_rank: The most examples that a rank has in a step; needed on several processes by filters that
+            remember losses.
     """
 
     model: nn.Module
@@ -87,6 +94,9 @@ class TrainState:
     optimizer: Optimizer
     clipper: Clipper = field(default_factory=FixedClip)
     filters: Sequence[LossFilter] = ()
+    transforms: Sequence[GradientTransform] = ()
+    average: Average | None = None
+    on_bad_example: Literal["skip", "rescue", "stop"] = "skip"
     precision: Precision = field(default_factory=Precision)
     schedule: Schedule = field(default_factory=Constant)
     loss_upper_limit: float = 999999.0
@@ -98,6 +108,8 @@ class TrainState:
     elapsed_seconds: float = 0.0
     faults: FaultWindow = field(default_factory=FaultWindow)
     bad_files: dict[str, str] = field(default_factory=dict)
+    n_pieces: int = 1
+    examples_per_rank: int = 0
 
     def __post_init__(self) -> None:
         for group in self.optimizer.param_groups:
@@ -114,16 +126,27 @@ class TrainState:
         """Where the parameters are."""
         return next(self.model.parameters()).device
 
+    @property
+    def remembering_filters(self) -> list[RememberingFilter]:
+        """Filters that learn from the losses of each step."""
+        return [part for part in self.filters if isinstance(part, RememberingFilter)]
+
     def _parts(self) -> dict[str, Any]:
         parts = {"optimizer": self.optimizer, "clipper": self.clipper, "precision": self.precision}
-        parts |= {"schedule": self.schedule, "faults": self.faults}
+        parts |= {"schedule": self.schedule, "faults": self.faults, "average": self.average}
         parts |= {f"filter.{place}": part for place, part in enumerate(self.filters)}
         return {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
 
     def state_dict(self) -> dict[str, Any]:
-        """All that changes, as nested dicts of tensors, numbers, text and lists."""
+        """All that changes, as nested dicts of tensors, numbers, text and lists.
+
+        ``model`` is what one evaluates with; where training goes on from other weights, those stand beside it.
+        """
         state = {name: part.state_dict() for name, part in self._parts().items()}
-        state["model"] = self.bare_model.state_dict()
+        if self._judged_apart:
+            state["training_weights"] = _copied(self.bare_model)
+        with judged_weights(self):
+            state["model"] = _copied(self.bare_model) if self._judged_apart else self.bare_model.state_dict()
         state["progress"] = {name: getattr(self, name) for name in self._PROGRESS} | {"bad_files": dict(self.bad_files)}
         return state
 
@@ -131,12 +154,50 @@ class TrainState:
         """Take up where another run stood; the parts must be of the same kinds."""
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
-        self.bare_model.load_state_dict(state["model"])
+        if self.average is not None:
+            self.bare_model.load_state_dict(state["model"])
+            torch._foreach_copy_(self.average.weights, [p.detach() for p in self.bare_model.parameters()])
+        self.bare_model.load_state_dict(state.get("training_weights", state["model"]))
         for name in self._PROGRESS:
             setattr(self, name, state["progress"][name])
         self.bad_files = dict(state["progress"]["bad_files"])
 
-    _PROGRESS = ("step", "best_loss", "best_step", "validated_step", "elapsed_seconds")
+    @property
+    def _judged_apart(self) -> bool:
+        """Whether other weights are judged than trained."""
+        return self.average is not None or _has_modes(self.optimizer)
+
+    _PROGRESS = ("step", "best_loss", "best_step", "validated_step", "elapsed_seconds", "n_pieces")
+
+
+def _copied(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def _has_modes(optimizer: Optimizer) -> bool:
+    """Whether it is schedule-free: such an optimizer keeps other weights in training than it would have judged."""
+    return hasattr(optimizer, "eval") and hasattr(optimizer, "train")
+
+
+@contextmanager
+def judged_weights(state: TrainState) -> Iterator[None]:
+    """Within it the model has the weights that are validated and saved; afterwards those of training, bit for bit."""
+    if not state._judged_apart:
+        yield
+        return
+    optimizer: Any = state.optimizer
+    parameters = [p.detach() for p in state.bare_model.parameters()]
+    kept = [p.clone() for p in parameters]
+    if _has_modes(optimizer):
+        optimizer.eval()
+    if state.average is not None:
+        torch._foreach_copy_(parameters, state.average.weights)
+    try:
+        yield
+    finally:
+        if _has_modes(optimizer):
+            optimizer.train()
+        torch._foreach_copy_(parameters, kept)
 
 
 def set_learning_rate(state: TrainState, factor: float) -> None:

@@ -10,9 +10,9 @@ from unbraid.infer import separate
 from unbraid.losses.pit import order_as_targets
 from unbraid.losses.waveform import neg_si_sdr
 from unbraid.metrics import mean_over_sounding, si_sdr
+from unbraid.train.forward import example_losses
 from unbraid.train.loop import Scores, Validate
 from unbraid.train.state import TrainState
-from unbraid.train.step import example_losses
 
 
 def validation(dataset: Mixtures, *, n_items: int, batch_size: int, assign: str = "permutation") -> Validate:
@@ -34,7 +34,7 @@ def validation(dataset: Mixtures, *, n_items: int, batch_size: int, assign: str 
             batch = loaded.batch.to(state.device)
             with state.precision.autocast(state.device):
                 estimate = separate(state.bare_model, batch.mixture)
-            losses = example_losses(state.loss, estimate, batch.sources)
+            losses, _ = example_losses(state.loss, estimate, batch.sources)
             ordered = order_as_targets(estimate, batch.sources, neg_si_sdr, assign=assign)
             after = mean_over_sounding(si_sdr(ordered, batch.sources), batch.sources)
             unprocessed = batch.mixture[:, None].expand_as(batch.sources)

@@ -1,0 +1,71 @@
+import math
+
+import pytest
+import torch
+
+from unbraid.robust import TRANSFORMS
+
+every_transform = pytest.mark.parametrize("name", sorted(TRANSFORMS))
+every_shape = pytest.mark.parametrize("shape", [(), (1,), (5,), (3, 4), (3, 2, 5), (2, 3, 2, 2)])
+
+
+def drawn(shape, *, seed=0, dtype=torch.float32):
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=rng).to(dtype), 100 * torch.randn(shape, generator=rng).to(dtype)
+
+
+@every_transform
+@every_shape
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_gradient_is_changed_in_place_and_the_parameter_is_not(name, shape, dtype):
+    parameter, gradient = drawn(shape, dtype=dtype)
+    before, where = parameter.clone(), gradient.data_ptr()
+
+    assert TRANSFORMS[name]()(parameter, gradient) is None
+
+    assert torch.equal(parameter, before)
+    assert (gradient.data_ptr(), gradient.dtype, gradient.shape) == (where, dtype, torch.Size(shape))
+
+
+@every_transform
+@every_shape
+def test_no_element_grows_or_turns_round(name, shape):
+    parameter, gradient = drawn(shape)
+    before = gradient.clone()
+
+    TRANSFORMS[name]()(parameter, gradient)
+
+    assert (gradient.abs() <= before.abs()).all()
+    assert (gradient * before >= 0).all()
+
+
+@every_transform
+@every_shape
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_does_not_become_finite(name, shape, bad):
+    parameter, gradient = drawn(shape)
+    gradient.view(-1)[-1] = bad
+
+    TRANSFORMS[name]()(parameter, gradient)
+
+    assert not gradient.norm().isfinite()
+
+
+@every_transform
+def test_zeros_stay_zeros(name):
+    gradient = torch.zeros(3, 4)
+
+    TRANSFORMS[name]()(torch.zeros(3, 4), gradient)
+
+    assert torch.equal(gradient, torch.zeros(3, 4))
+
+
+@every_transform
+def test_a_parameter_that_is_being_trained_can_be_given(name):
+    parameter = torch.nn.Parameter(torch.ones(3, 4))
+    parameter.square().sum().backward()
+
+    TRANSFORMS[name]()(parameter, parameter.grad)
+
+    assert parameter.is_leaf
+    assert not parameter.grad.requires_grad

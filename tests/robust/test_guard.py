@@ -1,0 +1,174 @@
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from unbraid.errors import UserError
+from unbraid.robust.clip import AutoClip, FixedClip, NoClip
+from unbraid.robust.guard import acts_on_device, guarded_step
+
+OPTIMIZERS = {
+    "fused Adam": lambda p: torch.optim.Adam(p, lr=0.1, fused=True),
+    "fused AdamW": lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
+    "fused SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, fused=True),
+    "fused Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1, initial_accumulator_value=0.1, fused=True),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.1),
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.1),
+}
+
+every_optimizer = pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+
+
+def parameter_with(*gradient, dtype=torch.float32):
+    parameter = nn.Parameter(torch.ones(len(gradient), dtype=dtype))
+    parameter.grad = torch.tensor(gradient, dtype=dtype)
+    return parameter
+
+
+def bits(optimizer):
+    """Weights and state, copied."""
+    weights = [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
+    return weights, copy.deepcopy(optimizer.state_dict()["state"])
+
+
+def same(one, other):
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+@every_optimizer
+def test_a_good_step_is_clip_and_step(name):
+    mine, theirs = parameter_with(30.0, -40.0), parameter_with(30.0, -40.0)
+    optimizers = [OPTIMIZERS[name]([p]) for p in (mine, theirs)]
+
+    result = guarded_step(optimizers[0], FixedClip(max_norm=5.0), loss=torch.tensor(1.0))
+    nn.utils.clip_grad_norm_([theirs], 5.0)
+    optimizers[1].step()
+
+    assert [x.item() for x in result] == [50.0, 5.0, True]
+    assert torch.allclose(mine, theirs, rtol=1e-6)
+    assert not torch.equal(mine, torch.ones(2))
+
+
+@every_optimizer
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("where", ["gradient", "loss"])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_bad_step_changes_nothing_whether_first_or_later(name, bad, where, first):
+    parameter, clipper = parameter_with(3.0, 4.0), AutoClip()
+    optimizer = OPTIMIZERS[name]([parameter])
+    if not first:
+        guarded_step(optimizer, clipper)
+    weights, state = bits(optimizer)
+    norms = clipper.state_dict()["norms"]
+    parameter.grad = torch.tensor([3.0, bad if where == "gradient" else 4.0])
+
+    result = guarded_step(optimizer, clipper, loss=torch.tensor([1.0, bad if where == "loss" else 1.0]))
+
+    assert not result.taken
+    assert same(weights, bits(optimizer)[0])
+    assert first or same(state, bits(optimizer)[1])
+    assert torch.equal(clipper.state_dict()["norms"], norms)
+
+
+@every_optimizer
+def test_a_bad_first_step_leaves_the_next_what_it_would_have_been(name):
+    with_fault, without = parameter_with(math.nan, 1.0), parameter_with(1.0, 2.0)
+    optimizers = [OPTIMIZERS[name]([p]) for p in (with_fault, without)]
+    guarded_step(optimizers[0], NoClip())
+    for gradient in (1.0, -2.0):
+        for parameter, optimizer in zip((with_fault, without), optimizers, strict=True):
+            parameter.grad = torch.tensor([gradient, 3.0])
+            guarded_step(optimizer, NoClip())
+
+    assert torch.equal(with_fault, without)
+    assert same(bits(optimizers[0]), bits(optimizers[1]))
+
+
+@every_optimizer
+def test_a_scaled_loss_gives_the_same_step(name):
+    plain, scaled = parameter_with(3.0, 4.0), parameter_with(3.0 * 1024, 4.0 * 1024)
+
+    results = [
+        guarded_step(OPTIMIZERS[name]([parameter]), FixedClip(max_norm=1.0), scale=scale)
+        for parameter, scale in ((plain, 1.0), (scaled, 1024.0))
+    ]
+
+    assert torch.equal(plain, scaled)
+    assert results[0].norm.item() == results[1].norm.item() == 5.0
+
+
+@every_optimizer
+def test_the_gradients_are_not_zeroed(name):
+    parameter = parameter_with(3.0, math.nan)
+
+    guarded_step(OPTIMIZERS[name]([parameter]), NoClip())
+
+    assert parameter.grad.isnan().tolist() == [False, True]
+
+
+@every_optimizer
+def test_all_groups_make_one_norm_and_what_has_no_gradient_stays(name):
+    one, other, idle, frozen = parameter_with(3.0), parameter_with(4.0), parameter_with(1.0), parameter_with(1.0)
+    idle.grad, frozen.grad = None, None
+    frozen.requires_grad_(False)
+    optimizer = OPTIMIZERS[name]([{"params": [one, idle]}, {"params": [other, frozen]}])
+
+    assert guarded_step(optimizer, NoClip()).norm.item() == 5.0
+    assert [p.item() == 1.0 for p in (one, other, idle, frozen)] == [False, False, True, True]
+
+
+def test_without_any_gradient_nothing_moves():
+    parameter = parameter_with(1.0)
+    parameter.grad = None
+
+    assert guarded_step(torch.optim.SGD([parameter], lr=1.0), AutoClip()).norm.item() == 0
+    assert parameter.item() == 1.0
+
+
+def test_the_clipper_sees_the_unscaled_norm():
+    clipper = AutoClip()
+
+    guarded_step(torch.optim.SGD([parameter_with(6.0, 8.0)], lr=1.0), clipper, scale=10.0)
+
+    assert clipper.state_dict()["norms"].tolist() == [1.0]
+
+
+def test_lbfgs_is_refused():
+    with pytest.raises(UserError, match="LBFGS"):
+        guarded_step(torch.optim.LBFGS([parameter_with(1.0)]), NoClip())
+
+
+class Wrapper(torch.optim.SGD):
+    """As training frameworks wrap: an optimizer by name, whose flags are not the real one's."""
+
+    def __init__(self, optimizer):
+        self.optimizer, self.n_steps = optimizer, 0
+        self.param_groups = optimizer.param_groups
+
+    def step(self):
+        self.n_steps += 1
+        self.optimizer.step()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_an_optimizer_in_a_wrapper_is_guarded_and_steps_through_the_wrapper(fused):
+    parameter = parameter_with(3.0, math.nan)
+    wrapper = Wrapper(torch.optim.SGD([parameter], lr=1.0, fused=fused))
+
+    assert acts_on_device(wrapper) == fused
+    assert not guarded_step(wrapper, NoClip()).taken
+    assert parameter.tolist() == [1.0, 1.0]
+    parameter.grad = torch.tensor([3.0, 0.0])
+    assert guarded_step(wrapper, NoClip()).taken
+    assert parameter.tolist() == [-2.0, 1.0]
+    assert wrapper.n_steps == (2 if fused else 1)
+    assert not hasattr(wrapper.optimizer, "found_inf")

@@ -1,0 +1,229 @@
+"""What lies on an accelerator is never waited for: reading it, or branching on it, would stop the host in each step."""
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from unbraid.robust import CLIPPERS, FILTERS, TRANSFORMS
+from unbraid.robust.clip import AutoClip, clip_
+from unbraid.robust.guard import guarded_step
+from unbraid.robust.history import DeviceHistory, DeviceWindow, Recent
+
+WAITING = {"_local_scalar_dense", "item", "is_nonzero", "equal", "allclose", "nonzero", "masked_select", "unique"}
+READING = ["item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__"]
+
+
+class Waits(TorchDispatchMode):
+    """Counts operations that on an accelerator make the host wait."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        by_mask = name in ("index", "index_put", "index_put_") and any(
+            t is not None and t.dtype == torch.bool for t in args[1]
+        )
+        if name in WAITING or name.startswith("_unique") or by_mask:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """What was read or branched on so far."""
+    mode = Waits()
+    for name in READING:
+        true = getattr(torch.Tensor, name)
+
+        def reading(self, *args, name=name, true=true, **kwargs):
+            mode.seen.append(name)
+            return true(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, reading)
+    with mode:
+        yield mode.seen
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda x: x.item(),
+        lambda x: x.cpu(),
+        lambda x: x.tolist(),
+        bool,
+        float,
+        lambda x: torch.arange(3)[x.long()],
+        lambda x: torch.arange(3)[torch.ones(3) > x],
+        lambda x: x.nonzero(),
+        lambda x: 1 if x > 0 else 0,
+    ],
+)
+def test_the_instrument_itself_sees_a_look_at_a_tensor(waits, look):
+    look(torch.tensor(1.0))
+
+    assert waits
+
+
+@pytest.mark.parametrize("history", [DeviceHistory(10.0), DeviceWindow(5, 10.0)], ids=["whole", "window"])
+def test_a_history_on_a_device_never_waits(waits, history):
+    for i in range(1100):  # past its first capacity
+        history.add(torch.tensor(float(i)), torch.tensor(i % 3 > 0))
+        history.percentile(at_least=4)
+
+    assert not waits
+
+
+def test_the_last_losses_are_never_waited_for(waits):
+    recent = Recent(5)
+    for _ in range(3):
+        recent.add(torch.tensor([1.0, torch.nan, 3.0]), torch.tensor([True, True, False]))
+        recent.percentile(10.0), recent.median(), recent.mad()
+
+    assert not waits
+
+
+@pytest.mark.parametrize("window", [0, 5])
+def test_autoclip_never_waits_for_a_norm_on_a_device(waits, monkeypatch, window):
+    def device_kind(device, window, percentile):
+        return DeviceWindow(window, percentile) if window else DeviceHistory(percentile)
+
+    monkeypatch.setattr("unbraid.robust.clip.history_for", device_kind)
+    clipper = AutoClip(window=window, warmup_steps=3)
+    for norm in (1.0, torch.nan, 3.0, 0.0, 5.0):
+        clipper(torch.tensor(norm), torch.tensor(True))
+
+    assert not waits
+
+
+@pytest.mark.parametrize("name", sorted(set(CLIPPERS) - {"autoclip"}))
+def test_other_clippers_never_wait(waits, name):
+    clipper = CLIPPERS[name]()
+    for _ in range(30):
+        clipper(torch.tensor(1.0), torch.tensor(True))
+
+    assert not waits
+
+
+@pytest.mark.parametrize("name", sorted(FILTERS))
+def test_filters_never_wait(waits, name):
+    loss_filter, losses = FILTERS[name](), torch.linspace(-40, 10, 60)
+    for _ in range(3):
+        loss_filter(losses)
+        if hasattr(loss_filter, "observe"):
+            loss_filter.observe(losses, losses > -35)
+
+    assert not waits
+
+
+@pytest.mark.parametrize("name", sorted(TRANSFORMS))
+def test_transforms_never_wait(waits, name):
+    for shape in ((), (3,), (3, 2, 5)):
+        TRANSFORMS[name]()(torch.ones(shape), torch.ones(shape))
+
+    assert not waits
+
+
+def test_clip_in_anyones_loop_never_waits(waits):
+    parameter = nn.Parameter(torch.ones(3))
+    parameter.grad = torch.ones(3)
+
+    clip_(parameter, CLIPPERS["fixed"](max_norm=0.1))
+
+    assert not waits
+
+
+@pytest.mark.parametrize(
+    "kind", [torch.optim.Adam, torch.optim.AdamW, lambda p, **o: torch.optim.SGD(p, momentum=0.9, **o)]
+)
+def test_a_guarded_step_of_a_fused_optimizer_never_waits(waits, kind):
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = kind([parameter], lr=0.1, fused=True)
+    for gradient in (1.0, torch.nan, 2.0):
+        parameter.grad = torch.full((3,), gradient)
+        guarded_step(optimizer, CLIPPERS["zclip"](), loss=parameter.grad.sum())
+
+    assert not waits
+
+
+class Copies(TorchDispatchMode):
+    """Counts operations that bring tensors of different devices together, or move one: each may be a copy that waits."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, output)) if isinstance(x, torch.Tensor)]
+        if len({x.device.type for x in tensors}) > 1:
+            self.seen.append(func.overloadpacket.__name__)
+        return output
+
+
+@pytest.mark.parametrize("copy", [lambda x: x.cpu(), lambda x: torch.ones(3).to(x.device)])
+def test_the_instrument_itself_sees_a_copy(copy):
+    with FakeTensorMode(), Copies() as copies:
+        copy(torch.ones(3, device="cuda"))
+
+    assert copies.seen
+
+
+def test_on_a_gpu_that_only_seems_to_be_there_nothing_is_waited_for():
+    # a fake tensor has a device and no values: whatever asks for one fails
+    with FakeTensorMode():
+        losses = torch.ones(4, device="cuda")
+        parameter = nn.Parameter(torch.ones(4, device="cuda"))
+        optimizer = torch.optim.Adam([parameter], lr=0.1, fused=True)
+        parameter.grad = torch.ones(4, device="cuda")
+        clippers = [*(make() for make in CLIPPERS.values()), AutoClip(window=5, warmup_steps=3)]
+        filters = [make() for make in FILTERS.values()]
+
+        def train():
+            for clipper in clippers:
+                assert guarded_step(optimizer, clipper, loss=losses).taken.device.type == "cuda"
+                assert clip_(parameter, clipper).device.type == "cuda"
+            for loss_filter in filters:
+                assert loss_filter(losses).device.type == "cuda"
+                if hasattr(loss_filter, "observe"):
+                    loss_filter.observe(losses, losses.isfinite())
+
+        train()  # the first step moves what was made on the host
+        with Copies() as copies:
+            train()
+
+    assert not copies.seen
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_nothing_is_waited_for():
+    model = nn.Linear(8, 8, device="cuda")
+    clippers = [*(make() for make in CLIPPERS.values()), AutoClip(window=5)]
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1, fused=True)
+    filters = [make() for make in FILTERS.values()]
+    batches = [torch.full((4, 8), value, device="cuda") for value in (1.0, torch.nan, 2.0)]
+
+    def train():
+        for batch in batches:
+            losses = model(batch).square().mean(-1)
+            losses.mean().backward()
+            for clipper in clippers:
+                guarded_step(optimizer, clipper, loss=losses)
+            for loss_filter in filters:
+                loss_filter(losses.detach())
+                if hasattr(loss_filter, "observe"):
+                    loss_filter.observe(losses, losses.isfinite())
+            optimizer.zero_grad()
+
+    train()  # the first step moves what was made on the host
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        train()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(p.isfinite().all() for p in model.parameters())

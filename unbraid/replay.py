@@ -1,0 +1,71 @@
+"""A bad step run again: which example, which layer, and in which precision it goes away."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from unbraid.assemble import build_loss, build_model, choose_device
+from unbraid.errors import CheckpointError
+from unbraid.recipe import recipe_from_table
+from unbraid.robust.precision import PRECISIONS, Precision
+from unbraid.train.blame import Verdict, diagnose
+from unbraid.train.incident import Incident, read_incident
+
+
+def replay(path: Path, *, trust: bool = False) -> Iterator[str]:
+    """Run a bad step again from its bundle alone, first as it was, then in every other precision.
+
+    Args:
+        path: A folder in the incidents of a run.
+        trust: Whether code that the bundle's recipe names may run.
+
+    Yields:
+        Sentences, as they are found out.
+
+    Raises:
+        CheckpointError: If the bundle is damaged or does not fit.
+        RecipeError: If its model or loss is somebody's own code and is not trusted.
+    """
+    incident = read_incident(path)
+    about, recorded = incident.about, incident.about["precision"]
+    yield (
+        f"Step {about['step']} of process {about['rank']} was left out ({about['outcome'].replace('_', ' ')}) "
+        f"in {recorded}, with {len(incident.batch.mixture)} examples. It was noted: {about['verdict']}"
+    )
+    others = [name for name in PRECISIONS if name != recorded]
+    verdicts = {name: _again(incident, name, trust=trust) for name in (recorded, *others)}
+    for name, verdict in verdicts.items():
+        yield f"{'Again' if name == recorded else 'Then'}: {verdict.sentence()}"
+    yield _conclusion(recorded, verdicts)
+
+
+def _again(incident: Incident, precision: str, *, trust: bool) -> Verdict:
+    about, device = incident.about, choose_device()
+    recipe = recipe_from_table(dict(incident.recipe), Path.cwd())
+    model = build_model(recipe, trust=trust)
+    try:
+        model.load_state_dict(incident.weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"The incident's weights do not fit its model: {str(error).splitlines()[-1]}") from error
+    scale = about["loss_scale"] if about["precision"] == precision == "fp16" else 2.0**16
+    return diagnose(
+        model.to(device).train(),
+        build_loss(recipe, trust=trust),
+        Precision(precision, scale=scale),
+        incident.batch.to(device),
+        seed=about["seed"],
+        step=about["step"],
+        rank=about["rank"],
+        loss_upper_limit=about["loss_upper_limit"],
+    )
+
+
+def _conclusion(recorded: str, verdicts: dict[str, Verdict]) -> str:
+    cured = [name for name, verdict in verdicts.items() if verdict.kind == "none"]
+    if recorded in cured:
+        return "It does not happen again here: look at what differs, such as the device or the version of torch."
+    if cured:
+        return f"It goes away in {' and '.join(cured)}: train.precision = {cured[0]!r} would have taken the step."
+    found = verdicts[recorded]
+    if found.item is not None and found.item.files:
+        return f"It is there in every precision: look at {' + '.join(found.item.files)}, or name it under data.exclude."
+    return "It is there in every precision: it does not come from the number format."

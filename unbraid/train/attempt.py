@@ -1,0 +1,277 @@
+"""The examples of a step through model, loss and backward: once, in smaller pieces, or again without the bad ones."""
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from time import perf_counter
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from unbraid import dist
+from unbraid.data.batch import Batch
+from unbraid.draws import seeded_torch
+from unbraid.errors import UserError
+from unbraid.records import ItemId
+from unbraid.train.blame import bad_by_gradient
+from unbraid.train.forward import losses_of
+from unbraid.train.parcel import sum_together
+from unbraid.train.state import TrainState
+from unbraid.train.watch import is_sampled, item_details
+
+
+@dataclass
+class Ran:
+    """What one micro-batch came to; tensors of one value an example, ``(batch,)``, unless told."""
+
+    batch: Batch
+    losses: Tensor
+    weights: Tensor
+    bad: Tensor  # loss not finite, or over the limit
+    real: Tensor  # no stand-in
+    order: Tensor | None = None  # (batch, source)
+    si_sdr: Tensor | None = None  # (batch, source)
+    sounding: Tensor | None = None  # (batch, source)
+    details: Tensor | None = None  # (batch, source + 2), in sampled steps
+
+
+@dataclass
+class Attempt:
+    """All micro-batches of this rank once through model, loss and backward, and what the ranks make of them together.
+
+    Attributes:
+        ran: Micro-batches; empty where memory ran out.
+        told: Sums over all ranks, by name.
+        gradients: As backward left them.
+        norm: L2 norm of the averaged, unscaled gradient, 0-d.
+        divisor: What the gradients at hand must be divided by to become that, 0-d.
+        forward_seconds: Time that this rank was busy before it had to wait for others.
+        set_aside: Examples of this rank that were left out when the step was repeated.
+        n_set_aside: How many that were on all ranks.
+    """
+
+    ran: list[Ran]
+    told: dict[str, Tensor]
+    gradients: list[Tensor]
+    norm: Tensor
+    divisor: Tensor
+    forward_seconds: float
+    set_aside: tuple[ItemId, ...] = ()
+    n_set_aside: int = 0
+
+
+Buffers = list[tuple[Tensor, Tensor]]
+"""The model's buffers, and what they held before the step."""
+
+
+def restore(buffers: Buffers) -> None:
+    """Give the model's buffers back what they held."""
+    for buffer, before in buffers:
+        buffer.copy_(before)
+
+
+def run_once(state: TrainState, parts: Sequence[Batch], step: int, notes: Sequence[float]) -> Attempt:
+    """Every micro-batch of this rank through model, loss and backward; then the ranks sum what they have to agree on.
+
+    Args:
+        state: Its gradients are made anew.
+        parts: Micro-batches.
+        step: Seeds what the model draws.
+        notes: Summed over the ranks as well.
+    """
+    started = perf_counter()
+    state.optimizer.zero_grad(set_to_none=True)
+    pieces = list(parts) if state.n_pieces == 1 else [piece for part in parts for piece in part.split(state.n_pieces)]
+    ran: list[Ran] = []
+    waited, starved = 0.0, False
+    with seeded_torch(state.seed, "step", step, dist.rank()):
+        for piece in pieces:
+            try:
+                one, seconds = _forward_backward(state, piece, last=piece is pieces[-1], sampled=is_sampled(step))
+            except torch.OutOfMemoryError:
+                starved = True
+                break
+            ran.append(one)
+            waited += seconds
+    busy = perf_counter() - started - waited
+    if starved:
+        ran.clear()
+        _keep_company(state, pieces[0])
+    told = sum_together(_tally(state, pieces, ran, starved=starved) | {"notes": dist.on_device(notes, state.device)})
+    owned = [p for group in state.optimizer.param_groups for p in group["params"]]
+    gradients = [p.grad for p in owned if p.grad is not None]
+    norm, divisor = _true_norm(gradients, told["weight"], state.precision.scale_on(state.device))
+    return Attempt(ran, told, gradients, norm, divisor, busy)
+
+
+def _forward_backward(state: TrainState, batch: Batch, *, last: bool, sampled: bool) -> tuple[Ran, float]:
+    """Judge each example, and add the gradient of the weighted sum of their losses to what is there.
+
+    Returns:
+        What came of it, and the seconds in which this rank may have waited for others.
+    """
+    model, waited = state.model, 0.0
+    exchanges = isinstance(model, DistributedDataParallel) and last
+    with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext():
+        estimate, losses, assigned = losses_of(model, state.loss, state.precision, batch)
+        judged, given = losses.detach(), batch.weight.to(losses.dtype)
+        weights = given
+        for loss_filter in state.filters:
+            weights = weights * loss_filter(judged).clamp_min(0)
+        bad = ~(judged.isfinite() & (judged.abs() <= state.loss_upper_limit)) & (given > 0)
+        weights = torch.where(bad, given, weights)
+        total = (weights * losses).sum() * state.precision.scale_on(losses.device)
+        began = perf_counter()
+        try:
+            total.backward()
+        except torch.OutOfMemoryError as error:
+            if exchanges:
+                raise UserError(
+                    f"Process {dist.rank()} ran out of memory while gradients were being exchanged, where the others "
+                    "cannot follow it: lower data.batch_size or data.excerpt_seconds, or raise train.accumulate."
+                ) from error
+            raise
+        if exchanges:
+            waited = perf_counter() - began
+    ran = Ran(batch, judged, weights, bad, given > 0)
+    if assigned is not None:
+        ran.order, ran.si_sdr, ran.sounding = assigned.order, assigned.si_sdr, assigned.sounding
+    if sampled:
+        ran.details = item_details(estimate, batch.mixture)
+    return ran, waited
+
+
+def _keep_company(state: TrainState, piece: Batch) -> None:
+    """After memory ran out: drop what there is, and take part in the others' exchange of gradients with nothing."""
+    state.optimizer.zero_grad(set_to_none=True)
+    if state.device.type == "cuda":
+        torch.cuda.empty_cache()
+    if not isinstance(state.model, DistributedDataParallel):
+        return
+    try:
+        (state.model(piece.split(len(piece.mixture))[0].mixture).float().sum() * 0.0).backward()
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"Process {dist.rank()} has not the memory for a single example: lower data.excerpt_seconds, or take a "
+            "smaller model."
+        ) from error
+
+
+def cut_further(state: TrainState, parts: Sequence[Batch]) -> bool:
+    """Cut batches into twice as many pieces from now on, unless each holds one example already."""
+    if not _divisible(state, parts):
+        return False
+    state.n_pieces *= 2
+    return True
+
+
+def _divisible(state: TrainState, parts: Sequence[Batch]) -> bool:
+    return max(len(part.mixture) for part in parts) > state.n_pieces
+
+
+def _tally(state: TrainState, pieces: Sequence[Batch], ran: Sequence[Ran], *, starved: bool) -> dict[str, Tensor]:
+    """What the ranks have to sum in order to agree on a step."""
+    device = state.device
+    names = ("weight", "weighted_loss", "loss", "real", "trained", "easy", "nonfinite", "over")
+    n_told = pieces[0].sources.shape[1] if hasattr(state.loss, "assigned") else 0
+    counts = torch.zeros(len(names), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    si_sdr = counts.new_zeros(2, n_told)
+    for one in ran:
+        counted, finite = one.weights > 0, one.losses.isfinite()
+        used = counted & ~one.bad
+        rows = [one.weights, torch.where(counted, one.weights * one.losses, 0), torch.where(one.real, one.losses, 0)]
+        rows += [one.real, used, one.real & ~counted, one.bad & ~finite, one.bad & finite]
+        counts += torch.stack([row.to(counts.dtype) for row in rows]).sum(1)
+        if one.si_sdr is not None and one.sounding is not None:
+            heard = one.sounding & used[:, None]
+            si_sdr += torch.stack([torch.where(heard, one.si_sdr, 0), heard]).to(counts.dtype).sum(1)
+    told = dict(zip(names, counts, strict=True)) | {"si_sdr": si_sdr[0], "si_sdr_counts": si_sdr[1]}
+    flags = dist.on_device([starved, _divisible(state, pieces)], device)
+    told |= {"out_of_memory": flags[:1], "divisible": flags[1:]}
+    if state.remembering_filters:
+        told["losses"] = _losses_of_all(state, ran, counts)
+    return told
+
+
+def _losses_of_all(state: TrainState, ran: Sequence[Ran], like: Tensor) -> Tensor:
+    """This rank's losses in its own places among all ranks', ``(example,)``; infinite where there is nothing to learn.
+
+    Each place belongs to one rank, and the others add nothing to it: so the sum over ranks puts them together.
+    """
+    some = [torch.where(one.real & ~one.bad, one.losses, torch.inf).to(like.dtype) for one in ran]
+    mine = torch.cat([like.new_zeros(0), *some])
+    n_ranks = dist.world_size()
+    if n_ranks == 1:
+        return mine
+    if len(mine) > state.examples_per_rank:
+        raise UserError(
+            f"A filter that remembers losses must know on several processes how many examples one has in a step: set "
+            f"TrainState.examples_per_rank to {len(mine)} or more, the same on all."
+        )
+    slots = like.new_zeros(n_ranks, state.examples_per_rank)
+    slots[dist.rank()] = torch.inf
+    slots[dist.rank(), : len(mine)] = mine
+    return slots.flatten()
+
+
+def _true_norm(gradients: list[Tensor], weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """L2 norm of the averaged, unscaled gradient, and what the gradients at hand must be divided by to become it.
+
+    Several processes leave the mean over ranks of each rank's weighted sum.
+    """
+    divisor = weight.clamp_min(torch.finfo(weight.dtype).tiny) * (scale / dist.world_size())
+    total = nn.utils.get_total_norm(gradients) if gradients else torch.zeros_like(divisor)
+    return torch.where(weight > 0, total / divisor, 0.0 * total), divisor
+
+
+def rescued(state: TrainState, attempt: Attempt, step: int, notes: Sequence[float], buffers: Buffers) -> Attempt:
+    """The step again on its clean examples, if some are bad; every rank decides the same.
+
+    Of an fp16 overflow nothing is rescued: a smaller scale is its cure.
+    """
+    told = attempt.told
+    sick = [told["nonfinite"] + told["over"], told["out_of_memory"][0], told["weight"], attempt.norm.to(told["weight"])]
+    n_sick, starved, weight, norm = torch.stack(sick).tolist()
+    if starved or (not n_sick and (math.isfinite(norm) or not weight)):
+        return attempt
+    if not n_sick and can_shrink(state, state.precision.scale):
+        return attempt
+    guilty = [guilty_places(state, one, step, by_loss=n_sick > 0) for one in attempt.ran]
+    clean = [
+        [place for place, real in enumerate(one.real.tolist()) if real and place not in bad]
+        for one, bad in zip(attempt.ran, guilty, strict=True)
+    ]
+    sums = dist.on_device([sum(map(len, guilty)), sum(map(len, clean))], state.device)
+    n_guilty, n_clean = dist.sum_over_ranks(sums).tolist()
+    if not n_guilty or not n_clean:
+        return attempt
+    restore(buffers)
+    kept = [one.batch.pick(places) for one, places in zip(attempt.ran, clean, strict=True) if places]
+    again = run_once(state, kept or [_stand_in(attempt.ran[0].batch)], step, notes)
+    items = tuple(
+        one.batch.items[place] for one, bad in zip(attempt.ran, guilty, strict=True) if one.batch.items for place in bad
+    )
+    return replace(again, set_aside=items, n_set_aside=round(n_guilty))
+
+
+def guilty_places(state: TrainState, one: Ran, step: int, *, by_loss: bool) -> list[int]:
+    """Places of the examples behind a fault: by their loss, or if all losses are fine by their own gradient."""
+    if by_loss:
+        return [place for place, bad in enumerate(one.bad.tolist()) if bad]
+    return bad_by_gradient(
+        state.bare_model, state.loss, state.precision, one.batch, seed=state.seed, step=step, rank=dist.rank()
+    )
+
+
+def _stand_in(batch: Batch) -> Batch:
+    """One example of harmless noise that counts nothing, so that its rank can run the backward of the others."""
+    rng = torch.Generator().manual_seed(0)
+    sources = 0.1 * torch.randn(batch.sources[:1].shape, generator=rng).to(batch.sources)
+    return Batch.of(sources.sum(1), sources, weight=batch.weight.new_zeros(1))
+
+
+def can_shrink(state: TrainState, scale: float) -> bool:
+    """Whether a gradient that is not finite may be an overflow that a smaller scale cures."""
+    return state.precision.scales and scale > state.precision.MIN_SCALE

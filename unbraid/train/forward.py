@@ -1,0 +1,54 @@
+"""One batch through model and loss: the losses of its examples, each for itself."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from unbraid.data.batch import Batch
+from unbraid.errors import UserError
+from unbraid.losses.pit import Assigned
+from unbraid.robust.precision import Precision
+
+
+class ExampleLoss(Protocol):
+    """``(estimate, sources)`` to ``(batch, ...)``; the step takes each example's mean.
+
+    One that has a method ``assigned`` as `SeparationLoss` has it also tells the order of the outputs and their SI-SDR.
+    """
+
+    def __call__(self, estimate: Tensor, target: Tensor, /) -> Tensor:
+        """The losses."""
+        ...
+
+
+def losses_of(
+    model: nn.Module, loss: ExampleLoss, precision: Precision, batch: Batch
+) -> tuple[Tensor, Tensor, Assigned | None]:
+    """Run a batch through the model under autocast, and through the loss outside of it.
+
+    Returns:
+        What the model returned, ``(batch, source, channel, time)``; losses as `example_losses` gives them; and what
+        the loss tells beside them, where it tells anything.
+    """
+    with precision.autocast(batch.mixture.device):
+        estimate = model(batch.mixture)
+    losses, assigned = example_losses(loss, estimate, batch.sources)
+    return estimate, losses, assigned
+
+
+def example_losses(loss: ExampleLoss, estimate: Tensor, sources: Tensor) -> tuple[Tensor, Assigned | None]:
+    """One loss for each example, ``(batch,)``, in float32 (float64 stays), and what else the loss tells.
+
+    Raises:
+        UserError: If the loss does not keep the examples apart.
+    """
+    wide = [part.to(torch.promote_types(part.dtype, torch.float32)) for part in (estimate, sources)]
+    assigned = loss.assigned(*wide) if hasattr(loss, "assigned") else None
+    losses = loss(*wide) if assigned is None else assigned.losses
+    if losses.dim() == 0 or len(losses) != len(sources):
+        raise UserError(
+            f"The loss returned {tuple(losses.shape)} for a batch of {len(sources)}; it must keep the examples apart, "
+            "so that a bad one can be told from the others."
+        )
+    return (losses.flatten(1).mean(1) if losses.dim() > 1 else losses), assigned

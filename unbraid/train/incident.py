@@ -1,0 +1,100 @@
+"""The replay bundle: all that is needed to run a bad step again, on another machine too."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from unbraid.data.batch import Batch
+from unbraid.errors import CheckpointError
+from unbraid.records import SCHEMA_VERSION, ItemId, json_row, write_atomically
+from unbraid.train.checkpoint import read_verified, write_tensors
+
+
+@dataclass(frozen=True)
+class Incident:
+    """A bad step of one process, as a replay needs it.
+
+    Attributes:
+        about: Step, rank, seed, precision, loss scale, limit, outcome, verdict and versions.
+        recipe: The resolved recipe, as plain dicts.
+        weights: Of the model.
+        batch: The examples of the process.
+    """
+
+    about: Mapping[str, Any]
+    recipe: Mapping[str, Any]
+    weights: dict[str, Tensor]
+    batch: Batch
+
+
+def write_incident(folder: Path, incident: Incident) -> Path:
+    """Write a replay bundle, to a temporary name first, with the SHA-256 of each file; nothing where it is already.
+
+    Raises:
+        OSError: If the disk refuses; of the bundle nothing stays.
+    """
+    step, rank = incident.about["step"], incident.about["rank"]
+    final = folder / f"step-{step:06d}-rank-{rank}"
+    if final.exists():
+        return final
+    batch = incident.batch
+    audio = {"mixture": batch.mixture, "sources": batch.sources, "weight": batch.weight}
+    audio |= {} if batch.noise is None else {"noise": batch.noise}
+    items = [asdict(item) for item in batch.items]
+    about = {"schema": SCHEMA_VERSION, **incident.about, "items": items, "recipe": incident.recipe}
+    temporary = folder / f".{final.name}.{os.getpid()}.tmp"
+    try:
+        temporary.mkdir(parents=True)
+        tensors = {"model.safetensors": incident.weights, "batch.safetensors": audio}
+        about["sha256"] = {name: write_tensors(temporary / name, some) for name, some in tensors.items()}
+        write_atomically(temporary / ABOUT, json.dumps(json_row(about), indent=1, allow_nan=False))
+        temporary.rename(final)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return final
+
+
+ABOUT = "incident.json"
+
+
+def read_incident(path: Path) -> Incident:
+    """Read a replay bundle and verify it.
+
+    Raises:
+        CheckpointError: If it is none, or is damaged.
+    """
+    if not (path / ABOUT).is_file():
+        raise CheckpointError(f"{path} is no incident: give one of the folders in the incidents of a run directory.")
+    try:
+        about = json.loads((path / ABOUT).read_bytes())
+        if about["schema"] != SCHEMA_VERSION:
+            raise CheckpointError(f"{path} has schema {about['schema']}; this version reads {SCHEMA_VERSION}.")
+        files = {name: read_verified(path / name, digest) for name, digest in about["sha256"].items()}
+        audio = safetensors.torch.load(files["batch.safetensors"])
+        items = [ItemId(**item | {"files": tuple(item["files"])}) for item in about["items"]]
+        batch = Batch(audio["mixture"], audio["sources"], audio["weight"], audio.get("noise"), tuple(items))
+        return Incident(about, about["recipe"], safetensors.torch.load(files["model.safetensors"]), batch)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path} is not a whole incident ({type(error).__name__}: {error}).") from error
+
+
+def joined(parts: Sequence[Batch]) -> Batch:
+    """Micro-batches as one batch; noise stays only where all have it."""
+    if len(parts) == 1:
+        return parts[0]
+    tensors = [torch.cat([getattr(part, name) for part in parts]) for name in ("mixture", "sources", "weight")]
+    noises = [part.noise for part in parts if part.noise is not None]
+    noise = torch.cat(noises) if len(noises) == len(parts) else None
+    return Batch(tensors[0], tensors[1], tensors[2], noise, tuple(item for part in parts for item in part.items))
