@@ -151,7 +151,7 @@ def test_a_guarded_step_of_a_fused_optimizer_never_waits(waits, kind):
 
 
 class Copies(TorchDispatchMode):
-    """Counts operations that bring tensors of different devices together, or move one: each may be a copy that waits."""
+    """Counts operations that bring tensors of two devices together, or move one: each may be a copy that waits."""
 
     def __init__(self):
         super().__init__()

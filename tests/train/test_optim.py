@@ -9,11 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from unbraid.errors import RecipeError
+from unbraid.losses.pit import SeparationLoss
+from unbraid.losses.waveform import neg_si_sdr
 from unbraid.models import MODELS
 from unbraid.robust.guard import prime, update
 from unbraid.train import muon
 from unbraid.train.muon import Muon, as_matrix, orthogonalised
 from unbraid.train.optim import OPTIMIZERS
+from unbraid.train.state import TrainState, judged_weights
 
 every_optimizer = pytest.mark.parametrize("name", sorted(OPTIMIZERS))
 
@@ -56,10 +59,6 @@ def make(name, **options):
     return model, optimizer
 
 
-def switch(optimizer, mode):
-    getattr(optimizer, mode, lambda: None)()
-
-
 def assert_equal(one, other):
     for name, weight in one.items():
         assert torch.equal(weight, other[name]), name
@@ -73,7 +72,8 @@ def test_a_quadratic_is_lowered(name):
         optimizer.zero_grad()
         model().backward()
         optimizer.step()
-    switch(optimizer, "eval")
+    if name == "schedule_free":
+        optimizer.eval()
 
     assert model().item() < 0.05 * before
 
@@ -87,12 +87,10 @@ def test_a_run_that_is_saved_and_resumed_is_bit_by_bit_the_one_that_was_not(name
     stopped, its_optimizer = make(name)
     for seed in range(4):
         step(stopped, its_optimizer, seed=seed)
-    switch(its_optimizer, "eval")
     saved = copy.deepcopy((its_optimizer.state_dict(), stopped.state_dict()))
     resumed, its_optimizer = make(name)
     its_optimizer.load_state_dict(saved[0])
     resumed.load_state_dict(saved[1])
-    switch(its_optimizer, "train")
     for seed in range(4, 8):
         step(resumed, its_optimizer, seed=seed)
 
@@ -298,57 +296,45 @@ def test_muon_takes_a_closure():
     assert losses[0] > losses[1] > losses[2]
 
 
-def test_schedule_free_averages_as_the_package_does():
+def schedule_free_state():
+    model, optimizer = make("schedule_free", lr=0.01)
+    return TrainState(model, loss=SeparationLoss(neg_si_sdr), optimizer=optimizer)
+
+
+def test_schedule_free_is_judged_by_the_packages_average():
     from schedulefree import AdamWScheduleFree
 
-    model, reference = Weights(), Weights()
-    ours = OPTIMIZERS["schedule_free"](model.parameters(), lr=0.01)
+    state, reference = schedule_free_state(), Weights()
     theirs = AdamWScheduleFree(reference.parameters(), lr=0.01)
     theirs.train()
     for seed in range(5):
-        step(model, ours, seed=seed)
+        step(state.model, state.optimizer, seed=seed)
         step(reference, theirs, seed=seed)
-    assert_equal(reference.state_dict(), model.state_dict())
+    assert_equal(reference.state_dict(), state.model.state_dict())
 
-    ours.eval()
     theirs.eval()
 
-    assert_equal(reference.state_dict(), model.state_dict())
+    with judged_weights(state):
+        assert_equal(reference.state_dict(), state.model.state_dict())
+    assert_equal(reference.state_dict(), state.state_dict()["model"])
+    assert not torch.equal(reference.matrix, state.model.matrix)
 
 
-def test_schedule_free_is_the_same_run_however_often_it_is_looked_at():
-    often, never = make("schedule_free"), make("schedule_free")
+def test_schedule_free_is_the_same_run_however_often_it_is_validated_saved_or_resumed():
+    never, often = schedule_free_state(), schedule_free_state()
     for seed in range(5):
-        for _ in range(3):
-            often[1].eval()
-            averaged = often[0].matrix.clone()
-            often[1].eval()
-            assert torch.equal(often[0].matrix, averaged)
-            often[1].train()
-            often[1].train()
-        step(*often, seed=seed)
-        step(*never, seed=seed)
+        with judged_weights(often):
+            pass
+        saved = copy.deepcopy(often.state_dict())
+        often = schedule_free_state()
+        often.load_state_dict(saved)
+        for state in (never, often):
+            step(state.model, state.optimizer, seed=seed)
 
-    assert not torch.equal(averaged, often[0].matrix)
-    assert_equal(never[0].state_dict(), often[0].state_dict())
-    assert all("trained" not in state for state in often[1].state.values())
-
-
-def test_schedule_free_saved_while_it_trains_goes_on_too():
-    model, optimizer = make("schedule_free")
-    step(model, optimizer, seed=0)
-    resumed, its_optimizer = make("schedule_free")
-    its_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    resumed.load_state_dict(model.state_dict())
-    its_optimizer.train()
-    for each in ((model, optimizer), (resumed, its_optimizer)):
-        step(*each, seed=1)
-
-    assert_equal(model.state_dict(), resumed.state_dict())
+    assert_equal(never.model.state_dict(), often.model.state_dict())
 
 
 def test_schedule_free_without_its_package_names_the_extra(monkeypatch):
-    monkeypatch.delitem(sys.modules, "unbraid.train.schedule_free", raising=False)
     monkeypatch.setitem(sys.modules, "schedulefree", None)
 
     with pytest.raises(RecipeError, match=r"unbraid\[schedule_free\]"):

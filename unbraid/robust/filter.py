@@ -26,14 +26,8 @@ class LossFilter(Protocol):
 
 
 @runtime_checkable
-class RememberingFilter(Protocol):
+class RememberingFilter(LossFilter, Protocol):
     """A `LossFilter` that learns from the losses of earlier steps."""
-
-    needs_db: bool
-
-    def __call__(self, losses: Tensor) -> Tensor:
-        """The weights, by what earlier steps left."""
-        ...
 
     def observe(self, losses: Tensor, sound: Tensor) -> None:
         """Learn from a step that was no fault; called once after it, on every rank alike.

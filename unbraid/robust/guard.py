@@ -29,7 +29,7 @@ def guarded_step(
     Call it after backward. A step left out leaves weights, optimizer and clipper as they were, bit for bit. It does
     not zero the gradients: call ``zero_grad`` before the next backward, or a NaN stays in them. Torch's fused
     optimizers (``fused=True``) decide on the device, and nothing waits for it; for any other the host decides, which
-    on an accelerator costs one synchronisation. Adam and AdamW in their fused kind are also several times faster.
+    on an accelerator costs one synchronisation.
 
     Under fp16 keep the loss scale yourself and say it here: ``torch.amp.GradScaler`` leaves steps out too, and its
     ``step`` and ``unscale_`` must not be mixed with this. Halve the scale when a step is not taken.

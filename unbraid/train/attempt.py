@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from time import perf_counter
 
 import torch
@@ -15,7 +16,7 @@ from unbraid.data.batch import Batch
 from unbraid.draws import seeded_torch
 from unbraid.errors import UserError
 from unbraid.records import ItemId
-from unbraid.train.blame import bad_by_gradient
+from unbraid.train.blame import bad_by_gradient, bad_by_loss
 from unbraid.train.forward import losses_of
 from unbraid.train.parcel import sum_together
 from unbraid.train.state import TrainState
@@ -257,12 +258,17 @@ def rescued(state: TrainState, attempt: Attempt, step: int, notes: Sequence[floa
 
 
 def guilty_places(state: TrainState, one: Ran, step: int, *, by_loss: bool) -> list[int]:
-    """Places of the examples behind a fault: by their loss, or if all losses are fine by their own gradient."""
-    if by_loss:
-        return [place for place, bad in enumerate(one.bad.tolist()) if bad]
-    return bad_by_gradient(
-        state.bare_model, state.loss, state.precision, one.batch, seed=state.seed, step=step, rank=dist.rank()
-    )
+    """Places of the examples behind a fault: by their loss, or if all losses are fine by their own gradient.
+
+    Where all of several losses are bad, a layer may have carried one example's fault to the others, as BatchNorm does:
+    then each is looked at alone.
+    """
+    bad = [place for place, bad in enumerate(one.bad.tolist()) if bad]
+    if by_loss and not len(bad) == len(one.losses) > 1:
+        return bad
+    look = partial(bad_by_loss, limit=state.loss_upper_limit) if by_loss else bad_by_gradient
+    found = look(state.bare_model, state.loss, state.precision, one.batch, seed=state.seed, step=step, rank=dist.rank())
+    return found or bad
 
 
 def _stand_in(batch: Batch) -> Batch:

@@ -114,6 +114,27 @@ def bad_by_gradient(
     return bad
 
 
+def bad_by_loss(
+    model: nn.Module,
+    loss: ExampleLoss,
+    precision: Precision,
+    batch: Batch,
+    *,
+    limit: float,
+    seed: int,
+    step: int,
+    rank: int,
+) -> list[int]:
+    """Places of the examples whose loss is not finite, or over the limit, if each is alone: one forward each."""
+    bad = []
+    for place in range(len(batch.mixture)):
+        with _undisturbed(model, seed, step, rank), torch.no_grad():
+            value = losses_of(model, loss, precision, batch.pick([place]))[1]
+        if not bool(value.isfinite().all() & (value.abs() <= limit).all()):
+            bad.append(place)
+    return bad
+
+
 @contextmanager
 def _undisturbed(model: nn.Module, seed: int, step: int, rank: int) -> Iterator[None]:
     """The step's own random draws, nothing compiled, and buffers as they were afterwards."""

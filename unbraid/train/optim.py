@@ -77,8 +77,9 @@ def schedule_free(
 ) -> Optimizer:
     """AdamW that averages its weights instead of lowering the learning rate, from the extra ``schedule_free``.
 
-    It wants the schedule ``constant``, and a warm-up there. It starts in ``train()``; call ``eval()`` before
-    validating or saving, and ``train()`` after that and after loading.
+    It wants the schedule ``constant``, and a warm-up there. What is good are the averaged weights, which its ``eval()``
+    puts in the model, and ``train()`` takes out again, with a rounding: `judged_weights` does it without. It comes in
+    training mode.
 
     Raises:
         RecipeError: If the extra is not installed.
@@ -87,12 +88,12 @@ def schedule_free(
         Defazio et al., "The road less scheduled", NeurIPS 2024, arXiv:2405.15682.
     """
     try:
-        from unbraid.train.schedule_free import ScheduleFree
+        from schedulefree import AdamWScheduleFree
     except ImportError as error:
         raise RecipeError(
             '[optim] name = "schedule_free" needs the package schedulefree: pip install "unbraid[schedule_free]".'
         ) from error
-    optimizer = ScheduleFree(list(parameters), lr, betas, eps, weight_decay)
+    optimizer = AdamWScheduleFree(list(parameters), lr, betas, eps, weight_decay)
     optimizer.train()
     return optimizer
 

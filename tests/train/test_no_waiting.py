@@ -1,0 +1,132 @@
+"""No step waits for the host: what would, on an accelerator, is counted here on the CPU."""
+
+from collections import Counter
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from toys import make_batch, make_state
+
+from unbraid.robust import CLIPPERS, FILTERS, TRANSFORMS, clip
+from unbraid.robust.history import DeviceHistory, DeviceWindow
+from unbraid.robust.precision import Precision
+from unbraid.train.average import Average
+from unbraid.train.optim import OPTIMIZERS
+from unbraid.train.step import finish, launch
+
+
+class _Operations(TorchDispatchMode):
+    """Counts operations that have to know values on the host."""
+
+    WAITING = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "unique", "_unique2")
+
+    def __init__(self, counts):
+        super().__init__()
+        self.counts = counts
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        name = function.overloadpacket.__name__
+        by_mask = name in ("index", "index_put", "index_put_") and any(
+            part is not None and part.dtype in (torch.bool, torch.uint8) for part in arguments[1]
+        )
+        if name in self.WAITING or by_mask:
+            self.counts[name] += 1
+        return function(*arguments, **(options or {}))
+
+
+@contextmanager
+def counted_waits(monkeypatch):
+    counts = Counter()
+
+    def counting(name):
+        original = getattr(Tensor, name)
+
+        def method(self, *arguments, **options):
+            counts[name] += 1
+            return original(self, *arguments, **options)
+
+        return method
+
+    with monkeypatch.context() as patched:
+        for name in ("tolist", "cpu", "numpy"):
+            patched.setattr(Tensor, name, counting(name))
+        with _Operations(counts):
+            yield counts
+
+
+def test_the_counter_counts():
+    with pytest.MonkeyPatch.context() as monkeypatch, counted_waits(monkeypatch) as counts:
+        value = torch.tensor([1.0, 2.0])
+        value[0].item()
+        bool(value[0] > 0)
+        float(value[1])
+        value[value > 1]
+        value.tolist()
+
+    assert counts == {"_local_scalar_dense": 3, "index": 1, "tolist": 1}
+
+
+def on_a_device(_device, window, percentile):
+    return DeviceWindow(window, percentile) if window else DeviceHistory(percentile)
+
+
+DEVICE_OPTIMIZERS = ["adam", "adamw", "sgd"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("clipper", sorted(CLIPPERS))
+@pytest.mark.parametrize("optimizer", DEVICE_OPTIMIZERS)
+def test_a_step_launches_without_waiting_and_ends_with_one_transfer(monkeypatch, optimizer, clipper, precision):
+    monkeypatch.setattr(clip, "history_for", on_a_device)
+    state = make_state(
+        optimizer=optimizer,
+        clipper=CLIPPERS[clipper](),
+        precision=Precision(precision, scale=8.0),
+        filters=[FILTERS[name]() for name in sorted(FILTERS)],
+        transforms=[TRANSFORMS[name]() for name in sorted(TRANSFORMS)],
+    )
+    state.average = Average(state.model, 0.99)
+    launch(state, [make_batch()])
+    state.step = 48
+    for step in (49, 50):  # a plain one, and one that is looked at closely
+        with counted_waits(monkeypatch) as launching:
+            launched = launch(state, [make_batch(seed=step), make_batch(seed=step + 1)])
+        with counted_waits(monkeypatch) as finishing:
+            record, _ = finish(state, launched)
+
+        assert record.trained
+        assert launching == {}
+        assert finishing == {"tolist": 1}
+        assert bool(record.items) == (step == 50)
+
+
+@pytest.mark.parametrize("optimizer", sorted(set(OPTIMIZERS) - set(DEVICE_OPTIMIZERS)))
+def test_where_the_host_has_to_decide_it_is_told_all_at_once(monkeypatch, optimizer):
+    state = make_state(optimizer=optimizer)
+    launch(state, [make_batch()])
+    with counted_waits(monkeypatch) as waits:
+        record, _ = finish(state, launch(state, [make_batch(seed=2)]))
+
+    assert record.trained
+    assert waits["tolist"] == 1
+
+
+def test_a_step_can_be_launched_before_the_one_before_it_is_finished():
+    ahead, plain = (
+        make_state(precision=Precision("fp16", scale=2.0**12)),
+        make_state(precision=Precision("fp16", scale=2.0**12)),
+    )
+    batches = [make_batch(seed=seed) for seed in range(5)]
+    plain_records = [finish(plain, launch(plain, [batch]))[0] for batch in batches]
+    records, waiting = [], None
+    for batch in [*batches, None]:
+        launched = launch(ahead, [batch]) if batch is not None else None
+        if waiting is not None:
+            records.append(finish(ahead, waiting)[0])
+        waiting = launched
+
+    assert [r.loss for r in records] == [r.loss for r in plain_records]
+    assert [r.step for r in records] == [1, 2, 3, 4, 5]
+    assert torch.equal(ahead.model.filters.weight, plain.model.filters.weight)
