@@ -22,7 +22,15 @@ def seeded_torch(seed: int, purpose: str, *position: int) -> Iterator[None]:
     """Seed torch's global generators for what takes none (dropout, initial weights), and put them back afterwards."""
     import torch
 
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(int(seed_sequence(seed, purpose, *position).generate_state(1, np.uint64)[0] >> 1))
+    drawn = int(seed_sequence(seed, purpose, *position).generate_state(1, np.uint64)[0] >> 1)
+    generators = [torch.default_generator]  # not torch.manual_seed, which takes longer than some steps
+    if torch.cuda.is_initialized():
+        generators.append(torch.cuda.default_generators[torch.cuda.current_device()])
+    before = [generator.get_state() for generator in generators]
+    try:
+        for generator in generators:
+            generator.manual_seed(drawn)
         yield
+    finally:
+        for generator, state in zip(generators, before, strict=True):
+            generator.set_state(state)

@@ -62,6 +62,10 @@ class Attempt:
     set_aside: tuple[ItemId, ...] = ()
     n_set_aside: int = 0
 
+    def count(self, name: str) -> Tensor:
+        """One of `COUNTS`, 0-d, summed over all ranks."""
+        return self.told["counts"][COUNTS.index(name)]
+
 
 Buffers = list[tuple[Tensor, Tensor]]
 """The model's buffers, and what they held before the step."""
@@ -100,10 +104,10 @@ def run_once(state: TrainState, parts: Sequence[Batch], step: int, notes: Sequen
     if starved:
         ran.clear()
         _keep_company(state, pieces[0])
-    told = sum_together(_tally(state, pieces, ran, starved=starved) | {"notes": dist.on_device(notes, state.device)})
+    told = sum_together(_tally(state, pieces, ran, notes, starved=starved))
     owned = [p for group in state.optimizer.param_groups for p in group["params"]]
     gradients = [p.grad for p in owned if p.grad is not None]
-    norm, divisor = _true_norm(gradients, told["weight"], state.precision.scale_on(state.device))
+    norm, divisor = _true_norm(gradients, told["counts"][0], state.precision.scale_on(state.device))
     return Attempt(ran, told, gradients, norm, divisor, busy)
 
 
@@ -172,27 +176,45 @@ def _divisible(state: TrainState, parts: Sequence[Batch]) -> bool:
     return max(len(part.mixture) for part in parts) > state.n_pieces
 
 
-def _tally(state: TrainState, pieces: Sequence[Batch], ran: Sequence[Ran], *, starved: bool) -> dict[str, Tensor]:
-    """What the ranks have to sum in order to agree on a step."""
-    device = state.device
-    names = ("weight", "weighted_loss", "loss", "real", "trained", "easy", "nonfinite", "over")
-    n_told = pieces[0].sources.shape[1] if hasattr(state.loss, "assigned") else 0
-    counts = torch.zeros(len(names), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
-    si_sdr = counts.new_zeros(2, n_told)
+COUNTS = (
+    "weight",
+    "weighted_loss",
+    "loss",
+    "real",
+    "trained",
+    "easy",
+    "nonfinite",
+    "over",
+    "out_of_memory",
+    "divisible",
+)
+"""What is summed over the ranks in every step, in this order: sums over examples, then flags."""
+
+_N_SUMS = COUNTS.index("out_of_memory")
+
+
+def _tally(
+    state: TrainState, pieces: Sequence[Batch], ran: Sequence[Ran], notes: Sequence[float], *, starved: bool
+) -> dict[str, Tensor]:
+    """What the ranks have to sum in order to agree on a step, and the notes beside it."""
+    flags = [float(starved), float(_divisible(state, pieces))]
+    head = dist.on_device([*[0.0] * _N_SUMS, *flags, *notes], state.device)
+    told = {"counts": head[: len(COUNTS)], "notes": head[len(COUNTS) :]}
+    n_sources = pieces[0].sources.shape[1] if hasattr(state.loss, "assigned") else 0
+    si_sdr = head.new_zeros(2, n_sources)
     for one in ran:
+        weights, losses = one.weights.to(head.dtype), one.losses.to(head.dtype)
         counted, finite = one.weights > 0, one.losses.isfinite()
         used = counted & ~one.bad
-        rows = [one.weights, torch.where(counted, one.weights * one.losses, 0), torch.where(one.real, one.losses, 0)]
-        rows += [one.real, used, one.real & ~counted, one.bad & ~finite, one.bad & finite]
-        counts += torch.stack([row.to(counts.dtype) for row in rows]).sum(1)
+        flagged = torch.stack([one.real, used, one.real & ~counted, one.bad & ~finite, one.bad & finite])
+        known = torch.stack([weights, torch.where(counted, weights * losses, 0), torch.where(one.real, losses, 0)])
+        head[:_N_SUMS] += torch.cat([known, flagged.to(head.dtype)]).sum(1)
         if one.si_sdr is not None and one.sounding is not None:
             heard = one.sounding & used[:, None]
-            si_sdr += torch.stack([torch.where(heard, one.si_sdr, 0), heard]).to(counts.dtype).sum(1)
-    told = dict(zip(names, counts, strict=True)) | {"si_sdr": si_sdr[0], "si_sdr_counts": si_sdr[1]}
-    flags = dist.on_device([starved, _divisible(state, pieces)], device)
-    told |= {"out_of_memory": flags[:1], "divisible": flags[1:]}
+            si_sdr += torch.stack([torch.where(heard, one.si_sdr, 0).to(head.dtype), heard.to(head.dtype)]).sum(1)
+    told["si_sdr"] = si_sdr
     if state.remembering_filters:
-        told["losses"] = _losses_of_all(state, ran, counts)
+        told["losses"] = _losses_of_all(state, ran, head)
     return told
 
 
@@ -232,9 +254,9 @@ def rescued(state: TrainState, attempt: Attempt, step: int, notes: Sequence[floa
 
     Of an fp16 overflow nothing is rescued: a smaller scale is its cure.
     """
-    told = attempt.told
-    sick = [told["nonfinite"] + told["over"], told["out_of_memory"][0], told["weight"], attempt.norm.to(told["weight"])]
-    n_sick, starved, weight, norm = torch.stack(sick).tolist()
+    values = torch.cat([attempt.told["counts"], attempt.norm.reshape(1).to(attempt.divisor)]).tolist()
+    told, norm = dict(zip(COUNTS, values[:-1], strict=True)), values[-1]
+    n_sick, starved, weight = told["nonfinite"] + told["over"], told["out_of_memory"], told["weight"]
     if starved or (not n_sick and (math.isfinite(norm) or not weight)):
         return attempt
     if not n_sick and can_shrink(state, state.precision.scale):

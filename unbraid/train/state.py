@@ -110,6 +110,7 @@ class TrainState:
     bad_files: dict[str, str] = field(default_factory=dict)
     n_pieces: int = 1
     examples_per_rank: int = 0
+    _buffers: tuple[nn.Module, tuple[Tensor, ...]] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for group in self.optimizer.param_groups:
@@ -125,6 +126,13 @@ class TrainState:
     def device(self) -> torch.device:
         """Where the parameters are."""
         return next(self.model.parameters()).device
+
+    @property
+    def buffers(self) -> tuple[Tensor, ...]:
+        """What layers such as BatchNorm keep beside the parameters; looked for once, as that walks through the model."""
+        if self._buffers is None or self._buffers[0] is not self.model:
+            self._buffers = self.model, tuple(self.model.buffers())
+        return self._buffers[1]
 
     @property
     def remembering_filters(self) -> list[RememberingFilter]:

@@ -13,6 +13,7 @@ from unbraid.data.batch import Batch
 from unbraid.records import ItemId, ItemRecord, StepRecord
 from unbraid.robust.guard import acts_on_device, update
 from unbraid.train.attempt import (
+    COUNTS,
     Attempt,
     Buffers,
     Ran,
@@ -77,7 +78,7 @@ def launch(
     if step is None:
         state.step += 1
     step, parts = step or state.step, list(parts)
-    buffers = [(buffer, buffer.clone()) for buffer in state.model.buffers()]
+    buffers = [(buffer, buffer.clone()) for buffer in state.buffers]
     attempt = run_once(state, parts, step, notes)
     while not attempt.ran and dist.world_size() == 1 and cut_further(state, parts):
         restore(buffers)
@@ -98,10 +99,11 @@ def finish(state: TrainState, launched: Launched) -> tuple[StepRecord, list[floa
         Its record, and the notes that it was launched with, summed over the ranks.
     """
     values = launched.parcel.open()
-    if values["out_of_memory"][0] and values["divisible"][0] and dist.world_size() > 1:
+    told = dict(zip(COUNTS, values["counts"], strict=True))
+    if told["out_of_memory"] and told["divisible"] and dist.world_size() > 1:
         state.n_pieces *= 2
         return finish(state, launch(state, launched.parts, notes=launched.notes, step=launched.step))
-    record = _record(state, launched, values)
+    record = _record(state, launched, values, told)
     if not record.trained and record.outcome not in ("all_easy", "loss_scale"):
         record = replace(record, bad_items=tuple(_bad_items(state, launched, record.outcome)))
     state.faults.add(record.outcome)
@@ -111,8 +113,9 @@ def finish(state: TrainState, launched: Launched) -> tuple[StepRecord, list[floa
 def _apply(state: TrainState, attempt: Attempt, step: int, buffers: Buffers) -> Parcel:
     """Clip and update, or leave everything as it was; all of it is decided where the tensors are."""
     told, norm, gradients, divisor = attempt.told, attempt.norm, attempt.gradients, attempt.divisor
-    sound = told["nonfinite"] + told["over"] + told["out_of_memory"][0] == 0
-    fine = sound & (told["weight"] > 0) & norm.isfinite()
+    weighs = attempt.count("weight") > 0
+    sound = attempt.count("nonfinite") + attempt.count("over") + attempt.count("out_of_memory") == 0
+    fine = sound & weighs & norm.isfinite()
     watched = blocks_of(state.bare_model) if is_sampled(step) else {}
     parcel = {"scale": state.precision.scale_on(norm.device).clone()} | told | {"norm": norm}
     if watched:
@@ -135,10 +138,10 @@ def _apply(state: TrainState, attempt: Attempt, step: int, buffers: Buffers) -> 
         buffer.copy_(torch.where(fine, buffer, kept))
     if state.average is not None:
         state.average.update(state.bare_model, fine)
-    overflowed = sound & (told["weight"] > 0) & ~norm.isfinite()
+    overflowed = sound & weighs & ~norm.isfinite()
     state.precision.update(overflowed, fine)
     for loss_filter in state.remembering_filters:
-        loss_filter.observe(told["losses"], told["losses"].isfinite() & (fine | (sound & (told["weight"] == 0))))
+        loss_filter.observe(told["losses"], told["losses"].isfinite() & (fine | (sound & ~weighs)))
     if watched:
         after = [[p.detach() for p in some] for some in watched.values()]
         moved = [torch._foreach_sub(new, old) for new, old in zip(after, before, strict=True)]
@@ -169,8 +172,10 @@ def _closely(ran: Sequence[Ran]) -> dict[str, Tensor]:
 _BY_LOSS = ("nonfinite_loss", "over_limit")
 
 
-def _record(state: TrainState, launched: Launched, values: dict[str, list[float]]) -> StepRecord:
-    one = {name: some[0] for name, some in values.items() if len(some) == 1}
+def _record(
+    state: TrainState, launched: Launched, values: dict[str, list[float]], told: dict[str, float]
+) -> StepRecord:
+    one = told | {name: values[name][0] for name in ("scale", "norm", "norm_transformed", "limit")}
     weight, n_real, attempt = one["weight"], one["real"], launched.attempt
     if one["out_of_memory"]:
         outcome = "out_of_memory"
@@ -199,9 +204,7 @@ def _record(state: TrainState, launched: Launched, values: dict[str, list[float]
         limit=one["limit"],
         clipped=trained and one["norm_transformed"] > one["limit"],
         norm_after=min(one["norm_transformed"], one["limit"]) if trained else None,
-        si_sdr=tuple(
-            total / n if n else None for total, n in zip(values["si_sdr"], values["si_sdr_counts"], strict=True)
-        ),
+        si_sdr=tuple(total / n if n else None for total, n in zip(*_rows(values["si_sdr"], 2), strict=True)),
         lr=launched.lr,
         loss_scale=one["scale"],
         n_trained=round(one["trained"]) if trained else 0,
