@@ -27,9 +27,11 @@ def replay(path: Path, *, trust: bool = False) -> Iterator[str]:
     """
     incident = read_incident(path)
     about, recorded = incident.about, incident.about["precision"]
+    outcome = about["outcome"].replace("_", " ")
+    became = "done without its bad examples" if outcome == "trained" else f"left out ({outcome})"
     yield (
-        f"Step {about['step']} of process {about['rank']} was left out ({about['outcome'].replace('_', ' ')}) "
-        f"in {recorded}, with {len(incident.batch.mixture)} examples. It was noted: {about['verdict']}"
+        f"Step {about['step']} was {became}; process {about['rank']} had {len(incident.batch.mixture)} examples, in "
+        f"{recorded}. It was noted: {about['verdict']}"
     )
     others = [name for name in PRECISIONS if name != recorded]
     verdicts = {name: _again(incident, name, trust=trust) for name in (recorded, *others)}

@@ -27,11 +27,26 @@ def ranks(tmp_path_factory):
     return [json.loads((out / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("case", ["even", "uneven", "micro_batches", "filtered", "nothing_left"])
+@pytest.mark.parametrize(
+    "case", ["even", "uneven", "micro_batches", "filtered", "nothing_left", "rescued", "rescued_without_a_rank"]
+)
 def test_two_ranks_take_the_step_of_one_process_on_the_joined_batch(ranks, case):
     for seen in ranks:
         assert seen[case]["distance"] < 1e-6
         assert seen[case]["norms"][0] == pytest.approx(seen[case]["norms"][1], rel=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("any_cut", 1e-6), ("any_cut_float32", 1e-5)])
+def test_however_examples_are_dealt_out_weighed_and_filtered_it_is_the_same_step(ranks, dtype, tolerance):
+    assert len(ranks[0][dtype]) == 12
+    assert max(ranks[0][dtype] + ranks[1][dtype]) < tolerance
+
+
+def test_where_memory_runs_out_on_one_rank_all_cut_their_batches_and_the_step_is_the_same(ranks):
+    for seen in ranks:
+        assert seen["memory"]["outcomes"] == ["trained", "trained"]
+        assert seen["memory"]["pieces"] == [4, 4, 4]
+        assert seen["memory"]["distance"] < 1e-6
 
 
 def test_in_float32_to_one_part_in_a_hundred_thousand(ranks):
@@ -60,6 +75,29 @@ def test_weights_are_bit_equal_after_fifty_steps_on_different_data(ranks):
 
 def test_a_weight_that_differs_by_a_thousandth_is_found_and_named(ranks):
     assert [seen["fifty"]["found"] for seen in ranks] == ["2.weight", "2.weight"]
+
+
+def test_a_rank_that_cannot_take_a_single_example_makes_all_leave_the_step_out(ranks):
+    assert [seen["no_memory"] for seen in ranks] == [{"outcome": "out_of_memory", "unmoved": True}] * 2
+
+
+def test_weights_that_drift_apart_end_the_run_within_the_interval_and_are_named(ranks):
+    for seen in ranks:
+        assert seen["drift"]["steps"] == 40
+        assert "do not hold the same weights (first in 2.weight)" in seen["drift"]["ended"]
+
+
+def test_the_slow_rank_and_its_slow_section_are_named_once(ranks):
+    assert [[code, rank, evidence["section"]] for code, rank, evidence in ranks[0]["slow"]["events"]] == [
+        ["SLOW_RANK", 1, "forward"]
+    ]
+    assert ranks[0]["slow"]["events"][0][2]["factor"] > 1.5
+    assert ranks[0]["slow"]["ended"] == ranks[0]["signal"]["ended"] == ""
+
+
+def test_a_signal_that_strikes_while_the_ranks_agree_is_not_lost(ranks):
+    for seen in ranks:
+        assert (seen["signal"]["steps"], seen["signal"]["agreed"]) == (7, 15)
 
 
 def test_agreement(ranks):

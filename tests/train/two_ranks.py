@@ -1,32 +1,61 @@
 """Run by torchrun on two processes; leaves what each rank saw as JSON, for test_ddp.py to judge."""
 
+import itertools
 import json
+import signal
 import sys
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from unbraid import dist
 from unbraid.data.batch import Batch
+from unbraid.data.loader import Loaded
+from unbraid.errors import TrainingStopped
+from unbraid.records import Event, RunDirectory
 from unbraid.robust.clip import AutoClip, NoClip
-from unbraid.robust.filter import ThresholdFilter
+from unbraid.robust.filter import OutlierFilter, PercentileFilter, ThresholdFilter
+from unbraid.train.loop import Scores, fit
+from unbraid.train.settings import Job, SaveSettings, TrainSettings, ValidateSettings
 from unbraid.train.state import TrainState
 from unbraid.train.step import train_step
+from unbraid.train.stop import StopRequest
 
 
 def squared_error(estimate, target):
     return (estimate - target).square().mean(-1)
 
 
-def make_state(*, dtype=torch.float64, wrapped=True, clipper=None, filters=()):
+class Net(nn.Sequential):
+    """Three layers; one rank can be made short of memory, slow, or different."""
+
+    def __init__(self):
+        super().__init__(nn.Conv1d(1, 4, 5, padding=2), nn.Tanh(), nn.Conv1d(4, 2, 5, padding=2))
+        self.memory, self.seconds, self.n_calls, self.breaks_at = 10**9, 0.0, 0, None
+
+    def forward(self, mixture):
+        self.n_calls += 1
+        time.sleep(self.seconds)
+        if mixture.numel() > self.memory:
+            raise torch.OutOfMemoryError("out of memory")
+        if self.n_calls == self.breaks_at:
+            with torch.no_grad():
+                self[2].weight[0, 0, 0] += 1e-3
+        return super().forward(mixture)
+
+
+def make_state(*, dtype=torch.float64, wrapped=True, clipper=None, filters=(), **parts):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv1d(1, 4, 5, padding=2), nn.Tanh(), nn.Conv1d(4, 2, 5, padding=2)).to(dtype)
+    model = Net().to(dtype)
     net = DistributedDataParallel(model, broadcast_buffers=False) if wrapped else model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     loss = lambda estimate, target: squared_error(estimate, target.flatten(1, 2)).mean(1)  # noqa: E731
-    return TrainState(net, loss, optimizer, clipper or NoClip(), filters=filters)
+    return TrainState(net, loss, optimizer, clipper or NoClip(), filters=filters, examples_per_rank=8, **parts)
 
 
 def make_batch(n, seed, dtype=torch.float64):
@@ -45,19 +74,151 @@ def distance(state, other):
     return max((mine - theirs).detach().abs().max().item() for mine, theirs in pairs)
 
 
-def same_as_one_process(shares, *, dtype=torch.float64, filters=(), weightless=()):
-    """How far two ranks (and micro-batches) come from one process on the joined batch, over five steps."""
-    here, alone = (make_state(dtype=dtype, wrapped=wrapped, filters=filters) for wrapped in (True, False))
+@contextmanager
+def alone():
+    """One process does what two would."""
+    world, summed, rank = dist.world_size, dist.sum_over_ranks, dist.rank
+    dist.world_size, dist.sum_over_ranks, dist.rank = (lambda: 1), (lambda values: values), (lambda: 0)
+    try:
+        yield
+    finally:
+        dist.world_size, dist.sum_over_ranks, dist.rank = world, summed, rank
+
+
+def same_as_one_process(shares, *, dtype=torch.float64, filters=list, weightless=(), spoil=None, **parts):
+    """How far two ranks (and micro-batches) come from one process on the joined batch, over five steps.
+
+    What is spoilt on the ranks, the one process does not get at all.
+    """
+    here, single = (make_state(dtype=dtype, wrapped=wrapped, filters=filters(), **parts) for wrapped in (True, False))
+    places = [place for rank in shares for share in rank for place in share]
     for seed in range(5):
-        batch = make_batch(6, seed, dtype)
+        batch = make_batch(max(places) + 1, seed, dtype)
         batch.weight[list(weightless)] = 0.0
-        record = train_step(here, [part(batch, places) for places in shares[dist.rank()]])
-        world, dist.world_size = dist.world_size, lambda: 1
-        summed, dist.sum_over_ranks = dist.sum_over_ranks, lambda values: values
-        single = train_step(alone, batch)
-        dist.world_size, dist.sum_over_ranks = world, summed
-        assert record.outcome == single.outcome
-    return {"distance": distance(here, alone), "norms": [record.grad_norm, single.grad_norm], "n": record.n_trained}
+        clean = part(batch, sorted(set(places) - set(spoil or ())))
+        for place in spoil or ():
+            batch.mixture[place, 0, 3] = torch.nan
+        record = train_step(here, [part(batch, share) for share in shares[dist.rank()]])
+        with alone():
+            wanted = train_step(single, clean)
+        assert record.outcome == wanted.outcome, (record, wanted)
+        assert record.n_trained == wanted.n_trained
+    return {"distance": distance(here, single), "norms": [record.grad_norm, wanted.grad_norm], "n": record.n_trained}
+
+
+def random_shares(seed):
+    """Examples dealt out to two ranks in one to four micro-batches each, none of them empty."""
+    rng = np.random.default_rng(seed)
+    n_parts = [int(rng.integers(1, 5)) for _ in range(2)]
+    n_examples = int(rng.integers(sum(n_parts), sum(n_parts) + 4))
+    edges = np.sort(rng.choice(np.arange(1, n_examples), sum(n_parts) - 1, replace=False))
+    parts = [some.tolist() for some in np.split(np.arange(n_examples), edges)]
+    weightless = rng.choice(n_examples, rng.integers(0, n_examples), replace=False).tolist()
+    return [parts[: n_parts[0]], parts[n_parts[0] :]], weightless
+
+
+FILTERS = [
+    list,
+    lambda: [ThresholdFilter(threshold_db=0.9)],
+    lambda: [PercentileFilter(percentile=30.0, window=16, warmup=4)],
+    lambda: [OutlierFilter(n_mads=1.0, at_least_db=0.0, window=16, warmup=4), ThresholdFilter(threshold_db=0.5)],
+]
+
+
+def any_cut(dtype):
+    """The largest distance over many random ways to deal out, weigh and filter examples."""
+    found = []
+    for seed in range(12):
+        shares, weightless = random_shares(seed)
+        seen = same_as_one_process(shares, dtype=dtype, filters=FILTERS[seed % 4], weightless=weightless)
+        found.append(seen["distance"])
+    return found
+
+
+def memory_runs_out_on_one_rank():
+    """Rank 1 can take one example of 50 samples at a time; both cut their batches, and the step is what it was."""
+    here, plenty = make_state(), make_state()
+    if dist.rank() == 1:
+        here.bare_model.memory = 50
+    batch = part(make_batch(8, 0), list(range(4 * dist.rank(), 4 * dist.rank() + 4)))
+    record, _ = train_step(here, batch), train_step(plenty, batch)
+    again = train_step(here, batch)
+    return {
+        "outcomes": [record.outcome, again.outcome],
+        "pieces": [record.n_micro_batches, again.n_micro_batches, here.n_pieces],
+        "distance": distance(here, after_one_more(plenty, batch)),
+    }
+
+
+def after_one_more(state, batch):
+    train_step(state, batch)
+    return state
+
+
+def no_memory_at_all_on_one_rank():
+    state = make_state(clipper=AutoClip())
+    train_step(state, make_batch(2, dist.rank()))
+    before = [p.detach().clone() for p in state.bare_model.parameters()]
+    state.bare_model.memory = 20 if dist.rank() == 1 else 10**9
+    outcome = train_step(state, make_batch(1, 5)).outcome
+    return {"outcome": outcome, "unmoved": all(map(torch.equal, before, state.bare_model.parameters()))}
+
+
+def fit_on_two(folder, name, *, change=None, stop=None, **train):
+    """A run over made-up batches; what it said, and how it ended."""
+    run = RunDirectory(Path(folder) / name)
+    state = make_state(dtype=torch.float32)
+    if change is not None:
+        change(state)
+
+    def load(n_steps_done):
+        for step in itertools.count(n_steps_done):
+            yield Loaded(make_batch(2, 10 * step + dist.rank(), torch.float32), ())
+
+    settings = TrainSettings(**{"max_steps": 400, "compare_every_steps": 0} | train)
+    job = Job(run, settings, ValidateSettings(every_steps=0), SaveSettings(every_steps=0), {}, {})
+    if dist.is_main():
+        run.checkpoints.mkdir(parents=True)
+    dist.any_rank(False)
+    told, ended = [], ""
+    try:
+        told.extend(fit(state, load, lambda _: Scores(1.0, 0.0, 0.0, 1), job, stop))
+    except TrainingStopped as error:
+        ended = str(error)
+    events = [[one.code, one.rank, dict(one.evidence)] for one in told if isinstance(one, Event)]
+    return {"events": events, "ended": ended, "steps": state.step}
+
+
+def weights_that_drift(folder):
+    def change(state):
+        state.bare_model.breaks_at = 30 if dist.rank() == 1 else None
+
+    return fit_on_two(folder, "drift", change=change, compare_every_steps=20)
+
+
+def a_slow_rank(folder):
+    def change(state):
+        state.bare_model.seconds = 0.03 if dist.rank() == 1 else 0.0
+
+    return fit_on_two(folder, "slow", change=change, max_steps=130)
+
+
+def a_signal_while_the_ranks_agree(folder):
+    """It strikes rank 1 between its telling the others that there was none and its hearing what all have told."""
+    stop, summed, calls = StopRequest(), dist.sum_over_ranks, []
+
+    def struck(values):
+        values = summed(values)
+        calls.append(1)
+        if dist.rank() == 1 and len(calls) == 7:
+            stop.signal = int(signal.SIGTERM)
+        return values
+
+    dist.sum_over_ranks = struck
+    try:
+        return fit_on_two(folder, "signal", stop=stop) | {"agreed": stop.agreed}
+    finally:
+        dist.sum_over_ranks = summed
 
 
 def nan_on_one_rank():
@@ -94,7 +255,7 @@ def different_data_for_fifty_steps():
 
 def main(out):
     with dist.process_group(torch.device("cpu")):
-        easy = [ThresholdFilter(threshold_db=1.0)]
+        easy = lambda: [ThresholdFilter(threshold_db=1.0)]  # noqa: E731
         results = {
             "even": same_as_one_process([[[0, 1, 2]], [[3, 4, 5]]]),
             "uneven": same_as_one_process([[[0]], [[1, 2, 3, 4, 5]]]),
@@ -102,7 +263,18 @@ def main(out):
             "float32": same_as_one_process([[[0, 1]], [[2, 3, 4, 5]]], dtype=torch.float32),
             "filtered": same_as_one_process([[[0, 1, 2]], [[3, 4, 5]]], filters=easy),
             "nothing_left": same_as_one_process([[[0, 1]], [[2, 3, 4, 5]]], weightless=(0, 1)),
+            "rescued": same_as_one_process([[[0, 1, 2]], [[3, 4, 5]]], spoil=[4], on_bad_example="rescue"),
+            "rescued_without_a_rank": same_as_one_process(
+                [[[0, 1, 2]], [[3], [4]]], spoil=[3, 4], on_bad_example="rescue"
+            ),
+            "any_cut": any_cut(torch.float64),
+            "any_cut_float32": any_cut(torch.float32),
+            "memory": memory_runs_out_on_one_rank(),
+            "no_memory": no_memory_at_all_on_one_rank(),
             "nan": nan_on_one_rank(),
+            "drift": weights_that_drift(out),
+            "slow": a_slow_rank(out),
+            "signal": a_signal_while_the_ranks_agree(out),
             "fifty": different_data_for_fifty_steps(),
             "any": [dist.any_rank(dist.rank() == 1), dist.any_rank(False)],
             "from_main": dist.from_main_process({"rank": dist.rank()}),

@@ -104,7 +104,7 @@ def run_once(state: TrainState, parts: Sequence[Batch], step: int, notes: Sequen
     if starved:
         ran.clear()
         _keep_company(state, pieces[0])
-    told = sum_together(_tally(state, pieces, ran, notes, starved=starved))
+    told = sum_together(_tally(state, parts, ran, notes, starved=starved))
     owned = [p for group in state.optimizer.param_groups for p in group["params"]]
     gradients = [p.grad for p in owned if p.grad is not None]
     norm, divisor = _true_norm(gradients, told["counts"][0], state.precision.scale_on(state.device))
@@ -155,13 +155,18 @@ def _keep_company(state: TrainState, piece: Batch) -> None:
         torch.cuda.empty_cache()
     if not isinstance(state.model, DistributedDataParallel):
         return
-    try:
-        (state.model(piece.split(len(piece.mixture))[0].mixture).float().sum() * 0.0).backward()
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"Process {dist.rank()} has not the memory for a single example: lower data.excerpt_seconds, or take a "
-            "smaller model."
-        ) from error
+    for shorter in (1, 4, 16):
+        excerpt = piece.mixture[:1, :, : -(-piece.mixture.shape[-1] // shorter)]
+        try:
+            nothing = state.model(excerpt).float().sum() * 0.0
+        except torch.OutOfMemoryError:
+            continue
+        nothing.backward()
+        return
+    raise UserError(
+        f"Process {dist.rank()} has not the memory for a part of an example: lower data.excerpt_seconds, or take a "
+        "smaller model."
+    )
 
 
 def cut_further(state: TrainState, parts: Sequence[Batch]) -> bool:
@@ -194,13 +199,13 @@ _N_SUMS = COUNTS.index("out_of_memory")
 
 
 def _tally(
-    state: TrainState, pieces: Sequence[Batch], ran: Sequence[Ran], notes: Sequence[float], *, starved: bool
+    state: TrainState, parts: Sequence[Batch], ran: Sequence[Ran], notes: Sequence[float], *, starved: bool
 ) -> dict[str, Tensor]:
     """What the ranks have to sum in order to agree on a step, and the notes beside it."""
-    flags = [float(starved), float(_divisible(state, pieces))]
+    flags = [float(starved), float(_divisible(state, parts))]
     head = dist.on_device([*[0.0] * _N_SUMS, *flags, *notes], state.device)
     told = {"counts": head[: len(COUNTS)], "notes": head[len(COUNTS) :]}
-    n_sources = pieces[0].sources.shape[1] if hasattr(state.loss, "assigned") else 0
+    n_sources = parts[0].sources.shape[1] if hasattr(state.loss, "assigned") else 0
     si_sdr = head.new_zeros(2, n_sources)
     for one in ran:
         weights, losses = one.weights.to(head.dtype), one.losses.to(head.dtype)

@@ -129,7 +129,7 @@ class TrainState:
 
     @property
     def buffers(self) -> tuple[Tensor, ...]:
-        """What layers such as BatchNorm keep beside the parameters; looked for once, as that walks through the model."""
+        """What layers such as BatchNorm keep beside the parameters; looked for once: that walks through the model."""
         if self._buffers is None or self._buffers[0] is not self.model:
             self._buffers = self.model, tuple(self.model.buffers())
         return self._buffers[1]

@@ -1,0 +1,322 @@
+"""Faults that really strike a whole run: what it survives, what it says, and what it leaves to be looked at."""
+
+import multiprocessing
+import os
+import signal
+
+import pytest
+import torch
+from toys import assert_same
+
+from unbraid.assemble import load_model, train
+from unbraid.cli import main
+from unbraid.errors import TrainingStopped
+from unbraid.recipe import load_recipe
+from unbraid.records import Event, RunDirectory, StepRecord, read_rows
+from unbraid.train.checkpoint import read_checkpoint
+
+NETS = """
+import os
+import signal
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.filters = nn.Conv1d(1, 2, 9, padding=4)
+    def forward(self, mixture):
+        return self.filters(mixture)[:, :, None]
+
+class Spoilt(Net):
+    '''Writes NaN into its own weights, once or in every step from the fifth on.'''
+    def __init__(self, *, always: bool = False):
+        super().__init__()
+        self.always, self.n_calls = always, 0
+    def forward(self, mixture):
+        self.n_calls += torch.is_grad_enabled()
+        if torch.is_grad_enabled() and (self.n_calls >= 5 if self.always else self.n_calls == 5):
+            with torch.no_grad():
+                self.filters.weight[1, 0, 3] = float("nan")
+        return super().forward(mixture)
+
+class Explode(torch.autograd.Function):
+    @staticmethod
+    def forward(context, x):
+        return x * 1
+    @staticmethod
+    def backward(context, gradient):
+        return gradient * 1e30
+
+class Steep(nn.Module):
+    def forward(self, x):
+        return Explode.apply(x)
+
+class Overflows(Net):
+    '''Its gradient has no place in fp16, whatever the scale.'''
+    def __init__(self):
+        super().__init__()
+        self.first, self.steep = nn.Conv1d(1, 1, 3, padding=1), Steep()
+    def forward(self, mixture):
+        return super().forward(self.steep(self.first(mixture)))
+
+class Dead(Net):
+    '''Its second output is silent.'''
+    def forward(self, mixture):
+        return super().forward(mixture) * torch.tensor([1.0, 0.0]).view(1, 2, 1, 1)
+
+def nan_where_loud(estimate, target):
+    '''A squared error that is NaN for some examples.'''
+    loud = target.abs().amax(-1) > torch.quantile(target.abs().amax(-1).flatten(), 0.9)
+    return (estimate - target).square().mean(-1) * torch.where(loud, float("nan"), 1.0)
+
+class OneInAHundred:
+    '''NaN for the fourteenth example that is trained on, wherever it is met.'''
+    target = None
+    n_seen = 0
+def nan_for_one(estimate, target):
+    value = (estimate - target).square().mean(-1)
+    if torch.is_grad_enabled() and OneInAHundred.target is None:
+        OneInAHundred.n_seen += len(target)
+        if OneInAHundred.n_seen > 13:
+            OneInAHundred.target = target[1].clone()
+    if OneInAHundred.target is not None:
+        met = (target == OneInAHundred.target).flatten(1).all(1)
+        value = value * torch.where(met, float("nan"), 1.0)[:, None, None]
+    return value
+"""
+
+
+@pytest.fixture
+def nets(tmp_path, recipe_file, monkeypatch):
+    """A recipe whose model and loss can be set to those above."""
+    monkeypatch.chdir(tmp_path)  # where a replay looks for them
+    (tmp_path / "nets.py").write_text(NETS)
+    return recipe_file
+
+
+def run_recipe(file, path, *overrides, resume=False):
+    run = RunDirectory(path)
+    told = list(train(load_recipe(file, overrides), run, resume=resume))
+    return run, told
+
+
+def steps(told):
+    return [record for record in told if isinstance(record, StepRecord)]
+
+
+def codes(told):
+    return [record.code for record in told if isinstance(record, Event)]
+
+
+def weights(run, step):
+    return (run.checkpoints / f"step-{step:06d}" / "model.safetensors").read_bytes()
+
+
+def test_weights_that_are_not_finite_send_the_run_back_to_its_last_checkpoint(nets, tmp_path):
+    file = nets()
+    spoilt, told = run_recipe(file, tmp_path / "spoilt", "model.name=nets:Spoilt")
+    sound, _ = run_recipe(file, tmp_path / "sound", "model.name=nets:Net")
+
+    assert codes(told) == ["STEP_SKIPPED_NONFINITE_LOSS", "WEIGHTS_NONFINITE"]
+    assert [record.step for record in steps(told)] == [1, 2, 3, 4, 5, 5, 6]
+    assert [row["step"] for row in read_rows(spoilt.steps)[0]] == [1, 2, 3, 4, 5, 6]
+    assert weights(spoilt, 6) == weights(sound, 6)
+    event = read_rows(spoilt.events)[0][-1]
+    assert "filters.weight" in event["message"]
+    assert "step-000004" in event["message"]
+
+
+def test_where_going_back_does_not_help_the_run_ends_and_says_so(nets, tmp_path):
+    with pytest.raises(TrainingStopped, match=r"weights are not finite .*filters\.weight.*going back did not help"):
+        run_recipe(nets(), tmp_path / "run", "model.name=nets:Spoilt", "model.always=true")
+
+
+def test_a_loss_scale_that_collapses_ends_the_run_within_20_steps_with_the_module_and_a_cure(nets, tmp_path):
+    file = nets()
+    with pytest.raises(TrainingStopped) as ended:
+        run_recipe(file, tmp_path / "run", "model.name=nets:Overflows", "train.precision=fp16", "train.max_steps=100")
+
+    rows = read_rows(tmp_path / "run" / "steps.jsonl")[0]
+    assert [row["outcome"] for row in rows] == ["loss_scale"] * 20
+    assert 'train.precision = "bf16"' in str(ended.value)
+    assert "backward of steep" in str(ended.value)
+
+
+def test_a_dead_output_is_told_within_200_steps(nets, tmp_path):
+    _, told = run_recipe(nets(), tmp_path / "run", "model.name=nets:Dead", "train.max_steps=200", "save.every_steps=0")
+
+    events = [record for record in told if isinstance(record, Event)]
+    assert [(event.code, event.evidence["output"]) for event in events] == [("OUTPUT_DEAD", 1)]
+    assert events[0].step <= 200
+    assert "Output 2" in events[0].message
+
+
+@pytest.mark.parametrize("rule", ["skip", "rescue"])
+def test_a_bad_example_is_named_and_kept_for_a_replay(nets, tmp_path, rule, capsys):
+    file = nets('[loss]\nname = "nets:nan_for_one"\nassign = "fixed"\n')
+
+    run, told = run_recipe(file, tmp_path / "run", f"train.on_bad_example={rule}")
+
+    records = steps(told)
+    bad = next(record for record in records if record.n_bad)
+    assert [record.outcome for record in records if record is not bad] == ["trained"] * 5
+    assert (bad.outcome, bad.n_trained) == {"skip": ("nonfinite_loss", 0), "rescue": ("trained", 3)}[rule]
+    assert len(bad.bad_items) == bad.n_bad == 1
+    assert codes(told) == [{"skip": "STEP_SKIPPED_NONFINITE_LOSS", "rescue": "STEP_RESCUED"}[rule]]
+    incident = run.incidents / f"step-{bad.step:06d}-rank-0"
+    event = read_rows(run.events)[0][0]
+    assert event["files"] == list(bad.bad_items[0].files)
+    assert str(incident) in event["message"]
+    assert sorted(path.name for path in incident.iterdir()) == [
+        "batch.safetensors",
+        "incident.json",
+        "model.safetensors",
+    ]
+
+    assert main(["replay", str(incident), "--trust"]) == 0
+
+    told_again = capsys.readouterr().out
+    assert " + ".join(bad.bad_items[0].files) in told_again
+    assert "its loss is nan" in told_again
+    assert "It is there in every precision" in told_again
+
+
+def test_a_replay_says_in_which_layer_and_in_which_precision_it_goes_away(nets, tmp_path, capsys):
+    run = RunDirectory(tmp_path / "run")
+    with pytest.raises(TrainingStopped):
+        run_recipe(nets(), run.path, "model.name=nets:Overflows", "train.precision=fp16", "train.max_steps=100")
+    incident = next(run.incidents.iterdir())
+    torch.manual_seed(1)
+
+    assert main(["replay", str(incident), "--trust"]) == 0
+
+    out = capsys.readouterr().out
+    assert "Again: In fp16, example 0" in out
+    assert "backward of steep" in out
+    assert "It goes away in" in out
+    assert "fp32" in out.splitlines()[-1]
+
+
+def test_a_replay_runs_no_code_that_is_not_ours_unless_told_to(nets, tmp_path, capsys):
+    run = RunDirectory(tmp_path / "run")
+    with pytest.raises(TrainingStopped):
+        run_recipe(nets(), run.path, "model.name=nets:Overflows", "train.precision=fp16", "train.max_steps=100")
+
+    assert main(["replay", str(next(run.incidents.iterdir()))]) == 2
+    assert "--trust" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["a byte", "a missing file", "another folder", "no JSON"])
+def test_a_damaged_incident_is_refused_in_one_sentence(nets, tmp_path, capsys, damage):
+    run, _ = run_recipe(nets('[loss]\nname = "nets:nan_for_one"\nassign = "fixed"\n'), tmp_path / "run")
+    incident = next(run.incidents.iterdir())
+    if damage == "a byte":
+        content = bytearray((incident / "batch.safetensors").read_bytes())
+        content[-5] ^= 1
+        (incident / "batch.safetensors").write_bytes(content)
+    elif damage == "a missing file":
+        (incident / "model.safetensors").unlink()
+    elif damage == "another folder":
+        incident = run.checkpoints / "step-000006"
+    else:
+        (incident / "incident.json").write_text('{"schema": 1')
+
+    assert main(["replay", str(incident), "--trust"]) == 2
+
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert str(incident) in error
+
+
+def test_only_so_many_incidents_are_kept(nets, tmp_path):
+    file = nets('[loss]\nname = "nets:nan_where_loud"\nassign = "fixed"\n')
+    with pytest.raises(TrainingStopped):
+        run_recipe(file, tmp_path / "run", "train.max_steps=60", "save.incidents=3")
+
+    run = RunDirectory(tmp_path / "run")
+    assert len(list(run.incidents.iterdir())) == 3
+    assert len(read_rows(run.events)[0]) == 11
+
+
+def test_an_incident_that_cannot_be_written_does_not_end_the_run(nets, tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    run.path.mkdir()
+    run.incidents.write_text("in the way")
+
+    _, told = run_recipe(nets('[loss]\nname = "nets:nan_for_one"\nassign = "fixed"\n'), run.path)
+
+    assert sorted(codes(told)) == ["INCIDENT_FAILED", "STEP_SKIPPED_NONFINITE_LOSS"]
+    assert steps(told)[-1].step == 6
+
+
+def test_the_moving_average_is_what_is_validated_saved_and_loaded(recipe_file, tmp_path):
+    file = recipe_file()
+    plain, _ = run_recipe(file, tmp_path / "plain")
+    averaged, told = run_recipe(file, tmp_path / "averaged", "train.ema=0.9")
+
+    state = read_checkpoint(averaged.checkpoints / "step-000006").state
+    trained = read_checkpoint(plain.checkpoints / "step-000006").state["model"]
+    assert all(torch.equal(state["training_weights"][name], trained[name]) for name in trained)
+    assert not any(torch.equal(state["model"][name], trained[name]) for name in trained if trained[name].dim() > 1)
+    loaded = load_model(averaged.checkpoints / "step-000006")[0].state_dict()
+    assert all(torch.equal(loaded[name].cpu(), state["model"][name]) for name in loaded)
+    losses = {run.path: [row["loss"] for row in read_rows(run.validation)[0]] for run in (plain, averaged)}
+    assert losses[plain.path] != losses[averaged.path]
+    assert [record.loss for record in steps(told)] == [row["loss"] for row in read_rows(plain.steps)[0]]
+
+
+EVERYTHING = [
+    "train.ema=0.9",
+    "clip.name=zclip",
+    "clip.warmup_steps=2",
+    'filter=[{name = "percentile", warmup = 8, window = 16}, {name = "outlier", warmup = 8, window = 16}]',
+    'transform=[{name = "adaptive", ratio = 0.5}, {name = "value", max_value = 10.0}]',
+]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [EVERYTHING, ["optim.name=muon"], ["optim.name=schedule_free"], ["optim.name=rmsprop", "clip.name=autoclip"]],
+    ids=["everything", "muon", "schedule_free", "rmsprop"],
+)
+def test_a_run_with_other_parts_goes_on_as_if_it_had_never_been_stopped(recipe_file, tmp_path, overrides):
+    file = recipe_file()
+    overrides = [*overrides, "train.max_steps=12"]
+    whole, _ = run_recipe(file, tmp_path / "whole", *overrides)
+    run = RunDirectory(tmp_path / "stopped")
+    records = train(load_recipe(file, overrides), run)
+    while not isinstance(record := next(records), StepRecord) or record.step < 7:
+        pass
+    records.close()
+
+    run_recipe(file, run.path, *overrides, resume=True)
+
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert (run.checkpoints / "step-000012" / name).read_bytes() == (
+            whole.checkpoints / "step-000012" / name
+        ).read_bytes()
+    states = [read_checkpoint(r.checkpoints / "step-000012").state for r in (run, whole)]
+    for state in states:
+        assert state["progress"].pop("elapsed_seconds") > 0
+    assert_same(*states)
+
+
+@pytest.mark.slow
+def test_a_data_worker_that_is_killed_is_replaced_at_the_same_example(recipe_file, tmp_path):
+    file = recipe_file()
+    budget = ["data.workers=2", "train.max_steps=40"]
+    whole, _ = run_recipe(file, tmp_path / "whole", *budget)
+    run = RunDirectory(tmp_path / "killed")
+    told, n_killed = [], 0
+    for record in train(load_recipe(file, budget), run):
+        told.append(record)
+        if isinstance(record, StepRecord) and record.step in (5, 15) and n_killed < 2:
+            worker = next(child for child in multiprocessing.active_children() if child.is_alive())
+            os.kill(worker.pid, signal.SIGKILL)
+            n_killed += 1
+
+    assert n_killed == 2
+    assert codes(told) == ["DATA_WORKER_LOST"] * 2
+    assert [record.step for record in steps(told)] == list(range(1, 41))
+    assert weights(run, 40) == weights(whole, 40)
