@@ -13,6 +13,12 @@ import pytest
 import soundfile
 import torch
 
+from unbraid.assemble import load_model
+from unbraid.data.batch import Batch
+from unbraid.models.conv_tasnet import ConvTasNet
+from unbraid.recipe import recipe_table
+from unbraid.train.incident import Incident, write_incident
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -46,12 +52,26 @@ def workshop(tmp_path, monkeypatch, speaker_folder):
     return tmp_path
 
 
+def leave_an_incident(path):
+    """A bad step of the run in whose folder it shall lie: one example with a NaN sample."""
+    step, rank = (int(number) for number in re.fullmatch(r"step-(\d+)-rank-(\d+)", path.name).groups())
+    model, recipe = load_model(path.parent.parent)
+    sources = torch.randn(2, 2, 1, 4000, generator=torch.Generator().manual_seed(0))
+    sources[1, 0, 0, 100] = torch.nan
+    about = {"step": step, "rank": rank, "seed": 0, "outcome": "nonfinite_loss", "precision": "fp32", "loss_scale": 1.0}
+    about |= {"loss_upper_limit": 1e6, "verdict": "to be found out."}
+    batch = Batch.of(sources.sum(1), sources)
+    assert write_incident(path.parent, Incident(about, recipe_table(recipe), model.state_dict(), batch)) == path
+
+
 def run_as_written(line, folder):
     words = shlex.split(line)
     kind = next((kind for kind in SMALLER if kind in words), None)
     resumed = ["--set", "train.max_steps=5"] if "--resume" in words else []
     words += shlex.split(SMALLER.get(kind, "")) + resumed
     tools = Path(sys.executable).parent
+    if kind is None and "replay" in words:
+        leave_an_incident(folder / words[2])
     environment = os.environ | {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
@@ -89,6 +109,21 @@ def test_the_loop_of_ones_own_trains(capsys):
         ("1", "trained"),
         ("2", "trained"),
     ]
+
+
+def test_the_guard_in_ones_own_loop_leaves_a_bad_batch_out(capsys):
+    code = next(block for block in blocks("python") if "guarded_step" in block)
+    names = {}
+    exec(compile(code, "README.md", "exec"), names)
+    rng = torch.Generator().manual_seed(0)
+    batches = [(torch.randn(2, 1, 400, generator=rng), torch.randn(2, 2, 1, 400, generator=rng)) for _ in range(3)]
+    batches[1][0][0, 0, 3] = torch.nan
+    model = ConvTasNet(n_filters=16, bottleneck=8, hidden=16, skip=8, n_blocks=2, n_repeats=1)
+
+    names["train_plainly"](model, batches)
+
+    assert re.findall(r"taken (\w+)", capsys.readouterr().out) == ["True", "False", "True"]
+    assert all(p.isfinite().all() for p in model.parameters())
 
 
 def test_the_figures_are_those_that_were_measured():

@@ -11,8 +11,9 @@ from toys import assert_same
 from unbraid.assemble import load_model, train
 from unbraid.cli import main
 from unbraid.errors import TrainingStopped
+from unbraid.parts import _load_module as find_module
 from unbraid.recipe import load_recipe
-from unbraid.records import Event, RunDirectory, StepRecord, read_rows
+from unbraid.records import TIMING_FIELDS, Event, RunDirectory, StepRecord, read_rows
 from unbraid.train.checkpoint import read_checkpoint
 
 NETS = """
@@ -107,6 +108,14 @@ def steps(told):
 
 def codes(told):
     return [record.code for record in told if isinstance(record, Event)]
+
+
+def nets_of(file):
+    return find_module(file.parent / "nets.py")
+
+
+def without_times(log):
+    return [{key: value for key, value in row.items() if key not in TIMING_FIELDS} for row in read_rows(log)[0]]
 
 
 def weights(run, step):
@@ -320,3 +329,36 @@ def test_a_data_worker_that_is_killed_is_replaced_at_the_same_example(recipe_fil
     assert codes(told) == ["DATA_WORKER_LOST"] * 2
     assert [record.step for record in steps(told)] == list(range(1, 41))
     assert weights(run, 40) == weights(whole, 40)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        [],
+        ["train.precision=fp16"],
+        ["clip.name=autoclip", "train.ema=0.9", "validate.every_steps=5", "save.every_steps=4"],
+        ["loss.name=nets:nan_for_one", "loss.assign=fixed"],
+        ["model.name=nets:Spoilt"],
+        ["model.name=nets:Overflows", "train.precision=fp16"],
+    ],
+    ids=["plain", "fp16", "at intervals", "a bad example", "spoilt weights", "a scale that collapses"],
+)
+def test_a_step_launched_ahead_of_time_changes_nothing(nets, tmp_path, monkeypatch, case):
+    """As it is done on an accelerator; here on the CPU, where it can be compared."""
+    file, ended = nets(), {}
+    for name in ("plain", "ahead"):
+        nets_of(file).OneInAHundred.target, nets_of(file).OneInAHundred.n_seen = None, 0
+        if name == "ahead":
+            monkeypatch.setattr("unbraid.train.loop._Course._ahead", property(lambda self: 1))
+        try:
+            run_recipe(file, tmp_path / name, "train.max_steps=23", *case)
+            ended[name] = ""
+        except TrainingStopped as error:
+            ended[name] = str(error).split(" To run it again")[0].replace(str(tmp_path / name), "RUN")
+
+    plain, ahead = (RunDirectory(tmp_path / name) for name in ("plain", "ahead"))
+    logs = [(without_times(run.steps), without_times(run.validation)) for run in (plain, ahead)]
+    assert logs[0] == logs[1]
+    assert ended["plain"] == ended["ahead"]
+    last = (plain.checkpoints / "last").read_text().strip()
+    assert weights(plain, int(last[5:])) == weights(ahead, int(last[5:]))

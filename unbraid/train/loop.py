@@ -83,6 +83,7 @@ class _Course:
         self.began = perf_counter() - state.elapsed_seconds
         self.pace, self.dead_outputs = Pace(dist.world_size()), DeadOutputs()
         self.done = self.saved = self.went_back = False
+        self.concluded = 0.0  # when the step before was
         self.busy_seconds = (0.0, 0.0)  # of the last step: data, forward
         self.n_returns = 0
         self.verdict = self.reason = ""  # what is to blame for the last fault; why the run has to stop
@@ -166,13 +167,7 @@ class _Course:
         signals, clock, n_new_faults = notes[: len(SIGNALS)], notes[len(SIGNALS)], notes[len(SIGNALS) + 1]
         self.stop.agreed = next((int(number) for number, n in zip(SIGNALS, signals, strict=True) if n), 0)
         state.elapsed_seconds = clock if dist.world_size() > 1 else perf_counter() - self.began
-        rate = record.examples_per_second * record.seconds / (record.seconds + under_way.data_seconds)
-        record = replace(
-            record,
-            data_seconds=under_way.data_seconds,
-            examples_per_second=rate,
-            elapsed_seconds=state.elapsed_seconds,
-        )
+        record = replace(self._timed(record, under_way), elapsed_seconds=state.elapsed_seconds)
         if dist.is_main():
             self.log.append(job.run.steps, record)
         yield record
@@ -188,6 +183,14 @@ class _Course:
             self._go_back_if_spoilt(record)
         self.reason = self.reason or self._stop_rule(record) or ""
         yield from self.log.take()
+
+    def _timed(self, record: StepRecord, under_way: "_UnderWay") -> StepRecord:
+        """The record with the wall time that this step took, also where others were launched before its end."""
+        now, waited = perf_counter(), under_way.data_seconds
+        total = now - max(under_way.launched.started - waited, self.concluded)
+        self.concluded = now
+        rate = record.examples_per_second * record.seconds / total
+        return replace(record, seconds=max(total - waited, 0.0), data_seconds=waited, examples_per_second=rate)
 
     def _over_before_it_began(self) -> bool:
         """Whether there is nothing to do, by the budget or by a signal to any rank; the same on all."""
