@@ -28,9 +28,9 @@ def squared_error(estimate: Tensor, target: Tensor) -> Tensor:
     return (estimate - target).square().mean(-1)
 
 
-def make_state(*, seed=0, optimizer="adam", lr=1e-2, dtype=torch.float32, **parts) -> TrainState:
+def make_state(*, seed=0, optimizer="adam", lr=1e-2, dtype=torch.float32, device=None, **parts) -> TrainState:
     torch.manual_seed(seed)
-    model = TwoFilters().to(dtype)
+    model = TwoFilters().to(device, dtype)
     parts.setdefault("loss", SeparationLoss(neg_si_sdr))
     return TrainState(model, optimizer=OPTIMIZERS[optimizer](model.parameters(), lr=lr), **parts)
 

@@ -196,6 +196,8 @@ def build_state(recipe: Recipe, model: nn.Module, *, precision: str) -> TrainSta
     for part, loss_filter in zip(recipe.filters, filters, strict=True):
         if loss_filter.needs_db and not is_in_db(loss.signal_loss):
             raise RecipeError(f"[[filter]] {part.name} needs a loss in dB, which {recipe.loss.name} is not.")
+    if recipe.train.ema and recipe.optim.name == "schedule_free":
+        raise RecipeError("train.ema and optim.name = 'schedule_free' both average the weights; leave one of them out.")
     if dist.world_size() > 1:
         _check_statistics(model)
     return TrainState(

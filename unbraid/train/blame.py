@@ -21,8 +21,8 @@ class Verdict:
     """Where in a step the first value that must not be appeared.
 
     Attributes:
-        kind: ``weights``, ``mixture``, ``sources``, ``forward``, ``loss``, ``over_limit``, ``backward``; or ``none``
-            where nothing is wrong.
+        kind: ``weights``, ``mixture``, ``sources``, ``forward``, ``loss``, ``over_limit``, ``backward``, ``memory``;
+            or ``none`` where nothing is wrong.
         precision: In which it was looked for.
         place: Of the example in its batch; None where no single one is to blame.
         item: Where that example came from; None where nobody said.
@@ -45,6 +45,7 @@ class Verdict:
             return f"In {self.precision} nothing is wrong."
         where = f"at {list(self.position)}" if self.position else ""
         words = {
+            "memory": "memory runs out with a single example",
             "weights": f"the weight {self.layer} is {self.value} {where}",
             "mixture": f"the mixture is {self.value} {where}",
             "sources": f"a source is {self.value} {where}",

@@ -13,10 +13,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from unbraid import dist
 from unbraid.data.batch import Batch
 from unbraid.errors import CheckpointError
-from unbraid.records import SCHEMA_VERSION, ItemId, json_row, write_atomically
+from unbraid.records import SCHEMA_VERSION, ItemId, StepRecord, json_row, write_atomically
+from unbraid.robust.precision import Precision
+from unbraid.train.blame import Verdict, diagnose
 from unbraid.train.checkpoint import read_verified, write_tensors
+from unbraid.train.state import TrainState
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,51 @@ class Incident:
     recipe: Mapping[str, Any]
     weights: dict[str, Tensor]
     batch: Batch
+
+
+def incident_of(
+    state: TrainState, record: StepRecord, batch: Batch, recipe: Mapping[str, Any]
+) -> tuple[Incident, Verdict]:
+    """What a replay needs of a step that went wrong, and what is to blame for it.
+
+    Args:
+        state: As the step left it.
+        record: Of the step.
+        batch: All that this process had in it.
+        recipe: The resolved recipe, as plain dicts.
+    """
+    precision = Precision(state.precision.name, scale=record.loss_scale)
+    try:
+        verdict = diagnose(
+            state.bare_model,
+            state.loss,
+            precision,
+            batch,
+            seed=state.seed,
+            step=record.step,
+            rank=dist.rank(),
+            loss_upper_limit=state.loss_upper_limit,
+        )
+    except torch.OutOfMemoryError:
+        verdict = Verdict("memory", precision.name)
+    moved_on = record.trained or state.step > record.step
+    about = {
+        "step": record.step,
+        "rank": dist.rank(),
+        "world_size": dist.world_size(),
+        "seed": state.seed,
+        "outcome": record.outcome,
+        "loss": record.loss,
+        "grad_norm": record.grad_norm,
+        "precision": precision.name,
+        "loss_scale": record.loss_scale,
+        "loss_upper_limit": state.loss_upper_limit,
+        "weights_after_step": state.step if moved_on else record.step - 1,
+        "verdict": verdict.sentence(),
+        "torch": torch.__version__,
+        "device": state.device.type,
+    }
+    return Incident(about, recipe, state.bare_model.state_dict(), batch), verdict
 
 
 def write_incident(folder: Path, incident: Incident) -> Path:

@@ -6,16 +6,12 @@ from dataclasses import replace
 from time import perf_counter
 from typing import NamedTuple
 
-import torch
-
 from unbraid import dist
 from unbraid.data.mixing import AudioFault
 from unbraid.errors import TrainingStopped
 from unbraid.records import StepRecord, ValidationRecord
-from unbraid.robust.precision import Precision
-from unbraid.train.blame import diagnose
 from unbraid.train.checkpoint import cut_logs, first_nonfinite, newest_checkpoint, read_checkpoint, save_checkpoint
-from unbraid.train.incident import Incident, joined, write_incident
+from unbraid.train.incident import incident_of, joined, write_incident
 from unbraid.train.logbook import Logbook, Told
 from unbraid.train.settings import Job, TrainSettings
 from unbraid.train.source import Load, Source
@@ -111,7 +107,8 @@ class _Course:
                 raise TrainingStopped(self.reason)
             if not due:
                 continue
-            self._compare()
+            if _every(job.train.compare_every_steps, state.step):
+                self._compare()
             best = False
             if not self.stop.agreed and (self.done or _every(job.validate.every_steps, state.step)):
                 validation = self._validated()
@@ -165,7 +162,8 @@ class _Course:
         n_pieces = state.n_pieces
         record, notes = finish(state, under_way.launched)
         signals, clock, n_new_faults = notes[: len(SIGNALS)], notes[len(SIGNALS)], notes[len(SIGNALS) + 1]
-        self.stop.agreed = next((int(number) for number, n in zip(SIGNALS, signals, strict=True) if n), 0)
+        told = next((int(number) for number, n in zip(SIGNALS, signals, strict=True) if n), 0)
+        self.stop.agreed = told if dist.world_size() > 1 else self.stop.signal
         state.elapsed_seconds = clock if dist.world_size() > 1 else perf_counter() - self.began
         record = replace(self._timed(record, under_way), elapsed_seconds=state.elapsed_seconds)
         if dist.is_main():
@@ -227,46 +225,16 @@ class _Course:
         self.log.tell(code, record.step, message, files=files, loss=record.loss, norm=record.grad_norm, items=items)
 
     def _keep_for_replay(self, record: StepRecord, launched: Launched) -> str:
-        """Write a replay bundle of this rank's share of a bad step, if there is room; returns what is to blame."""
-        state, job = self.state, self.job
+        """Find out what is to blame for this rank's share of a bad step, and keep it for a replay if there is room."""
         if not record.bad_items and dist.world_size() > 1 and record.outcome != "loss_scale":
             return ""
-        precision = Precision(state.precision.name, scale=record.loss_scale)
-        batch = joined(launched.parts)
-        try:
-            verdict = diagnose(
-                state.bare_model,
-                state.loss,
-                precision,
-                batch,
-                seed=state.seed,
-                step=record.step,
-                rank=dist.rank(),
-                loss_upper_limit=state.loss_upper_limit,
-            )
-        except torch.OutOfMemoryError:
-            return ""
+        state, run = self.state, self.job.run
+        incident, verdict = incident_of(state, record, joined(launched.parts), self.job.recipe)
         sentence = "" if verdict.kind == "none" else verdict.sentence()
-        if len(list(job.run.incidents.glob("step-*"))) >= job.save.incidents:
+        if len(list(run.incidents.glob("step-*"))) >= self.job.save.incidents:
             return sentence
-        about = {
-            "step": record.step,
-            "rank": dist.rank(),
-            "world_size": dist.world_size(),
-            "seed": state.seed,
-            "outcome": record.outcome,
-            "loss": record.loss,
-            "grad_norm": record.grad_norm,
-            "precision": state.precision.name,
-            "loss_scale": record.loss_scale,
-            "loss_upper_limit": state.loss_upper_limit,
-            "weights_of_step": state.step if record.trained or self._ahead else record.step - 1,
-            "verdict": verdict.sentence(),
-            "torch": torch.__version__,
-            "device": state.device.type,
-        }
         try:
-            path = write_incident(job.run.incidents, Incident(about, job.recipe, state.bare_model.state_dict(), batch))
+            path = write_incident(run.incidents, incident)
         except OSError as error:
             self.log.tell("INCIDENT_FAILED", record.step, f"The bad step could not be kept for a replay ({error}).")
             return sentence

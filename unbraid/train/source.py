@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from pickle import UnpicklingError
 
 from unbraid.data.loader import Loaded
 from unbraid.errors import TrainingStopped
@@ -9,6 +10,13 @@ from unbraid.train.logbook import Logbook
 
 Load = Callable[[int], Iterable[Loaded]]
 """From a number of steps done to the batches of this rank from there on, without end."""
+
+
+def _tells_of_a_death(error: Exception) -> bool:
+    """Whether the loader lost a worker; what a living one raised comes as «Caught ...»."""
+    if isinstance(error, RuntimeError):
+        return str(error).startswith("DataLoader worker")
+    return not str(error).startswith("Caught ")  # its end of a pipe is gone, or what came out of it was cut short
 
 
 class Source:
@@ -37,11 +45,11 @@ class Source:
                 self.batches = iter(self.load(n_steps_done))
             try:
                 return list(itertools.islice(self.batches, self.accumulate))
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
+            except (RuntimeError, OSError, EOFError, UnpicklingError) as error:
+                if not _tells_of_a_death(error):
                     raise
                 self.batches, self.n_lost = None, self.n_lost + 1
-                said = str(error).split("\n")[0]
+                said = str(error).split("\n")[0] or "A data worker broke off in the middle of a batch"
                 if self.n_lost > self.MAX_LOSSES:
                     raise TrainingStopped(
                         f"Data workers died {self.n_lost} times, the last with: {said}. The machine may be short of "

@@ -78,6 +78,8 @@ def launch(
     if step is None:
         state.step += 1
     step, parts = step or state.step, list(parts)
+    if not parts:
+        raise ValueError("A step needs a batch on every process: where nothing is left, a stand-in of weight 0.")
     buffers = [(buffer, buffer.clone()) for buffer in state.buffers]
     attempt = run_once(state, parts, step, notes)
     while not attempt.ran and dist.world_size() == 1 and cut_further(state, parts):
@@ -86,6 +88,7 @@ def launch(
     if state.on_bad_example == "rescue":
         attempt = rescued(state, attempt, step, notes, buffers)
     parcel = _apply(state, attempt, step, buffers)
+    attempt.gradients.clear()  # so that their memory is free while this step is still to be finished
     lr = float(state.optimizer.param_groups[0]["lr"])
     return Launched(step, parts, notes, attempt, parcel, lr, started)
 
