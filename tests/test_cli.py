@@ -269,7 +269,12 @@ def test_separate_goes_through_folders(trained, tmp_path):
 def test_code_that_came_with_a_checkpoint_does_not_run_unless_trusted(recipe_file, tmp_path, monkeypatch, capsys):
     (tmp_path / "mine.py").write_text(
         "from pathlib import Path\n"
-        "from unbraid.models.conv_tasnet import ConvTasNet as Net\n"
+        "from torch import nn\n"
+        "class Net(nn.Conv1d):\n"
+        "    def __init__(self):\n"
+        "        super().__init__(1, 2, 9, padding=4)\n"
+        "    def forward(self, mixture):\n"
+        "        return super().forward(mixture)[:, :, None]\n"
         f"Path({str(tmp_path / 'ran')!r}).touch()\n"
     )
     monkeypatch.chdir(tmp_path)

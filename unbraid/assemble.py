@@ -49,7 +49,18 @@ from unbraid.train.state import TrainState
 from unbraid.train.stop import StopRequest
 from unbraid.train.validate import validation
 
-_MAY_CHANGE = ("train.max_steps", "train.max_minutes", "train.precision", "save.", "data.workers", "data.exclude")
+_MAY_CHANGE = (
+    "train.max_steps",
+    "train.max_minutes",
+    "train.precision",
+    "train.accumulate",
+    "train.on_bad_example",
+    "train.loss_upper_limit",
+    "train.compare_every_steps",
+    "save.",
+    "data.workers",
+    "data.exclude",
+)
 """Keys that a resumed run may give other values than it began with."""
 
 _RECORDED_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES", "WORLD_SIZE")
@@ -194,10 +205,17 @@ def build_state(recipe: Recipe, model: nn.Module, *, precision: str) -> TrainSta
     loss = build_loss(recipe)
     filters = [build_part("filter", part, FILTERS, recipe.folder) for part in recipe.filters]
     for part, loss_filter in zip(recipe.filters, filters, strict=True):
-        if loss_filter.needs_db and not is_in_db(loss.signal_loss):
+        if hasattr(loss_filter, "observe") and not hasattr(loss_filter, "load_state_dict"):
+            raise RecipeError(f"[[filter]] {part.name} has observe, and so needs state_dict and load_state_dict too.")
+        if getattr(loss_filter, "needs_db", False) and not is_in_db(loss.signal_loss):
             raise RecipeError(f"[[filter]] {part.name} needs a loss in dB, which {recipe.loss.name} is not.")
-    if recipe.train.ema and recipe.optim.name == "schedule_free":
-        raise RecipeError("train.ema and optim.name = 'schedule_free' both average the weights; leave one of them out.")
+    if recipe.optim.name == "schedule_free":
+        if recipe.train.ema:
+            raise RecipeError("train.ema and optim.name = 'schedule_free' both average weights; leave one of them out.")
+        if recipe.schedule.name != "constant":
+            raise RecipeError(
+                f"optim.name = 'schedule_free' takes schedule.name = 'constant', not {recipe.schedule.name!r}."
+            )
     if dist.world_size() > 1:
         _check_statistics(model)
     return TrainState(
@@ -219,10 +237,11 @@ def build_state(recipe: Recipe, model: nn.Module, *, precision: str) -> TrainSta
 
 def _check_statistics(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise RecipeError(
-                f"[model] {name} is a {type(module).__name__}, whose statistics would differ from process to process; "
-                "take nn.SyncBatchNorm, or a norm without running statistics."
+                f"[model] {name} is a {type(module).__name__}: its statistics would differ from process to process, or "
+                "tie their examples together so that a bad one cannot be set aside; take a norm without, such as "
+                "nn.GroupNorm, or train on one process."
             )
 
 

@@ -69,8 +69,8 @@ class Recipe:
 
     @property
     def has_own_code(self) -> bool:
-        """Whether a model or data set is named that is not one of ours: a checkpoint of it has to be trusted."""
-        return ":" in self.model.name or ":" in self.data.name
+        """Whether a model, loss or data set is named that is not one of ours: what uses it has to be trusted."""
+        return any(":" in name for name in (self.model.name, self.loss.name, self.data.name))
 
     @property
     def leaves_level_open(self) -> bool:

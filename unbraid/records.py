@@ -12,7 +12,7 @@ from typing import Any
 
 from unbraid.errors import CheckpointError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 TIMING_FIELDS = frozenset({"seconds", "data_seconds", "examples_per_second", "elapsed_seconds", "peak_memory_bytes"})
 """What clock and system say: all else in ``steps.jsonl`` and ``validation.jsonl`` is the same in a resumed run."""

@@ -1,7 +1,8 @@
 """A bad step run again: which example, which layer, and in which precision it goes away."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from unbraid.assemble import build_loss, build_model, choose_device
 from unbraid.errors import CheckpointError
@@ -37,7 +38,7 @@ def replay(path: Path, *, trust: bool = False) -> Iterator[str]:
     verdicts = {name: _again(incident, name, trust=trust) for name in (recorded, *others)}
     for name, verdict in verdicts.items():
         yield f"{'Again' if name == recorded else 'Then'}: {verdict.sentence()}"
-    yield _conclusion(recorded, verdicts)
+    yield _conclusion(about, verdicts)
 
 
 def _again(incident: Incident, precision: str, *, trust: bool) -> Verdict:
@@ -61,10 +62,13 @@ def _again(incident: Incident, precision: str, *, trust: bool) -> Verdict:
     )
 
 
-def _conclusion(recorded: str, verdicts: dict[str, Verdict]) -> str:
+def _conclusion(about: Mapping[str, Any], verdicts: dict[str, Verdict]) -> str:
+    recorded = about["precision"]
     cured = [name for name, verdict in verdicts.items() if verdict.kind == "none"]
     if recorded in cured:
-        return "It does not happen again here: look at what differs, such as the device or the version of torch."
+        moved = about.get("weights_after_step", about["step"] - 1) >= about["step"]
+        later = "the weights kept are those after the step; " if moved else ""
+        return f"It does not happen again here: {later}it may hang on the device, or on the version of torch."
     if cured:
         return f"It goes away in {' and '.join(cured)}: train.precision = {cured[0]!r} would have taken the step."
     found = verdicts[recorded]

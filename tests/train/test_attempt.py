@@ -190,3 +190,30 @@ def test_the_moving_average_moves_with_the_steps_taken_alone():
         expected = decay * expected + (1 - decay) * state.model.filters.weight.detach()
 
     assert torch.allclose(state.average.weights[0], expected, atol=1e-6)
+
+
+def test_memory_that_runs_out_when_a_step_is_rescued_is_no_end_either():
+    class Counting(Normed):
+        """Memory for three examples runs out from the second forward on."""
+
+        def forward(self, mixture):
+            self.memory = 10**9 if not self.seen else 2 * 400
+            return super().forward(mixture)
+
+    torch.manual_seed(0)
+    model = Counting()
+    model.norm = nn.Identity()
+    state = TrainState(model, marks, torch.optim.SGD(model.parameters(), lr=0.1), NoClip(), on_bad_example="rescue")
+
+    record = train_step(state, with_nan(make_batch(4), 1))
+
+    assert (record.outcome, record.n_trained, record.n_bad, state.n_pieces) == ("trained", 3, 1, 2)
+
+
+def test_a_rescued_step_whose_others_are_easy_is_no_fault_and_names_its_bad_example():
+    state = make_state(loss=marks, on_bad_example="rescue", filters=[ThresholdFilter()])
+
+    record = train_step(state, marked(with_nan(make_batch(3), 2), EASY, 0, 1))
+
+    assert (record.outcome, record.n_easy, record.n_bad) == ("all_easy", 2, 1)
+    assert [item.index for item in record.bad_items] == [2]

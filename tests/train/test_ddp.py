@@ -42,11 +42,24 @@ def test_however_examples_are_dealt_out_weighed_and_filtered_it_is_the_same_step
     assert max(ranks[0][dtype] + ranks[1][dtype]) < tolerance
 
 
-def test_where_memory_runs_out_on_one_rank_all_cut_their_batches_and_the_step_is_the_same(ranks):
+@pytest.mark.parametrize("where", ["memory", "memory_backward"])
+def test_where_memory_runs_out_on_one_rank_all_cut_their_batches_and_the_step_is_the_same(ranks, where):
     for seen in ranks:
-        assert seen["memory"]["outcomes"] == ["trained", "trained"]
-        assert seen["memory"]["pieces"] == [4, 4, 4]
-        assert seen["memory"]["distance"] < 1e-6
+        assert seen[where]["outcomes"] == ["trained", "trained"]
+        assert seen[where]["pieces"] == [4, 4, 4]
+        assert seen[where]["distance"] < 1e-6
+
+
+def test_steps_launched_ahead_wait_for_the_one_that_memory_ran_out_in(ranks):
+    for seen in ranks:
+        assert seen["memory_ahead"]["steps"] == [[step, "trained", 0.5 / step] for step in range(1, 6)]
+        assert seen["memory_ahead"]["pieces"] == 2
+        assert seen["memory_ahead"]["distance"] < 1e-12
+
+
+def test_a_bad_gradient_is_blamed_on_its_own_example_and_on_no_other_rank(ranks):
+    assert ranks[0]["bad_gradient"] == {"outcome": "nonfinite_gradient", "items": []}
+    assert ranks[1]["bad_gradient"] == {"outcome": "nonfinite_gradient", "items": [[1, 1]]}
 
 
 def test_in_float32_to_one_part_in_a_hundred_thousand(ranks):

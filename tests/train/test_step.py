@@ -376,3 +376,70 @@ def test_easy_batches_never_end_a_run():
     for _ in range(50):
         window.add("all_easy")
     assert window.verdict() is None
+
+
+def makes_nan(parameter, gradient):
+    gradient.view(-1)[0] = torch.nan
+
+
+def test_a_transform_that_makes_nan_does_not_reach_the_weights():
+    state = make_state(transforms=[makes_nan], clipper=AutoClip())
+    before = snapshot(state)
+
+    record = train_step(state, make_batch())
+
+    assert (record.outcome, record.n_trained) == ("nonfinite_gradient", 0)
+    assert_same(before, snapshot(state))
+
+
+class Levelled(TwoFilters):
+    """Keeps a buffer in the usual way, by putting another tensor in its place."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("level", torch.ones(()))
+
+    def forward(self, mixture: Tensor) -> Tensor:
+        self.level = 0.9 * self.level + 0.1 * mixture.square().mean() * self.filters.weight.sum()
+        return super().forward(mixture) / (1 + self.level.detach())
+
+
+@pytest.mark.parametrize("rule", ["skip", "rescue"])
+def test_a_buffer_that_is_replaced_in_the_forward_hears_of_no_bad_step(rule):
+    torch.manual_seed(0)
+    model = Levelled()
+    state = TrainState(model, marks, OPTIMIZERS["adam"](model.parameters(), lr=1e-2), on_bad_example=rule)
+    held = model.level
+    train_step(state, make_batch())
+    before = model.level.clone()
+
+    record = train_step(state, with_nan(make_batch(1), 0))
+
+    assert record.outcome == "nonfinite_loss"
+    assert torch.equal(model.level, before)
+    assert model.level is held
+    assert train_step(state, make_batch()).trained
+    assert not torch.equal(model.level, before)
+
+
+def test_ones_own_clipper_may_return_a_number():
+    state = make_state(loss=squared_error, clipper=lambda norm, finite: 0.25)
+
+    assert train_step(state, make_batch()).limit == 0.25
+
+
+def test_weights_that_are_spoilt_leave_their_moving_average_alone():
+    state = make_state()
+    state.average = Average(state.model, 0.9)
+    train_step(state, make_batch())
+    before = [weights.clone() for weights in state.average.weights]
+    with torch.no_grad():
+        state.model.filters.weight[0, 0, 0] = torch.nan
+
+    assert train_step(state, make_batch()).outcome == "nonfinite_loss"
+    assert_same(before, state.average.weights)
+
+
+def test_a_step_without_a_batch_is_refused():
+    with pytest.raises(ValueError, match="stand-in of weight 0"):
+        train_step(make_state(), [])

@@ -1,8 +1,10 @@
 """Faults that really strike a whole run: what it survives, what it says, and what it leaves to be looked at."""
 
+import json
 import multiprocessing
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,6 +62,27 @@ class Overflows(Net):
         self.first, self.steep = nn.Conv1d(1, 1, 3, padding=1), Steep()
     def forward(self, mixture):
         return super().forward(self.steep(self.first(mixture)))
+
+class Masked(Net):
+    '''Keeps infinities, as attention masks do.'''
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mask", torch.full((3, 3), float("-inf")).triu(1))
+
+class Greedy(Net):
+    '''Has the memory for two examples.'''
+    def forward(self, mixture):
+        if torch.is_grad_enabled() and len(mixture) > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return super().forward(mixture)
+
+class Pooled(Net):
+    '''Refuses an example alone.'''
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(1)
+    def forward(self, mixture):
+        return super().forward(mixture) * self.norm(mixture.mean(-1))[:, None, None]
 
 class Dead(Net):
     '''Its second output is silent.'''
@@ -128,6 +151,7 @@ def test_weights_that_are_not_finite_send_the_run_back_to_its_last_checkpoint(ne
     sound, _ = run_recipe(file, tmp_path / "sound", "model.name=nets:Net")
 
     assert codes(told) == ["STEP_SKIPPED_NONFINITE_LOSS", "WEIGHTS_NONFINITE"]
+    assert [row["code"] for row in read_rows(spoilt.events)[0]] == codes(told)
     assert [record.step for record in steps(told)] == [1, 2, 3, 4, 5, 5, 6]
     assert [row["step"] for row in read_rows(spoilt.steps)[0]] == [1, 2, 3, 4, 5, 6]
     assert weights(spoilt, 6) == weights(sound, 6)
@@ -137,7 +161,7 @@ def test_weights_that_are_not_finite_send_the_run_back_to_its_last_checkpoint(ne
 
 
 def test_where_going_back_does_not_help_the_run_ends_and_says_so(nets, tmp_path):
-    with pytest.raises(TrainingStopped, match=r"weights are not finite .*filters\.weight.*going back did not help"):
+    with pytest.raises(TrainingStopped, match=r"model is not finite .*filters\.weight.*going back did not help"):
         run_recipe(nets(), tmp_path / "run", "model.name=nets:Spoilt", "model.always=true")
 
 
@@ -159,6 +183,98 @@ def test_a_dead_output_is_told_within_200_steps(nets, tmp_path):
     assert [(event.code, event.evidence["output"]) for event in events] == [("OUTPUT_DEAD", 1)]
     assert events[0].step <= 200
     assert "Output 2" in events[0].message
+
+
+def test_infinities_that_are_meant_are_no_damage(nets, tmp_path):
+    file = nets('[loss]\nname = "nets:nan_for_one"\nassign = "fixed"\n')
+
+    run, told = run_recipe(file, tmp_path / "run", "model.name=nets:Masked")
+
+    assert codes(told) == ["STEP_SKIPPED_NONFINITE_LOSS"]
+    assert "its loss is nan" in read_rows(run.events)[0][0]["message"]
+    assert (run.checkpoints / "last").read_text().strip() == "step-000006"
+
+
+def test_a_model_that_refuses_an_example_alone_goes_on_and_all_are_named(nets, tmp_path):
+    file = nets('[loss]\nname = "nets:nan_for_one"\nassign = "fixed"\n')
+
+    run, told = run_recipe(file, tmp_path / "run", "model.name=nets:Pooled")
+
+    assert codes(told) == ["STEP_SKIPPED_NONFINITE_LOSS"]
+    assert [record.outcome for record in steps(told)].count("trained") == 5
+    assert "the examples together" in read_rows(run.events)[0][0]["message"]
+
+
+def test_that_memory_ran_out_is_told_once_and_kept(nets, tmp_path):
+    file = nets()
+    short, told = run_recipe(file, tmp_path / "short", "model.name=nets:Greedy")
+    plain, _ = run_recipe(file, tmp_path / "plain", "model.name=nets:Net")
+
+    assert codes(told) == ["OUT_OF_MEMORY"]
+    assert {record.n_micro_batches for record in steps(told)} == {2}
+    for one, other in zip(read_rows(short.steps)[0], read_rows(plain.steps)[0], strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
+
+
+def test_a_spoilt_optimizer_is_never_saved_but_gone_back_from(nets, tmp_path):
+    (tmp_path / "nets.py").write_text(NETS + SPOILS_THE_OPTIMIZER)
+    file = nets()
+    spoilt, told = run_recipe(file, tmp_path / "spoilt", "optim.name=nets:spoilt_adam", "model.name=nets:Net")
+    sound, _ = run_recipe(file, tmp_path / "sound", "model.name=nets:Net")
+
+    assert codes(told) == ["WEIGHTS_NONFINITE"]
+    assert "optimizer's state of filters.weight" in read_rows(spoilt.events)[0][0]["message"]
+    assert weights(spoilt, 6) == weights(sound, 6)
+
+
+SPOILS_THE_OPTIMIZER = """
+from unbraid.train.optim import adam
+
+def spoilt_adam(parameters, *, lr: float = 1e-3):
+    parameters = list(parameters)
+    optimizer, calls = adam(parameters, lr=lr), []
+    def spoil(optimizer, *_):
+        calls.append(1)
+        if len(calls) == 7:  # the first makes its state; this is step 6, after which a checkpoint is due
+            optimizer.state[parameters[0]]["exp_avg_sq"][0, 0, 3] = float("nan")
+    optimizer.register_step_post_hook(spoil)
+    return optimizer
+"""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["optim.name=schedule_free"], "schedule.name = 'constant'"),
+        (["optim.name=schedule_free", "schedule.name=constant", "train.ema=0.9"], "leave one of them out"),
+        (["train.ema=1.0"], "train.ema = 1 must be from 0"),
+        (["train.on_bad_example=rescu"], "Did you mean 'rescue'?"),
+        (['transform=[{name = "adaptiv"}]'], "Did you mean 'adaptive'?"),
+        (['transform=[{name = "value", max_value = 0}]'], "max_value = 0"),
+        (['filter=[{name = "percentile", percentile = 101}]'], "percentile"),
+        (["clip.name=zclip", "clip.alpha=2"], "alpha"),
+        (["save.incidents=-1"], "save.incidents = -1"),
+    ],
+)
+def test_parts_that_cannot_be_are_refused_in_one_line(recipe_file, tmp_path, capsys, overrides, words):
+    options = [word for override in overrides for word in ("--set", override)]
+
+    assert main(["train", str(recipe_file()), "--run", str(tmp_path / "run"), *options]) == 2
+
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert words in error
+
+
+def test_a_collapsed_scale_is_left_behind_with_its_format(nets, tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    file, budget = nets(), ["model.name=nets:Overflows", "train.max_steps=22", "train.precision=fp16"]
+    with pytest.raises(TrainingStopped):
+        run_recipe(file, run.path, *budget)
+
+    _, told = run_recipe(file, run.path, *budget[:2], "train.precision=bf16", resume=True)
+
+    assert [record.loss_scale for record in steps(told)] == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("rule", ["skip", "rescue"])
@@ -183,10 +299,12 @@ def test_a_bad_example_is_named_and_kept_for_a_replay(nets, tmp_path, rule, caps
         "model.safetensors",
     ]
 
+    assert f"unbraid replay {incident} --trust" in event["message"]
+    assert str(tmp_path / "speech") not in (incident / "incident.json").read_text()
     assert main(["replay", str(incident), "--trust"]) == 0
 
     told_again = capsys.readouterr().out
-    assert " + ".join(bad.bad_items[0].files) in told_again
+    assert " + ".join("/".join(Path(file).parts[-2:]) for file in bad.bad_items[0].files) in told_again
     assert "its loss is nan" in told_again
     assert "It is there in every precision" in told_again
 
@@ -216,7 +334,7 @@ def test_a_replay_runs_no_code_that_is_not_ours_unless_told_to(nets, tmp_path, c
     assert "--trust" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("damage", ["a byte", "a missing file", "another folder", "no JSON"])
+@pytest.mark.parametrize("damage", ["a byte", "a missing file", "another folder", "no JSON", "a missing word"])
 def test_a_damaged_incident_is_refused_in_one_sentence(nets, tmp_path, capsys, damage):
     run, _ = run_recipe(nets('[loss]\nname = "nets:nan_for_one"\nassign = "fixed"\n'), tmp_path / "run")
     incident = next(run.incidents.iterdir())
@@ -226,6 +344,9 @@ def test_a_damaged_incident_is_refused_in_one_sentence(nets, tmp_path, capsys, d
         (incident / "batch.safetensors").write_bytes(content)
     elif damage == "a missing file":
         (incident / "model.safetensors").unlink()
+    elif damage == "a missing word":
+        about = json.loads((incident / "incident.json").read_text())
+        (incident / "incident.json").write_text(json.dumps({key: about[key] for key in about if key != "seed"}))
     elif damage == "another folder":
         incident = run.checkpoints / "step-000006"
     else:
@@ -286,7 +407,12 @@ EVERYTHING = [
 
 @pytest.mark.parametrize(
     "overrides",
-    [EVERYTHING, ["optim.name=muon"], ["optim.name=schedule_free"], ["optim.name=rmsprop", "clip.name=autoclip"]],
+    [
+        EVERYTHING,
+        ["optim.name=muon"],
+        ["optim.name=schedule_free", "schedule.name=constant"],
+        ["optim.name=rmsprop", "clip.name=autoclip"],
+    ],
     ids=["everything", "muon", "schedule_free", "rmsprop"],
 )
 def test_a_run_with_other_parts_goes_on_as_if_it_had_never_been_stopped(recipe_file, tmp_path, overrides):

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from toys import TwoFilters, make_batch, make_state, squared_error
 
+from unbraid.data.batch import Batch
 from unbraid.metrics import si_sdr
 from unbraid.records import append_record, read_steps
 from unbraid.robust.clip import FixedClip, NoClip
@@ -143,3 +144,25 @@ def test_a_frozen_block_has_no_norm():
 
     assert sampled_step(state, make_batch()).blocks["frozen"].grad_norm == 0
     assert isinstance(state.model, TwoFilters)
+
+
+def test_a_mixture_of_more_channels_than_the_outputs_is_recorded_without_a_residual():
+    class FirstChannel(TwoFilters):
+        def forward(self, mixture):
+            return super().forward(mixture[:, :1])
+
+    state, batch = make_state(), make_batch()
+    model = FirstChannel()
+    state = type(state)(model, squared_error, torch.optim.SGD(model.parameters(), lr=0.1))
+
+    record = sampled_step(state, Batch.of(batch.mixture.expand(-1, 4, -1), batch.sources, items=batch.items))
+
+    assert all(one.residual_db != one.residual_db for one in record.items)
+    assert all(len(one.levels_db) == 2 for one in record.items)
+
+
+def test_an_example_of_silence_alone_has_no_say_in_the_si_sdr():
+    with_silence, without = make_batch(3), make_batch(3).pick([0, 1])
+    with_silence.sources[2], with_silence.mixture[2] = 0.0, 0.0
+
+    assert train_step(make_state(), with_silence).si_sdr == pytest.approx(train_step(make_state(), without).si_sdr)

@@ -17,13 +17,13 @@ from unbraid import dist
 from unbraid.data.batch import Batch
 from unbraid.data.loader import Loaded
 from unbraid.errors import TrainingStopped
-from unbraid.records import Event, RunDirectory
+from unbraid.records import Event, ItemId, RunDirectory
 from unbraid.robust.clip import AutoClip, NoClip
 from unbraid.robust.filter import OutlierFilter, PercentileFilter, ThresholdFilter
 from unbraid.train.loop import Scores, fit
 from unbraid.train.settings import Job, SaveSettings, TrainSettings, ValidateSettings
 from unbraid.train.state import TrainState
-from unbraid.train.step import train_step
+from unbraid.train.step import finish, launch, train_step
 from unbraid.train.stop import StopRequest
 
 
@@ -37,6 +37,7 @@ class Net(nn.Sequential):
     def __init__(self):
         super().__init__(nn.Conv1d(1, 4, 5, padding=2), nn.Tanh(), nn.Conv1d(4, 2, 5, padding=2))
         self.memory, self.seconds, self.n_calls, self.breaks_at = 10**9, 0.0, 0, None
+        self.memory_backward = 10**9
 
     def forward(self, mixture):
         self.n_calls += 1
@@ -46,7 +47,23 @@ class Net(nn.Sequential):
         if self.n_calls == self.breaks_at:
             with torch.no_grad():
                 self[2].weight[0, 0, 0] += 1e-3
-        return super().forward(mixture)
+        hidden = self[1](self[0](mixture))
+        return self[2](Short.apply(hidden, mixture.numel() > self.memory_backward))
+
+
+class Short(torch.autograd.Function):
+    """Runs out of memory in the backward."""
+
+    @staticmethod
+    def forward(context, x, is_short):
+        context.is_short = is_short
+        return x * 1
+
+    @staticmethod
+    def backward(context, gradient):
+        if context.is_short:
+            raise torch.OutOfMemoryError("out of memory")
+        return gradient, None
 
 
 def make_state(*, dtype=torch.float64, wrapped=True, clipper=None, filters=(), **parts):
@@ -135,11 +152,11 @@ def any_cut(dtype):
     return found
 
 
-def memory_runs_out_on_one_rank():
+def memory_runs_out_on_one_rank(*, where="memory"):
     """Rank 1 can take one example of 50 samples at a time; both cut their batches, and the step is what it was."""
     here, plenty = make_state(), make_state()
     if dist.rank() == 1:
-        here.bare_model.memory = 50
+        setattr(here.bare_model, where, 50)
     batch = part(make_batch(8, 0), list(range(4 * dist.rank(), 4 * dist.rank() + 4)))
     record, _ = train_step(here, batch), train_step(plenty, batch)
     again = train_step(here, batch)
@@ -153,6 +170,48 @@ def memory_runs_out_on_one_rank():
 def after_one_more(state, batch):
     train_step(state, batch)
     return state
+
+
+def memory_runs_out_while_the_next_step_is_launched():
+    """One step ahead, with another learning rate in each step: all is done as where there is memory."""
+    ahead, plenty = make_state(), make_state()
+    if dist.rank() == 1:
+        ahead.bare_model.memory = 100
+    batches = [part(make_batch(8, seed), list(range(4 * dist.rank(), 4 * dist.rank() + 4))) for seed in range(5)]
+    records, waiting = [], None
+    for step, batch in enumerate([*batches, None]):
+        launched = None
+        if batch is not None:
+            for state in (ahead, plenty):
+                state.optimizer.param_groups[0]["lr"] = 0.5 / (step + 1)
+            launched = launch(ahead, [batch])
+            train_step(plenty, batch)
+        if waiting is not None:
+            records.append(finish(ahead, waiting)[0])
+        waiting = launched
+    return {
+        "steps": [[record.step, record.outcome, record.lr] for record in records],
+        "pieces": ahead.n_pieces,
+        "distance": distance(ahead, plenty),
+    }
+
+
+def a_bad_gradient_on_one_rank():
+    """Its example is named there, and nobody else's anywhere."""
+    state = make_state()
+    state.loss = lambda estimate, target: rooted(estimate, target.flatten(1, 2))
+    batch = make_batch(3, dist.rank())
+    items = [ItemId("train", dist.rank(), place) for place in range(3)]
+    if dist.rank() == 1:
+        batch.sources[1, 0, 0, 0] = 7.0
+    record = train_step(state, Batch.of(batch.mixture, batch.sources, items=items))
+    return {"outcome": record.outcome, "items": [[item.epoch, item.index] for item in record.bad_items]}
+
+
+def rooted(estimate, target):
+    """Finite, with the gradient 0 * inf where the target is marked."""
+    kept = (target[:, :1, :1] != 7.0).to(estimate.dtype)
+    return squared_error(estimate, target).mean(1) + (estimate * kept).abs().sum((1, 2)).sqrt()
 
 
 def no_memory_at_all_on_one_rank():
@@ -270,6 +329,9 @@ def main(out):
             "any_cut": any_cut(torch.float64),
             "any_cut_float32": any_cut(torch.float32),
             "memory": memory_runs_out_on_one_rank(),
+            "memory_backward": memory_runs_out_on_one_rank(where="memory_backward"),
+            "memory_ahead": memory_runs_out_while_the_next_step_is_launched(),
+            "bad_gradient": a_bad_gradient_on_one_rank(),
             "no_memory": no_memory_at_all_on_one_rank(),
             "nan": nan_on_one_rank(),
             "drift": weights_that_drift(out),

@@ -63,6 +63,11 @@ class Batch:
         noise = None if self.noise is None else self.noise[where]
         return Batch(self.mixture[where], self.sources[where], self.weight[where], noise, self.items[where])
 
+    def pin_memory(self) -> "Batch":
+        """The same batch in memory that an accelerator copies from without making the host wait."""
+        noise = None if self.noise is None else self.noise.pin_memory()
+        return Batch(self.mixture.pin_memory(), self.sources.pin_memory(), self.weight.pin_memory(), noise, self.items)
+
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
         noise = None if self.noise is None else self.noise.to(device, non_blocking=True)

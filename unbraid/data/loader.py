@@ -98,6 +98,7 @@ def batches(dataset: Mixtures, keys: Sampler[list[Key]], *, workers: int) -> Ite
         prefetch_factor=4 if workers else None,
         multiprocessing_context=("spawn" if sys.platform == "win32" else "forkserver") if workers else None,
         worker_init_fn=_begin_worker,
+        pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),
     )
     for loaded in loader:

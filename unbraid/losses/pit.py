@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from unbraid.dsp import SILENCE
 from unbraid.errors import UserError
 from unbraid.losses import SignalLoss, ignores_level
 from unbraid.losses.waveform import neg_si_sdr
@@ -48,11 +49,17 @@ class SeparationLoss:
 
     def __call__(self, estimate: Tensor, target: Tensor) -> Tensor:
         """Losses ``(batch,)`` of estimates and targets, both ``(batch, source, channel, time)``, in float32."""
-        return self.assigned(estimate, target).losses
+        return self._judged(estimate.float(), target.float())[0]
 
     def assigned(self, estimate: Tensor, target: Tensor) -> Assigned:
         """Losses as `__call__` gives them, with order and SI-SDR; the latter costs nothing where it is the loss."""
         estimate, target = estimate.float(), target.float()
+        losses, values, order, ordered = self._judged(estimate, target)
+        ratio = -values.detach() if self.signal_loss is neg_si_sdr else si_sdr(ordered.detach(), target)
+        return Assigned(losses, order, ratio.mean(-1), (target.square().mean(-1) > SILENCE).all(-1))
+
+    def _judged(self, estimate: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Losses, their values for each signal, the order of the outputs, and the outputs in that order."""
         check_estimate(estimate, target)
         order = output_order(estimate, target, self.signal_loss, assign=self.assign)
         ordered = reorder(estimate, order)
@@ -63,8 +70,7 @@ class SeparationLoss:
                 f"it must return one value a signal, {tuple(target.shape[:-1])}."
             )
         losses = mean_over_sounding(values, target) if ignores_level(self.signal_loss) else values.mean((1, 2))
-        ratio = -values.detach() if self.signal_loss is neg_si_sdr else si_sdr(ordered.detach(), target)
-        return Assigned(losses, order, ratio.mean(-1), sounding(target).all(-1))
+        return losses, values, order, ordered
 
 
 def check_estimate(estimate: Tensor, target: Tensor) -> None:

@@ -23,6 +23,11 @@ class Clipper(Protocol):
         ...
 
 
+def as_limit(limit: Tensor | float, norm: Tensor) -> Tensor:
+    """What a clipper returned as a 0-d tensor beside the norm; your own may simply return a number."""
+    return limit if isinstance(limit, Tensor) else torch.full_like(norm, float(limit))
+
+
 class FixedClip:
     """The same limit in every step.
 

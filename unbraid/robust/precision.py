@@ -70,11 +70,13 @@ class Precision:
         self._n_good = torch.where(grows, 0, n_good)
 
     def state_dict(self) -> dict[str, Any]:
-        """Scale and count of good steps."""
-        return {"scale": self.scale, "n_good": int(self._n_good)}
+        """Format, scale, and count of good steps."""
+        return {"name": self.name, "scale": self.scale, "n_good": int(self._n_good)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up where another run stood."""
+        """Take up where another run stood; a scale that was found for another format means nothing here."""
+        if state["name"] != self.name:
+            return
         self._scale, self._n_good = torch.tensor(float(state["scale"])), torch.tensor(int(state["n_good"]))
 
 

@@ -17,6 +17,7 @@ from unbraid.draws import seeded_torch
 from unbraid.errors import UserError
 from unbraid.records import ItemId
 from unbraid.train.blame import bad_by_gradient, bad_by_loss
+from unbraid.train.buffers import KeptBuffers
 from unbraid.train.forward import losses_of
 from unbraid.train.parcel import sum_together
 from unbraid.train.state import TrainState
@@ -48,7 +49,7 @@ class Attempt:
         gradients: As backward left them.
         norm: L2 norm of the averaged, unscaled gradient, 0-d.
         divisor: What the gradients at hand must be divided by to become that, 0-d.
-        forward_seconds: Time that this rank was busy before it had to wait for others.
+        busy: Time that this rank was busy before it had to wait for others.
         set_aside: Examples of this rank that were left out when the step was repeated.
         n_set_aside: How many that were on all ranks.
     """
@@ -58,7 +59,7 @@ class Attempt:
     gradients: list[Tensor]
     norm: Tensor
     divisor: Tensor
-    forward_seconds: float
+    busy: "Stopwatch"
     set_aside: tuple[ItemId, ...] = ()
     n_set_aside: int = 0
 
@@ -67,58 +68,80 @@ class Attempt:
         return self.told["counts"][COUNTS.index(name)]
 
 
-Buffers = list[tuple[Tensor, Tensor]]
-"""The model's buffers, and what they held before the step."""
+class Stopwatch:
+    """Seconds from its making until it is stopped, on the device's own clock.
+
+    Args:
+        device: Whose time; an accelerator's is known only once it has come so far.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.events = [torch.cuda.Event(enable_timing=True) for _ in "ab"] if device.type == "cuda" else []
+        self.began, self.ended = perf_counter(), 0.0
+        if self.events:
+            self.events[0].record()
+
+    def stop(self) -> None:
+        """Stop it; only the last time counts."""
+        self.ended = perf_counter()
+        if self.events:
+            self.events[1].record()
+
+    def seconds(self) -> float:
+        """What it shows; to be asked when the step is finished."""
+        if self.events and self.ended:
+            return self.events[0].elapsed_time(self.events[1]) / 1000
+        return max(0.0, self.ended - self.began)
 
 
-def restore(buffers: Buffers) -> None:
-    """Give the model's buffers back what they held."""
-    for buffer, before in buffers:
-        buffer.copy_(before)
+def cut(state: TrainState, parts: Sequence[Batch]) -> list[Batch]:
+    """Batches in as many pieces as memory asked for so far."""
+    return list(parts) if state.n_pieces == 1 else [piece for part in parts for piece in part.split(state.n_pieces)]
 
 
-def run_once(state: TrainState, parts: Sequence[Batch], step: int, notes: Sequence[float]) -> Attempt:
-    """Every micro-batch of this rank through model, loss and backward; then the ranks sum what they have to agree on.
+def divisible(state: TrainState, parts: Sequence[Batch]) -> bool:
+    """Whether batches can be cut into smaller pieces than they are now."""
+    return max(len(part.mixture) for part in parts) > state.n_pieces
+
+
+def run_once(
+    state: TrainState, pieces: Sequence[Batch], step: int, notes: Sequence[float], *, divisible: bool
+) -> Attempt:
+    """Every piece of this rank through model, loss and backward; then the ranks sum what they have to agree on.
 
     Args:
         state: Its gradients are made anew.
-        parts: Micro-batches.
+        pieces: Micro-batches.
         step: Seeds what the model draws.
         notes: Summed over the ranks as well.
+        divisible: Whether smaller pieces can be had if memory runs out; told to the others.
     """
-    started = perf_counter()
     state.optimizer.zero_grad(set_to_none=True)
-    pieces = list(parts) if state.n_pieces == 1 else [piece for part in parts for piece in part.split(state.n_pieces)]
-    ran: list[Ran] = []
-    waited, starved = 0.0, False
+    if state.exchange is not None:
+        state.exchange.under_way = False
+    busy, ran = Stopwatch(state.device), list[Ran]()
+    starved = False
     with seeded_torch(state.seed, "step", step, dist.rank()):
         for piece in pieces:
+            last = piece is pieces[-1]
             try:
-                one, seconds = _forward_backward(state, piece, last=piece is pieces[-1], sampled=is_sampled(step))
+                ran.append(_forward_backward(state, piece, busy, last=last, sampled=is_sampled(step)))
             except torch.OutOfMemoryError:
                 starved = True
+            if starved:  # not in the handler, where the error still holds what is to be freed
+                ran.clear()
+                _go_without(state, pieces[0])
                 break
-            ran.append(one)
-            waited += seconds
-    busy = perf_counter() - started - waited
-    if starved:
-        ran.clear()
-        _keep_company(state, pieces[0])
-    told = sum_together(_tally(state, parts, ran, notes, starved=starved))
+    told = sum_together(_tally(state, pieces, ran, notes, flags=(starved, divisible)))
     owned = [p for group in state.optimizer.param_groups for p in group["params"]]
     gradients = [p.grad for p in owned if p.grad is not None]
     norm, divisor = _true_norm(gradients, told["counts"][0], state.precision.scale_on(state.device))
     return Attempt(ran, told, gradients, norm, divisor, busy)
 
 
-def _forward_backward(state: TrainState, batch: Batch, *, last: bool, sampled: bool) -> tuple[Ran, float]:
-    """Judge each example, and add the gradient of the weighted sum of their losses to what is there.
-
-    Returns:
-        What came of it, and the seconds in which this rank may have waited for others.
-    """
-    model, waited = state.model, 0.0
-    exchanges = isinstance(model, DistributedDataParallel) and last
+def _forward_backward(state: TrainState, batch: Batch, busy: Stopwatch, *, last: bool, sampled: bool) -> Ran:
+    """Judge each example, and add the gradient of the weighted sum of their losses to what is there."""
+    model = state.model
     with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext():
         estimate, losses, assigned = losses_of(model, state.loss, state.precision, batch)
         judged, given = losses.detach(), batch.weight.to(losses.dtype)
@@ -128,57 +151,36 @@ def _forward_backward(state: TrainState, batch: Batch, *, last: bool, sampled: b
         bad = ~(judged.isfinite() & (judged.abs() <= state.loss_upper_limit)) & (given > 0)
         weights = torch.where(bad, given, weights)
         total = (weights * losses).sum() * state.precision.scale_on(losses.device)
-        began = perf_counter()
-        try:
-            total.backward()
-        except torch.OutOfMemoryError as error:
-            if exchanges:
-                raise UserError(
-                    f"Process {dist.rank()} ran out of memory while gradients were being exchanged, where the others "
-                    "cannot follow it: lower data.batch_size or data.excerpt_seconds, or raise train.accumulate."
-                ) from error
-            raise
-        if exchanges:
-            waited = perf_counter() - began
+        if last:
+            busy.stop()  # from here on it may wait for others
+        if state.exchange is not None and last:
+            state.exchange.begin()
+        total.backward()
     ran = Ran(batch, judged, weights, bad, given > 0)
     if assigned is not None:
         ran.order, ran.si_sdr, ran.sounding = assigned.order, assigned.si_sdr, assigned.sounding
-    if sampled:
+    if sampled and estimate.dim() == 4:
         ran.details = item_details(estimate, batch.mixture)
-    return ran, waited
+    return ran
 
 
-def _keep_company(state: TrainState, piece: Batch) -> None:
-    """After memory ran out: drop what there is, and take part in the others' exchange of gradients with nothing."""
+def _go_without(state: TrainState, piece: Batch) -> None:
+    """After memory ran out: take part in the others' exchange of gradients with nothing, and drop what there is."""
+    exchange = state.exchange
+    if exchange is not None and exchange.under_way:
+        exchange.complete()
     state.optimizer.zero_grad(set_to_none=True)
     if state.device.type == "cuda":
         torch.cuda.empty_cache()
-    if not isinstance(state.model, DistributedDataParallel):
+    if exchange is None or exchange.under_way:
         return
-    for shorter in (1, 4, 16):
-        excerpt = piece.mixture[:1, :, : -(-piece.mixture.shape[-1] // shorter)]
-        try:
-            nothing = state.model(excerpt).float().sum() * 0.0
-        except torch.OutOfMemoryError:
-            continue
-        nothing.backward()
-        return
+    with state.precision.autocast(state.device):
+        if exchange.take_part(piece.mixture):
+            return
     raise UserError(
         f"Process {dist.rank()} has not the memory for a part of an example: lower data.excerpt_seconds, or take a "
         "smaller model."
     )
-
-
-def cut_further(state: TrainState, parts: Sequence[Batch]) -> bool:
-    """Cut batches into twice as many pieces from now on, unless each holds one example already."""
-    if not _divisible(state, parts):
-        return False
-    state.n_pieces *= 2
-    return True
-
-
-def _divisible(state: TrainState, parts: Sequence[Batch]) -> bool:
-    return max(len(part.mixture) for part in parts) > state.n_pieces
 
 
 COUNTS = (
@@ -199,13 +201,12 @@ _N_SUMS = COUNTS.index("out_of_memory")
 
 
 def _tally(
-    state: TrainState, parts: Sequence[Batch], ran: Sequence[Ran], notes: Sequence[float], *, starved: bool
+    state: TrainState, pieces: Sequence[Batch], ran: Sequence[Ran], notes: Sequence[float], *, flags: Sequence[bool]
 ) -> dict[str, Tensor]:
     """What the ranks have to sum in order to agree on a step, and the notes beside it."""
-    flags = [float(starved), float(_divisible(state, parts))]
-    head = dist.on_device([*[0.0] * _N_SUMS, *flags, *notes], state.device)
+    head = dist.on_device([*[0.0] * _N_SUMS, *map(float, flags), *notes], state.device)
     told = {"counts": head[: len(COUNTS)], "notes": head[len(COUNTS) :]}
-    n_sources = parts[0].sources.shape[1] if hasattr(state.loss, "assigned") else 0
+    n_sources = pieces[0].sources.shape[1] if hasattr(state.loss, "assigned") else 0
     si_sdr = head.new_zeros(2, n_sources)
     for one in ran:
         weights, losses = one.weights.to(head.dtype), one.losses.to(head.dtype)
@@ -254,7 +255,9 @@ def _true_norm(gradients: list[Tensor], weight: Tensor, scale: Tensor) -> tuple[
     return torch.where(weight > 0, total / divisor, 0.0 * total), divisor
 
 
-def rescued(state: TrainState, attempt: Attempt, step: int, notes: Sequence[float], buffers: Buffers) -> Attempt:
+def rescued(
+    state: TrainState, attempt: Attempt, step: int, notes: Sequence[float], *, divisible: bool, kept: KeptBuffers
+) -> Attempt:
     """The step again on its clean examples, if some are bad; every rank decides the same.
 
     Of an fp16 overflow nothing is rescued: a smaller scale is its cure.
@@ -275,12 +278,13 @@ def rescued(state: TrainState, attempt: Attempt, step: int, notes: Sequence[floa
     n_guilty, n_clean = dist.sum_over_ranks(sums).tolist()
     if not n_guilty or not n_clean:
         return attempt
-    restore(buffers)
-    kept = [one.batch.pick(places) for one, places in zip(attempt.ran, clean, strict=True) if places]
-    again = run_once(state, kept or [_stand_in(attempt.ran[0].batch)], step, notes)
+    kept.give_back()
+    attempt.gradients.clear()
     items = tuple(
         one.batch.items[place] for one, bad in zip(attempt.ran, guilty, strict=True) if one.batch.items for place in bad
     )
+    pieces = [one.batch.pick(places) for one, places in zip(attempt.ran, clean, strict=True) if places]
+    again = run_once(state, pieces or [_stand_in(attempt.ran[0].batch)], step, notes, divisible=divisible)
     return replace(again, set_aside=items, n_set_aside=round(n_guilty))
 
 

@@ -26,8 +26,8 @@ class Average:
         n = self.n_steps + taken
         decay = torch.clamp_max((1 + n) / (10 + n), self.decay)
         share = torch.where(taken, 1 - decay, 0.0)
-        parameters = [p.detach() for p in model.parameters()]
-        torch._foreach_add_(self.weights, torch._foreach_mul(torch._foreach_sub(parameters, self.weights), share))
+        moved = [torch.where(taken, p.detach() - a, 0.0) for p, a in zip(model.parameters(), self.weights, strict=True)]
+        torch._foreach_add_(self.weights, torch._foreach_mul(moved, share))
         self.n_steps = n
 
     def state_dict(self) -> dict[str, Any]:

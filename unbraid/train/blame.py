@@ -13,6 +13,7 @@ from unbraid.data.batch import Batch
 from unbraid.draws import seeded_torch
 from unbraid.records import ItemId
 from unbraid.robust.precision import Precision
+from unbraid.train.buffers import KeptBuffers, buffer_places
 from unbraid.train.forward import ExampleLoss, losses_of
 
 
@@ -22,7 +23,7 @@ class Verdict:
 
     Attributes:
         kind: ``weights``, ``mixture``, ``sources``, ``forward``, ``loss``, ``over_limit``, ``backward``, ``memory``;
-            or ``none`` where nothing is wrong.
+            ``unclear`` where the model refuses an example alone; ``none`` where nothing is wrong.
         precision: In which it was looked for.
         place: Of the example in its batch; None where no single one is to blame.
         item: Where that example came from; None where nobody said.
@@ -46,6 +47,7 @@ class Verdict:
         where = f"at {list(self.position)}" if self.position else ""
         words = {
             "memory": "memory runs out with a single example",
+            "unclear": f"it cannot be told: the model refuses an example alone ({self.layer})",
             "weights": f"the weight {self.layer} is {self.value} {where}",
             "mixture": f"the mixture is {self.value} {where}",
             "sources": f"a source is {self.value} {where}",
@@ -55,7 +57,9 @@ class Verdict:
             "backward": f"the loss is finite, but the gradient turns {self.value} in the backward of {self.layer}",
         }[self.kind].rstrip(", ")
         files = " + ".join(self.item.files) if self.item else ""
-        which = "" if self.place is None else f"example {self.place}{f' ({files})' if files else ''}: "
+        which = f"example {self.place}{f' ({files})' if files else ''}: "
+        if self.place is None:
+            which = "" if self.kind in ("weights", "memory", "unclear") else "the examples together: "
         return f"In {self.precision}, {which}{words}."
 
 
@@ -72,7 +76,8 @@ def diagnose(
 ) -> Verdict:
     """Find the first example with which a step goes wrong, and where in the model that begins.
 
-    One forward and backward an example, not compiled, the weights as they are; it leaves no trace in the model.
+    One forward and backward an example, and one of all together where none is to blame alone; not compiled, the weights
+    as they are; it leaves no trace in the model.
 
     Args:
         model: Not wrapped for several processes.
@@ -84,31 +89,43 @@ def diagnose(
         rank: Number of the process.
         loss_upper_limit: As the step has it.
     """
-    for name, tensor in model.state_dict().items():
+    for name, tensor in model.named_parameters():
         if (bad := _first_bad(tensor)) is not None:
             return Verdict("weights", precision.name, None, None, name, *bad)
-    for place in range(len(batch.mixture)):
-        one = batch.pick([place])
-        with _undisturbed(model, seed, step, rank):
-            found = _trace(model, loss, precision, one, loss_upper_limit)
+    alone = [batch.pick([place]) for place in range(len(batch.mixture))]
+    unclear = Verdict("none", precision.name)
+    for place, some in [*enumerate(alone), (None, batch)]:
+        try:
+            with _undisturbed(model, seed, step, rank):
+                found = _trace(model, loss, precision, some, loss_upper_limit)
+        except _CANNOT_BE_TOLD as error:
+            memory = isinstance(error, torch.OutOfMemoryError)
+            unclear = Verdict("memory" if memory else "unclear", precision.name, layer=str(error).split("\n")[0])
+            continue
         if found is not None:
             kind, layer, position, value = found
-            item = one.items[0] if one.items else None
+            item = some.items[0] if some.items and place is not None else None
             return Verdict(kind, precision.name, place, item, layer, position, value)
-    return Verdict("none", precision.name)
+    return unclear
 
 
 def bad_by_gradient(
     model: nn.Module, loss: ExampleLoss, precision: Precision, batch: Batch, *, seed: int, step: int, rank: int
 ) -> list[int]:
-    """Places of the examples whose own gradient is not finite: one forward and backward each."""
+    """Places of the examples whose own gradient is not finite: one forward and backward each.
+
+    None, where the model refuses an example alone, or has not the memory for it.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     bad = []
     for place in range(len(batch.mixture)):
-        with _undisturbed(model, seed, step, rank):
-            value = losses_of(model, loss, precision, batch.pick([place]))[1].sum()
-            scaled = value * precision.scale_on(value.device)
-            gradients = torch.autograd.grad(scaled, parameters, allow_unused=True)
+        try:
+            with _undisturbed(model, seed, step, rank):
+                value = losses_of(model, loss, precision, batch.pick([place]))[1].sum()
+                scaled = value * precision.scale_on(value.device)
+                gradients = torch.autograd.grad(scaled, parameters, allow_unused=True)
+        except _CANNOT_BE_TOLD:
+            return []
         norm = nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
         if not bool(norm.isfinite()):
             bad.append(place)
@@ -126,26 +143,35 @@ def bad_by_loss(
     step: int,
     rank: int,
 ) -> list[int]:
-    """Places of the examples whose loss is not finite, or over the limit, if each is alone: one forward each."""
+    """Places of the examples whose loss is not finite, or over the limit, if each is alone: one forward each.
+
+    None, as in `bad_by_gradient`.
+    """
     bad = []
     for place in range(len(batch.mixture)):
-        with _undisturbed(model, seed, step, rank), torch.no_grad():
-            value = losses_of(model, loss, precision, batch.pick([place]))[1]
+        try:
+            with _undisturbed(model, seed, step, rank), torch.no_grad():
+                value = losses_of(model, loss, precision, batch.pick([place]))[1]
+        except _CANNOT_BE_TOLD:
+            return []
         if not bool(value.isfinite().all() & (value.abs() <= limit).all()):
             bad.append(place)
     return bad
 
 
+_CANNOT_BE_TOLD = (RuntimeError, ValueError)
+"""What a model raises that cannot take an example alone, such as BatchNorm over a single value; memory among it."""
+
+
 @contextmanager
 def _undisturbed(model: nn.Module, seed: int, step: int, rank: int) -> Iterator[None]:
     """The step's own random draws, nothing compiled, and buffers as they were afterwards."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    kept = KeptBuffers(buffer_places(model))
     try:
         with seeded_torch(seed, "step", step, rank), torch.compiler.set_stance("force_eager"), torch.enable_grad():
             yield
     finally:
-        for buffer, before in buffers:
-            buffer.copy_(before)
+        kept.give_back()
 
 
 Found = tuple[str, str, tuple[int, ...], float]

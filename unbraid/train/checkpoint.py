@@ -62,7 +62,7 @@ def save_checkpoint(
         OSError: If the disk refuses; what was there before is whole.
     """
     step = int(state["progress"]["step"])
-    if (name := first_nonfinite(state["model"] | state.get("training_weights", {}))) is not None:
+    if (name := first_nan(state["model"] | state.get("training_weights", {}))) is not None:
         raise CheckpointError(f"The model is not finite at step {step} (first in {name}); it was not saved.")
     final = run.checkpoints / f"step-{step:06d}"
     temporary = run.checkpoints / f".{final.name}.{os.getpid()}.tmp"
@@ -179,7 +179,7 @@ def tidy(run: RunDirectory, taken: Checkpoint | None) -> None:
         run: Where.
         taken: The checkpoint to go on from; whatever is newer than it did not verify.
     """
-    for path in _partial(run):
+    for path in (*_partial(run), *run.incidents.glob(".step-*.tmp")):
         shutil.rmtree(path, ignore_errors=True)
     for path in _complete(run):
         if taken is not None and _step_of(path) > _step_of(taken.path):
@@ -193,9 +193,9 @@ def cut_logs(run: RunDirectory, log_bytes: dict[str, int]) -> None:
             os.truncate(log, log_bytes.get(log.name, 0))
 
 
-def first_nonfinite(model: dict[str, Tensor]) -> str | None:
-    """Name of the first tensor with a value that is not finite."""
-    return next((name for name, t in model.items() if t.is_floating_point() and not bool(t.isfinite().all())), None)
+def first_nan(model: Mapping[str, Tensor]) -> str | None:
+    """Name of the first tensor with NaN; infinity may be meant, as in a mask."""
+    return next((name for name, tensor in model.items() if bool(tensor.isnan().any())), None)
 
 
 def _complete(run: RunDirectory) -> list[Path]:

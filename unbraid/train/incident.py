@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,26 @@ def incident_of(
         "torch": torch.__version__,
         "device": state.device.type,
     }
-    return Incident(about, recipe, state.bare_model.state_dict(), batch), verdict
+    return Incident(about, _without_paths(recipe), state.bare_model.state_dict(), _without_folders(batch)), verdict
+
+
+def _without_paths(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe without what only means something on this machine."""
+    tables = {name: dict(table) if isinstance(table, Mapping) else table for name, table in recipe.items()}
+    for name, key in (("data", "path"), ("data", "noise"), ("data", "exclude"), ("model", "init")):
+        if name in tables:
+            tables[name].pop(key, None)
+    return tables
+
+
+def _without_folders(batch: Batch) -> Batch:
+    """The batch with each file by its name and the folder that it lies in, which is its speaker's."""
+    items = [replace(item, files=tuple("/".join(Path(file).parts[-2:]) for file in item.files)) for item in batch.items]
+    return replace(batch, items=tuple(items))
+
+
+_NEEDED = ("step", "rank", "seed", "outcome", "precision", "loss_scale", "loss_upper_limit", "verdict")
+"""What a replay asks of `Incident.about`."""
 
 
 def write_incident(folder: Path, incident: Incident) -> Path:
@@ -128,6 +147,8 @@ def read_incident(path: Path) -> Incident:
         about = json.loads((path / ABOUT).read_bytes())
         if about["schema"] != SCHEMA_VERSION:
             raise CheckpointError(f"{path} has schema {about['schema']}; this version reads {SCHEMA_VERSION}.")
+        if missing := [name for name in _NEEDED if name not in about]:
+            raise CheckpointError(f"{path} is not a whole incident: {ABOUT} does not say {missing[0]}.")
         files = {name: read_verified(path / name, digest) for name, digest in about["sha256"].items()}
         audio = safetensors.torch.load(files["batch.safetensors"])
         items = [ItemId(**item | {"files": tuple(item["files"])}) for item in about["items"]]

@@ -10,12 +10,12 @@ from unbraid import dist
 from unbraid.data.mixing import AudioFault
 from unbraid.errors import TrainingStopped
 from unbraid.records import StepRecord, ValidationRecord
-from unbraid.train.checkpoint import cut_logs, first_nonfinite, newest_checkpoint, read_checkpoint, save_checkpoint
+from unbraid.train.checkpoint import cut_logs, newest_checkpoint, read_checkpoint, save_checkpoint
 from unbraid.train.incident import incident_of, joined, write_incident
 from unbraid.train.logbook import Logbook, Told
 from unbraid.train.settings import Job, TrainSettings
 from unbraid.train.source import Load, Source
-from unbraid.train.state import FaultWindow, TrainState, judged_weights, set_learning_rate
+from unbraid.train.state import FaultWindow, TrainState, first_spoilt, judged_weights, set_learning_rate
 from unbraid.train.step import Launched, finish, launch
 from unbraid.train.stop import SIGNALS, StopRequest
 from unbraid.train.verdicts import DeadOutputs, Pace
@@ -82,6 +82,7 @@ class _Course:
         self.concluded = 0.0  # when the step before was
         self.busy_seconds = (0.0, 0.0)  # of the last step: data, forward
         self.n_returns = 0
+        self.n_pieces_told = state.n_pieces
         self.verdict = self.reason = ""  # what is to blame for the last fault; why the run has to stop
 
     def run(self) -> Iterator[Told]:
@@ -94,7 +95,7 @@ class _Course:
         while not self.done:
             under_way.append(self._launch())
             due = self._due(state.step)
-            while under_way and (due or len(under_way) > self._ahead):
+            while under_way and (due or state.is_behind or len(under_way) > self._ahead):
                 yield from self._conclude(under_way.pop(0))
                 due = due or self.done or bool(self.reason)
                 if self.went_back:
@@ -109,6 +110,10 @@ class _Course:
                 continue
             if _every(job.train.compare_every_steps, state.step):
                 self._compare()
+            self._go_back_if_spoilt(state.step)  # what is not finite is neither validated nor saved
+            if self.went_back:
+                self.went_back = False
+                continue
             best = False
             if not self.stop.agreed and (self.done or _every(job.validate.every_steps, state.step)):
                 validation = self._validated()
@@ -143,9 +148,9 @@ class _Course:
         data_seconds = perf_counter() - waited
         faults = tuple(fault for part in parts for fault in part.faults)
         moved = [part.batch.to(state.device) for part in parts]
+        n_pieces = state.n_pieces
         launched = launch(state, moved, notes=self._notes(faults))
-        self.busy_seconds = (data_seconds, launched.attempt.forward_seconds)
-        return _UnderWay(launched, faults, data_seconds)
+        return _UnderWay(launched, faults, data_seconds, n_pieces)
 
     def _notes(self, faults: Sequence[AudioFault]) -> list[float]:
         """What this rank tells the others with each step: signals, the main clock, new bad files, its busy seconds."""
@@ -159,8 +164,8 @@ class _Course:
     def _conclude(self, under_way: "_UnderWay") -> Iterator[Told]:
         """Hear what became of a step, write it down, and act on it; the same on every rank."""
         state, job = self.state, self.job
-        n_pieces = state.n_pieces
         record, notes = finish(state, under_way.launched)
+        self.busy_seconds = (under_way.data_seconds, under_way.launched.attempt.busy.seconds())
         signals, clock, n_new_faults = notes[: len(SIGNALS)], notes[len(SIGNALS)], notes[len(SIGNALS) + 1]
         told = next((int(number) for number, n in zip(SIGNALS, signals, strict=True) if n), 0)
         self.stop.agreed = told if dist.world_size() > 1 else self.stop.signal
@@ -171,14 +176,15 @@ class _Course:
         yield record
         if n_new_faults:
             self._set_aside(under_way.faults)
-        if state.n_pieces > n_pieces and dist.is_main():
+        if state.n_pieces > max(under_way.n_pieces, self.n_pieces_told) and dist.is_main():
+            self.n_pieces_told = state.n_pieces
             message = f"Memory ran out; from now on each batch goes through the model in {state.n_pieces} pieces."
             self.log.tell("OUT_OF_MEMORY", record.step, message)
         self._tell_of_fault(record, under_way.launched)
         self._tell_of_health(record, notes[len(SIGNALS) + 2 :])
         self.saved, self.done = False, bool(self.stop.agreed) or _progress(state, job.train) >= 1
         if record.outcome in ("nonfinite_loss", "nonfinite_gradient"):
-            self._go_back_if_spoilt(record)
+            self._go_back_if_spoilt(record.step)
         self.reason = self.reason or self._stop_rule(record) or ""
         yield from self.log.take()
 
@@ -209,13 +215,15 @@ class _Course:
                     self.log.tell(fault.code, state.step, fault.message, rank=rank, files=[fault.path])
 
     def _tell_of_fault(self, record: StepRecord, launched: Launched) -> None:
-        rescued = record.trained and record.n_bad > 0
-        if (record.outcome in ("trained", "all_easy") and not rescued) or not (record.bad_items or dist.is_main()):
+        rescued = record.n_bad > 0 and record.outcome in ("trained", "all_easy")
+        if record.outcome in ("trained", "all_easy") and not rescued:
             return
-        outcome = record.outcome.replace("_", " ")
-        message = f"Step {record.step} was left out ({outcome}); weights are as before."
+        self.verdict = ""
+        if not (record.bad_items or dist.is_main()):
+            return
+        message = f"Step {record.step} was left out ({record.outcome.replace('_', ' ')}); weights are as before."
         if rescued:
-            message = f"Step {record.step} was done without {record.n_bad} bad examples."
+            message = f"Step {record.step} was done without {record.n_bad} of its examples."
         if record.outcome != "loss_scale" or self.state.faults.verdict() is not None:
             self.verdict = self._keep_for_replay(record, launched)
             message += f" {self.verdict}" if self.verdict else ""
@@ -238,7 +246,8 @@ class _Course:
         except OSError as error:
             self.log.tell("INCIDENT_FAILED", record.step, f"The bad step could not be kept for a replay ({error}).")
             return sentence
-        return f"{sentence} To run it again: unbraid replay {path}".strip()
+        trust = " --trust" * any(":" in str(self.job.recipe.get(t, {}).get("name")) for t in ("model", "loss"))
+        return f"{sentence} To run it again: unbraid replay {path}{trust}".strip()
 
     def _tell_of_health(self, record: StepRecord, seconds: Sequence[float]) -> None:
         slow = self.pace.add(seconds)
@@ -264,44 +273,43 @@ class _Course:
         if len(state.bad_files) > budget:
             listed = ", ".join(f"{path} ({code})" for path, code in state.bad_files.items())
             return f"More than {budget:g} bad files: {listed}. Mend them, or name them under data.exclude."
+        reason, blamed = record.outcome.replace("_", " "), f" {self.verdict}" if self.verdict else ""
         if (fault := state.faults.verdict()) is not None:
-            by_scale = record.outcome == "loss_scale"
-            advice = 'set train.precision = "bf16"' if by_scale else f"{job.run.events} names the files behind it"
-            blamed = f" {self.verdict}" if self.verdict else ""
-            reason = record.outcome.replace("_", " ")
+            advice = _ADVICE.get(record.outcome, f"{job.run.events} names the files behind it")
             return f"Stopped at step {record.step}: {fault}, the last by {reason}; {advice}.{blamed}"
         if job.train.on_bad_example == "stop" and record.outcome not in ("trained", "all_easy", "loss_scale"):
-            reason = record.outcome.replace("_", " ")
-            return f'Stopped at step {record.step} by {reason}, as train.on_bad_example = "stop" asks.'
+            return (
+                f'Stopped at step {record.step} by {reason}, as train.on_bad_example = "stop" asks; --resume goes on '
+                f"after it.{blamed}"
+            )
         return None
 
-    def _go_back_if_spoilt(self, record: StepRecord) -> None:
-        """Where the weights themselves are not finite, on any rank, all go back to the last good checkpoint.
+    def _go_back_if_spoilt(self, step: int) -> None:
+        """Where weights or optimizer state are not finite, on any rank, all go back to the last good checkpoint.
 
         Raises:
             TrainingStopped: If there is none, or that has been done too often.
         """
         state, run = self.state, self.job.run
-        name = first_nonfinite(state.bare_model.state_dict())
+        name = first_spoilt(state)
         if not dist.any_rank(name is not None, state.device):
             return
-        named = dist.gather([name] if name else [], state.device)
-        where = f"{named[0][1]} on process {named[0][0]}"
+        (rank, where), *_ = dist.gather([name] if name else [], state.device)
         self.n_returns += 1
         found = newest_checkpoint(run)[0] if dist.is_main() else None
         path = dist.from_main_process(found.path if found else None)
         if path is None or self.n_returns > self.MAX_RETURNS:
             raise TrainingStopped(
-                f"At step {record.step} the weights are not finite (first {where}), and "
+                f"At step {step} the model is not finite (first in {where}, on process {rank}), and "
                 + ("there is no checkpoint to go back to" if path is None else "going back did not help")
-                + ": begin again with a lower optim.lr, or resume with one."
+                + ": begin again with a lower optim.lr, in another --run."
             )
         checkpoint = found or read_checkpoint(path)
         state.load_state_dict(checkpoint.state)
         if dist.is_main():
-            cut_logs(run, checkpoint.log_bytes)
-            message = f"The weights were not finite at step {record.step} (first {where}); went back to {path.name}."
-            self.log.tell("WEIGHTS_NONFINITE", state.step, message, rank=named[0][0])
+            cut_logs(run, checkpoint.log_bytes | {run.events.name: run.events.stat().st_size})
+            message = f"The model was not finite at step {step} (first in {where}); went back to {path.name}."
+            self.log.tell("WEIGHTS_NONFINITE", state.step, message, rank=rank)
         self.source = Source(self.load, self.job.train.accumulate)
         self.done, self.saved, self.went_back = False, True, True
 
@@ -355,8 +363,8 @@ class _Course:
         """
         state, job = self.state, self.job
         self._compare()
-        content = state.state_dict()
-        if (name := first_nonfinite(content["model"] | content.get("training_weights", {}))) is not None:
+        name = first_spoilt(state)
+        if dist.any_rank(name is not None, state.device):
             raise TrainingStopped(
                 f"At step {state.step} the model is not finite (first in {name}); checkpoints before it are whole, "
                 "and --resume takes them."
@@ -365,6 +373,7 @@ class _Course:
             return True
         try:
             best = state.best_step == state.step
+            content = state.state_dict()
             save_checkpoint(job.run, content, recipe=job.recipe, choices=job.choices, best=best, keep=job.save.keep)
         except OSError as error:
             message = f"The checkpoint of step {state.step} could not be written ({error}); older ones are whole."
@@ -373,12 +382,20 @@ class _Course:
         return True
 
 
+_ADVICE = {
+    "loss_scale": 'set train.precision = "bf16"',
+    "out_of_memory": "lower data.excerpt_seconds, or take a smaller model",
+}
+"""What to do where most steps are left out for one reason; the files are looked at for all others."""
+
+
 class _UnderWay(NamedTuple):
     """A step that was launched, and what its data brought along."""
 
     launched: Launched
     faults: tuple[AudioFault, ...]
     data_seconds: float
+    n_pieces: int  # before it was launched
 
 
 def _every(interval: int, step: int) -> bool:

@@ -45,7 +45,7 @@ class Source:
                 self.batches = iter(self.load(n_steps_done))
             try:
                 return list(itertools.islice(self.batches, self.accumulate))
-            except (RuntimeError, OSError, EOFError, UnpicklingError) as error:
+            except (RuntimeError, ConnectionError, EOFError, UnpicklingError) as error:
                 if not _tells_of_a_death(error):
                     raise
                 self.batches, self.n_lost = None, self.n_lost + 1

@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from unbraid.robust.guard import prime
 from unbraid.robust.precision import Precision
 from unbraid.robust.transform import GradientTransform
 from unbraid.train.average import Average
+from unbraid.train.buffers import Place, buffer_places
+from unbraid.train.exchange import Exchange
 from unbraid.train.forward import ExampleLoss
 from unbraid.train.optim import Constant, Schedule
 
@@ -87,6 +89,9 @@ class TrainState:
         n_pieces: What each batch is cut into because memory ran out before.
         examples_per_rank: The most examples that a rank has in a step; needed on several processes by filters that
             remember losses.
+        held: Whether a step launched before has to be done again first, 0-d; None for no.
+        is_behind: Whether steps are under way that have to be done again.
+        exchange: Of gradients between processes.
     """
 
     model: nn.Module
@@ -110,12 +115,17 @@ class TrainState:
     bad_files: dict[str, str] = field(default_factory=dict)
     n_pieces: int = 1
     examples_per_rank: int = 0
-    _buffers: tuple[nn.Module, tuple[Tensor, ...]] | None = field(default=None, init=False, repr=False)
+    held: Tensor | None = field(default=None, init=False, repr=False)
+    is_behind: bool = field(default=False, init=False, repr=False)
+    exchange: Exchange | None = field(default=None, init=False, repr=False)
+    _places: tuple[nn.Module, list[Place]] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for group in self.optimizer.param_groups:
             group.setdefault("initial_lr", float(group["lr"]))
         prime(self.optimizer)
+        if isinstance(self.model, DistributedDataParallel):
+            self.exchange = Exchange(self.model)
 
     @property
     def bare_model(self) -> nn.Module:
@@ -128,16 +138,16 @@ class TrainState:
         return next(self.model.parameters()).device
 
     @property
-    def buffers(self) -> tuple[Tensor, ...]:
-        """What layers such as BatchNorm keep beside the parameters; looked for once: that walks through the model."""
-        if self._buffers is None or self._buffers[0] is not self.model:
-            self._buffers = self.model, tuple(self.model.buffers())
-        return self._buffers[1]
+    def buffer_places(self) -> list[Place]:
+        """Where layers such as BatchNorm keep something; looked for once, as that walks through the model."""
+        if self._places is None or self._places[0] is not self.model:
+            self._places = self.model, buffer_places(self.model)
+        return self._places[1]
 
     @property
     def remembering_filters(self) -> list[RememberingFilter]:
         """Filters that learn from the losses of each step."""
-        return [part for part in self.filters if isinstance(part, RememberingFilter)]
+        return [cast(RememberingFilter, part) for part in self.filters if hasattr(part, "observe")]
 
     def _parts(self) -> dict[str, Any]:
         parts = {"optimizer": self.optimizer, "clipper": self.clipper, "precision": self.precision}
@@ -169,6 +179,7 @@ class TrainState:
         for name in self._PROGRESS:
             setattr(self, name, state["progress"][name])
         self.bad_files = dict(state["progress"]["bad_files"])
+        self.held, self.is_behind = None, False
 
     @property
     def _judged_apart(self) -> bool:
@@ -206,6 +217,21 @@ def judged_weights(state: TrainState) -> Iterator[None]:
         if _has_modes(optimizer):
             optimizer.train()
         torch._foreach_copy_(parameters, kept)
+
+
+def first_spoilt(state: TrainState) -> str | None:
+    """Name of the first weight that is not finite, or has optimizer state that is not, or else of a buffer with NaN.
+
+    A buffer may hold infinity, as masks do.
+    """
+    model = state.bare_model
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            return name
+        for value in state.optimizer.state.get(parameter, {}).values():
+            if isinstance(value, Tensor) and value.is_floating_point() and not bool(value.isfinite().all()):
+                return f"the optimizer's state of {name}"
+    return next((name for name, buffer in model.named_buffers() if bool(buffer.isnan().any())), None)
 
 
 def set_learning_rate(state: TrainState, factor: float) -> None:

@@ -11,34 +11,47 @@ from torch import Tensor, nn
 from unbraid import dist
 from unbraid.data.batch import Batch
 from unbraid.records import ItemId, ItemRecord, StepRecord
+from unbraid.robust.clip import as_limit
 from unbraid.robust.guard import acts_on_device, update
 from unbraid.train.attempt import (
     COUNTS,
     Attempt,
-    Buffers,
     Ran,
     can_shrink,
-    cut_further,
+    cut,
+    divisible,
     guilty_places,
     rescued,
-    restore,
     run_once,
 )
+from unbraid.train.buffers import KeptBuffers
 from unbraid.train.parcel import Parcel
 from unbraid.train.state import TrainState
-from unbraid.train.watch import block_norms, block_records, blocks_of, is_sampled, item_record, peak_memory
+from unbraid.train.watch import Watched, block_records, blocks_of, is_sampled, item_record, peak_memory
 
 
 @dataclass
 class Launched:
-    """A step whose work is done or under way, and whose scalars are on their way to the host."""
+    """A step whose work is done or under way, and whose scalars are on their way to the host.
+
+    Attributes:
+        step: Its number.
+        parts: Micro-batches of this rank.
+        notes: Of this rank, to be summed.
+        attempt: What came of the examples.
+        parcel: The scalars.
+        rates: Learning rate of each parameter group.
+        n_pieces: What each micro-batch was cut into.
+        started: When, by `perf_counter`.
+    """
 
     step: int
     parts: list[Batch]
     notes: Sequence[float]
     attempt: Attempt
     parcel: Parcel
-    lr: float
+    rates: list[float]
+    n_pieces: int
     started: float
 
 
@@ -80,77 +93,104 @@ def launch(
     step, parts = step or state.step, list(parts)
     if not parts:
         raise ValueError("A step needs a batch on every process: where nothing is left, a stand-in of weight 0.")
-    buffers = [(buffer, buffer.clone()) for buffer in state.buffers]
-    attempt = run_once(state, parts, step, notes)
-    while not attempt.ran and dist.world_size() == 1 and cut_further(state, parts):
-        restore(buffers)
-        attempt = run_once(state, parts, step, notes)
-    if state.on_bad_example == "rescue":
-        attempt = rescued(state, attempt, step, notes, buffers)
-    parcel = _apply(state, attempt, step, buffers)
+    kept = KeptBuffers(state.buffer_places)
+    attempt = _attempt(state, parts, step, notes, kept)
+    while not attempt.ran and dist.world_size() == 1 and divisible(state, parts):
+        state.n_pieces *= 2
+        kept.give_back()
+        attempt = _attempt(state, parts, step, notes, kept)
+    parcel = _apply(state, attempt, step, kept)
     attempt.gradients.clear()  # so that their memory is free while this step is still to be finished
-    lr = float(state.optimizer.param_groups[0]["lr"])
-    return Launched(step, parts, notes, attempt, parcel, lr, started)
+    rates = [float(group["lr"]) for group in state.optimizer.param_groups]
+    return Launched(step, parts, notes, attempt, parcel, rates, state.n_pieces, started)
+
+
+def _attempt(
+    state: TrainState, parts: Sequence[Batch], step: int, notes: Sequence[float], kept: KeptBuffers
+) -> Attempt:
+    smaller = divisible(state, parts)
+    attempt = run_once(state, cut(state, parts), step, notes, divisible=smaller)
+    if state.on_bad_example == "rescue":
+        return rescued(state, attempt, step, notes, divisible=smaller, kept=kept)
+    return attempt
 
 
 def finish(state: TrainState, launched: Launched) -> tuple[StepRecord, list[float]]:
     """Wait for a step's scalars, and say what became of it.
 
-    Where memory ran out on one of several ranks, all of them do the step again in smaller pieces.
+    Where memory ran out on one of several ranks, all of them do the step again in smaller pieces, and after it those
+    that were launched meanwhile: they have held back, so that all is done in the order and with the learning rates of a
+    run that had the memory. Steps must be finished in the order in which they were launched, and while
+    ``state.is_behind`` it is better to finish than to launch.
 
     Returns:
         Its record, and the notes that it was launched with, summed over the ranks.
     """
     values = launched.parcel.open()
     told = dict(zip(COUNTS, values["counts"], strict=True))
-    if told["out_of_memory"] and told["divisible"] and dist.world_size() > 1:
-        state.n_pieces *= 2
-        return finish(state, launch(state, launched.parts, notes=launched.notes, step=launched.step))
+    starved = bool(told["out_of_memory"] and told["divisible"] and dist.world_size() > 1)
+    if starved or values["held"][0]:
+        if starved and state.n_pieces == launched.n_pieces:
+            state.n_pieces *= 2
+        return finish(state, _again(state, launched))
     record = _record(state, launched, values, told)
     if not record.trained and record.outcome not in ("all_easy", "loss_scale"):
-        record = replace(record, bad_items=tuple(_bad_items(state, launched, record.outcome)))
+        record = replace(record, bad_items=(*record.bad_items, *_bad_items(state, launched, record.outcome)))
     state.faults.add(record.outcome)
     return record, values["notes"]
 
 
-def _apply(state: TrainState, attempt: Attempt, step: int, buffers: Buffers) -> Parcel:
+def _again(state: TrainState, launched: Launched) -> Launched:
+    """Launch a step once more, as it was; those launched after it stay behind it."""
+    state.held, state.is_behind = None, state.step > launched.step
+    groups = state.optimizer.param_groups
+    rates = [group["lr"] for group in groups]
+    for group, rate in zip(groups, launched.rates, strict=True):
+        group["lr"] = rate
+    again = launch(state, launched.parts, notes=launched.notes, step=launched.step)
+    for group, rate in zip(groups, rates, strict=True):
+        group["lr"] = rate
+    if state.is_behind:
+        state.held = torch.ones((), dtype=torch.bool, device=state.device)
+    return again
+
+
+def _apply(state: TrainState, attempt: Attempt, step: int, kept: KeptBuffers) -> Parcel:
     """Clip and update, or leave everything as it was; all of it is decided where the tensors are."""
     told, norm, gradients, divisor = attempt.told, attempt.norm, attempt.gradients, attempt.divisor
+    starved = attempt.count("out_of_memory") > 0
+    held = torch.zeros_like(starved) if state.held is None else state.held
     weighs = attempt.count("weight") > 0
-    sound = attempt.count("nonfinite") + attempt.count("over") + attempt.count("out_of_memory") == 0
-    fine = sound & weighs & norm.isfinite()
-    watched = blocks_of(state.bare_model) if is_sampled(step) else {}
-    parcel = {"scale": state.precision.scale_on(norm.device).clone()} | told | {"norm": norm}
-    if watched:
-        parcel["block_norms"] = block_norms([[p.grad for p in some] for some in watched.values()]) / divisor
-        before = [[p.detach().clone() for p in some] for some in watched.values()]
+    sound = ~held & ~starved & (attempt.count("nonfinite") + attempt.count("over") == 0)
+    scale = state.precision.scale_on(norm.device)
+    parcel = {"scale": scale.clone(), "held": held} | told | {"norm": norm} | _closely(attempt.ran)
+    watched = Watched(state.bare_model, divisor) if is_sampled(step) else None
     if state.transforms and gradients:
         torch._foreach_div_(gradients, divisor)
         _transform(state)
         norm, divisor = nn.utils.get_total_norm(gradients), torch.ones_like(divisor)
-    limit = state.clipper(norm, fine)
-    parcel |= {"norm_transformed": norm, "limit": limit} | _closely(attempt.ran)
-    divisor = divisor * (norm / limit).clamp_min(1)
-    sent = None
+    finite = attempt.norm.isfinite() & norm.isfinite()
+    fine = sound & weighs & finite
+    limit = as_limit(state.clipper(norm, fine), norm)
+    parcel |= {"norm_transformed": norm, "limit": limit}
+    divisor, sent = divisor * (norm / limit).clamp_min(1), None
     if acts_on_device(state.optimizer):
         update(state.optimizer, gradients, divisor, fine)
     else:  # the host decides: it needs the scalars before the update
         sent = Parcel(parcel | {"fine": fine})
         update(state.optimizer, gradients, divisor, torch.tensor(bool(sent.open()["fine"][0])))
-    for buffer, kept in buffers:  # statistics that layers such as BatchNorm keep
-        buffer.copy_(torch.where(fine, buffer, kept))
+    kept.give_back(unless=fine)
     if state.average is not None:
         state.average.update(state.bare_model, fine)
-    overflowed = sound & weighs & ~norm.isfinite()
-    state.precision.update(overflowed, fine)
+    state.precision.update(sound & weighs & ~finite, fine)
     for loss_filter in state.remembering_filters:
         loss_filter.observe(told["losses"], told["losses"].isfinite() & (fine | (sound & ~weighs)))
-    if watched:
-        after = [[p.detach() for p in some] for some in watched.values()]
-        moved = [torch._foreach_sub(new, old) for new, old in zip(after, before, strict=True)]
-        parcel["update_ratios"] = block_norms(moved) / block_norms(before).clamp_min(1e-12)
+    if dist.world_size() > 1:  # steps after one that will be done again must not be done before it
+        state.held = held | (starved & (attempt.count("divisible") > 0))
+    if watched is not None:
+        parcel |= watched.after_update()
     state.optimizer.zero_grad(set_to_none=True)
-    return Parcel(parcel) if sent is None or watched else sent
+    return Parcel(parcel) if sent is None or watched is not None else sent
 
 
 def _transform(state: TrainState) -> None:
@@ -172,9 +212,6 @@ def _closely(ran: Sequence[Ran]) -> dict[str, Tensor]:
     return found
 
 
-_BY_LOSS = ("nonfinite_loss", "over_limit")
-
-
 def _record(
     state: TrainState, launched: Launched, values: dict[str, list[float]], told: dict[str, float]
 ) -> StepRecord:
@@ -188,12 +225,12 @@ def _record(
         outcome = "over_limit"
     elif weight == 0:
         outcome = "all_easy"
-    elif not math.isfinite(one["norm"]):
+    elif not math.isfinite(one["norm"]) or not math.isfinite(one["norm_transformed"]):
         outcome = "loss_scale" if can_shrink(state, one["scale"]) else "nonfinite_gradient"
     else:
         outcome = "trained"
     trained, seconds = outcome == "trained", perf_counter() - launched.started
-    loss = one["weighted_loss"] / weight if weight else one["loss"] / max(n_real, 1)
+    loss = one["weighted_loss"] / weight if trained else one["loss"] / max(n_real, 1)
     items = [part.items for part in launched.parts]
     blocks = {}
     if "block_norms" in values:
@@ -208,7 +245,7 @@ def _record(
         clipped=trained and one["norm_transformed"] > one["limit"],
         norm_after=min(one["norm_transformed"], one["limit"]) if trained else None,
         si_sdr=tuple(total / n if n else None for total, n in zip(*_rows(values["si_sdr"], 2), strict=True)),
-        lr=launched.lr,
+        lr=launched.rates[0],
         loss_scale=one["scale"],
         n_trained=round(one["trained"]) if trained else 0,
         n_easy=round(one["easy"]),
@@ -237,16 +274,13 @@ def _rows(values: list[float], n_rows: int) -> list[list[float]]:
     return [values[row * width : (row + 1) * width] for row in range(n_rows)]
 
 
-def _bad_items(state: TrainState, launched: Launched, outcome: str) -> Iterator[ItemId]:
-    """The examples of this rank behind a fault; all of them where none can be told from the others."""
+def _bad_items(state: TrainState, launched: Launched, outcome: str) -> list[ItemId]:
+    """The examples of this rank behind a fault; all of them where no rank can tell any from the others."""
     ran, everything = launched.attempt.ran, [item for part in launched.parts for item in part.items]
     if outcome == "out_of_memory":
-        yield from () if ran else everything
-        return
-    by_loss, found = outcome in _BY_LOSS, False
-    for one in ran:
-        places = guilty_places(state, one, launched.step, by_loss=by_loss)
-        found = found or bool(places)
-        yield from (one.batch.items[place] for place in places if one.batch.items)
-    if not found and not by_loss:
-        yield from everything
+        return [] if ran else everything
+    by_loss = outcome in ("nonfinite_loss", "over_limit")
+    places = [guilty_places(state, one, launched.step, by_loss=by_loss) for one in ran]
+    if not by_loss and not dist.any_rank(any(places), state.device):
+        return everything
+    return [one.batch.items[place] for one, some in zip(ran, places, strict=True) if one.batch.items for place in some]

@@ -68,7 +68,7 @@ class Pace:
 class DeadOutputs:
     """Outputs that stay silent whatever the mixture: SI-SDR has no gradient there, so they never come back alone."""
 
-    SILENT_DB, IN_A_ROW = -100.0, 3
+    SILENT_DB, BELOW_LOUDEST_DB, IN_A_ROW = -180.0, 80.0, 3
 
     def __init__(self) -> None:
         self.in_a_row: dict[int, int] = {}
@@ -80,7 +80,11 @@ class DeadOutputs:
         silent = {
             output
             for output in range(len(items[0].levels_db))
-            if all(item.levels_db[output] < self.SILENT_DB for item in items)
+            if all(item.levels_db[output] < self._silence(item) for item in items)
         }
         self.in_a_row = {output: self.in_a_row.get(output, 0) + 1 for output in silent}
         return sorted(output for output, n in self.in_a_row.items() if n == self.IN_A_ROW)
+
+    def _silence(self, item: ItemRecord) -> float:
+        """Below which level an output counts as silent: a loss that ignores level lets all of them be faint."""
+        return max(self.SILENT_DB, max(item.levels_db) - self.BELOW_LOUDEST_DB)

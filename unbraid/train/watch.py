@@ -33,11 +33,31 @@ def blocks_of(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     return blocks
 
 
-def block_norms(blocks: Iterable[Sequence[Tensor | None]]) -> Tensor:
-    """The L2 norm of each block, ``(block,)``; 0 for one that holds nothing."""
-    found = [[tensor for tensor in block if tensor is not None] for block in blocks]
-    device = next((block[0].device for block in found if block), torch.device("cpu"))
-    return torch.stack([nn.utils.get_total_norm(b) if b else torch.zeros((), device=device) for b in found])
+class Watched:
+    """The blocks of a model in a step that is looked at closely: made before the update, asked after it.
+
+    Args:
+        model: With its gradients.
+        divisor: What they must be divided by to be averaged and unscaled, 0-d.
+    """
+
+    def __init__(self, model: nn.Module, divisor: Tensor) -> None:
+        self.blocks = list(blocks_of(model).values())
+        self.divisor = divisor
+        self.gradients = self._norms([[p.grad for p in some] for some in self.blocks]) / divisor
+        self.before = [[p.detach().clone() for p in some] for some in self.blocks]
+
+    def after_update(self) -> dict[str, Tensor]:
+        """Norm of each block's gradient, and of its update over that of its weights, ``(block,)``."""
+        after = [[p.detach() for p in some] for some in self.blocks]
+        moved = [torch._foreach_sub(new, old) for new, old in zip(after, self.before, strict=True)]
+        ratios = self._norms(moved) / self._norms(self.before).clamp_min(1e-12)
+        return {"block_norms": self.gradients, "update_ratios": ratios}
+
+    def _norms(self, blocks: Iterable[Sequence[Tensor | None]]) -> Tensor:
+        found = [[tensor for tensor in block if tensor is not None] for block in blocks]
+        nothing = torch.zeros((), device=self.divisor.device)
+        return torch.stack([nn.utils.get_total_norm(block) if block else nothing for block in found])
 
 
 def block_records(names: Iterable[str], gradients: Sequence[float], ratios: Sequence[float]) -> dict[str, BlockRecord]:
@@ -59,8 +79,10 @@ def item_details(estimate: Tensor, mixture: Tensor) -> Tensor:
     power = outputs.square().mean(-1)
     unit = outputs / (power.sqrt()[..., None] * outputs.shape[-1] ** 0.5 + SILENCE)
     others = (unit @ unit.mT).abs() * (1 - torch.eye(outputs.shape[1], device=outputs.device))
-    missing = mixture.float().flatten(1) - outputs.sum(1)
-    share = missing.square().mean(-1) / (mixture.float().square().mean((1, 2)) + SILENCE)
+    whole = mixture.float().flatten(1)
+    share = torch.full_like(power[:, 0], torch.nan)  # where the outputs have other channels than the mixture
+    if whole.shape == outputs[:, 0].shape:
+        share = (whole - outputs.sum(1)).square().mean(-1) / (whole.square().mean(-1) + SILENCE)
     columns = [_in_db(power), others.amax((1, 2))[:, None], _in_db(share)[:, None]]
     return torch.cat(columns, 1)
 
