@@ -39,8 +39,7 @@ def test_after_too_many_deaths_the_run_ends_with_advice(tmp_path):
     source, log = Source(loads(*DEATHS, *DEATHS), 1), Logbook(RunDirectory(tmp_path))
 
     with pytest.raises(TrainingStopped, match=r"died 4 times.*lower data\.workers"):
-        for step in range(20):
-            source.next_parts(step, log)
+        list(map(source.next_parts, range(20), itertools.repeat(log)))
 
 
 @pytest.mark.parametrize("error", [OSError("Input/output error"), RuntimeError("Caught ValueError"), KeyError("x")])

@@ -65,6 +65,9 @@ def incident_of(
         )
     except torch.OutOfMemoryError:
         verdict = Verdict("memory", precision.name)
+    batch, noted = _without_folders(batch), verdict
+    if verdict.item is not None and verdict.place is not None:
+        noted = replace(verdict, item=batch.items[verdict.place])
     moved_on = record.trained or state.step > record.step
     about = {
         "step": record.step,
@@ -78,11 +81,11 @@ def incident_of(
         "loss_scale": record.loss_scale,
         "loss_upper_limit": state.loss_upper_limit,
         "weights_after_step": state.step if moved_on else record.step - 1,
-        "verdict": verdict.sentence(),
+        "verdict": noted.sentence(),
         "torch": torch.__version__,
         "device": state.device.type,
     }
-    return Incident(about, _without_paths(recipe), state.bare_model.state_dict(), _without_folders(batch)), verdict
+    return Incident(about, _without_paths(recipe), state.bare_model.state_dict(), batch), verdict
 
 
 def _without_paths(recipe: Mapping[str, Any]) -> dict[str, Any]:
