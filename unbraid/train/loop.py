@@ -11,14 +11,14 @@ from unbraid.data.mixing import AudioFault
 from unbraid.errors import TrainingStopped
 from unbraid.records import StepRecord, ValidationRecord
 from unbraid.train.checkpoint import cut_logs, newest_checkpoint, read_checkpoint, save_checkpoint
-from unbraid.train.incident import incident_of, joined, write_incident
 from unbraid.train.logbook import Logbook, Told
+from unbraid.train.observer import Observer
 from unbraid.train.settings import Job, TrainSettings
 from unbraid.train.source import Load, Source
 from unbraid.train.state import FaultWindow, TrainState, first_spoilt, judged_weights, set_learning_rate
 from unbraid.train.step import Launched, finish, launch
 from unbraid.train.stop import SIGNALS, StopRequest
-from unbraid.train.verdicts import DeadOutputs, Pace
+from unbraid.train.verdicts import Pace
 
 
 class Scores(NamedTuple):
@@ -76,14 +76,13 @@ class _Course:
         self.state, self.load, self.validate, self.job, self.stop = state, load, validate, job, stop
         self.source = Source(load, job.train.accumulate)
         self.log = Logbook(job.run)
+        self.observer = Observer(state, job, self.log)
         self.began = perf_counter() - state.elapsed_seconds
-        self.pace, self.dead_outputs = Pace(dist.world_size()), DeadOutputs()
         self.done = self.saved = self.went_back = False
         self.concluded = 0.0  # when the step before was
         self.busy_seconds = (0.0, 0.0)  # of the last step: data, forward
         self.n_returns = 0
-        self.n_pieces_told = state.n_pieces
-        self.verdict = self.reason = ""  # what is to blame for the last fault; why the run has to stop
+        self.reason = ""  # why the run has to stop
 
     def run(self) -> Iterator[Told]:
         state, job = self.state, self.job
@@ -148,9 +147,8 @@ class _Course:
         data_seconds = perf_counter() - waited
         faults = tuple(fault for part in parts for fault in part.faults)
         moved = [part.batch.to(state.device) for part in parts]
-        n_pieces = state.n_pieces
         launched = launch(state, moved, notes=self._notes(faults))
-        return _UnderWay(launched, faults, data_seconds, n_pieces)
+        return _UnderWay(launched, faults, data_seconds)
 
     def _notes(self, faults: Sequence[AudioFault]) -> list[float]:
         """What this rank tells the others with each step: signals, the main clock, new bad files, its busy seconds."""
@@ -159,7 +157,7 @@ class _Course:
         seconds = [0.0] * (len(Pace.SECTIONS) * dist.world_size())
         first = len(Pace.SECTIONS) * dist.rank()
         seconds[first : first + len(Pace.SECTIONS)] = self.busy_seconds
-        return [*signals, clock, float(bool(self._new(faults))), *seconds]
+        return [*signals, clock, float(bool(self.observer.new(faults))), *seconds]
 
     def _conclude(self, under_way: "_UnderWay") -> Iterator[Told]:
         """Hear what became of a step, write it down, and act on it; the same on every rank."""
@@ -175,13 +173,10 @@ class _Course:
             self.log.append(job.run.steps, record)
         yield record
         if n_new_faults:
-            self._set_aside(under_way.faults)
-        if state.n_pieces > max(under_way.n_pieces, self.n_pieces_told) and dist.is_main():
-            self.n_pieces_told = state.n_pieces
-            message = f"Memory ran out; from now on each batch goes through the model in {state.n_pieces} pieces."
-            self.log.tell("OUT_OF_MEMORY", record.step, message)
-        self._tell_of_fault(record, under_way.launched)
-        self._tell_of_health(record, notes[len(SIGNALS) + 2 :])
+            self.observer.set_aside(under_way.faults)
+        self.observer.tell_of_memory(record)
+        self.observer.tell_of_fault(record, under_way.launched)
+        self.observer.tell_of_health(record, notes[len(SIGNALS) + 2 :])
         self.saved, self.done = False, bool(self.stop.agreed) or _progress(state, job.train) >= 1
         if record.outcome in ("nonfinite_loss", "nonfinite_gradient"):
             self._go_back_if_spoilt(record.step)
@@ -201,71 +196,6 @@ class _Course:
         self.stop.agreed = int(dist.max_over_ranks([float(self.stop.signal)], self.state.device)[0])
         return bool(self.stop.agreed) or _progress(self.state, self.job.train) >= 1
 
-    def _new(self, faults: Sequence[AudioFault]) -> list[AudioFault]:
-        known = self.state.bad_files
-        return [fault for fault in faults if not fault.in_excerpt_only and fault.path not in known]
-
-    def _set_aside(self, faults: Sequence[AudioFault]) -> None:
-        """Name each bad file once, whichever rank met it; an excerpt that is merely silent is not worth an event."""
-        state = self.state
-        for rank, fault in dist.gather(self._new(faults), state.device):
-            if fault.path not in state.bad_files:
-                state.bad_files[fault.path] = fault.code
-                if dist.is_main():
-                    self.log.tell(fault.code, state.step, fault.message, rank=rank, files=[fault.path])
-
-    def _tell_of_fault(self, record: StepRecord, launched: Launched) -> None:
-        rescued = record.n_bad > 0 and record.outcome in ("trained", "all_easy")
-        if record.outcome in ("trained", "all_easy") and not rescued:
-            return
-        self.verdict = ""
-        if not (record.bad_items or dist.is_main()):
-            return
-        message = f"Step {record.step} was left out ({record.outcome.replace('_', ' ')}); weights are as before."
-        if rescued:
-            message = f"Step {record.step} was done without {record.n_bad} of its examples."
-        if record.outcome != "loss_scale" or self.state.faults.verdict() is not None:
-            self.verdict = self._keep_for_replay(record, launched)
-            message += f" {self.verdict}" if self.verdict else ""
-        files = tuple(dict.fromkeys(file for item in record.bad_items for file in item.files))
-        items = [[item.purpose, item.epoch, item.index] for item in record.bad_items]
-        code = "STEP_RESCUED" if rescued else f"STEP_SKIPPED_{record.outcome.upper()}"
-        self.log.tell(code, record.step, message, files=files, loss=record.loss, norm=record.grad_norm, items=items)
-
-    def _keep_for_replay(self, record: StepRecord, launched: Launched) -> str:
-        """Find out what is to blame for this rank's share of a bad step, and keep it for a replay if there is room."""
-        if not record.bad_items and dist.world_size() > 1 and record.outcome != "loss_scale":
-            return ""
-        state, run = self.state, self.job.run
-        incident, verdict = incident_of(state, record, joined(launched.parts), self.job.recipe)
-        sentence = "" if verdict.kind == "none" else verdict.sentence()
-        if len(list(run.incidents.glob("step-*"))) >= self.job.save.incidents:
-            return sentence
-        try:
-            path = write_incident(run.incidents, incident)
-        except OSError as error:
-            self.log.tell("INCIDENT_FAILED", record.step, f"The bad step could not be kept for a replay ({error}).")
-            return sentence
-        trust = " --trust" * any(":" in str(self.job.recipe.get(t, {}).get("name")) for t in ("model", "loss"))
-        return f"{sentence} To run it again: unbraid replay {path}{trust}".strip()
-
-    def _tell_of_health(self, record: StepRecord, seconds: Sequence[float]) -> None:
-        slow = self.pace.add(seconds)
-        if not dist.is_main():
-            return
-        if slow is not None:
-            message = (
-                f"The others wait for process {slow.rank}: its {slow.section} takes {slow.factor:.1f} times as long as "
-                "the middle one's."
-            )
-            self.log.tell("SLOW_RANK", record.step, message, rank=slow.rank, section=slow.section, factor=slow.factor)
-        for output in self.dead_outputs.add(record.items):
-            message = (
-                f"Output {output + 1} of the model is silent whatever the mixture. SI-SDR has no gradient there, so it "
-                "will stay so: begin again with another data.seed or a lower optim.lr, or take a loss that minds level."
-            )
-            self.log.tell("OUTPUT_DEAD", record.step, message, output=output)
-
     def _stop_rule(self, record: StepRecord) -> str | None:
         """Why the run must end now; the same on every rank, as all of it was agreed on."""
         state, job = self.state, self.job
@@ -273,7 +203,8 @@ class _Course:
         if len(state.bad_files) > budget:
             listed = ", ".join(f"{path} ({code})" for path, code in state.bad_files.items())
             return f"More than {budget:g} bad files: {listed}. Mend them, or name them under data.exclude."
-        reason, blamed = record.outcome.replace("_", " "), f" {self.verdict}" if self.verdict else ""
+        reason = record.outcome.replace("_", " ")
+        blamed = f" {self.observer.verdict}".rstrip()
         if (fault := state.faults.verdict()) is not None:
             advice = _ADVICE.get(record.outcome, f"{job.run.events} names the files behind it")
             return f"Stopped at step {record.step}: {fault}, the last by {reason}; {advice}.{blamed}"
@@ -330,8 +261,8 @@ class _Course:
         started = perf_counter()
         with judged_weights(state):
             scores = self.validate(state)
-        if dist.any_rank(bool(self._new(scores.faults)), state.device):
-            self._set_aside(scores.faults)
+        if dist.any_rank(bool(self.observer.new(scores.faults)), state.device):
+            self.observer.set_aside(scores.faults)
         usable = math.isfinite(scores.loss)
         best = usable and scores.loss < state.best_loss
         if best:
@@ -395,7 +326,6 @@ class _UnderWay(NamedTuple):
     launched: Launched
     faults: tuple[AudioFault, ...]
     data_seconds: float
-    n_pieces: int  # before it was launched
 
 
 def _every(interval: int, step: int) -> bool:

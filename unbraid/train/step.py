@@ -100,7 +100,7 @@ def launch(
         kept.give_back()
         attempt = _attempt(state, parts, step, notes, kept)
     parcel = _apply(state, attempt, step, kept)
-    attempt.gradients.clear()  # so that their memory is free while this step is still to be finished
+    attempt.gradients.clear()  # whoever finishes this step must not hold on to them while the next one is under way
     rates = [float(group["lr"]) for group in state.optimizer.param_groups]
     return Launched(step, parts, notes, attempt, parcel, rates, state.n_pieces, started)
 
@@ -189,7 +189,7 @@ def _apply(state: TrainState, attempt: Attempt, step: int, kept: KeptBuffers) ->
         state.held = held | (starved & (attempt.count("divisible") > 0))
     if watched is not None:
         parcel |= watched.after_update()
-    state.optimizer.zero_grad(set_to_none=True)
+    # the gradients stay until the next step: freed here, their pages would be given back and faulted in anew each time
     return Parcel(parcel) if sent is None or watched is not None else sent
 
 
