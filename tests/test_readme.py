@@ -138,6 +138,17 @@ def test_the_figures_are_those_that_were_measured():
     assert f"{measured['command_seconds'] / 60:.1f} minutes" in README
 
 
+def test_the_cost_of_a_step_is_what_was_measured():
+    measured = json.loads((ROOT / "benchmarks" / "results" / "step_overhead.json").read_text())
+    ratios = [result["median_ratio"] for result in measured["results"]]
+    edges = [edge for result in measured["results"] for edge in result["interval_95"]]
+
+    assert f"{min(ratios):.3f} to {max(ratios):.3f} times the CPU time" in README
+    assert f"intervals from {min(edges):.3f} to {max(edges):.3f}" in README.replace("\n", " ")
+    assert {result["pairs"] for result in measured["results"]} == {30}
+    assert measured["date"] in README
+
+
 def test_links_and_pictures_lead_somewhere():
     targets = [target for target in re.findall(r"\]\(([^)]+)\)", README) if "://" not in target]
 
