@@ -75,7 +75,7 @@ class _RecentLosses:
         if window < 1:
             raise RecipeError(f"[[filter]] window = {window} must be 1 or more.")
         if not 0 <= warmup <= window:
-            raise RecipeError(f"[[filter]] warmup = {warmup} must be between 0 and window = {window}.")
+            raise RecipeError(f"[[filter]] warmup = {warmup} must be from 0 to window = {window}; set both.")
         self.warmup = warmup
         self._recent = Recent(window)
         self._limit: Tensor | None = None
