@@ -40,7 +40,10 @@ def find_part(
     module = _load_module(path)
     if not hasattr(module, attribute):
         raise RecipeError(f"[{kind}] name = {part.name!r}: {path} has no {attribute}.{nearest(attribute, dir(module))}")
-    return getattr(module, attribute)
+    found = getattr(module, attribute)
+    if not callable(found):
+        raise RecipeError(f"[{kind}] name = {part.name!r} is a {type(found).__name__}, nothing that can be called.")
+    return found
 
 
 def _load_module(path: Path) -> Any:

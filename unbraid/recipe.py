@@ -380,6 +380,11 @@ def _check_ranges(recipe: Recipe) -> None:
             raise RecipeError(f"{name} = [{low:g}, {high:g}] must be given from low to high.")
     if not -120 <= data.level_db <= 0:
         raise RecipeError(f"data.level_db = {data.level_db:g} must be from -120 to 0, in dB of full scale.")
+    if train.accumulate > data.batch_size:
+        raise RecipeError(
+            f"train.accumulate = {train.accumulate} splits a step into more pieces than it has examples, "
+            f"data.batch_size = {data.batch_size}."
+        )
     if not 0 <= train.ema < 1:
         raise RecipeError(f"train.ema = {train.ema:g} must be from 0, for none, to below 1, such as 0.999.")
     if train.max_steps == 0 and train.max_minutes == 0:

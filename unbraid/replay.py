@@ -35,21 +35,41 @@ def replay(path: Path, *, trust: bool = False) -> Iterator[str]:
         f"{recorded}. It was noted: {about['verdict']}"
     )
     others = [name for name in PRECISIONS if name != recorded]
-    verdicts = {name: _again(incident, name, trust=trust) for name in (recorded, *others)}
+    folder = _folder_of_own_code(path, incident)
+    verdicts = {name: _settled(incident, name, folder, trust=trust) for name in (recorded, *others)}
     for name, verdict in verdicts.items():
         yield f"{'Again' if name == recorded else 'Then'}: {verdict.sentence()}"
     yield _conclusion(about, verdicts)
 
 
-def _again(incident: Incident, precision: str, *, trust: bool) -> Verdict:
+def _folder_of_own_code(path: Path, incident: Incident) -> Path:
+    """Where the files lie that the recipe names: here, or in a folder that the incident lies in."""
+    names = [str(incident.recipe.get(table, {}).get("name")) for table in ("model", "loss")]
+    files = [f"{name.partition(':')[0]}.py" for name in names if ":" in name]
+    folders = [Path.cwd(), *path.absolute().parents]
+    return next((folder for folder in folders if all((folder / file).is_file() for file in files)), Path.cwd())
+
+
+def _settled(incident: Incident, precision: str, folder: Path, *, trust: bool) -> Verdict:
+    """What goes wrong in a precision; under fp16 with a loss scale that a run would have come to."""
+    if precision != "fp16" or incident.about["precision"] == "fp16":
+        return _again(incident, precision, incident.about["loss_scale"], folder, trust=trust)
+    verdict = _again(incident, precision, 2.0**16, folder, trust=trust)
+    for exponent in (12, 8, 4, 0, -4):
+        if verdict.kind != "backward":
+            break
+        verdict = _again(incident, precision, 2.0**exponent, folder, trust=trust)
+    return verdict
+
+
+def _again(incident: Incident, precision: str, scale: float, folder: Path, *, trust: bool) -> Verdict:
     about, device = incident.about, choose_device()
-    recipe = recipe_from_table(dict(incident.recipe), Path.cwd())
+    recipe = recipe_from_table(dict(incident.recipe), folder)
     model = build_model(recipe, trust=trust)
     try:
         model.load_state_dict(incident.weights)
     except RuntimeError as error:
         raise CheckpointError(f"The incident's weights do not fit its model: {str(error).splitlines()[-1]}") from error
-    scale = about["loss_scale"] if about["precision"] == precision == "fp16" else 2.0**16
     return diagnose(
         model.to(device).train(),
         build_loss(recipe, trust=trust),
@@ -68,7 +88,7 @@ def _conclusion(about: Mapping[str, Any], verdicts: dict[str, Verdict]) -> str:
     if recorded in cured:
         moved = about.get("weights_after_step", about["step"] - 1) >= about["step"]
         later = "the weights kept are those after the step; " if moved else ""
-        return f"It does not happen again here: {later}it may hang on the device, or on the version of torch."
+        return f"In {recorded} it does not happen again here: {later}it may hang on the device, or on torch's version."
     if cured:
         return f"It goes away in {' and '.join(cured)}: train.precision = {cured[0]!r} would have taken the step."
     found = verdicts[recorded]

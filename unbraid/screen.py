@@ -128,10 +128,11 @@ class Ticker:
         if self.trained:
             last = self.trained[-1]
             n = len(self.trained)
+            norm = last.grad_norm if last.clipped or last.norm_after is None else last.norm_after  # as the limit saw it
             parts = [
                 f"step {last.step}",
                 f"loss {sum(r.loss or 0 for r in self.trained) / n:.2f}",
-                f"norm {last.grad_norm:.3g} limit {last.limit:.3g}",
+                f"norm {norm:.3g} limit {last.limit:.3g}",
                 f"clipped {sum(r.clipped for r in self.trained) / n:.0%}",
                 f"{sum(r.examples_per_second for r in self.trained) / n:.1f} ex/s",
             ]

@@ -94,6 +94,12 @@ def test_a_rank_that_cannot_take_a_single_example_makes_all_leave_the_step_out(r
     assert [seen["no_memory"] for seen in ranks] == [{"outcome": "out_of_memory", "unmoved": True}] * 2
 
 
+def test_a_bad_example_of_one_rank_is_told_by_it_and_by_the_main_process(ranks):
+    for seen in ranks:
+        assert [[code, rank] for code, rank, _ in seen["bad_example"]["events"]] == [["STEP_SKIPPED_NONFINITE_LOSS", 1]]
+        assert seen["bad_example"]["events"][0][2]["items"] == [["train", 1, 6]]
+
+
 def test_weights_that_drift_apart_end_the_run_within_the_interval_and_are_named(ranks):
     for seen in ranks:
         assert seen["drift"]["steps"] == 40

@@ -12,7 +12,7 @@ from toys import assert_same
 
 from unbraid.assemble import load_model, train
 from unbraid.cli import main
-from unbraid.errors import TrainingStopped
+from unbraid.errors import RecipeError, TrainingStopped
 from unbraid.parts import _load_module as find_module
 from unbraid.recipe import load_recipe
 from unbraid.records import TIMING_FIELDS, Event, RunDirectory, StepRecord, read_rows
@@ -75,6 +75,24 @@ class Greedy(Net):
         if torch.is_grad_enabled() and len(mixture) > 2:
             raise torch.OutOfMemoryError("out of memory")
         return super().forward(mixture)
+
+class GreedyAnywhere(Net):
+    '''Has the memory for two examples in validation too.'''
+    def forward(self, mixture):
+        if len(mixture) > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return super().forward(mixture)
+
+class Broken(Net):
+    '''Raises in its fifth step.'''
+    n_calls = 0
+    def forward(self, mixture):
+        Broken.n_calls += torch.is_grad_enabled()
+        if Broken.n_calls == 5:
+            raise KeyError("a mistake of one's own")
+        return super().forward(mixture)
+
+a_dict = {}
 
 class Pooled(Net):
     '''Refuses an example alone.'''
@@ -155,7 +173,10 @@ def test_weights_that_are_not_finite_send_the_run_back_to_its_last_checkpoint(ne
     assert [record.step for record in steps(told)] == [1, 2, 3, 4, 5, 5, 6]
     assert [row["step"] for row in read_rows(spoilt.steps)[0]] == [1, 2, 3, 4, 5, 6]
     assert weights(spoilt, 6) == weights(sound, 6)
-    event = read_rows(spoilt.events)[0][-1]
+    first, event = read_rows(spoilt.events)[0]
+    assert "the weight filters.weight is nan" in first["message"]
+    assert first["files"] == []  # none of them is to blame
+    assert event["step"] == 5
     assert "filters.weight" in event["message"]
     assert "step-000004" in event["message"]
 
@@ -216,6 +237,38 @@ def test_that_memory_ran_out_is_told_once_and_kept(nets, tmp_path):
         assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
 
 
+def test_where_memory_runs_out_in_validation_it_is_done_in_pieces_too(nets, tmp_path):
+    file = nets()
+    short, _ = run_recipe(file, tmp_path / "short", "model.name=nets:GreedyAnywhere")
+    plain, _ = run_recipe(file, tmp_path / "plain", "model.name=nets:Net")
+
+    for one, other in zip(read_rows(short.validation)[0], read_rows(plain.validation)[0], strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-4)
+
+
+def test_what_was_done_before_ones_own_model_raised_is_saved_and_gone_on_from(nets, tmp_path):
+    file, run = nets(), RunDirectory(tmp_path / "run")
+    sound, _ = run_recipe(file, tmp_path / "sound", "model.name=nets:Net")
+    nets_of(file).Broken.n_calls = 0
+
+    with pytest.raises(KeyError, match="of one's own"):
+        run_recipe(file, run.path, "model.name=nets:Broken", "save.every_steps=0", "data.workers=1")
+
+    event = read_rows(run.events)[0][0]
+    assert (event["code"], event["step"]) == ("STEP_RAISED", 4)
+    assert "KeyError" in event["message"]
+    assert "--resume" in event["message"]
+    assert (run.checkpoints / "last").read_text().strip() == "step-000004"
+    assert multiprocessing.active_children() == []
+    run_recipe(file, run.path, "model.name=nets:Broken", "save.every_steps=0", resume=True)
+    assert weights(run, 6) == weights(sound, 6)
+
+
+def test_what_cannot_be_called_is_no_model(nets, tmp_path):
+    with pytest.raises(RecipeError, match="is a dict, nothing that can be called"):
+        run_recipe(nets(), tmp_path / "run", "model.name=nets:a_dict")
+
+
 def test_a_spoilt_optimizer_is_never_saved_but_gone_back_from(nets, tmp_path):
     (tmp_path / "nets.py").write_text(NETS + SPOILS_THE_OPTIMIZER)
     file = nets()
@@ -254,6 +307,10 @@ def spoilt_adam(parameters, *, lr: float = 1e-3):
         (['filter=[{name = "percentile", percentile = 101}]'], "percentile"),
         (["clip.name=zclip", "clip.alpha=2"], "alpha"),
         (["save.incidents=-1"], "save.incidents = -1"),
+        (["train.accumulate=5"], "data.batch_size = 4"),
+        (["optim.name=muon", "optim.betas=[2.0, 3.0]"], "betas [2.0, 3.0]"),
+        (["optim.name=schedule_free", "schedule.name=constant", "optim.lr=-1"], "lr = -1"),
+        (["optim.name=rmsprop", "optim.alpha=3"], "alpha = 3"),
     ],
 )
 def test_parts_that_cannot_be_are_refused_in_one_line(recipe_file, tmp_path, capsys, overrides, words):
@@ -278,7 +335,7 @@ def test_a_collapsed_scale_is_left_behind_with_its_format(nets, tmp_path):
 
 
 @pytest.mark.parametrize("rule", ["skip", "rescue"])
-def test_a_bad_example_is_named_and_kept_for_a_replay(nets, tmp_path, rule, capsys):
+def test_a_bad_example_is_named_and_kept_for_a_replay(nets, tmp_path, rule, capsys, monkeypatch):
     file = nets('[loss]\nname = "nets:nan_for_one"\nassign = "fixed"\n')
 
     run, told = run_recipe(file, tmp_path / "run", f"train.on_bad_example={rule}")
@@ -304,6 +361,9 @@ def test_a_bad_example_is_named_and_kept_for_a_replay(nets, tmp_path, rule, caps
     assert main(["replay", str(incident), "--trust"]) == 0
 
     told_again = capsys.readouterr().out
+    monkeypatch.chdir("/")  # its own code is looked for where the bundle lies, too
+    assert main(["replay", str(incident), "--trust"]) == 0
+    assert capsys.readouterr().out == told_again
     assert " + ".join("/".join(Path(file).parts[-2:]) for file in bad.bad_items[0].files) in told_again
     assert "its loss is nan" in told_again
     assert "It is there in every precision" in told_again

@@ -232,7 +232,9 @@ def fit_on_two(folder, name, *, change=None, stop=None, **train):
 
     def load(n_steps_done):
         for step in itertools.count(n_steps_done):
-            yield Loaded(make_batch(2, 10 * step + dist.rank(), torch.float32), ())
+            batch = make_batch(2, 10 * step + dist.rank(), torch.float32)
+            items = [ItemId("train", dist.rank(), 2 * step + place, (f"{place}.wav",)) for place in range(2)]
+            yield Loaded(Batch.of(batch.mixture, batch.sources, weight=batch.weight, items=items), ())
 
     settings = TrainSettings(**{"max_steps": 400, "compare_every_steps": 0} | train)
     job = Job(run, settings, ValidateSettings(every_steps=0), SaveSettings(every_steps=0), {}, {})
@@ -246,6 +248,20 @@ def fit_on_two(folder, name, *, change=None, stop=None, **train):
         ended = str(error)
     events = [[one.code, one.rank, dict(one.evidence)] for one in told if isinstance(one, Event)]
     return {"events": events, "ended": ended, "steps": state.step}
+
+
+def a_bad_example_on_one_rank(folder):
+    """Both say it, the main process too, though the example is the other's."""
+
+    def change(state):
+        state.loss = lambda estimate, target: (
+            squared_error(estimate, target.flatten(1, 2)).mean(1)
+            * torch.where(
+                (dist.rank() == 1) & (target[:, 0, 0, 0] == target[0, 0, 0, 0]) & (state.step == 3), torch.nan, 1.0
+            )
+        )
+
+    return fit_on_two(folder, "bad", change=change, max_steps=6)
 
 
 def weights_that_drift(folder):
@@ -334,6 +350,7 @@ def main(out):
             "bad_gradient": a_bad_gradient_on_one_rank(),
             "no_memory": no_memory_at_all_on_one_rank(),
             "nan": nan_on_one_rank(),
+            "bad_example": a_bad_example_on_one_rank(out),
             "drift": weights_that_drift(out),
             "slow": a_slow_rank(out),
             "signal": a_signal_while_the_ranks_agree(out),

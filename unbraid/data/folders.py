@@ -56,7 +56,7 @@ def _from_folder(root: Path) -> list[Track]:
         group = own_folders[0] if own_folders else path.stem
         try:
             if not path.resolve().is_relative_to(root.resolve()):
-                raise AudioError(f"{path} leads outside of {root}.")
+                raise AudioError(f"{path} leads outside of {root}; copy it there, or name it in a CSV.")
             tracks.append(Track.of(path, probe_audio(path), group=group, split=split))
         except AudioError as error:
             tracks.append(Track((("audio", path),), group, 0.0, 0, split, fault=str(error)))

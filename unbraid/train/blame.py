@@ -76,8 +76,8 @@ def diagnose(
 ) -> Verdict:
     """Find the first example with which a step goes wrong, and where in the model that begins.
 
-    One forward and backward an example, and one of all together where none is to blame alone; not compiled, the weights
-    as they are; it leaves no trace in the model.
+    The losses of all examples are looked at before the gradient of any; where none is to blame alone, all together.
+    Not compiled, the weights as they are; it leaves no trace in the model.
 
     Args:
         model: Not wrapped for several processes.
@@ -94,10 +94,11 @@ def diagnose(
             return Verdict("weights", precision.name, None, None, name, *bad)
     alone = [batch.pick([place]) for place in range(len(batch.mixture))]
     unclear = Verdict("none", precision.name)
-    for place, some in [*enumerate(alone), (None, batch)]:
+    looks = [(*one, backward) for backward in (False, True) for one in enumerate(alone)]
+    for place, some, backward in [*looks, (None, batch, True)]:
         try:
             with _undisturbed(model, seed, step, rank):
-                found = _trace(model, loss, precision, some, loss_upper_limit)
+                found = _trace(model, loss, precision, some, loss_upper_limit, backward=backward)
         except _CANNOT_BE_TOLD as error:
             memory = isinstance(error, torch.OutOfMemoryError)
             unclear = Verdict("memory" if memory else "unclear", precision.name, layer=str(error).split("\n")[0])
@@ -179,13 +180,19 @@ Found = tuple[str, str, tuple[int, ...], float]
 
 
 def _trace(
-    model: nn.Module, loss: ExampleLoss, precision: Precision, batch: Batch, loss_upper_limit: float
+    model: nn.Module,
+    loss: ExampleLoss,
+    precision: Precision,
+    batch: Batch,
+    loss_upper_limit: float,
+    *,
+    backward: bool,
 ) -> Found | None:
     for kind, tensor in (("mixture", batch.mixture), ("sources", batch.sources)):
         if (bad := _first_bad(tensor)) is not None:
             return kind, "", *bad
     forward: list[Found] = []
-    backward: dict[int, tuple[tuple[int, ...], float]] = {}
+    gone: dict[int, tuple[tuple[int, ...], float]] = {}
     order: list[str] = []
     names = {module: name or type(model).__name__ for name, module in model.named_modules()}
 
@@ -200,7 +207,7 @@ def _trace(
 
     def hear(place: int, gradient: Tensor) -> None:
         if (bad := _first_bad(gradient)) is not None:
-            backward[place] = bad
+            gone[place] = bad
 
     leaves = [module for module in model.modules() if not any(True for _ in module.children())]
     hooks = [module.register_forward_hook(watch) for module in leaves]
@@ -216,16 +223,18 @@ def _trace(
             return "loss", "", (), loss_here
         if abs(loss_here) > loss_upper_limit:
             return "over_limit", "", (), loss_here
+        if not backward:
+            return None
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         scaled = value * precision.scale_on(value.device)
         gradients = torch.autograd.grad(scaled, list(parameters.values()), allow_unused=True)
     finally:
         for hook in hooks:
             hook.remove()
-    if backward:
-        last = max(backward)  # the gradient comes from behind: what was run after this module made it so
+    if gone:
+        last = max(gone)  # the gradient comes from behind: what was run after this module made it so
         after = order[last + 1] if last + 1 < len(order) else "the loss"
-        return "backward", f"{after}, or between it and {order[last]}", *backward[last]
+        return "backward", f"{after}, or between it and {order[last]}", *gone[last]
     for name, gradient in zip(parameters, gradients, strict=True):
         if gradient is not None and (bad := _first_bad(gradient)) is not None:
             return "backward", name, *bad

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from unbraid import dist
 from unbraid.data.mixing import AudioFault
-from unbraid.errors import TrainingStopped
-from unbraid.records import StepRecord, ValidationRecord
+from unbraid.errors import TrainingStopped, UserError
+from unbraid.records import Event, StepRecord, ValidationRecord
 from unbraid.train.checkpoint import cut_logs, newest_checkpoint, read_checkpoint, save_checkpoint
 from unbraid.train.logbook import Logbook, Told
 from unbraid.train.observer import Observer
@@ -57,7 +57,16 @@ def fit(
         TrainingStopped: If a stop rule ended the run, after a checkpoint that can be gone on from; or if the last
             checkpoint could not be written.
     """
-    yield from _Course(state, load, validate, job, stop or StopRequest()).run()
+    course = _Course(state, load, validate, job, stop or StopRequest())
+    try:
+        yield from course.run()
+    except UserError:
+        raise
+    except Exception as error:  # of somebody's own model or loss: told, and what was done is saved
+        yield from course.saved_from(error)
+        raise
+    finally:
+        course.source.close()  # or data workers would be waited for as long as they live on
 
 
 class _Course:
@@ -126,6 +135,16 @@ class _Course:
                 f"The checkpoint of step {state.step}, the last, could not be written to {job.run.checkpoints}: make "
                 "room, and go on from the one before with --resume."
             )
+
+    def saved_from(self, error: Exception) -> list[Event]:
+        """Save what was done before something broke that is not ours to mend; several processes cannot agree on it."""
+        state = self.state
+        said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
+        saved = dist.world_size() == 1 and not self.saved and self._save()
+        message = f"After step {state.step} the model or the loss raised {said}."
+        message += " The checkpoint of that step is written: mend it, and go on with --resume." if saved else ""
+        self.log.tell("STEP_RAISED", state.step, message)
+        return self.log.take()
 
     @property
     def _ahead(self) -> int:
@@ -239,8 +258,9 @@ class _Course:
         state.load_state_dict(checkpoint.state)
         if dist.is_main():
             cut_logs(run, checkpoint.log_bytes | {run.events.name: run.events.stat().st_size})
-            message = f"The model was not finite at step {step} (first in {where}); went back to {path.name}."
-            self.log.tell("WEIGHTS_NONFINITE", state.step, message, rank=rank)
+            message = f"The model was not finite at step {step} (first in {where}); went back to {path.name}, from "
+            message += "where its steps are done again."
+            self.log.tell("WEIGHTS_NONFINITE", step, message, rank=rank)
         self.source = Source(self.load, self.job.train.accumulate)
         self.done, self.saved, self.went_back = False, True, True
 

@@ -52,11 +52,12 @@ class Muon(Optimizer):
         weight_decay: float = 1e-2,
         min_side: int = 32,
     ) -> None:
-        if not (lr >= 0 and 0 <= momentum < 1 and weight_decay >= 0 and min_side >= 1):
-            raise ValueError(
-                f"lr {lr:g} and weight_decay {weight_decay:g} must be 0 or more, momentum {momentum:g} at least 0 and "
-                f"below 1, and min_side {min_side} 1 or more."
-            )
+        if not (lr >= 0 and weight_decay >= 0):
+            raise ValueError(f"lr {lr:g} and weight_decay {weight_decay:g} must be 0 or more.")
+        if not all(0 <= share < 1 for share in (momentum, *betas)):
+            raise ValueError(f"momentum {momentum:g} and betas {list(betas)} must be at least 0 and below 1.")
+        if min_side < 1:
+            raise ValueError(f"min_side {min_side} must be 1 or more.")
         parameters = list(parameters)
         matrices = [p for p in parameters if p.dim() >= 2 and min(as_matrix(p).shape) >= min_side]
         others = [p for p in parameters if all(p is not matrix for matrix in matrices)]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from unbraid import dist
 from unbraid.data.mixing import AudioFault
-from unbraid.records import StepRecord
+from unbraid.records import Event, StepRecord
 from unbraid.train.incident import incident_of, joined, write_incident
 from unbraid.train.logbook import Logbook
 from unbraid.train.settings import Job
@@ -55,35 +55,59 @@ class Observer:
         if record.outcome in ("trained", "all_easy") and not rescued:
             return
         self.verdict = ""
-        if not (record.bad_items or dist.is_main()):
-            return
-        message = f"Step {record.step} was left out ({record.outcome.replace('_', ' ')}); weights are as before."
+        mine = [self._fault(record, launched, rescued=rescued)] if self._is_concerned(record) else []
+        everyone = [event for _, event in dist.gather(mine, self.state.device)]
+        if not everyone and dist.is_main():  # nobody knows whose examples they are
+            mine = everyone = [self._fault(record, launched, rescued=rescued)]
+        for event in mine:
+            self.log.append(self.job.run.events, event)
+        self.log.untold += everyone if dist.is_main() else mine
+
+    def _is_concerned(self, record: StepRecord) -> bool:
+        """Whether this rank has something to tell of a fault: its own examples, or what is nobody's."""
+        return bool(record.bad_items) or (dist.is_main() and record.outcome == "loss_scale")
+
+    def _fault(self, record: StepRecord, launched: Launched, *, rescued: bool) -> Event:
+        outcome, files = record.outcome.replace("_", " "), list[str]()
+        message = f"Step {record.step} was left out ({outcome}); weights are as before."
         if rescued:
             message = f"Step {record.step} was done without {record.n_bad} of its examples."
+        elif record.outcome == "loss_scale":
+            message = (
+                f"Step {record.step} was left out: fp16 overflowed at a loss scale of {record.loss_scale:g}; halved."
+            )
+        blames_weights = False
         if record.outcome != "loss_scale" or self.state.faults.verdict() is not None:
-            self.verdict = self._keep_for_replay(record, launched)
+            self.verdict, blames_weights = self._keep_for_replay(record, launched)
             message += f" {self.verdict}" if self.verdict else ""
-        files = tuple(dict.fromkeys(file for item in record.bad_items for file in item.files))
-        items = [[item.purpose, item.epoch, item.index] for item in record.bad_items]
+        if not blames_weights:
+            files = list(dict.fromkeys(file for item in record.bad_items for file in item.files))
+        evidence = {
+            "loss": record.loss,
+            "norm": record.grad_norm,
+            "items": [[item.purpose, item.epoch, item.index] for item in record.bad_items],
+        }
         code = "STEP_RESCUED" if rescued else f"STEP_SKIPPED_{record.outcome.upper()}"
-        self.log.tell(code, record.step, message, files=files, loss=record.loss, norm=record.grad_norm, items=items)
+        return Event(code, record.step, dist.rank(), message, tuple(files), evidence)
 
-    def _keep_for_replay(self, record: StepRecord, launched: Launched) -> str:
-        """Find out what is to blame for this rank's share of a bad step, and keep it for a replay if there is room."""
-        if not record.bad_items and dist.world_size() > 1 and record.outcome != "loss_scale":
-            return ""
+    def _keep_for_replay(self, record: StepRecord, launched: Launched) -> tuple[str, bool]:
+        """Find out what is to blame for this rank's share of a bad step, and keep it for a replay if there is room.
+
+        Returns:
+            A sentence or two, and whether the weights are to blame.
+        """
         state, run = self.state, self.job.run
         incident, verdict = incident_of(state, record, joined(launched.parts), self.job.recipe)
         sentence = "" if verdict.kind == "none" else verdict.sentence()
         if len(list(run.incidents.glob("step-*"))) >= self.job.save.incidents:
-            return sentence
+            return sentence, verdict.kind == "weights"
         try:
             path = write_incident(run.incidents, incident)
         except OSError as error:
             self.log.tell("INCIDENT_FAILED", record.step, f"The bad step could not be kept for a replay ({error}).")
-            return sentence
+            return sentence, verdict.kind == "weights"
         trust = " --trust" * any(":" in str(self.job.recipe.get(t, {}).get("name")) for t in ("model", "loss"))
-        return f"{sentence} To run it again: unbraid replay {path}{trust}".strip()
+        return f"{sentence} To run it again: unbraid replay {path}{trust}".strip(), verdict.kind == "weights"
 
     def tell_of_health(self, record: StepRecord, seconds: Sequence[float]) -> None:
         """Name a process that the others wait for, and outputs that are dead.

@@ -64,6 +64,8 @@ def rmsprop(
     It cannot leave a step out by itself: there the host decides, which on an accelerator costs one synchronisation a
     step. So it is with `Muon` and `schedule_free`.
     """
+    if not 0 <= alpha < 1:
+        raise RecipeError(f"optim.alpha = {alpha:g} must be at least 0 and below 1.")
     return torch.optim.RMSprop(list(parameters), lr, alpha, eps, weight_decay, momentum, foreach=True)
 
 
@@ -93,6 +95,11 @@ def schedule_free(
         raise RecipeError(
             '[optim] name = "schedule_free" needs the package schedulefree: pip install "unbraid[schedule_free]".'
         ) from error
+    if lr < 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
+        raise RecipeError(
+            f"[optim] lr = {lr:g} and weight_decay = {weight_decay:g} must be 0 or more, and both of betas = "
+            f"{list(betas)} at least 0 and below 1."
+        )
     optimizer = AdamWScheduleFree(list(parameters), lr, betas, eps, weight_decay)
     optimizer.train()
     return optimizer

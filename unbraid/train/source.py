@@ -1,7 +1,7 @@
 """Batches for a run, from any step on, also after a data worker died."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pickle import UnpicklingError
 
 from unbraid.data.loader import Loaded
@@ -34,6 +34,12 @@ class Source:
         self.batches: Iterator[Loaded] | None = None
         self.n_lost = 0
 
+    def close(self) -> None:
+        """Let the data workers go."""
+        if isinstance(self.batches, Generator):
+            self.batches.close()
+        self.batches = None
+
     def next_parts(self, n_steps_done: int, log: Logbook) -> list[Loaded]:
         """The micro-batches of the next step.
 
@@ -49,10 +55,12 @@ class Source:
                 if not _tells_of_a_death(error):
                     raise
                 self.batches, self.n_lost = None, self.n_lost + 1
-                said = str(error).split("\n")[0] or "A data worker broke off in the middle of a batch"
+                said = str(error).split("\n")[0].rstrip(".") or "A data worker broke off in the middle of a batch"
                 if self.n_lost > self.MAX_LOSSES:
                     raise TrainingStopped(
                         f"Data workers died {self.n_lost} times, the last with: {said}. The machine may be short of "
                         "memory: lower data.workers, and go on with --resume."
                     ) from error
-                log.tell("DATA_WORKER_LOST", n_steps_done + 1, f"{said}; began again at the same example.")
+                log.tell(
+                    "DATA_WORKER_LOST", n_steps_done + 1, f"{said} (memory may be short); its examples are made again."
+                )

@@ -87,18 +87,21 @@ def launch(
         notes: Numbers to be summed over the ranks beside the step's own; as many on each.
         step: Its number, where it is done again; else the next.
     """
-    started = perf_counter()
-    if step is None:
-        state.step += 1
-    step, parts = step or state.step, list(parts)
+    started, parts, is_new = perf_counter(), list(parts), step is None
     if not parts:
         raise ValueError("A step needs a batch on every process: where nothing is left, a stand-in of weight 0.")
+    step = state.step + 1 if step is None else step
     kept = KeptBuffers(state.buffer_places)
-    attempt = _attempt(state, parts, step, notes, kept)
-    while not attempt.ran and dist.world_size() == 1 and divisible(state, parts):
-        state.n_pieces *= 2
-        kept.give_back()
+    try:
         attempt = _attempt(state, parts, step, notes, kept)
+        while not attempt.ran and dist.world_size() == 1 and divisible(state, parts):
+            state.n_pieces *= 2
+            kept.give_back()
+            attempt = _attempt(state, parts, step, notes, kept)
+    except Exception:  # a model that raises leaves the state as it was
+        kept.give_back()
+        raise
+    state.step += is_new
     parcel = _apply(state, attempt, step, kept)
     attempt.gradients.clear()  # whoever finishes this step must not hold on to them while the next one is under way
     rates = [float(group["lr"]) for group in state.optimizer.param_groups]

@@ -1,8 +1,10 @@
 """The validation pass: mean loss and SI-SDR improvement over the same mixtures every time."""
 
 import torch
+from torch import Tensor
 
 from unbraid import dist
+from unbraid.data.batch import Batch
 from unbraid.data.loader import FixedKeys, collate
 from unbraid.data.mixing import AudioFault
 from unbraid.data.mixtures import Mixtures
@@ -32,8 +34,7 @@ def validation(dataset: Mixtures, *, n_items: int, batch_size: int, assign: str 
             loaded = collate([dataset[key] for key in keys])
             faults.extend(loaded.faults)
             batch = loaded.batch.to(state.device)
-            with state.precision.autocast(state.device):
-                estimate = separate(state.bare_model, batch.mixture)
+            estimate = _separate(state, batch)
             losses, _ = example_losses(state.loss, estimate, batch.sources)
             ordered = order_as_targets(estimate, batch.sources, neg_si_sdr, assign=assign)
             after = mean_over_sounding(si_sdr(ordered, batch.sources), batch.sources)
@@ -45,3 +46,20 @@ def validation(dataset: Mixtures, *, n_items: int, batch_size: int, assign: str 
         return Scores(loss / count, total / count, improvement / count, round(count), tuple(faults))
 
     return validate
+
+
+def _separate(state: TrainState, batch: Batch) -> Tensor:
+    """The model's outputs, in as many pieces as memory asks for.
+
+    Raises:
+        torch.OutOfMemoryError: If it does not suffice for a single example.
+    """
+    n_pieces = state.n_pieces
+    while True:
+        try:
+            with state.precision.autocast(state.device):
+                return torch.cat([separate(state.bare_model, piece.mixture) for piece in batch.split(n_pieces)])
+        except torch.OutOfMemoryError:
+            if n_pieces >= len(batch.mixture):
+                raise
+        n_pieces *= 2
