@@ -250,6 +250,7 @@ def test_what_was_done_before_ones_own_model_raised_is_saved_and_gone_on_from(ne
     file, run = nets(), RunDirectory(tmp_path / "run")
     sound, _ = run_recipe(file, tmp_path / "sound", "model.name=nets:Net")
     nets_of(file).Broken.n_calls = 0
+    others = {child.pid for child in multiprocessing.active_children()}
 
     with pytest.raises(KeyError, match="of one's own"):
         run_recipe(file, run.path, "model.name=nets:Broken", "save.every_steps=0", "data.workers=1")
@@ -259,7 +260,7 @@ def test_what_was_done_before_ones_own_model_raised_is_saved_and_gone_on_from(ne
     assert "KeyError" in event["message"]
     assert "--resume" in event["message"]
     assert (run.checkpoints / "last").read_text().strip() == "step-000004"
-    assert multiprocessing.active_children() == []
+    assert {child.pid for child in multiprocessing.active_children()} <= others  # no data worker is left
     run_recipe(file, run.path, "model.name=nets:Broken", "save.every_steps=0", resume=True)
     assert weights(run, 6) == weights(sound, 6)
 
