@@ -6,47 +6,31 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from waits import counted_waits
 
 from unbraid.robust import CLIPPERS, FILTERS, TRANSFORMS
 from unbraid.robust.clip import AutoClip, clip_
 from unbraid.robust.guard import guarded_step
 from unbraid.robust.history import DeviceHistory, DeviceWindow, Recent
 
-WAITING = {"_local_scalar_dense", "item", "is_nonzero", "equal", "allclose", "nonzero", "masked_select", "unique"}
-READING = ["item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__"]
-
-
-class Waits(TorchDispatchMode):
-    """Counts operations that on an accelerator make the host wait."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        by_mask = name in ("index", "index_put", "index_put_") and any(
-            t is not None and t.dtype == torch.bool for t in args[1]
-        )
-        if name in WAITING or name.startswith("_unique") or by_mask:
-            self.seen.append(name)
-        return func(*args, **(kwargs or {}))
-
 
 @pytest.fixture
 def waits(monkeypatch):
     """What was read or branched on so far."""
-    mode = Waits()
-    for name in READING:
-        true = getattr(torch.Tensor, name)
+    with counted_waits(monkeypatch) as counts:
+        yield counts
 
-        def reading(self, *args, name=name, true=true, **kwargs):
-            mode.seen.append(name)
-            return true(self, *args, **kwargs)
 
-        monkeypatch.setattr(torch.Tensor, name, reading)
-    with mode:
-        yield mode.seen
+def test_the_counter_counts():
+    with pytest.MonkeyPatch.context() as monkeypatch, counted_waits(monkeypatch) as counts:
+        value = torch.tensor([1.0, 2.0])
+        value[0].item()
+        bool(value[0] > 0)
+        float(value[1])
+        value[value > 1]
+        value.tolist()
+
+    assert counts == {"_local_scalar_dense": 3, "index": 1, "tolist": 1}
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,9 @@
 """No step waits for the host: what would, on an accelerator, is counted here on the CPU."""
 
-from collections import Counter
-from contextlib import contextmanager
-
 import pytest
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from toys import make_batch, make_state
+from waits import counted_waits
 
 from unbraid.robust import CLIPPERS, FILTERS, TRANSFORMS, clip
 from unbraid.robust.history import DeviceHistory, DeviceWindow
@@ -15,57 +11,6 @@ from unbraid.robust.precision import Precision
 from unbraid.train.average import Average
 from unbraid.train.optim import OPTIMIZERS
 from unbraid.train.step import finish, launch
-
-
-class _Operations(TorchDispatchMode):
-    """Counts operations that have to know values on the host."""
-
-    WAITING = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "unique", "_unique2")
-
-    def __init__(self, counts):
-        super().__init__()
-        self.counts = counts
-
-    def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        name = function.overloadpacket.__name__
-        by_mask = name in ("index", "index_put", "index_put_") and any(
-            part is not None and part.dtype in (torch.bool, torch.uint8) for part in arguments[1]
-        )
-        if name in self.WAITING or by_mask:
-            self.counts[name] += 1
-        return function(*arguments, **(options or {}))
-
-
-@contextmanager
-def counted_waits(monkeypatch):
-    counts = Counter()
-
-    def counting(name):
-        original = getattr(Tensor, name)
-
-        def method(self, *arguments, **options):
-            counts[name] += 1
-            return original(self, *arguments, **options)
-
-        return method
-
-    with monkeypatch.context() as patched:
-        for name in ("tolist", "cpu", "numpy"):
-            patched.setattr(Tensor, name, counting(name))
-        with _Operations(counts):
-            yield counts
-
-
-def test_the_counter_counts():
-    with pytest.MonkeyPatch.context() as monkeypatch, counted_waits(monkeypatch) as counts:
-        value = torch.tensor([1.0, 2.0])
-        value[0].item()
-        bool(value[0] > 0)
-        float(value[1])
-        value[value > 1]
-        value.tolist()
-
-    assert counts == {"_local_scalar_dense": 3, "index": 1, "tolist": 1}
 
 
 def on_a_device(_device, window, percentile):
