@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from unbraid.errors import UserError
-from unbraid.robust.clip import AutoClip, FixedClip, NoClip
+from unbraid.robust.clip import AutoClip, FixedClip, NoClip, clip_
 from unbraid.robust.guard import acts_on_device, guarded_step
 
 OPTIMIZERS = {
@@ -182,3 +182,15 @@ def test_an_optimizer_in_a_wrapper_is_guarded_and_steps_through_the_wrapper(fuse
     assert parameter.tolist() == [-2.0, 1.0]
     assert wrapper.n_steps == (2 if fused else 1)
     assert not hasattr(wrapper.optimizer, "found_inf")
+
+
+def test_ones_own_clipper_may_return_a_number_here_as_in_the_step():
+    weight = torch.nn.Parameter(torch.zeros(2))
+    weight.grad = torch.tensor([3.0, 4.0])
+
+    assert clip_([weight], lambda norm, finite: 1.0) == 5.0
+    assert torch.allclose(weight.grad, torch.tensor([0.6, 0.8]))
+    step = guarded_step(torch.optim.SGD([weight], lr=1.0), lambda norm, finite: 0.5)
+
+    assert step.limit == 0.5
+    assert torch.allclose(weight.detach(), torch.tensor([-0.3, -0.4]))

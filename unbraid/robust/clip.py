@@ -15,10 +15,11 @@ class Clipper(Protocol):
     """Turns the gradient's norm into the longest norm allowed.
 
     Both tensors in and the one that comes out are 0-d, on the norm's device. Where ``finite`` is false the step will be
-    left out, and a clipper learns nothing from it. One that remembers has ``state_dict`` and ``load_state_dict``.
+    left out, and a clipper learns nothing from it. One that remembers has ``state_dict`` and ``load_state_dict``. One
+    that never looks at the tensors may return a plain number.
     """
 
-    def __call__(self, norm: Tensor, finite: Tensor) -> Tensor:
+    def __call__(self, norm: Tensor, finite: Tensor) -> Tensor | float:
         """The limit for this step."""
         ...
 
@@ -197,7 +198,7 @@ def clip_(parameters: Tensor | Iterable[Tensor], clipper: Clipper) -> Tensor:
         return torch.zeros(())
     norm = nn.utils.get_total_norm(gradients)
     finite = norm.isfinite()
-    divisor = (norm / clipper(norm, finite)).clamp_min(1)
+    divisor = (norm / as_limit(clipper(norm, finite), norm)).clamp_min(1)
     divide_(gradients, torch.where(finite, divisor, 1))
     return norm
 

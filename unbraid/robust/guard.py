@@ -8,7 +8,7 @@ from torch.optim import LBFGS, Optimizer
 
 from unbraid import dist
 from unbraid.errors import UserError
-from unbraid.robust.clip import Clipper, divide_
+from unbraid.robust.clip import Clipper, as_limit, divide_
 
 
 class GuardedStep(NamedTuple):
@@ -63,7 +63,7 @@ def guarded_step(
     if loss is not None:
         bad = loss.detach().isfinite().logical_not().any().float()
         fine = fine & (dist.sum_over_ranks(bad) == 0).to(fine.device)
-    limit = clipper(norm, fine)
+    limit = as_limit(clipper(norm, fine), norm)
     update(optimizer, gradients, scale * (norm / limit).clamp_min(1), fine)
     return GuardedStep(norm, limit, fine)
 

@@ -135,7 +135,9 @@ def run_once(
     told = sum_together(_tally(state, pieces, ran, notes, flags=(starved, divisible)))
     owned = [p for group in state.optimizer.param_groups for p in group["params"]]
     gradients = [p.grad for p in owned if p.grad is not None]
-    norm, divisor = _true_norm(gradients, told["counts"][0], state.precision.scale_on(state.device))
+    norm, divisor = _true_norm(
+        gradients, told["counts"][COUNTS.index("weight")], state.precision.scale_on(state.device)
+    )
     return Attempt(ran, told, gradients, norm, divisor, busy)
 
 

@@ -52,19 +52,16 @@ def incident_of(
         recipe: The resolved recipe, as plain dicts.
     """
     precision = Precision(state.precision.name, scale=record.loss_scale)
-    try:
-        verdict = diagnose(
-            state.bare_model,
-            state.loss,
-            precision,
-            batch,
-            seed=state.seed,
-            step=record.step,
-            rank=dist.rank(),
-            loss_upper_limit=state.loss_upper_limit,
-        )
-    except torch.OutOfMemoryError:
-        verdict = Verdict("memory", precision.name)
+    verdict = diagnose(
+        state.bare_model,
+        state.loss,
+        precision,
+        batch,
+        seed=state.seed,
+        step=record.step,
+        rank=dist.rank(),
+        loss_upper_limit=state.loss_upper_limit,
+    )
     batch, noted = _without_folders(batch), verdict
     if verdict.item is not None and verdict.place is not None:
         noted = replace(verdict, item=batch.items[verdict.place])
