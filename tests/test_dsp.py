@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unbraid.dsp import check_same_shape, fit_length, power_db, resample, to_amplitude
+from unbraid.dsp import check_same_shape, fit_length, istft, overlap_add, power_db, resample, stft, to_amplitude
 
 
 def sine(frequency, sample_rate, seconds=0.5):
@@ -96,3 +96,41 @@ def test_twenty_db_are_a_factor_of_ten():
 def test_shapes_that_would_only_broadcast_are_refused(shape):
     with pytest.raises(ValueError, match="same shape"):
         check_same_shape(torch.zeros(2, 8), torch.zeros(shape))
+
+
+SPECTRA = [(64, 16), (64, 32), (200, 50), (2048, 441), (64, 24)]
+
+
+@pytest.mark.parametrize(("n_fft", "hop_length"), SPECTRA)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_spectrum_is_that_of_torch(n_fft, hop_length, dtype):
+    waveform, window = torch.randn(2, 3, 5000, dtype=dtype), torch.hann_window(n_fft)
+    expected = torch.stft(waveform.flatten(0, 1), n_fft, hop_length, window=window.to(dtype), return_complex=True)
+
+    spectrum = stft(waveform, n_fft=n_fft, hop_length=hop_length, window=window)
+
+    torch.testing.assert_close(spectrum, expected.unflatten(0, (2, 3)))
+
+
+@pytest.mark.parametrize(("n_fft", "hop_length"), SPECTRA)
+def test_a_changed_spectrum_becomes_the_waveform_that_torch_makes_of_it(n_fft, hop_length):
+    window, sizes = torch.hann_window(n_fft), {"n_fft": n_fft, "hop_length": hop_length}
+    spectrum = stft(torch.randn(2, 5000), **sizes, window=window)
+    spectrum = spectrum * torch.rand(spectrum.shape)
+    expected = torch.istft(spectrum, **sizes, window=window, length=4900)
+
+    torch.testing.assert_close(istft(spectrum, **sizes, window=window, time=4900), expected, rtol=1e-4, atol=1e-5)
+
+
+@given(st.integers(1, 600))
+def test_every_length_survives_the_way_to_the_spectrum_and_back(time):
+    waveform, window = torch.randn(2, time), torch.hann_window(128)
+    sizes = {"n_fft": 128, "hop_length": 32, "window": window}
+
+    torch.testing.assert_close(istft(stft(waveform, **sizes), **sizes, time=time), waveform, rtol=1e-4, atol=1e-5)
+
+
+def test_frames_are_added_where_they_lie():
+    frames = torch.tensor([[[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]]])
+
+    assert overlap_add(frames, 2).tolist() == [[1.0, 2.0, 13.0, 20.0, 30.0, 0.0]]

@@ -1,7 +1,9 @@
-"""Resampling, dB, and shape checks on ``(..., time)``."""
+"""STFT, resampling, dB, and shape checks on ``(..., time)``."""
 
 import numpy as np
 import soxr
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from unbraid.audio import Audio
@@ -34,6 +36,67 @@ def power_db(audio: Audio) -> float:
 def to_amplitude(level_db: float) -> float:
     """The factor that changes a level by so many dB."""
     return float(10 ** (level_db / 20))
+
+
+def stft(waveform: Tensor, *, n_fft: int, hop_length: int, window: Tensor) -> Tensor:
+    """Spectrum of centred frames, in float32 (float64 stays) under autocast too.
+
+    It equals ``torch.stft`` with its centring by reflection, but for signals too short to be reflected: these are
+    continued with zeros first, so that every length from one sample up has a spectrum.
+
+    Args:
+        waveform: ``(..., time)``.
+        n_fft: Samples in a frame, even.
+        hop_length: Samples from frame to frame.
+        window: ``(n_fft,)``, on the waveform's device.
+
+    Returns:
+        Complex, ``(..., freq, frame)``, with ``n_fft / 2 + 1`` frequencies and ``time // hop_length + 1`` frames or,
+        for short signals, those of the continued signal.
+    """
+    wide = waveform.to(torch.promote_types(waveform.dtype, torch.float32)).reshape(-1, waveform.shape[-1])
+    missing = n_fft // 2 + 1 - wide.shape[-1]
+    reflected = F.pad(F.pad(wide, (0, max(0, missing))), (n_fft // 2, n_fft // 2), mode="reflect")
+    frames = reflected.unfold(-1, n_fft, hop_length) * window.to(wide.dtype)
+    spectrum = torch.fft.rfft(frames).transpose(-1, -2)
+    return spectrum.reshape(*waveform.shape[:-1], *spectrum.shape[-2:])
+
+
+def istft(spectrum: Tensor, *, n_fft: int, hop_length: int, window: Tensor, time: int) -> Tensor:
+    """The waveform that a spectrum belongs to: the inverse of `stft`, ``time`` samples long.
+
+    Equals ``torch.istft``, which would wait for the device to see whether the windows leave gaps.
+
+    Args:
+        spectrum: Complex, ``(..., freq, frame)``.
+        n_fft: As `stft` had it.
+        hop_length: As `stft` had it; at most half of ``n_fft``.
+        window: As `stft` had it.
+        time: Samples wanted; zeros follow where the frames do not reach.
+
+    Returns:
+        ``(..., time)``.
+    """
+    flat = spectrum.reshape(-1, *spectrum.shape[-2:])
+    frames = torch.fft.irfft(flat.transpose(-1, -2), n=n_fft) * window.to(flat.real.dtype)
+    weights = window.to(flat.real.dtype).square().expand(1, frames.shape[1], n_fft)
+    first = n_fft // 2
+    summed = overlap_add(frames, hop_length)[:, first : first + time]
+    covered = overlap_add(weights, hop_length)[:, first : first + time]
+    waveform = summed / covered.clamp_min(1e-11)
+    return F.pad(waveform, (0, time - waveform.shape[-1])).reshape(*spectrum.shape[:-2], time)
+
+
+def overlap_add(frames: Tensor, hop_length: int) -> Tensor:
+    """Frames, ``(batch, frame, sample)``, laid over each other ``hop_length`` apart and summed: ``(batch, time)``.
+
+    The time is that of whole hops, with zeros at the end where the frames are not a multiple of the hop.
+    """
+    size = frames.shape[-1]
+    parts = F.pad(frames, (0, -size % hop_length)).unflatten(-1, (-1, hop_length)).unbind(2)
+    last = len(parts) - 1
+    shifted = [F.pad(part, (0, 0, i, last - i)) for i, part in enumerate(parts)]
+    return torch.stack(shifted).sum(0).flatten(1)
 
 
 def check_same_shape(estimate: Tensor, target: Tensor) -> None:

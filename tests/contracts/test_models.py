@@ -1,19 +1,10 @@
 import pytest
 import torch
+from small_models import tiny
 
 from unbraid.models import MODELS
 
-TINY = {
-    "conv_tasnet": {"n_filters": 16, "bottleneck": 8, "hidden": 16, "skip": 8, "n_blocks": 3, "n_repeats": 2},
-    "sepformer": {"n_filters": 16, "chunk_size": 10, "n_blocks": 1, "n_layers": 2, "n_heads": 2, "d_hidden": 32},
-}
 every_model = pytest.mark.parametrize("name", sorted(MODELS))
-
-
-def tiny(name, *, seed=0, **sizes):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return MODELS[name](**TINY[name], **sizes)
 
 
 def noise(*shape, seed=0):
@@ -39,6 +30,47 @@ def test_any_length_from_one_sample_up_comes_back_at_exactly_that_length(name):
 
     assert [output.shape[-1] for output in outputs.values()] == lengths
     assert all(output.isfinite().all() for output in outputs.values())
+
+
+@every_model
+def test_every_length_up_to_4000_sampled_comes_back_finite(name):
+    model, rng = tiny(name).eval(), torch.Generator().manual_seed(0)
+    lengths = torch.randint(36, 4001, (25,), generator=rng).tolist()
+
+    with torch.no_grad():
+        outputs = [model(noise(1, 1, time)) for time in lengths]
+
+    assert [output.shape[-1] for output in outputs] == lengths
+    assert all(output.isfinite().all() for output in outputs)
+
+
+@every_model
+def test_one_that_claims_to_follow_gain_does(name):
+    model, mixture = tiny(name).eval(), noise(2, 1, 1500)
+    assert isinstance(model.follows_gain, bool)
+
+    with torch.no_grad():
+        plain, loud = model(mixture), model(100 * mixture)
+
+    if model.follows_gain:
+        torch.testing.assert_close(loud, 100 * plain, rtol=1e-3, atol=1e-3 * plain.abs().max().item())
+
+
+@every_model
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (torch.zeros(300), "must be \\(batch, channel, time\\)"),
+        (torch.zeros(2, 300), "must be \\(batch, channel, time\\)"),
+        (torch.zeros(1, 1, 0), "at least one sample"),
+        (torch.zeros(1, 1, 300, dtype=torch.int16), "floating-point audio"),
+    ],
+)
+def test_what_is_no_mixture_is_refused_in_one_sentence(name, wrong, said):
+    with pytest.raises(ValueError, match=said) as refused:
+        tiny(name)(wrong)
+
+    assert "\n" not in str(refused.value)
 
 
 @every_model

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from small_models import small
 
 from unbraid.data.batch import Batch
 from unbraid.losses.pit import SeparationLoss
@@ -12,22 +13,12 @@ from unbraid.train.optim import OPTIMIZERS
 from unbraid.train.state import TrainState
 from unbraid.train.step import train_step
 
-SMALL = {
-    "conv_tasnet": {"n_filters": 64, "bottleneck": 32, "hidden": 64, "skip": 32, "n_blocks": 5, "n_repeats": 2},
-    "sepformer": {"n_filters": 64, "chunk_size": 40, "n_blocks": 2, "n_layers": 2, "n_heads": 4, "d_hidden": 128},
-}
 GAINS = [1e-4, 1.0, 300.0]
 LOSS_SCALE = {"fp16": 2.0**8, "bf16": 1.0, "fp32": 1.0}
 
 every_model = pytest.mark.parametrize("name", sorted(MODELS))
 halves = pytest.mark.parametrize("precision", ["fp16", "bf16"])
 every_gain = pytest.mark.parametrize("gain", GAINS)
-
-
-def small(name, *, seed=0):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return MODELS[name](**SMALL[name])
 
 
 def noise(gain, *, seed=0, time=2000):

@@ -1,7 +1,5 @@
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from unbraid.models.sepformer import SepFormer, sinusoids
 
@@ -20,26 +18,6 @@ def test_the_defaults_have_the_published_size():
     assert sum(weight.numel() for weight in model.parameters()) == pytest.approx(25.68e6, abs=0.005e6)
 
 
-@given(st.integers(1, 60), st.sampled_from([2, 6, 10]))
-def test_chunks_that_are_cut_and_joined_are_twice_what_they_were(n_frames, chunk_size):
-    """Chunks overlap by half: every frame is in exactly two of them."""
-    model, frames = tiny(chunk_size=chunk_size), torch.arange(1.0, 2 * n_frames * 3 + 1).reshape(2, n_frames, 3)
-
-    chunks = model.cut(frames)
-
-    assert chunks.shape[2] == chunk_size
-    assert torch.equal(model.join(chunks, n_frames), 2 * frames)
-
-
-@given(st.integers(1, 40))
-def test_a_chunk_holds_frames_that_follow_each_other(n_frames):
-    chunks = tiny(chunk_size=6).cut(torch.arange(1.0, n_frames + 1).reshape(1, n_frames, 1))[0, :, :, 0]
-
-    for start, chunk in enumerate(chunks):
-        expected = torch.arange(6.0) + 3 * (start - 1) + 1
-        assert torch.equal(chunk, expected.where((expected >= 1) & (expected <= n_frames), 0))
-
-
 def test_positions_are_sines_and_cosines_of_falling_rates():
     positions = sinusoids(50, 8, torch.device("cpu"))
 
@@ -55,17 +33,6 @@ def test_positions_are_sines_and_cosines_of_falling_rates():
 def test_sizes_that_do_not_fit_are_refused(sizes):
     with pytest.raises(ValueError, match="must be even"):
         tiny(**sizes)
-
-
-def test_the_explicit_attention_is_the_fused_one():
-    """The CPU in bfloat16 takes another way than everything else."""
-    layer = tiny(d_hidden=16).within[0].layers[0].eval()
-    features = torch.randn(2, 9, 8, generator=torch.Generator().manual_seed(0))
-
-    fused = layer.attend(features)
-    explicit = layer.bfloat16().attend(features.bfloat16())
-
-    torch.testing.assert_close(explicit.float(), fused, atol=0.02, rtol=0.05)
 
 
 def test_dropout_drops_in_training_and_not_elsewhere():

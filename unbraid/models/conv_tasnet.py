@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from unbraid.models.layers import NORMS, LearnedDecoder, LearnedEncoder, fourier_filters
+from unbraid.models.layers import NORMS, LearnedDecoder, LearnedEncoder, check_mixture, fourier_filters
 
 MASKS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
@@ -86,6 +86,9 @@ class ConvTasNet(nn.Module):
         Luo and Mesgarani, "Conv-TasNet", TASLP 2019, arXiv:1809.07454.
     """
 
+    follows_gain = True
+    """Twice the input, twice the output."""
+
     def __init__(
         self,
         *,
@@ -128,6 +131,7 @@ class ConvTasNet(nn.Module):
 
     def forward(self, mixture: Tensor) -> Tensor:
         """Separate ``(batch, channel, time)`` into ``(batch, source, channel, time)``."""
+        check_mixture(mixture)
         batch, _, time = mixture.shape
         encoded = self.encoder(rearrange(mixture, "b c t -> (b c) t")).relu()
         masks = self.masks(encoded)

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
+
+from unbraid.dsp import overlap_add
 
 
 class GlobalLayerNorm(nn.Module):
@@ -35,6 +36,28 @@ class GlobalLayerNorm(nn.Module):
         mean = wide.mean((1, 2), keepdim=True)
         variance = (wide.square().mean((1, 2), keepdim=True) - mean.square()).clamp(min=0)  # var_mean compiles to 1.2x
         return ((wide - mean) * (torch.rsqrt(variance + self.eps) * self.weight) + self.bias).to(features.dtype)
+
+
+def check_mixture(mixture: Tensor, *, n_channels: int | None = None) -> None:
+    """Refuse what no separator can take.
+
+    Args:
+        mixture: To be ``(batch, channel, time)``, at least one sample of floating-point audio.
+        n_channels: How many channels the model is made for; None where each is separated for itself.
+
+    Raises:
+        ValueError: In one sentence.
+    """
+    if mixture.dim() != 3 or mixture.shape[-1] == 0:
+        raise ValueError(
+            f"A mixture must be (batch, channel, time) with at least one sample, not {tuple(mixture.shape)}."
+        )
+    if not mixture.is_floating_point():
+        raise ValueError(
+            f"A mixture must be floating-point audio in [-1, 1], not {mixture.dtype}; divide integers first."
+        )
+    if n_channels is not None and mixture.shape[1] != n_channels:
+        raise ValueError(f"This model is made for {n_channels} channels and the mixture has {mixture.shape[1]}.")
 
 
 NORMS: dict[str, type[nn.Module]] = {"gln": GlobalLayerNorm, "cln": nn.LayerNorm}
@@ -107,7 +130,4 @@ class LearnedDecoder(nn.Module):
         """``(batch, frame, filter)`` to ``(batch, time)``, in float32: bfloat16 sums would add noise of their own."""
         with with_range(features.device):
             filtered = self.filters(features).float()
-        frames = rearrange(filtered, "b l (part hop) -> part b l hop", hop=self.stride)
-        last = len(frames) - 1
-        shifted = [F.pad(part, (0, 0, i, last - i)) for i, part in enumerate(frames)]
-        return rearrange(torch.stack(shifted).sum(0), "b l hop -> b (l hop)")[:, :time]
+        return overlap_add(filtered, self.stride)[:, :time]

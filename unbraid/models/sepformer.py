@@ -5,7 +5,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from unbraid.models.layers import GlobalLayerNorm, LearnedDecoder, LearnedEncoder
+from unbraid.models.attention import attend
+from unbraid.models.chunks import cut, join
+from unbraid.models.layers import GlobalLayerNorm, LearnedDecoder, LearnedEncoder, check_mixture
 
 
 class TransformerLayer(nn.Module):
@@ -25,17 +27,9 @@ class TransformerLayer(nn.Module):
         return features + self.drop(self.narrow(self.drop(hidden)))
 
     def attend(self, features: Tensor) -> Tensor:
-        """Multi-head self-attention.
-
-        On the CPU in bfloat16 the explicit product and softmax is faster than torch's fused attention, whose backward
-        is slow for short sequences; everywhere else the fused one wins.
-        """
+        """Multi-head self-attention."""
         query, key, value = rearrange(self.query_key_value(features), "b l (n h c) -> n b h l c", n=3, h=self.n_heads)
-        if features.device.type == "cpu" and query.dtype == torch.bfloat16:
-            scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
-            heads = self.drop(scores.float().softmax(-1)).to(value.dtype) @ value
-        else:
-            heads = F.scaled_dot_product_attention(query, key, value, dropout_p=self.dropout if self.training else 0.0)
+        heads = attend(query, key, value, dropout=self.dropout if self.training else 0.0)
         return self.merge(rearrange(heads, "b h l c -> b l (h c)"))
 
     def drop(self, features: Tensor) -> Tensor:
@@ -83,6 +77,9 @@ class SepFormer(nn.Module):
         Subakan et al., "Attention is all you need in speech separation", ICASSP 2021, arXiv:2010.13154.
     """
 
+    follows_gain = True
+    """Twice the input, twice the output."""
+
     def __init__(
         self,
         *,
@@ -102,7 +99,7 @@ class SepFormer(nn.Module):
                 f"n_filters {n_filters} must be a multiple of n_heads {n_heads}; it, chunk_size {chunk_size} and "
                 f"kernel_size {kernel_size} must be even."
             )
-        self.n_sources, self.n_filters, self.hop = n_sources, n_filters, chunk_size // 2
+        self.n_sources, self.n_filters, self.chunk_size = n_sources, n_filters, chunk_size
         self.encoder = LearnedEncoder(n_filters=n_filters, kernel_size=kernel_size, stride=kernel_size // 2)
         self.decoder = LearnedDecoder(n_filters=n_filters, kernel_size=kernel_size, stride=kernel_size // 2)
         self.norm, self.enter = GlobalLayerNorm(n_filters), nn.Linear(n_filters, n_filters, bias=False)
@@ -121,6 +118,7 @@ class SepFormer(nn.Module):
 
     def forward(self, mixture: Tensor) -> Tensor:
         """Separate ``(batch, channel, time)`` into ``(batch, source, channel, time)``."""
+        check_mixture(mixture)
         batch, _, time = mixture.shape
         encoded = self.encoder(rearrange(mixture, "b c t -> (b c) t")).relu()
         masked = self.masks(encoded) * encoded[:, :, None]
@@ -133,26 +131,14 @@ class SepFormer(nn.Module):
         What all layers add to stays in float32 under autocast too, as on a GPU the norms would make it: the roundings
         of 32 layers would add up to more than 1 % of the output, for 1 % of the time.
         """
-        chunks = self.cut(self.enter(self.norm(encoded)).float())
+        chunks = cut(self.enter(self.norm(encoded)).float(), self.chunk_size)
         positions = sinusoids(max(chunks.shape[1:3]), self.n_filters, encoded.device)
         for within, across in zip(self.within, self.across, strict=True):
             chunks = within(chunks, positions)
             chunks = across(chunks.transpose(1, 2), positions).transpose(1, 2)
-        joined = self.join(self.split(self.activation(chunks)), encoded.shape[1])
+        joined = join(self.split(self.activation(chunks)), encoded.shape[1])
         sources = rearrange(joined, "b l (s f) -> b l s f", s=self.n_sources)
         return self.leave(self.output(sources).tanh() * self.gate(sources).sigmoid()).relu()
-
-    def cut(self, features: Tensor) -> Tensor:
-        """``(batch, frame, channel)`` into chunks that overlap by half, ``(batch, chunk, frame, channel)``."""
-        end = self.hop + -features.shape[1] % self.hop
-        padded = F.pad(features, (0, 0, self.hop, end))
-        halves = rearrange(padded, "b (s h) c -> b s h c", h=self.hop)
-        return torch.cat([halves[:, :-1], halves[:, 1:]], 2)
-
-    def join(self, chunks: Tensor, n_frames: int) -> Tensor:
-        """Add overlapping chunks up again, and cut what `cut` had padded."""
-        early, late = chunks[:, 1:, : self.hop], chunks[:, :-1, self.hop :]
-        return rearrange(early + late, "b s h c -> b (s h) c")[:, :n_frames]
 
 
 def sinusoids(n_frames: int, n_channels: int, device: torch.device) -> Tensor:

@@ -1,0 +1,29 @@
+"""What a separator returns: its sources, and what else a loss may ask for."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Separation(NamedTuple):
+    """Sources, and beside them what a loss may want that no waveform shows.
+
+    A model whose losses need nothing but sources returns the tensor alone.
+
+    Attributes:
+        sources: ``(batch, source, channel, time)``.
+        embedding: A vector of unit length for each bin of the mixture's spectrum, ``(batch, channel, frame, freq,
+            dim)``; None where the model has none.
+        n_fft: Of the spectrum that the embedding belongs to, in samples.
+        hop_length: Of the same, in samples.
+    """
+
+    sources: Tensor
+    embedding: Tensor | None = None
+    n_fft: int = 0
+    hop_length: int = 0
+
+
+def sources_of(output: Tensor | Separation) -> Tensor:
+    """The sources alone, ``(batch, source, channel, time)``."""
+    return output.sources if isinstance(output, Separation) else output
