@@ -10,7 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unbraid.metrics import best_assignment, pairwise_si_sdr, reorder, sdr, si_sdr, snr
+from unbraid.losses.pit import SeparationLoss
+from unbraid.losses.waveform import neg_si_sdr
+from unbraid.metrics import _plain_si_sdr, best_assignment, pairwise_si_sdr, reorder, sdr, si_sdr, snr
 
 
 def signals(*shape, seed=0, dtype=torch.float64):
@@ -222,3 +224,70 @@ def test_sdr_comes_back_after_the_number_of_threads_was_set():
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
 
     assert subprocess.run([sys.executable, "-c", script], env=environment, timeout=60, check=False).returncode == 0
+
+
+def at_ratio(ratio_db, *, offset=0.0, gain=3.0):
+    """Target and estimate whose SI-SDR is known, in float64 and then rounded to float32."""
+    rng = torch.Generator().manual_seed(0)
+    target = 0.05 * torch.randn(4, 32_000, generator=rng, dtype=torch.float64)
+    noise = torch.randn(4, 32_000, generator=rng, dtype=torch.float64)
+    target, noise = (signal - signal.mean(-1, keepdim=True) for signal in (target, noise))
+    noise -= (noise * target).sum(-1, keepdim=True) / target.square().sum(-1, keepdim=True) * target
+    noise *= 10 ** (-ratio_db / 20) * target.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
+    return (gain * (target + noise) + offset).float(), (target + offset).float()
+
+
+@pytest.mark.parametrize("ratio_db", [-30, 0, 20, 50, 60, 70, 80, 90, 100])
+@pytest.mark.parametrize("offset", [0.0, 0.05])
+def test_si_sdr_is_right_to_a_hundredth_of_a_db_up_to_100_db(ratio_db, offset):
+    estimate, target = at_ratio(ratio_db, offset=offset)
+
+    exact = _plain_si_sdr(estimate.double(), target.double(), 1e-13)
+
+    torch.testing.assert_close(si_sdr(estimate, target).double(), exact, atol=0.01, rtol=0)
+    assert exact.mean().item() == pytest.approx(ratio_db, abs=0.3 if offset else 0.02)
+
+
+@pytest.mark.parametrize("ratio_db", [0, 40, 80])
+def test_the_gradient_of_si_sdr_is_that_of_its_definition_in_float64(ratio_db):
+    estimate, target = at_ratio(ratio_db)
+    short, exact = estimate.clone().requires_grad_(), estimate.double().requires_grad_()
+
+    si_sdr(short, target).sum().backward()
+    _plain_si_sdr(exact, target.double(), 1e-13).sum().backward()
+
+    assert ((short.grad - exact.grad).norm() / exact.grad.norm()).item() < 1e-4
+
+
+def test_si_sdr_can_be_differentiated_twice_and_mapped():
+    rng = torch.Generator().manual_seed(0)
+    estimate, target = (torch.randn(3, 30, generator=rng, dtype=torch.float64) + 1 for _ in range(2))
+    estimate.requires_grad_()
+
+    assert torch.autograd.gradcheck(lambda signal: si_sdr(signal, target), estimate)
+    assert torch.autograd.gradgradcheck(lambda signal: si_sdr(signal, target), estimate)
+    torch.testing.assert_close(torch.func.vmap(si_sdr)(estimate, target), si_sdr(estimate, target))
+
+
+def test_si_sdr_has_a_gradient_for_the_target_too():
+    estimate, target = (torch.randn(2, 30, dtype=torch.float64, requires_grad=True) for _ in range(2))
+
+    assert torch.autograd.gradcheck(si_sdr, (estimate, target))
+
+
+@pytest.mark.parametrize("n_sources", [2, 3, 5])
+def test_the_pit_loss_is_that_of_fast_bss_eval(n_sources):
+    import fast_bss_eval
+
+    rng = torch.Generator().manual_seed(0)
+    target = 0.1 * torch.randn(4, n_sources, 8000, generator=rng)
+    estimate = target.roll(1, 1) + 0.05 * torch.randn(4, n_sources, 8000, generator=rng)
+    ours, theirs = estimate.clone().requires_grad_(), estimate.clone().requires_grad_()
+
+    loss = SeparationLoss(neg_si_sdr)(ours[:, :, None], target[:, :, None])
+    expected = fast_bss_eval.si_sdr_pit_loss(theirs, target, zero_mean=True).mean(-1)
+    loss.sum().backward()
+    expected.sum().backward()
+
+    torch.testing.assert_close(loss, expected, atol=1e-3, rtol=0)
+    torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-4 * theirs.grad.abs().max().item(), rtol=0)

@@ -4,10 +4,12 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
-from unbraid.assemble import build_model, build_state
+from unbraid.assemble import build_loss, build_model, build_state
 from unbraid.cli import recipes_folder
 from unbraid.errors import RecipeError
+from unbraid.losses.waveform import l1, neg_thresholded_snr
 from unbraid.recipe import differences, load_recipe, recipe_from_table, recipe_table, to_toml
 
 SHIPPED = sorted(recipes_folder().glob("*.toml"))
@@ -105,7 +107,16 @@ def test_a_mistake_is_named_in_one_line(write, text, words):
         ("[clip]\nname = 'autoclip'\npercentile = 101", ["percentile = 101", "between 0 and 100"]),
         ("[loss]\nname = 'si_sdr'", ["[loss]", "neg_si_sdr", "Did you mean 'neg_si_sdr'?"]),
         ("[loss]\nname = 'l1'\n[[filter]]\nname = 'threshold'", ["threshold", "dB", "l1"]),
-        ("[loss]\nname = 'l1'\nassign = 'permuted'", ["loss.assign", "permutation, fixed"]),
+        ("[loss]\nname = 'l1'\nassign = 'permuted'", ["loss.assign", "'permutation', 'fixed', 'mixit'"]),
+        ("[loss]\nname = 'neg_snr'\nmax_db = 3.0", ["[loss]", "'max_db'"]),
+        ("[loss]\nname = 'neg_thresholded_snr'\nmax_db = -3.0", ["[loss] neg_thresholded_snr", "max_db = -3.0"]),
+        ("[loss]\nname = 'neg_si_sdr'\ninactive_weight = -1.0", ["inactive_weight = -1.0", "0 or more"]),
+        ("[loss]\nname = 'neg_si_sdr'\nassign = 'mixit'", ["mixit", "level", "neg_snr"]),
+        ("[loss]\nname = 'sum'", ["[[loss.terms]]"]),
+        ("[loss]\nname = 'sum'\nterm = 3", ["'sum'", "term"]),
+        ("[loss]\nname = 'sum'\n[[loss.terms]]\nname = 'l2'", ["[loss]", "'l2'", "l1"]),
+        ("[loss]\nname = 'sum'\n[[loss.terms]]\nname = 'l1'\nweight = 'half'", ["loss.terms.weight", "a number"]),
+        ("[loss]\nname = 'sum'\n[[loss.terms]]\nname = 'l1'\nweight = 0.0", ["weight above 0"]),
         ("[model]\nname = 'nowhere:Net'", ["nowhere:Net", "no nowhere.py"]),
         ("[model]\nname = 'sepformer'\nn_heads = 7", ["[model] sepformer", "n_heads 7"]),
         ("[model]\nname = 'conv_tasnet'\nn_filters = -1", ["[model] conv_tasnet", "cannot be made"]),
@@ -204,3 +215,24 @@ def test_differences_name_the_keys():
     before, after = {"optim": {"lr": 1, "name": "a"}, "x": 1}, {"optim": {"lr": 2, "name": "a"}, "y": 1}
 
     assert differences(before, after) == {"optim.lr": (1, 2), "x": (1, None), "y": (None, 1)}
+
+
+def test_a_sum_of_losses_is_built_from_its_terms(write):
+    text = """
+[loss]
+name = 'sum'
+assign = 'fixed'
+[[loss.terms]]
+name = 'neg_thresholded_snr'
+weight = 2
+max_db = 20.0
+[[loss.terms]]
+name = 'l1'
+"""
+    recipe = load_recipe(write(f"{ENDS}{text}"))
+    loss = build_loss(recipe)
+    estimate, target = torch.randn(2, 2, 1, 50), torch.randn(2, 2, 1, 50)
+
+    expected = 2 * neg_thresholded_snr(estimate, target, max_db=20.0) + l1(estimate, target)
+    torch.testing.assert_close(loss(estimate, target), expected.mean((1, 2)))
+    assert recipe_from_table(recipe_table(recipe), recipe.folder) == recipe

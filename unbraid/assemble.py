@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,11 @@ from unbraid.data.mixtures import Mixtures, mixtures
 from unbraid.data.tracks import Track, with_splits
 from unbraid.draws import seeded_torch
 from unbraid.errors import CheckpointError, DataError, RecipeError, UserError
-from unbraid.losses import LOSSES, is_in_db
-from unbraid.losses.pit import SeparationLoss
+from unbraid.losses import LOSSES, NAMES, SignalLoss, asks_for
+from unbraid.losses.pit import SeparationLoss, Term
 from unbraid.models import MODELS
 from unbraid.parts import build_part, find_part
-from unbraid.recipe import Part, Recipe, differences, recipe_from_table, recipe_table, to_toml
+from unbraid.recipe import Part, Recipe, checked, differences, recipe_from_table, recipe_table, to_toml
 from unbraid.records import Event, RunDirectory, append_record, owned, write_atomically
 from unbraid.robust import CLIPPERS, FILTERS, TRANSFORMS
 from unbraid.robust.precision import Precision, best_precision
@@ -186,14 +187,32 @@ def build_loss(recipe: Recipe, *, trust: bool = True) -> SeparationLoss:
     Raises:
         RecipeError: If it is refused, or is somebody's own code and not trusted.
     """
-    if recipe.assign not in ("permutation", "fixed"):
-        raise RecipeError(f"loss.assign = {recipe.assign!r} is not one of permutation, fixed.")
-    for key in recipe.loss.options:
-        if key != "assign":
-            raise RecipeError(f"[loss] has no key {key!r}; its keys are name, assign.")
-    return SeparationLoss(
-        find_part("loss", recipe.loss, LOSSES, recipe.folder if trust else None), assign=recipe.assign
-    )
+    own = ("assign", "inactive_weight")
+    options = {key: value for key, value in recipe.loss.options.items() if key in own}
+    folder = recipe.folder if trust else None
+    terms = [Term(_bound_loss(part, folder), weight) for part, weight in recipe.loss_terms]
+    given = checked("loss", SeparationLoss, options, given=("loss",))
+    try:
+        return SeparationLoss(terms, **given)
+    except ValueError as error:
+        raise RecipeError(f"[loss] {error}") from error
+
+
+def _bound_loss(part: Part, folder: Path | None) -> SignalLoss:
+    """A loss with the recipe's options, tried on a moment of noise: what it refuses, it shall refuse before a run."""
+    loss = find_part("loss", part, LOSSES, folder)
+    asked = asks_for(loss)
+    supplied = (*NAMES, *([] if asked else [*inspect.signature(loss).parameters][:2]))
+    options = checked("loss", loss, part.options, given=supplied)
+    bound = partial(loss, **options) if options else loss
+    if options and asked and "embedding" not in asked:
+        moment = torch.linspace(-0.1, 0.1, 64).reshape(1, 1, 1, 64)
+        known = {"estimate": moment, "target": -moment, "mixture": moment[:, 0]}
+        try:
+            bound(**{name: known[name] for name in asked if name in known})
+        except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+            raise RecipeError(f"[loss] {part.name} cannot be made of these keys: {error}") from error
+    return bound
 
 
 def build_state(recipe: Recipe, model: nn.Module, *, precision: str) -> TrainState:
@@ -207,7 +226,7 @@ def build_state(recipe: Recipe, model: nn.Module, *, precision: str) -> TrainSta
     for part, loss_filter in zip(recipe.filters, filters, strict=True):
         if hasattr(loss_filter, "observe") and not hasattr(loss_filter, "load_state_dict"):
             raise RecipeError(f"[[filter]] {part.name} has observe, and so needs state_dict and load_state_dict too.")
-        if getattr(loss_filter, "needs_db", False) and not is_in_db(loss.signal_loss):
+        if getattr(loss_filter, "needs_db", False) and not loss.in_db:
             raise RecipeError(f"[[filter]] {part.name} needs a loss in dB, which {recipe.loss.name} is not.")
     if recipe.optim.name == "schedule_free":
         if recipe.train.ema:

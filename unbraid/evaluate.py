@@ -20,8 +20,7 @@ from unbraid.data.mixtures import Mixtures, mixtures
 from unbraid.dsp import SILENCE
 from unbraid.errors import UserError
 from unbraid.infer import at_mixture_level, separate
-from unbraid.losses.pit import order_as_targets
-from unbraid.losses.waveform import neg_si_sdr
+from unbraid.losses.pit import judge_by, order_as_targets
 from unbraid.metrics import sdr, si_sdr
 from unbraid.recipe import Recipe
 from unbraid.train.checkpoint import find_checkpoint
@@ -139,7 +138,7 @@ def evaluate(
         loaded = collate([dataset[key]])
         batch = loaded.batch
         estimate = separate(model, batch.mixture).cpu()
-        ordered = order_as_targets(estimate, batch.sources, neg_si_sdr, assign=recipe.assign)
+        ordered = order_as_targets(estimate, batch.sources, judge_by(recipe.assign), assign=recipe.assign)
         row = {"index": key.index} | _scores(ordered, batch) | {"files": " + ".join(batch.items[0].files)}
         yield row, loaded.faults
         if key.index < save_audio and folder is not None:

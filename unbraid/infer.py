@@ -7,10 +7,16 @@ from torch import Tensor, nn
 from unbraid.audio import Audio
 from unbraid.dsp import fit_length, resample
 from unbraid.metrics import best_assignment, pairwise_si_sdr, reorder
+from unbraid.separation import Separation, sources_of
 
 
 def separate(model: nn.Module, mixture: Tensor) -> Tensor:
-    """Separate ``(batch, channel, time)`` into ``(batch, source, channel, time)``, in float32 on the model's device.
+    """Separate ``(batch, channel, time)`` into ``(batch, source, channel, time)``, as `infer` does."""
+    return sources_of(infer(model, mixture))
+
+
+def infer(model: nn.Module, mixture: Tensor) -> Tensor | Separation:
+    """What a model returns for ``(batch, channel, time)``, its sources in float32 on the model's device.
 
     Without gradients, in evaluation mode, and never compiled for it: a new length would compile anew.
     """
@@ -19,7 +25,8 @@ def separate(model: nn.Module, mixture: Tensor) -> Tensor:
     model.eval()
     try:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            return model(mixture.to(device, torch.float32)).float()
+            output = model(mixture.to(device, torch.float32))
+            return output._replace(sources=output.sources.float()) if isinstance(output, Separation) else output.float()
     finally:
         model.train(was_training)
 

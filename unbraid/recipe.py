@@ -70,12 +70,34 @@ class Recipe:
     @property
     def has_own_code(self) -> bool:
         """Whether a model, loss or data set is named that is not one of ours: what uses it has to be trusted."""
-        return any(":" in name for name in (self.model.name, self.loss.name, self.data.name))
+        losses = [part.name for part, _ in self.loss_terms]
+        return any(":" in name for name in (self.model.name, *losses, self.data.name))
+
+    @property
+    def loss_terms(self) -> list[tuple[Part, float]]:
+        """The losses and their weights: those of ``[[loss.terms]]`` where the name is ``sum``, or else the one.
+
+        Raises:
+            RecipeError: If the terms are not as they should be.
+        """
+        options = {key: value for key, value in self.loss.options.items() if key not in ("assign", "inactive_weight")}
+        if self.loss.name != "sum":
+            return [(Part(self.loss.name, options), 1.0)]
+        if set(options) - {"terms"}:
+            listed = ", ".join(sorted(set(options) - {"terms"}))
+            raise RecipeError(f"[loss] name = 'sum' has no key {listed}; it has terms, assign and inactive_weight.")
+        found = []
+        for part in _parts_of("loss.terms", options.get("terms", [])):
+            weight = _as_type(part.options.get("weight", 1.0), float, "loss.terms.weight")
+            found.append((Part(part.name, {k: v for k, v in part.options.items() if k != "weight"}), weight))
+        if not found:
+            raise RecipeError("[loss] name = 'sum' needs [[loss.terms]], each with a name and a weight.")
+        return found
 
     @property
     def leaves_level_open(self) -> bool:
         """Whether the loss does not care for the level of the model's outputs, which is then taken from the mixture."""
-        return ignores_level(LOSSES.get(self.loss.name))
+        return all(ignores_level(LOSSES.get(part.name)) for part, _ in self.loss_terms)
 
 
 _SETTINGS: dict[str, type[Any]] = {
@@ -314,7 +336,7 @@ def _drop_foreign_keys(table: Table, where: str, explicit: set[str]) -> None:
     if not isinstance(section, dict):
         return
     part = _REGISTRIES[where].get(str(section.get("name")))
-    known = {"name", "init", "assign", *(inspect.signature(part).parameters if part else ())}
+    known = {"name", "init", "assign", "inactive_weight", *(inspect.signature(part).parameters if part else ())}
     table[where] = {key: value for key, value in section.items() if key in known or f"{where}.{key}" in explicit}
 
 

@@ -1,15 +1,21 @@
-from itertools import permutations
+from itertools import permutations, product
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unbraid.losses import LOSSES
-from unbraid.losses.pit import SeparationLoss, assign_sources
-from unbraid.losses.waveform import neg_si_sdr
+from unbraid.errors import UserError
+from unbraid.losses import LOSSES, PER_EXAMPLE, asks_for
+from unbraid.losses.pit import SeparationLoss, Term, assign_sources, mixit_ways, order_as_targets
+from unbraid.losses.waveform import l1, neg_sa_sdr, neg_si_sdr, neg_snr, neg_thresholded_snr
 
-every_loss = pytest.mark.parametrize("name", sorted(LOSSES))
+SIGNAL_LOSSES = [
+    name
+    for name, loss in sorted(LOSSES.items())
+    if loss not in PER_EXAMPLE and {key for key, needed in asks_for(loss).items() if needed} == {"estimate", "target"}
+]
+every_loss = pytest.mark.parametrize("name", SIGNAL_LOSSES)
 
 
 def signals(*shape, seed=0):
@@ -47,7 +53,7 @@ def test_no_order_of_the_outputs_has_a_smaller_loss(name, n_sources):
     torch.testing.assert_close(losses, smallest_over_orders(name, estimate, target), atol=1e-4, rtol=1e-5)
 
 
-@given(st.sampled_from(sorted(LOSSES)), st.integers(1, 4), st.integers(1, 2), st.integers(0, 999))
+@given(st.sampled_from(SIGNAL_LOSSES), st.integers(1, 4), st.integers(1, 2), st.integers(0, 999))
 def test_no_order_is_better_for_estimates_that_have_nothing_to_do_with_the_targets(name, n_sources, n_channels, seed):
     target, estimate = (signals(2, n_sources, n_channels, 50, seed=seed + k) for k in (0, 1000))
 
@@ -192,3 +198,172 @@ def test_an_example_does_not_notice_its_neighbours(name, assign):
     one_by_one = torch.cat([loss(estimate[i : i + 1], target[i : i + 1]) for i in range(4)])
 
     torch.testing.assert_close(loss(estimate, target), one_by_one)
+
+
+@given(st.integers(2, 5), st.integers(0, 99))
+def test_sa_sdr_takes_the_order_with_the_least_error_of_all_sources_together(n_sources, seed):
+    target, estimate = (signals(2, n_sources, 1, 60, seed=seed + k) for k in (0, 1000))
+
+    losses = SeparationLoss(neg_sa_sdr)(estimate, target)
+
+    orders = [list(order) for order in permutations(range(n_sources))]
+    expected = torch.stack([neg_sa_sdr(estimate[:, order], target) for order in orders]).amin(0)
+    torch.testing.assert_close(losses, expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("loss", [neg_sa_sdr, neg_snr, neg_thresholded_snr, l1])
+def test_a_silent_target_pushes_its_output_down(loss):
+    target = signals(2, 2, 1, 400)
+    target[:, 1] = 0
+    estimate = (target + signals(2, 2, 1, 400, seed=1)).requires_grad_()
+
+    losses = SeparationLoss(loss)(estimate, target, mixture=target.sum(1))
+    (gradient,) = torch.autograd.grad(losses.sum(), estimate)
+
+    assert losses.isfinite().all()
+    assert gradient.isfinite().all()
+    assert ((gradient * estimate)[:, 1].sum(-1) > 0).all()
+
+
+@pytest.mark.parametrize("given_mixture", [True, False])
+def test_inactive_outputs_are_driven_to_silence_and_the_others_are_not(given_mixture):
+    target = signals(2, 2, 1, 400)
+    target[0, 1] = 0  # one example with a silent source; in both the third output is to spare
+    estimate = torch.cat([estimates_of(target, shuffle=False), signals(2, 1, 1, 400, seed=7)], 1).requires_grad_()
+    extras = {"mixture": target.sum(1)} if given_mixture else {}
+
+    plain = SeparationLoss(neg_si_sdr)(estimate, target, **extras)
+    driven = SeparationLoss(neg_si_sdr, inactive_weight=0.5)(estimate, target, **extras)
+    (gradient,) = torch.autograd.grad((driven - plain).sum(), estimate)
+
+    share = lambda signal, mixture: 10 * torch.log10(signal.square().mean() / (1e-3 * mixture.square().mean()) + 1)  # noqa: E731
+    expected = [
+        0.5 * (share(estimate[0, 1], target[0].sum(0)) + share(estimate[0, 2], target[0].sum(0))) / 3,
+        0.5 * share(estimate[1, 2], target[1].sum(0)) / 3,
+    ]
+    torch.testing.assert_close(driven - plain, torch.stack(expected), rtol=1e-3, atol=1e-4)
+    assert gradient.flatten(1).abs().sum(1).gt(0).all()
+    assert gradient.abs().sum((-1, -2)).gt(0).tolist() == [[False, True, True], [False, False, True]]
+
+
+def test_silent_outputs_cost_nothing_where_nothing_sounds():
+    target = signals(1, 1, 1, 400)
+    estimate = torch.cat([target, torch.zeros_like(target)], 1)
+
+    loss = SeparationLoss(neg_snr, inactive_weight=1.0)(estimate, target)
+
+    torch.testing.assert_close(loss, neg_snr(target, target)[:, 0, 0])
+
+
+@pytest.mark.parametrize("assign", ["permutation", "fixed"])
+def test_a_sum_of_losses_is_their_weighted_sum_in_one_order(assign):
+    target = signals(3, 3, 1, 400)
+    estimate = estimates_of(target)
+    losses = SeparationLoss([Term(neg_snr, 0.3), Term(l1, 50.0), Term(neg_sa_sdr, 0.1)], assign=assign)
+
+    ordered = order_as_targets(estimate, target, losses.terms, assign=assign)
+
+    parts = 0.3 * neg_snr(ordered, target).mean((1, 2)) + 50 * l1(ordered, target).mean((1, 2))
+    torch.testing.assert_close(losses(estimate, target), parts + 0.1 * neg_sa_sdr(ordered, target))
+
+
+def test_the_order_of_a_sum_is_the_best_of_the_sum():
+    target, estimate = signals(6, 3, 1, 50), signals(6, 3, 1, 50, seed=1)
+    losses = SeparationLoss([Term(neg_snr, 0.05), Term(l1, 50.0)])
+
+    smallest = torch.stack(
+        [SeparationLoss(losses.terms, assign="fixed")(estimate[:, list(o)], target) for o in permutations(range(3))]
+    ).amin(0)
+
+    torch.testing.assert_close(losses(estimate, target), smallest)
+
+
+@pytest.mark.parametrize("name", ["neg_snr", "neg_thresholded_snr", "neg_sa_sdr", "l1"])
+@pytest.mark.parametrize(("n_outputs", "n_mixtures"), [(4, 2), (3, 3), (5, 2), (2, 1)])
+def test_mixit_finds_the_best_of_all_ways_to_deal_the_outputs_out(name, n_outputs, n_mixtures):
+    estimate, target = signals(3, n_outputs, 1, 40), signals(3, n_mixtures, 1, 40, seed=1)
+    loss = LOSSES[name]
+
+    losses = SeparationLoss(loss, assign="mixit")(estimate, target)
+
+    smallest = []
+    for dealt in product(range(n_mixtures), repeat=n_outputs):
+        sums = torch.stack([estimate[:, [d == n for d in dealt]].sum(1) for n in range(n_mixtures)], 1)
+        values = loss(sums, target)
+        smallest.append(values.mean((1, 2)) if values.dim() == 3 else values)
+    torch.testing.assert_close(losses, torch.stack(smallest).amin(0), atol=1e-4, rtol=1e-5)
+
+
+def test_mixit_knows_sources_that_make_up_two_mixtures():
+    sources = signals(2, 4, 1, 4000)
+    mixtures = torch.stack([sources[:, [0, 2]].sum(1), sources[:, [1, 3]].sum(1)], 1)
+    estimate = sources.requires_grad_()
+
+    found = SeparationLoss(neg_snr, assign="mixit").assigned(estimate, mixtures)
+    (gradient,) = torch.autograd.grad(found.losses.sum(), estimate)
+
+    assert (found.losses < -90).all()
+    assert mixit_ways([Term(neg_snr)], estimate, mixtures, {})[0].tolist() == [
+        [True, False, True, False],
+        [False, True, False, True],
+    ]
+    assert all(order[0] in (0, 2) and order[1] in (1, 3) for order in found.order.tolist())
+    assert gradient.isfinite().all()
+
+
+def test_more_ways_than_can_be_tried_are_refused_in_one_sentence():
+    with pytest.raises(UserError, match="fewer outputs"):
+        SeparationLoss(neg_snr, assign="mixit")(signals(1, 17, 1, 10), signals(1, 2, 1, 10))
+
+
+def asks_for_the_mixture(estimate, target, mixture, *, share=1.0):
+    return share * (estimate - mixture[:, None]).abs().mean(-1) + 0 * target.mean(-1)
+
+
+def asks_for_an_embedding(embedding, target):
+    return embedding.mean((1, 2)) + 0 * target.mean((1, 2, 3))
+
+
+def test_a_loss_is_given_what_its_parameters_name():
+    target, mixture = signals(2, 2, 1, 100), signals(2, 1, 100, seed=5)
+    estimate = estimates_of(target)
+
+    by_mixture = SeparationLoss(asks_for_the_mixture)(estimate, target, mixture=mixture)
+    by_embedding = SeparationLoss([Term(asks_for_an_embedding, 2.0), Term(neg_snr)])(
+        estimate, target, mixture=mixture, embedding=torch.full((2, 3, 4), 7.0)
+    )
+
+    torch.testing.assert_close(by_mixture, (estimate - mixture[:, None]).abs().mean((1, 2, 3)))
+    torch.testing.assert_close(by_embedding, 14 + SeparationLoss(neg_snr)(estimate, target))
+
+
+def test_what_a_loss_asks_for_and_is_not_there_is_told_in_one_sentence():
+    with pytest.raises(UserError, match="asks for embedding, which the model does not return"):
+        SeparationLoss(asks_for_an_embedding)(signals(2, 2, 1, 100), signals(2, 2, 1, 100))
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (lambda: SeparationLoss(neg_snr, assign="any"), "not one of"),
+        (lambda: SeparationLoss([]), "one or more terms"),
+        (lambda: SeparationLoss([Term(neg_snr, 0.0)]), "weight above 0"),
+        (lambda: SeparationLoss(neg_snr, inactive_weight=-1.0), "0 or more"),
+        (lambda: SeparationLoss(neg_si_sdr, assign="mixit"), "cares for level"),
+    ],
+)
+def test_what_makes_no_loss_is_refused(made, said):
+    with pytest.raises(ValueError, match=said):
+        made()
+
+
+@pytest.mark.parametrize("n_sources", [2, 3, 5, 8])
+def test_si_sdr_of_each_target_is_told_in_the_order_of_the_targets(n_sources):
+    target = signals(3, n_sources, 1, 400)
+    estimate = estimates_of(target)
+
+    found = SeparationLoss(neg_si_sdr).assigned(estimate, target)
+
+    chosen = torch.stack([item[order] for item, order in zip(estimate, found.order, strict=True)])
+    torch.testing.assert_close(found.si_sdr, -neg_si_sdr(chosen, target)[..., 0])
+    torch.testing.assert_close(SeparationLoss(l1).assigned(estimate, target).si_sdr, found.si_sdr)

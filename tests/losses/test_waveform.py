@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from unbraid.losses import is_in_db
-from unbraid.losses.waveform import l1, neg_si_sdr, neg_snr
+from unbraid.losses.waveform import l1, neg_sa_sdr, neg_si_sdr, neg_snr, neg_thresholded_snr
 from unbraid.metrics import si_sdr, snr
 
 
@@ -54,3 +54,35 @@ def test_only_ratios_and_losses_that_say_so_are_in_db():
     assert [is_in_db(loss) for loss in (neg_si_sdr, neg_snr, l1, own)] == [True, True, False, False]
     own.unit = "dB"
     assert is_in_db(own)
+
+
+def test_thresholded_snr_levels_off():
+    target, noise = 0.1 * torch.randn(3, 8000), torch.randn(3, 8000)
+    noise *= target.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
+    at = lambda snr_db: -neg_thresholded_snr(target + 10 ** (-snr_db / 20) * noise, target, max_db=30.0)  # noqa: E731
+
+    for snr_db, expected in ((0, -0.0043), (20, 19.586), (30, 26.99), (60, 29.996)):
+        torch.testing.assert_close(at(snr_db), torch.full((3,), expected), atol=2e-3, rtol=0)
+
+
+def test_with_the_mixture_a_silent_target_counts_in_the_same_units():
+    mixture, silence = 0.1 * torch.randn(2, 1, 8000), torch.zeros(2, 2, 1, 8000)
+    loud = mixture[:, None].expand(2, 2, 1, 8000)
+
+    torch.testing.assert_close(
+        neg_thresholded_snr(loud, silence, mixture), torch.full((2, 2, 1), 0.0043), atol=1e-3, rtol=0
+    )
+    torch.testing.assert_close(neg_thresholded_snr(silence, silence, mixture), torch.full((2, 2, 1), -30.0))
+
+
+@pytest.mark.parametrize("max_db", [0.0, -3.0, 200.0])
+def test_a_threshold_without_sense_is_refused(max_db):
+    with pytest.raises(ValueError, match="max_db"):
+        neg_thresholded_snr(torch.ones(5), torch.ones(5), max_db=max_db)
+
+
+def test_sa_sdr_is_one_ratio_of_all_energies():
+    target, error = torch.randn(4, 3, 1, 500), 0.1 * torch.randn(4, 3, 1, 500)
+    expected = -10 * torch.log10(target.square().sum((1, 2, 3)) / error.square().sum((1, 2, 3)))
+
+    torch.testing.assert_close(neg_sa_sdr(target + error, target), expected)

@@ -1,15 +1,39 @@
-"""Permutation-invariant training, and fixed order, around any loss on signals."""
+"""Which output belongs to which source: permutation-invariant training, MixIT and fixed order, around any loss."""
 
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from itertools import product
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from unbraid.dsp import SILENCE
 from unbraid.errors import UserError
-from unbraid.losses import SignalLoss, ignores_level
-from unbraid.losses.waveform import neg_si_sdr
-from unbraid.metrics import best_assignment, mean_over_sounding, pairwise_si_sdr, reorder, si_sdr, sounding
+from unbraid.losses import SignalLoss, asks_for, by_products, ignores_level, is_in_db
+from unbraid.losses.waveform import neg_si_sdr, neg_snr
+from unbraid.metrics import (
+    Products,
+    best_assignment,
+    mean_over_sounding,
+    mean_square,
+    pair_products,
+    reorder,
+    si_sdr,
+    sounding,
+)
+
+ASSIGNMENTS = ("permutation", "fixed", "mixit")
+MAX_MIXIT_WAYS = 2**16
+
+Extras = Mapping[str, Any]
+"""What a loss may ask for by name: ``mixture`` (batch, channel, time), ``embedding``, ``n_fft``, ``hop_length``."""
+
+
+class Term(NamedTuple):
+    """One of the losses that are summed, and how much it counts."""
+
+    loss: SignalLoss
+    weight: float = 1.0
 
 
 class Assigned(NamedTuple):
@@ -17,7 +41,7 @@ class Assigned(NamedTuple):
 
     Attributes:
         losses: ``(batch,)``.
-        order: Which output belongs to each target, ``(batch, source)``, int64.
+        order: Which output belongs to each target, ``(batch, source)``, int64; with MixIT the one most like it.
         si_sdr: Of each target's output, mean over channels, in dB, ``(batch, source)``; no gradient.
         sounding: Whether each target is more than silence, ``(batch, source)``.
     """
@@ -35,42 +59,79 @@ class SeparationLoss:
     an example with nothing but silence keeps its values, so that they are seen.
 
     Args:
-        signal_loss: ``(estimate, target)`` to one value per signal.
+        loss: ``(estimate, target)`` to one value per signal, or to one per example; or several of them with weights.
         assign: ``"permutation"`` takes the order of the outputs that makes the loss smallest, for each example;
-            ``"fixed"`` keeps output ``i`` for source ``i``.
+            ``"fixed"`` keeps output ``i`` for source ``i``; ``"mixit"`` takes the targets for mixtures themselves, and
+            adds each output to the one where it makes the loss smallest.
+        inactive_weight: How much outputs count that no sounding target belongs to, because it is silent or there are
+            fewer targets than outputs: their level above 30 dB under the mixture, in dB, mean over all outputs. With 0
+            they are left to themselves, but for what a loss that cares for level says of a silent target.
 
     Reference:
         Kolbaek et al., "Multi-talker speech separation with utterance-level permutation invariant training",
-        IEEE/ACM TASLP 2017, arXiv:1703.06284.
+        IEEE/ACM TASLP 2017, arXiv:1703.06284. Wisdom et al., "Unsupervised sound separation using mixture invariant
+        training", NeurIPS 2020, arXiv:2006.12701; and, for inactive outputs, "What's all the fuss about free universal
+        sound separation data?", ICASSP 2021, arXiv:2011.00803.
     """
 
-    def __init__(self, signal_loss: SignalLoss, *, assign: str = "permutation") -> None:
-        self.signal_loss, self.assign = signal_loss, assign
-
-    def __call__(self, estimate: Tensor, target: Tensor) -> Tensor:
-        """Losses ``(batch,)`` of estimates and targets, both ``(batch, source, channel, time)``, in float32."""
-        return self._judged(estimate.float(), target.float())[0]
-
-    def assigned(self, estimate: Tensor, target: Tensor) -> Assigned:
-        """Losses as `__call__` gives them, with order and SI-SDR; the latter costs nothing where it is the loss."""
-        estimate, target = estimate.float(), target.float()
-        losses, values, order, ordered = self._judged(estimate, target)
-        ratio = -values.detach() if self.signal_loss is neg_si_sdr else si_sdr(ordered.detach(), target)
-        return Assigned(losses, order, ratio.mean(-1), (target.square().mean(-1) > SILENCE).all(-1))
-
-    def _judged(self, estimate: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Losses, their values for each signal, the order of the outputs, and the outputs in that order."""
-        check_estimate(estimate, target)
-        order = output_order(estimate, target, self.signal_loss, assign=self.assign)
-        ordered = reorder(estimate, order)
-        values = self.signal_loss(ordered, target)
-        if values.shape != target.shape[:-1]:
-            raise UserError(
-                f"The loss returned {tuple(values.shape)} for signals {tuple(target.shape)}; "
-                f"it must return one value a signal, {tuple(target.shape[:-1])}."
+    def __init__(
+        self,
+        loss: SignalLoss | Sequence[Term],
+        *,
+        assign: Literal["permutation", "fixed", "mixit"] = "permutation",
+        inactive_weight: float = 0.0,
+    ) -> None:
+        self.terms = (Term(loss),) if callable(loss) else tuple(loss)
+        if assign not in ASSIGNMENTS:
+            raise ValueError(f"assign = {assign!r} is not one of {', '.join(ASSIGNMENTS)}.")
+        if not self.terms or not all(0 < term.weight < float("inf") for term in self.terms):
+            raise ValueError("A sum of losses needs one or more terms, each with a weight above 0.")
+        if not 0 <= inactive_weight < float("inf"):
+            raise ValueError(f"inactive_weight = {inactive_weight} must be 0 or more.")
+        if assign == "mixit" and any(ignores_level(term.loss) for term in self.terms):
+            raise ValueError(
+                "assign = 'mixit' adds outputs up, which needs a loss that cares for level, as neg_snr does."
             )
-        losses = mean_over_sounding(values, target) if ignores_level(self.signal_loss) else values.mean((1, 2))
-        return losses, values, order, ordered
+        self.assign, self.inactive_weight = assign, inactive_weight
+
+    @property
+    def in_db(self) -> bool:
+        """Whether its values are in dB, so that a threshold in dB means something."""
+        return len(self.terms) == 1 and is_in_db(self.terms[0].loss) and not self.inactive_weight
+
+    def __call__(self, estimate: Tensor, target: Tensor, **extras: Any) -> Tensor:
+        """Losses ``(batch,)`` of estimates and targets, both ``(batch, source, channel, time)``, in float32."""
+        return self._judged(_wide(estimate), _wide(target), extras)[0]
+
+    def assigned(self, estimate: Tensor, target: Tensor, **extras: Any) -> Assigned:
+        """Losses as `__call__` gives them, with order and SI-SDR; the latter costs nothing where it is the loss."""
+        estimate, target = _wide(estimate), _wide(target)
+        losses, values, held = self._judged(estimate, target, extras)
+        if len(self.terms) == 1 and self.terms[0].loss is neg_si_sdr:
+            ratio = -values.detach()
+        else:
+            ratio = si_sdr(held.estimate.detach(), held.target)
+        ratio = ratio.mean(-1) if held.by_target else ratio.mean(-1).gather(1, held.order)
+        return Assigned(losses, held.order, ratio, (mean_square(target) > SILENCE).all(-1))
+
+    def _judged(self, estimate: Tensor, target: Tensor, extras: Extras) -> tuple[Tensor, Tensor, "_Held"]:
+        """Losses, the values of the last term that has one for each signal, and what was held against what."""
+        check_estimate(estimate, target)
+        held = _hold(self.terms, estimate, target, extras, assign=self.assign)
+        total, values = estimate.new_zeros(()), estimate.new_zeros(held.target.shape[:-1])
+        for loss, weight in self.terms:
+            found = _value(loss, held.estimate, held.target, extras)
+            if found.dim() == 3:
+                values = found
+                found = mean_over_sounding(found, held.target) if ignores_level(loss) else found.mean((1, 2))
+            total = total + (found if weight == 1 else weight * found)
+        if self.inactive_weight:
+            total = total + self.inactive_weight * _inactivity(estimate, target, held, extras)
+        return total, values, held
+
+
+def _wide(signal: Tensor) -> Tensor:
+    return signal.to(torch.promote_types(signal.dtype, torch.float32))
 
 
 def check_estimate(estimate: Tensor, target: Tensor) -> None:
@@ -87,45 +148,219 @@ def check_estimate(estimate: Tensor, target: Tensor) -> None:
         )
 
 
-def order_as_targets(estimate: Tensor, target: Tensor, signal_loss: SignalLoss, *, assign: str) -> Tensor:
-    """Estimates in the order of their targets, ``(batch, source, channel, time)``; outputs to spare are left out."""
+class _Held(NamedTuple):
+    """Estimates beside the targets they are held against, and how that came about.
+
+    Where there are as many outputs as targets, the targets are put into the order of the outputs: they need no
+    gradient, so that this costs one copy and nothing in the backward. `by_target` says that it was the other way.
+    """
+
+    estimate: Tensor
+    target: Tensor
+    order: Tensor
+    by_target: bool
+
+
+def _hold(terms: Sequence[Term], estimate: Tensor, target: Tensor, extras: Extras, *, assign: str) -> _Held:
+    if assign == "mixit":
+        ways = mixit_ways(terms, estimate, target, extras)
+        summed = torch.einsum("bno,boct->bnct", ways.to(estimate.dtype), estimate)
+        likeness = pair_products(estimate.detach().transpose(1, 2), target.transpose(1, 2)).dot.mean(1)
+        order = torch.where(ways, likeness.transpose(1, 2).nan_to_num(), -torch.inf).argmax(-1)
+        return _Held(summed, target, order, by_target=True)
+    order = output_order(estimate, target, terms, assign=assign, extras=extras)
+    if assign == "fixed" or estimate.shape[1] != target.shape[1]:
+        chosen = estimate[:, : target.shape[1]] if assign == "fixed" else reorder(estimate, order)
+        return _Held(chosen, target, order, by_target=True)
+    return _Held(estimate, reorder(target, order.argsort(1)), order, by_target=False)
+
+
+def order_as_targets(
+    estimate: Tensor, target: Tensor, signal_loss: SignalLoss | Sequence[Term], *, assign: str
+) -> Tensor:
+    """Estimates as they are held against the targets, ``(batch, source, channel, time)``.
+
+    In the order of their targets, outputs to spare left out; with MixIT the sums of outputs that make up each target.
+    """
+    if assign == "mixit":
+        return _hold(_terms(signal_loss), estimate, target, {}, assign=assign).estimate
     return reorder(estimate, output_order(estimate, target, signal_loss, assign=assign))
 
 
-def output_order(estimate: Tensor, target: Tensor, signal_loss: SignalLoss, *, assign: str) -> Tensor:
+def judge_by(assign: str) -> SignalLoss:
+    """What the order of outputs is judged by where a model is scored, whatever it was trained by."""
+    return neg_snr if assign == "mixit" else neg_si_sdr
+
+
+def output_order(
+    estimate: Tensor,
+    target: Tensor,
+    signal_loss: SignalLoss | Sequence[Term],
+    *,
+    assign: str,
+    extras: Extras | None = None,
+) -> Tensor:
     """Which output belongs to each target, ``(batch, source)``.
 
     Args:
         estimate: ``(batch, output, channel, time)``.
         target: ``(batch, source, channel, time)``.
         signal_loss: What makes the best order the best.
-        assign: As `SeparationLoss` takes it.
+        assign: ``"permutation"`` or ``"fixed"``, as `SeparationLoss` takes it.
+        extras: What the loss may ask for beside.
     """
     if assign == "fixed":
         return torch.arange(target.shape[1], device=target.device).expand(target.shape[:2])
-    return assign_sources(signal_loss, estimate, target)
+    return assign_sources(signal_loss, estimate, target, extras=extras)
 
 
-def assign_sources(signal_loss: SignalLoss, estimate: Tensor, target: Tensor) -> Tensor:
+def assign_sources(
+    signal_loss: SignalLoss | Sequence[Term], estimate: Tensor, target: Tensor, *, extras: Extras | None = None
+) -> Tensor:
     """Which estimate belongs to which target, for each example; channels stay together.
 
     Only this search looks at all pairs, and it needs no gradient: the loss is then taken of the chosen pairs alone,
     in its exact form. A silent target has no say in SI-SDR, as it is left out of the loss.
 
     Args:
-        signal_loss: ``(estimate, target)`` to one value per signal.
+        signal_loss: ``(estimate, target)`` to one value per signal, or terms of a sum.
         estimate: ``(batch, source, channel, time)``.
         target: ``(batch, source, channel, time)``; not more sources than estimates.
+        extras: What the loss may ask for beside.
 
     Returns:
         ``(batch, target)``, int64.
     """
+    terms = _terms(signal_loss)
     with torch.no_grad():
-        if signal_loss is neg_si_sdr:
-            pairs = pairwise_si_sdr(estimate.transpose(1, 2), target.transpose(1, 2))
-            counts = sounding(target).transpose(1, 2)[:, :, None]
-            pairs = torch.where(counts, pairs, 0.0).mean(1)
-        else:
-            shape = (estimate.shape[0], estimate.shape[1], *target.shape[1:])
-            pairs = -signal_loss(estimate[:, :, None].expand(shape), target[:, None].expand(shape)).mean(-1)
-        return best_assignment(pairs)
+        pairs = sum(
+            (weight * _pair_losses(loss, estimate, target, extras or {}) for loss, weight in terms if _pairs(loss)),
+            start=estimate.new_zeros(len(estimate), estimate.shape[1], target.shape[1]),
+        )
+        return best_assignment(-pairs)
+
+
+def _terms(loss: SignalLoss | Sequence[Term]) -> Sequence[Term]:
+    return (Term(loss),) if callable(loss) else loss
+
+
+def _pairs(loss: SignalLoss) -> bool:
+    """Whether it depends on which estimate is held against which target."""
+    return "estimate" in asks_for(loss)
+
+
+def _pair_losses(loss: SignalLoss, estimate: Tensor, target: Tensor, extras: Extras) -> Tensor:
+    """The loss of every estimate against every target, mean over channels, ``(batch, estimate, target)``."""
+    by = by_products(loss)
+    if by is not None:
+        products = pair_products(estimate.transpose(1, 2), target.transpose(1, 2))
+        pairs = by(products._replace(mixture_power=_mixture_power(extras)))
+    else:
+        rows = [
+            [_value(loss, estimate[:, [i]], target[:, [j]], extras) for j in range(target.shape[1])]
+            for i in range(estimate.shape[1])
+        ]
+        pairs = torch.stack([torch.stack([_by_channel(pair) for pair in row], -1) for row in rows], -2)
+    if ignores_level(loss):
+        pairs = torch.where(sounding(target).transpose(1, 2)[:, :, None], pairs, 0.0)
+    return pairs.mean(1)
+
+
+def _mixture_power(extras: Extras) -> Tensor | None:
+    """``(batch, channel, 1, 1)``."""
+    mixture = extras.get("mixture")
+    return None if mixture is None else mean_square(_wide(mixture))[..., None, None]
+
+
+def _by_channel(values: Tensor) -> Tensor:
+    """``(batch, 1, channel)`` or ``(batch,)`` to ``(batch, channel)``."""
+    return values[:, 0] if values.dim() == 3 else values[:, None]
+
+
+def _value(loss: SignalLoss, estimate: Tensor, target: Tensor, extras: Extras) -> Tensor:
+    """The loss with what it asks for by name: ``(batch, source, channel)`` or ``(batch,)``.
+
+    Raises:
+        UserError: If there is not what it asks for, or it returned neither.
+    """
+    asked = asks_for(loss)
+    known = {"estimate": estimate, "target": target, **extras}
+    given = {name: known[name] for name in asked if known.get(name) is not None}
+    missing = [name for name, needed in asked.items() if needed and name not in given]
+    if missing:
+        why = "the model does not return" if "embedding" in missing else "is not there"
+        raise UserError(
+            f"The loss asks for {', '.join(missing)}, which {why}; take another loss, or a model that returns an "
+            "embedding, such as chimera."
+        )
+    values = loss(**given) if asked else loss(estimate, target)  # nothing asked: its parameters have names of their own
+    if values.shape not in (target.shape[:-1], target.shape[:1]):
+        raise UserError(
+            f"The loss returned {tuple(values.shape)} for signals {tuple(target.shape)}; it must return one value a "
+            f"signal, {tuple(target.shape[:-1])}, or one an example, {tuple(target.shape[:1])}."
+        )
+    return values
+
+
+def _inactivity(estimate: Tensor, target: Tensor, held: _Held, extras: Extras) -> Tensor:
+    """How far the outputs without a sounding target are above silence, in dB, mean over all outputs, ``(batch,)``."""
+    mixture = extras.get("mixture")
+    reference = mean_square(target.sum(1) if mixture is None else _wide(mixture))[:, None]
+    sounds = (mean_square(target) > SILENCE).all(-1)
+    active = torch.zeros(estimate.shape[:2], dtype=torch.bool, device=estimate.device).scatter(1, held.order, sounds)
+    floor = 1e-3 * reference + SILENCE
+    level = 10 * ((mean_square(estimate) + floor).log10() - floor.log10())
+    return torch.where(active[..., None], 0.0, level).mean((1, 2))
+
+
+def mixit_ways(terms: Sequence[Term], estimate: Tensor, target: Tensor, extras: Extras) -> Tensor:
+    """Which outputs make up each target: exact, over every way to deal the outputs out.
+
+    Losses of energies alone are found from the products of all signals; others are tried one way after the other.
+
+    Returns:
+        Boolean, ``(batch, target, output)``; each output belongs to one target.
+
+    Raises:
+        UserError: If there are more ways than can be tried.
+    """
+    n_outputs, n_targets = estimate.shape[1], target.shape[1]
+    if n_targets**n_outputs > MAX_MIXIT_WAYS:
+        raise UserError(
+            f"assign = 'mixit' would have to try {n_targets}^{n_outputs} ways to deal {n_outputs} outputs out to "
+            f"{n_targets} mixtures; take fewer outputs (model.n_sources), {MAX_MIXIT_WAYS} ways are the most."
+        )
+    dealt = torch.tensor(list(product(range(n_targets), repeat=n_outputs)), device=estimate.device)
+    ways = torch.stack([dealt == n for n in range(n_targets)], 1)
+    with torch.no_grad():
+        total = estimate.new_zeros(len(estimate), len(ways))
+        for loss, weight in terms:
+            by = by_products(loss)
+            if by is not None:
+                sums = _sum_products(estimate.transpose(1, 2), target.transpose(1, 2), ways)
+                found = by(sums._replace(mixture_power=_mixture_power(extras)))
+                total = total + weight * found.mean((1, 3))
+            elif _pairs(loss):
+                total = total + weight * torch.stack(
+                    [_of_sums(loss, estimate, target, way, extras) for way in ways.to(estimate.dtype)], 1
+                )
+        return ways[total.nan_to_num(torch.inf).argmin(1)]
+
+
+def _of_sums(loss: SignalLoss, estimate: Tensor, target: Tensor, way: Tensor, extras: Extras) -> Tensor:
+    values = _value(loss, torch.einsum("no,boct->bnct", way, estimate), target, extras)
+    return values.mean((1, 2)) if values.dim() == 3 else values
+
+
+def _sum_products(estimate: Tensor, target: Tensor, ways: Tensor) -> Products:
+    """Products of each target with the sum of the outputs dealt to it, ``(batch, channel, way, target)``."""
+    dealt = ways.to(estimate.dtype)
+    with_targets = pair_products(estimate, target)
+    among = pair_products(estimate, estimate)
+    return Products(
+        torch.einsum("wno,bcon->bcwn", dealt, with_targets.dot),
+        torch.einsum("wno,bcop,wnp->bcwn", dealt, among.dot, dealt).clamp_min(0),
+        with_targets.target_power.expand(-1, -1, len(ways), -1),
+        torch.einsum("wno,bco->bcwn", dealt, among.estimate_mean[..., 0]),
+        with_targets.target_mean.expand(-1, -1, len(ways), -1),
+    )

@@ -1,6 +1,6 @@
 """One batch through model and loss: the losses of its examples, each for itself."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -9,12 +9,14 @@ from unbraid.data.batch import Batch
 from unbraid.errors import UserError
 from unbraid.losses.pit import Assigned
 from unbraid.robust.precision import Precision
+from unbraid.separation import Separation, sources_of
 
 
 class ExampleLoss(Protocol):
     """``(estimate, sources)`` to ``(batch, ...)``; the step takes each example's mean.
 
-    One that has a method ``assigned`` as `SeparationLoss` has it also tells the order of the outputs and their SI-SDR.
+    One that has a method ``assigned`` as `SeparationLoss` has it also tells the order of the outputs and their SI-SDR,
+    and is given the mixture and whatever else the model returned.
     """
 
     def __call__(self, estimate: Tensor, target: Tensor, /) -> Tensor:
@@ -32,23 +34,35 @@ def losses_of(
         the loss tells beside them, where it tells anything.
     """
     with precision.autocast(batch.mixture.device):
-        estimate = model(batch.mixture)
-    losses, assigned = example_losses(loss, estimate, batch.sources)
-    return estimate, losses, assigned
+        output = model(batch.mixture)
+    losses, assigned = example_losses(loss, output, batch)
+    return sources_of(output), losses, assigned
 
 
-def example_losses(loss: ExampleLoss, estimate: Tensor, sources: Tensor) -> tuple[Tensor, Assigned | None]:
+def example_losses(loss: ExampleLoss, output: Tensor | Separation, batch: Batch) -> tuple[Tensor, Assigned | None]:
     """One loss for each example, ``(batch,)``, in float32 (float64 stays), and what else the loss tells.
+
+    Args:
+        loss: `SeparationLoss`, or another.
+        output: What the model returned.
+        batch: What it was given, and what it should have returned.
 
     Raises:
         UserError: If the loss does not keep the examples apart.
     """
-    wide = [part.to(torch.promote_types(part.dtype, torch.float32)) for part in (estimate, sources)]
-    assigned = loss.assigned(*wide) if hasattr(loss, "assigned") else None
+    wide = [part.to(torch.promote_types(part.dtype, torch.float32)) for part in (sources_of(output), batch.sources)]
+    assigned = loss.assigned(*wide, **extras_of(output, batch)) if hasattr(loss, "assigned") else None
     losses = loss(*wide) if assigned is None else assigned.losses
-    if losses.dim() == 0 or len(losses) != len(sources):
+    if losses.dim() == 0 or len(losses) != len(batch.sources):
         raise UserError(
-            f"The loss returned {tuple(losses.shape)} for a batch of {len(sources)}; it must keep the examples apart, "
-            "so that a bad one can be told from the others."
+            f"The loss returned {tuple(losses.shape)} for a batch of {len(batch.sources)}; it must keep the examples "
+            "apart, so that a bad one can be told from the others."
         )
     return (losses.flatten(1).mean(1) if losses.dim() > 1 else losses), assigned
+
+
+def extras_of(output: Tensor | Separation, batch: Batch) -> dict[str, Any]:
+    """What a loss may ask for by name beside estimate and target."""
+    beside = output._asdict() if isinstance(output, Separation) else {}
+    beside.pop("sources", None)
+    return {"mixture": batch.mixture, **beside}

@@ -1,5 +1,7 @@
 """The validation pass: mean loss and SI-SDR improvement over the same mixtures every time."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -8,10 +10,10 @@ from unbraid.data.batch import Batch
 from unbraid.data.loader import FixedKeys, collate
 from unbraid.data.mixing import AudioFault
 from unbraid.data.mixtures import Mixtures
-from unbraid.infer import separate
-from unbraid.losses.pit import order_as_targets
-from unbraid.losses.waveform import neg_si_sdr
+from unbraid.infer import infer
+from unbraid.losses.pit import judge_by, order_as_targets
 from unbraid.metrics import mean_over_sounding, si_sdr
+from unbraid.separation import Separation, sources_of
 from unbraid.train.forward import example_losses
 from unbraid.train.loop import Scores, Validate
 from unbraid.train.state import TrainState
@@ -24,7 +26,8 @@ def validation(dataset: Mixtures, *, n_items: int, batch_size: int, assign: str 
         dataset: Mixtures of sources not trained on.
         n_items: How many.
         batch_size: How many go through the model together.
-        assign: Whether SI-SDR is taken in the best order (``"permutation"``) or the model's own (``"fixed"``).
+        assign: Whether SI-SDR is taken in the best order (``"permutation"``), in the model's own (``"fixed"``), or of
+            the sums of outputs that make up each target (``"mixit"``).
     """
 
     @torch.no_grad()
@@ -34,9 +37,9 @@ def validation(dataset: Mixtures, *, n_items: int, batch_size: int, assign: str 
             loaded = collate([dataset[key] for key in keys])
             faults.extend(loaded.faults)
             batch = loaded.batch.to(state.device)
-            estimate = _separate(state, batch)
-            losses, _ = example_losses(state.loss, estimate, batch.sources)
-            ordered = order_as_targets(estimate, batch.sources, neg_si_sdr, assign=assign)
+            output = _separate(state, batch)
+            losses, _ = example_losses(state.loss, output, batch)
+            ordered = order_as_targets(sources_of(output), batch.sources, judge_by(assign), assign=assign)
             after = mean_over_sounding(si_sdr(ordered, batch.sources), batch.sources)
             unprocessed = batch.mixture[:, None].expand_as(batch.sources)
             before = mean_over_sounding(si_sdr(unprocessed, batch.sources), batch.sources)
@@ -48,7 +51,7 @@ def validation(dataset: Mixtures, *, n_items: int, batch_size: int, assign: str 
     return validate
 
 
-def _separate(state: TrainState, batch: Batch) -> Tensor:
+def _separate(state: TrainState, batch: Batch) -> Tensor | Separation:
     """The model's outputs, in as many pieces as memory asks for.
 
     Raises:
@@ -58,8 +61,17 @@ def _separate(state: TrainState, batch: Batch) -> Tensor:
     while True:
         try:
             with state.precision.autocast(state.device):
-                return torch.cat([separate(state.bare_model, piece.mixture) for piece in batch.split(n_pieces)])
+                return _joined([infer(state.bare_model, piece.mixture) for piece in batch.split(n_pieces)])
         except torch.OutOfMemoryError:
             if n_pieces >= len(batch.mixture):
                 raise
         n_pieces *= 2
+
+
+def _joined(outputs: Sequence[Tensor | Separation]) -> Tensor | Separation:
+    """Batches that went through the model one after the other, as if they had gone together."""
+    first, sources = outputs[0], torch.cat([sources_of(output) for output in outputs])
+    if not isinstance(first, Separation):
+        return sources
+    embeddings = [o.embedding for o in outputs if isinstance(o, Separation) and o.embedding is not None]
+    return first._replace(sources=sources, embedding=torch.cat(embeddings) if embeddings else None)
