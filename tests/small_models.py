@@ -3,29 +3,74 @@
 import torch
 
 from unbraid.models import MODELS
+from unbraid.separation import sources_of
 
 TINY = {
+    "blstm": {"hidden": 12, "n_layers": 2, "n_fft": 16, "hop_length": 8},
+    "bs_roformer": {"n_sources": 2, "n_channels": 1, "n_fft": 32, "hop_length": 8, "bands": [1, 1, 2, 2, 4, 7]}
+    | {"d_model": 16, "n_blocks": 1, "n_heads": 2, "d_head": 8, "expansion": 2, "mask_expansion": 2},
+    "chimera": {"hidden": 12, "n_layers": 2, "embedding_dim": 4, "n_fft": 16, "hop_length": 8},
     "conv_tasnet": {"n_filters": 16, "bottleneck": 8, "hidden": 16, "skip": 8, "n_blocks": 3, "n_repeats": 2},
+    "dprnn": {"n_filters": 16, "bottleneck": 8, "hidden": 8, "chunk_size": 10, "n_blocks": 2},
+    "re_sepformer": {"n_filters": 16, "chunk_size": 10, "n_blocks": 2, "n_layers": 1, "n_heads": 2, "d_hidden": 32},
     "sepformer": {"n_filters": 16, "chunk_size": 10, "n_blocks": 1, "n_layers": 2, "n_heads": 2, "d_hidden": 32},
+    "sepreformer": {
+        "n_filters": 16,
+        "d_model": 8,
+        "n_stages": 1,
+        "n_heads": 2,
+        "n_split_layers": 1,
+        "n_rebuild_layers": 1,
+        "local_kernel": 5,
+        "max_distance": 20,
+        "layer_scale": 1.0,
+    },
+    "tf_locoformer": {"n_fft": 16, "hop_length": 8, "n_layers": 1, "d_model": 16, "d_hidden": 16, "d_attention": 16},
 }
 """Just enough of each to have all its parts."""
 
 SMALL = {
+    "blstm": {"hidden": 64, "n_layers": 3, "n_fft": 64, "hop_length": 16},
+    "bs_roformer": {"n_sources": 2, "n_channels": 1, "n_fft": 256, "hop_length": 64, "bands": "mel", "n_bands": 12}
+    | {"sample_rate": 8000, "n_blocks": 2, "d_model": 64, "n_heads": 4, "d_head": 16},
+    "chimera": {"hidden": 64, "n_layers": 3, "embedding_dim": 20, "n_fft": 64, "hop_length": 16},
     "conv_tasnet": {"n_filters": 64, "bottleneck": 32, "hidden": 64, "skip": 32, "n_blocks": 5, "n_repeats": 2},
+    "dprnn": {"n_filters": 32, "bottleneck": 32, "hidden": 32, "chunk_size": 40, "n_blocks": 3},
+    "re_sepformer": {"n_filters": 64, "chunk_size": 40, "n_blocks": 2, "n_layers": 2, "n_heads": 4, "d_hidden": 128},
     "sepformer": {"n_filters": 64, "chunk_size": 40, "n_blocks": 2, "n_layers": 2, "n_heads": 4, "d_hidden": 128},
+    "sepreformer": {
+        "n_filters": 64,
+        "stride": 8,
+        "d_model": 32,
+        "n_stages": 2,
+        "n_heads": 4,
+        "n_split_layers": 1,
+        "n_rebuild_layers": 1,
+        "local_kernel": 17,
+        "layer_scale": 1.0,
+    },
+    "tf_locoformer": {"n_fft": 64, "hop_length": 32, "n_layers": 2, "d_model": 32, "d_hidden": 48, "d_attention": 32},
 }
 """Wide and deep enough for roundings to behave as in the published sizes."""
 
 
-def tiny(name, *, seed=0, **sizes):
-    return _made(name, TINY[name] | sizes, seed)
+def tiny(name, *, seed=0, whole=False, **sizes):
+    return _made(name, TINY[name] | sizes, seed, whole)
 
 
 def small(name, *, seed=0):
-    return _made(name, SMALL[name], seed)
+    return _made(name, SMALL[name], seed, whole=False)
 
 
-def _made(name, sizes, seed):
+def _made(name, sizes, seed, whole):
+    """A model that returns its sources alone; or, whole, all that it returns as one row of numbers."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return MODELS[name](**sizes)
+        model = MODELS[name](**sizes)
+    model.register_forward_hook(lambda _model, _given, output: flat(output) if whole else sources_of(output))
+    return model
+
+
+def flat(output):
+    tensors = [part for part in output if isinstance(part, torch.Tensor)] if isinstance(output, tuple) else [output]
+    return torch.cat([tensor.float().flatten() for tensor in tensors])

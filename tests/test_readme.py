@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,7 @@ def workshop(tmp_path, monkeypatch, speaker_folder):
     for name in ("my_noise/hum.wav", "my_mixture.wav"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         soundfile.write(tmp_path / name, 0.1 * np.random.default_rng(0).standard_normal(16000), 8000)
+    shutil.copytree(ROOT / "tests" / "foreign" / "speechbrain-sepformer", tmp_path / "their_checkpoint")
     for block in (*blocks("python"), *blocks("toml")):
         if named := re.match(r"# (\w+\.\w+)\n", block):
             (tmp_path / named[1]).write_text(block)

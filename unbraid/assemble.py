@@ -202,7 +202,8 @@ def _bound_loss(part: Part, folder: Path | None) -> SignalLoss:
     """A loss with the recipe's options, tried on a moment of noise: what it refuses, it shall refuse before a run."""
     loss = find_part("loss", part, LOSSES, folder)
     asked = asks_for(loss)
-    supplied = (*NAMES, *([] if asked else [*inspect.signature(loss).parameters][:2]))
+    kept = NAMES if "embedding" in asked else NAMES[:3]  # n_fft and hop_length are an embedding's, or else one's own
+    supplied = (*kept, *([] if asked else [*inspect.signature(loss).parameters][:2]))
     options = checked("loss", loss, part.options, given=supplied)
     bound = partial(loss, **options) if options else loss
     if options and asked and "embedding" not in asked:

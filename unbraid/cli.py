@@ -73,6 +73,19 @@ def separate(args: argparse.Namespace) -> int:
     return 0
 
 
+def import_foreign(args: argparse.Namespace) -> int:
+    """Read a checkpoint of SpeechBrain, Asteroid or MSST (BS-RoFormer) into a model of ours."""
+    from unbraid.foreign import import_checkpoint
+    from unbraid.screen import program
+
+    out = args.out
+    recipe = import_checkpoint(args.files, out, sample_rate=args.sample_rate, overrides=args.set)
+    model, data = recipe.model.name, recipe.data
+    print(f"{out} holds a {model} that returns {data.n_sources} source(s), at {data.sample_rate} Hz.")
+    print(f"Next: {program()} separate FILES -m {out} -o FOLDER; to train it further, init = {str(out)!r} in [model].")
+    return 0
+
+
 def replay(args: argparse.Namespace) -> int:
     """Run a bad step again: which example, which layer, and in which precision it goes away."""
     from unbraid.replay import replay as run_again
@@ -160,6 +173,12 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("-o", "--out", type=Path, required=True, help="folder for NAME.source-N.wav")
     _add_trust(command)
 
+    command = add("import", import_foreign)
+    command.add_argument("files", type=Path, nargs="+", help="weights and their YAML, or the folder that holds them")
+    command.add_argument("-o", "--out", type=Path, required=True, help="run directory to make")
+    command.add_argument("--sample-rate", type=_positive(int), metavar="HZ", help="where the files do not say it")
+    _add_set(command, "model.n_heads=8, where the files do not say it")
+
     command = add("replay", replay)
     command.add_argument("incident", type=Path, help="a folder in the incidents of a run directory")
     _add_trust(command)
@@ -176,8 +195,8 @@ def _positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
     return convert
 
 
-def _add_set(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as optim.lr=3e-4")
+def _add_set(command: argparse.ArgumentParser, example: str = "optim.lr=3e-4") -> None:
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=f"such as {example}")
 
 
 def _add_trust(command: argparse.ArgumentParser) -> None:

@@ -96,18 +96,19 @@ def test_each_channel_is_separated_as_if_it_were_alone(name):
 
 @every_model
 def test_silence_gives_finite_sources_and_finite_gradients(name):
-    model = tiny(name)
-    sources = model(torch.zeros(2, 1, 300))
-    sources.square().sum().backward()
+    model = tiny(name, whole=True)
+    returned = model(torch.zeros(2, 1, 300))
+    returned.square().sum().backward()
 
-    assert sources.isfinite().all()
+    assert returned.isfinite().all()
     assert all(weight.grad.isfinite().all() for weight in model.parameters())
 
 
 @every_model
 def test_the_gradient_reaches_every_parameter(name):
-    model = tiny(name)
-    (model(noise(2, 1, 500)) - noise(2, 2, 1, 500, seed=1)).square().mean().backward()
+    model = tiny(name, whole=True)
+    returned = model(noise(2, 1, 500))
+    (returned - noise(len(returned), seed=1)).square().mean().backward()
 
     missed = [key for key, weight in model.named_parameters() if weight.grad is None or not weight.grad.any()]
     assert missed == []
@@ -124,11 +125,11 @@ def test_the_gradient_reaches_every_sample_of_the_mixture(name):
 @every_model
 @pytest.mark.parametrize("gain", [1e-4, 1.0, 300.0])
 def test_forward_and_backward_are_finite_at_any_gain(name, gain):
-    model = tiny(name)
-    sources = model(gain * noise(2, 1, 500))
-    sources.square().mean().sqrt().backward()
+    model = tiny(name, whole=True)
+    returned = model(gain * noise(2, 1, 500))
+    returned.square().mean().sqrt().backward()
 
-    assert sources.isfinite().all()
+    assert returned.isfinite().all()
     assert all(weight.grad.isfinite().all() for weight in model.parameters())
 
 
@@ -144,7 +145,7 @@ def test_bf16_is_finite_and_within_a_few_percent_of_fp32(name, gain):
 
     assert rounded.isfinite().all()
     assert (rounded.float() - exact).norm() <= 0.05 * exact.norm()
-    assert all(weight.grad.isfinite().all() for weight in model.parameters())
+    assert all(weight.grad is None or weight.grad.isfinite().all() for weight in model.parameters())
 
 
 @every_model

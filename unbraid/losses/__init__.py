@@ -13,6 +13,13 @@ from typing import Any
 
 from torch import Tensor
 
+from unbraid.losses.spectral import (
+    deep_clustering,
+    mask_inference,
+    multi_resolution_l1,
+    multi_resolution_stft,
+    whitened_kmeans,
+)
 from unbraid.losses.waveform import l1, neg_sa_sdr, neg_si_sdr, neg_snr, neg_thresholded_snr, neg_thresholded_snr_of
 from unbraid.metrics import Products, distortion_of, si_sdr_of, snr_of
 
@@ -24,6 +31,11 @@ LOSSES: dict[str, SignalLoss] = {
     "neg_thresholded_snr": neg_thresholded_snr,
     "neg_sa_sdr": neg_sa_sdr,
     "l1": l1,
+    "multi_resolution_stft": multi_resolution_stft,
+    "multi_resolution_l1": multi_resolution_l1,
+    "mask_inference": mask_inference,
+    "deep_clustering": deep_clustering,
+    "whitened_kmeans": whitened_kmeans,
 }
 
 IN_DB: frozenset[SignalLoss] = frozenset({neg_si_sdr, neg_snr, neg_thresholded_snr, neg_sa_sdr})
@@ -32,7 +44,7 @@ IN_DB: frozenset[SignalLoss] = frozenset({neg_si_sdr, neg_snr, neg_thresholded_s
 IGNORE_LEVEL: frozenset[SignalLoss] = frozenset({neg_si_sdr})
 """Losses that do not care for an estimate's gain, and to which a silent target means nothing."""
 
-PER_EXAMPLE: frozenset[SignalLoss] = frozenset({neg_sa_sdr})
+PER_EXAMPLE: frozenset[SignalLoss] = frozenset({neg_sa_sdr, deep_clustering, whitened_kmeans})
 """Losses with one value for all sources of an example together."""
 
 BY_PRODUCTS: dict[SignalLoss, Callable[..., Tensor]] = {

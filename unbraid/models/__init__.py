@@ -4,7 +4,22 @@ from collections.abc import Callable
 
 from torch import nn
 
+from unbraid.models.band_split import BSRoFormer
 from unbraid.models.conv_tasnet import ConvTasNet
-from unbraid.models.sepformer import SepFormer
+from unbraid.models.dprnn import DPRNN
+from unbraid.models.recurrent import BLSTM, Chimera
+from unbraid.models.sepformer import RESepFormer, SepFormer
+from unbraid.models.sepreformer import SepReformer
+from unbraid.models.tf_locoformer import TFLocoformer
 
-MODELS: dict[str, Callable[..., nn.Module]] = {"conv_tasnet": ConvTasNet, "sepformer": SepFormer}
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "blstm": BLSTM,
+    "bs_roformer": BSRoFormer,
+    "chimera": Chimera,
+    "conv_tasnet": ConvTasNet,
+    "dprnn": DPRNN,
+    "re_sepformer": RESepFormer,
+    "sepformer": SepFormer,
+    "sepreformer": SepReformer,
+    "tf_locoformer": TFLocoformer,
+}

@@ -1,5 +1,7 @@
 """A long sequence cut into chunks that overlap by half, and joined again: what dual-path networks run on."""
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -30,3 +32,21 @@ def join(chunks: Tensor, n_frames: int) -> Tensor:
     hop = chunks.shape[2] // 2
     early, late = chunks[:, 1:, :hop], chunks[:, :-1, hop:]
     return rearrange(early + late, "b s h c -> b (s h) c")[:, :n_frames]
+
+
+def published_pads(n_frames: int, chunk_size: int, ends: Literal["pairs", "chunk"]) -> tuple[int, int]:
+    """Zeros before and after the frames with which `cut` gives the chunks that published weights were trained on.
+
+    Nothing needs so many, but the weights have seen them in every norm and every layer across chunks.
+
+    Args:
+        n_frames: Without the zeros.
+        chunk_size: Frames in a chunk, even.
+        ends: ``"pairs"`` for an even number of chunks, as in SpeechBrain; ``"chunk"`` for chunks that begin and end up
+            to a whole chunk beyond the frames, as in Asteroid.
+    """
+    hop = chunk_size // 2
+    n_hops = n_frames // hop + 1
+    if ends == "chunk":
+        return hop, n_hops * hop - n_frames
+    return 0, (n_hops + 1 - n_hops % 2) * hop - n_frames

@@ -79,6 +79,7 @@ class ConvTasNet(nn.Module):
         n_repeats: How often the dilations start again.
         norm: `gln` over frames and channels, or `cln` over channels.
         mask: `sigmoid`, `relu`, or `softmax` over the sources.
+        rectify: Whether a ReLU follows the learned transform; in Asteroid's weights mostly not.
         filters: What the transform starts from: `random` as published, or `fourier`, which suits long filters and
             short trainings.
 
@@ -104,6 +105,7 @@ class ConvTasNet(nn.Module):
         n_repeats: int = 3,
         norm: Literal["gln", "cln"] = "gln",
         mask: Literal["sigmoid", "relu", "softmax"] = "sigmoid",
+        rectify: bool = True,
         filters: Literal["random", "fourier"] = "random",
     ) -> None:
         super().__init__()
@@ -111,7 +113,7 @@ class ConvTasNet(nn.Module):
             if given not in allowed:
                 raise ValueError(f"{given!r} is not one of {', '.join(allowed)}.")
         stride = stride or kernel_size // 2
-        self.n_sources, self.mask = n_sources, mask
+        self.n_sources, self.mask, self.rectify = n_sources, mask, rectify
         self.encoder = LearnedEncoder(n_filters=n_filters, kernel_size=kernel_size, stride=stride)
         self.decoder = LearnedDecoder(n_filters=n_filters, kernel_size=kernel_size, stride=stride)
         if filters == "fourier":
@@ -133,7 +135,8 @@ class ConvTasNet(nn.Module):
         """Separate ``(batch, channel, time)`` into ``(batch, source, channel, time)``."""
         check_mixture(mixture)
         batch, _, time = mixture.shape
-        encoded = self.encoder(rearrange(mixture, "b c t -> (b c) t")).relu()
+        encoded = self.encoder(rearrange(mixture, "b c t -> (b c) t"))
+        encoded = encoded.relu() if self.rectify else encoded
         masks = self.masks(encoded)
         masked = rearrange(masks * encoded[:, :, None], "bc l s f -> (bc s) l f")
         return rearrange(self.decoder(masked, time), "(b c s) t -> b s c t", b=batch, s=self.n_sources)

@@ -4,7 +4,9 @@ Features are channels last, ``(batch, frame, channel)``, so that a convolution o
 nothing has to be transposed.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,7 +62,7 @@ def check_mixture(mixture: Tensor, *, n_channels: int | None = None) -> None:
         raise ValueError(f"This model is made for {n_channels} channels and the mixture has {mixture.shape[1]}.")
 
 
-NORMS: dict[str, type[nn.Module]] = {"gln": GlobalLayerNorm, "cln": nn.LayerNorm}
+NORMS: dict[str, Callable[[int], nn.Module]] = {"gln": GlobalLayerNorm, "cln": partial(nn.LayerNorm, eps=1e-8)}
 
 
 def n_frames(time: int, kernel_size: int, stride: int) -> int:

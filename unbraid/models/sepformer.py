@@ -1,13 +1,16 @@
-"""SepFormer: masks on a learned transform, from transformers over short chunks and across them."""
+"""SepFormer and RE-SepFormer: masks on a learned transform, from transformers over short chunks and across them."""
+
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from unbraid.models.attention import attend
-from unbraid.models.chunks import cut, join
-from unbraid.models.layers import GlobalLayerNorm, LearnedDecoder, LearnedEncoder, check_mixture
+from unbraid.models.chunks import cut, join, published_pads
+from unbraid.models.layers import GlobalLayerNorm, LearnedDecoder, LearnedEncoder, check_mixture, with_range
 
 
 class TransformerLayer(nn.Module):
@@ -38,29 +41,76 @@ class TransformerLayer(nn.Module):
 
 
 class Path(nn.Module):
-    """A transformer over one axis of the chunks, with a way around it."""
+    """A transformer over one axis of the chunks, with a way around it.
 
-    def __init__(self, *, n_layers: int, d_model: int, n_heads: int, d_hidden: int, dropout: float) -> None:
+    Args:
+        n_layers: Layers of the transformer.
+        d_model: Channels in and out.
+        n_heads: Attention heads.
+        d_hidden: Width of the feed-forward networks.
+        dropout: In training.
+        checkpoint: Keep nothing but each layer's input for the backward, and compute the rest again.
+        eps: Of the last norm, over all sequences of an example.
+    """
+
+    def __init__(
+        self,
+        *,
+        n_layers: int,
+        d_model: int,
+        n_heads: int,
+        d_hidden: int,
+        dropout: float,
+        checkpoint: bool = False,
+        eps: float = 1e-8,
+    ) -> None:
         super().__init__()
+        self.checkpoint, self.draws = checkpoint, dropout > 0
         self.layers = nn.ModuleList(
             TransformerLayer(d_model=d_model, n_heads=n_heads, d_hidden=d_hidden, dropout=dropout)
             for _ in range(n_layers)
         )
-        self.last_norm, self.norm = nn.LayerNorm(d_model, eps=1e-6), GlobalLayerNorm(d_model)
+        self.last_norm, self.norm = nn.LayerNorm(d_model, eps=1e-6), GlobalLayerNorm(d_model, eps=eps)
 
     def forward(self, features: Tensor, positions: Tensor) -> Tensor:
         """``(batch, sequence, frame, channel)`` in and out; attention runs over frames."""
         hidden = rearrange(features + positions[: features.shape[2]].to(features.dtype), "b s l c -> (b s) l c")
         for layer in self.layers:
-            hidden = layer(hidden)
+            hidden = self.run(layer, hidden)
         hidden = rearrange(self.last_norm(hidden), "(b s) l c -> b (s l) c", b=len(features))
         return features + self.norm(hidden).view_as(features)
+
+    def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        """One layer; the random state is kept, which takes time, only where a recomputed dropout would miss it."""
+        if self.checkpoint and torch.is_grad_enabled():
+            return recomputed(layer, hidden, use_reentrant=False, preserve_rng_state=self.draws)
+        return layer(hidden)
+
+
+def compile_layers(paths: Iterable[nn.Module]) -> None:
+    """Compile the transformer layer, of which there are many alike, instead of the whole network at once."""
+    for path in paths:
+        for layer in path.layers:
+            layer.compile()
+
+
+def check_sizes(*, n_filters: int, n_heads: int, chunk_size: int, kernel_size: int) -> None:
+    """Refuse sizes that do not fit.
+
+    Raises:
+        ValueError: In one sentence.
+    """
+    if n_filters % n_heads or n_filters % 2 or chunk_size % 2 or kernel_size % 2:
+        raise ValueError(
+            f"n_filters {n_filters} must be a multiple of n_heads {n_heads}; it, chunk_size {chunk_size} and "
+            f"kernel_size {kernel_size} must be even."
+        )
 
 
 class SepFormer(nn.Module):
     """Mask a learned transform of the mixture, once per source, by a dual-path transformer.
 
-    The defaults are the sizes of the textbook recipe, 25.7 million parameters.
+    The defaults are the sizes of the textbook recipe, 25.7 million parameters, and SpeechBrain's weights fit them.
 
     Args:
         n_sources: How many sources to return.
@@ -72,6 +122,10 @@ class SepFormer(nn.Module):
         n_heads: Attention heads.
         d_hidden: Width of the feed-forward networks.
         dropout: In training; N processes then draw other numbers than one.
+        checkpoint: Compute activations again in the backward instead of keeping them: less memory, a third more time.
+
+    Raises:
+        ValueError: If sizes do not fit each other.
 
     Reference:
         Subakan et al., "Attention is all you need in speech separation", ICASSP 2021, arXiv:2010.13154.
@@ -92,29 +146,24 @@ class SepFormer(nn.Module):
         n_heads: int = 8,
         d_hidden: int = 1024,
         dropout: float = 0.0,
+        checkpoint: bool = False,
     ) -> None:
         super().__init__()
-        if n_filters % n_heads or n_filters % 2 or chunk_size % 2 or kernel_size % 2:
-            raise ValueError(
-                f"n_filters {n_filters} must be a multiple of n_heads {n_heads}; it, chunk_size {chunk_size} and "
-                f"kernel_size {kernel_size} must be even."
-            )
+        check_sizes(n_filters=n_filters, n_heads=n_heads, chunk_size=chunk_size, kernel_size=kernel_size)
         self.n_sources, self.n_filters, self.chunk_size = n_sources, n_filters, chunk_size
         self.encoder = LearnedEncoder(n_filters=n_filters, kernel_size=kernel_size, stride=kernel_size // 2)
         self.decoder = LearnedDecoder(n_filters=n_filters, kernel_size=kernel_size, stride=kernel_size // 2)
         self.norm, self.enter = GlobalLayerNorm(n_filters), nn.Linear(n_filters, n_filters, bias=False)
         sizes = {"n_layers": n_layers, "d_model": n_filters, "n_heads": n_heads, "d_hidden": d_hidden}
-        self.within = nn.ModuleList(Path(**sizes, dropout=dropout) for _ in range(n_blocks))
-        self.across = nn.ModuleList(Path(**sizes, dropout=dropout) for _ in range(n_blocks))
+        self.within = nn.ModuleList(Path(**sizes, dropout=dropout, checkpoint=checkpoint) for _ in range(n_blocks))
+        self.across = nn.ModuleList(Path(**sizes, dropout=dropout, checkpoint=checkpoint) for _ in range(n_blocks))
         self.activation, self.split = nn.PReLU(), nn.Linear(n_filters, n_sources * n_filters)
         self.output, self.gate = nn.Linear(n_filters, n_filters), nn.Linear(n_filters, n_filters)
         self.leave = nn.Linear(n_filters, n_filters, bias=False)
 
     def compile_regions(self) -> None:
-        """Compile the transformer layer, of which there are many alike, instead of the whole network at once."""
-        for path in (*self.within, *self.across):
-            for layer in path.layers:
-                layer.compile()
+        """Compile the transformer layer, for all layers at once."""
+        compile_layers((*self.within, *self.across))
 
     def forward(self, mixture: Tensor) -> Tensor:
         """Separate ``(batch, channel, time)`` into ``(batch, source, channel, time)``."""
@@ -131,14 +180,110 @@ class SepFormer(nn.Module):
         What all layers add to stays in float32 under autocast too, as on a GPU the norms would make it: the roundings
         of 32 layers would add up to more than 1 % of the output, for 1 % of the time.
         """
-        chunks = cut(self.enter(self.norm(encoded)).float(), self.chunk_size)
+        n_frames = encoded.shape[1]
+        pads = published_pads(n_frames, self.chunk_size, "pairs")
+        chunks = cut(F.pad(self.enter(self.norm(encoded)).float(), (0, 0, *pads)), self.chunk_size)
         positions = sinusoids(max(chunks.shape[1:3]), self.n_filters, encoded.device)
         for within, across in zip(self.within, self.across, strict=True):
             chunks = within(chunks, positions)
             chunks = across(chunks.transpose(1, 2), positions).transpose(1, 2)
-        joined = join(self.split(self.activation(chunks)), encoded.shape[1])
-        sources = rearrange(joined, "b l (s f) -> b l s f", s=self.n_sources)
+        # Splitting before joining would be the published order, the same sum, and twice the work: each frame lies in
+        # two chunks, and so has the bias twice.
+        joined = join(self.activation(chunks), n_frames)
+        sources = F.linear(joined, self.split.weight, 2 * self.split.bias)
+        sources = rearrange(sources, "b l (s f) -> b l s f", s=self.n_sources)
         return self.leave(self.output(sources).tanh() * self.gate(sources).sigmoid()).relu()
+
+
+class RESepFormer(nn.Module):
+    """SepFormer for less memory and time: chunks that do not overlap, and across them a transformer on their means.
+
+    A transformer runs within the chunks; the mean of each chunk goes through a transformer over all chunks, and what
+    comes out is added to every frame of its chunk before the next one within. The defaults are SpeechBrain's sizes,
+    8 million parameters; its weights give the same output for one mixture at a time, as it lets the means of all the
+    mixtures of a batch see each other, and this model does not. As published, nothing takes the level off before the
+    layers, so that it has to be trained at the levels it will meet.
+
+    Args:
+        n_sources: How many sources to return.
+        n_filters: Channels of the learned transform, and of the transformers.
+        kernel_size: Filter length in samples, even; the hop is half of it.
+        chunk_size: Frames in a chunk, even.
+        n_blocks: Transformers within chunks; between them lies one across chunks.
+        n_layers: Layers in each transformer.
+        n_heads: Attention heads.
+        d_hidden: Width of the feed-forward networks.
+        dropout: In training; N processes then draw other numbers than one.
+        checkpoint: Compute activations again in the backward instead of keeping them: less memory, a third more time.
+
+    Raises:
+        ValueError: If sizes do not fit each other.
+
+    Reference:
+        Della Libera et al., "Resource-efficient separation transformer", ICASSP 2024, arXiv:2206.09507.
+    """
+
+    follows_gain = False
+    """Twice the input is another mixture to its layers."""
+
+    def __init__(
+        self,
+        *,
+        n_sources: int = 2,
+        n_filters: int = 128,
+        kernel_size: int = 16,
+        chunk_size: int = 150,
+        n_blocks: int = 2,
+        n_layers: int = 8,
+        n_heads: int = 8,
+        d_hidden: int = 1024,
+        dropout: float = 0.0,
+        checkpoint: bool = False,
+    ) -> None:
+        super().__init__()
+        check_sizes(n_filters=n_filters, n_heads=n_heads, chunk_size=chunk_size, kernel_size=kernel_size)
+        self.n_sources, self.n_filters, self.chunk_size = n_sources, n_filters, chunk_size
+        self.encoder = LearnedEncoder(n_filters=n_filters, kernel_size=kernel_size, stride=kernel_size // 2)
+        self.decoder = LearnedDecoder(n_filters=n_filters, kernel_size=kernel_size, stride=kernel_size // 2)
+        sizes = {"n_layers": n_layers, "d_model": n_filters, "n_heads": n_heads, "d_hidden": d_hidden}
+        eps = torch.finfo(torch.float32).eps  # the published one
+        self.within = nn.ModuleList(
+            Path(**sizes, dropout=dropout, checkpoint=checkpoint, eps=eps) for _ in range(n_blocks)
+        )
+        self.across = nn.ModuleList(
+            Path(**sizes, dropout=dropout, checkpoint=checkpoint, eps=eps) for _ in range(n_blocks - 1)
+        )
+        self.activation, self.split = nn.PReLU(), nn.Linear(n_filters, n_sources * n_filters)
+
+    def compile_regions(self) -> None:
+        """Compile the transformer layer, for all layers at once."""
+        compile_layers((*self.within, *self.across))
+
+    def forward(self, mixture: Tensor) -> Tensor:
+        """Separate ``(batch, channel, time)`` into ``(batch, source, channel, time)``."""
+        check_mixture(mixture)
+        batch, _, time = mixture.shape
+        encoded = self.encoder(rearrange(mixture, "b c t -> (b c) t")).relu()
+        masked = self.masks(encoded) * encoded[:, :, None]
+        waveforms = self.decoder(rearrange(masked, "bc l s f -> (bc s) l f"), time)
+        return rearrange(waveforms, "(b c s) t -> b s c t", b=batch, s=self.n_sources)
+
+    def masks(self, encoded: Tensor) -> Tensor:
+        """``(batch, frame, filter)`` to ``(batch, frame, source, filter)``."""
+        batch, n_frames, _ = encoded.shape
+        # A whole number of chunks exceeds the frames, as published: a last chunk may be nothing but zeros.
+        padded = F.pad(encoded.float(), (0, 0, 0, self.chunk_size - n_frames % self.chunk_size))
+        chunks = rearrange(padded, "b (s l) c -> (b s) 1 l c", l=self.chunk_size)
+        positions = sinusoids(max(chunks.shape[2], len(chunks) // batch), self.n_filters, encoded.device)
+        chunks = self.within[0](chunks, positions)
+        for within, across in zip(self.within[1:], self.across, strict=True):
+            means = rearrange(chunks.mean(2), "(b s) 1 c -> b 1 s c", b=batch)
+            memory = rearrange(across(means, positions), "b 1 s c -> (b s) 1 1 c")
+            chunks = within(chunks + memory, positions)
+        frames = rearrange(chunks, "(b s) 1 l c -> b (s l) c", b=batch)[:, :n_frames]
+        with with_range(frames.device):  # these masks have a level, and the gradient of SI-SDR grows as it falls
+            masks = self.split(self.activation(frames))
+        return rearrange(masks, "b l (s f) -> b l s f", s=self.n_sources).relu()
 
 
 def sinusoids(n_frames: int, n_channels: int, device: torch.device) -> Tensor:
