@@ -8,10 +8,11 @@ import argparse
 import csv
 import json
 import os
-import platform
 import statistics
 from datetime import UTC, datetime
 from pathlib import Path
+
+from machine import processor
 
 from unbraid.assemble import load_model
 from unbraid.evaluate import summarise
@@ -56,15 +57,6 @@ def run_figures(run: Path, table: Path) -> dict[str, object]:
         "test_items": len(rows),
         "test": {name: [round(s.mean, 2), round(s.standard_error, 2)] for name, s in summarise(rows).items()},
     }
-
-
-def processor() -> str:
-    """The processor's name, where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

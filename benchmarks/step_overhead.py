@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from run_figures import processor
+from machine import processor
 from torch import nn
 
 from unbraid.data.batch import Batch

@@ -49,7 +49,8 @@ SMALL = {
         "local_kernel": 17,
         "layer_scale": 1.0,
     },
-    "tf_locoformer": {"n_fft": 64, "hop_length": 32, "n_layers": 2, "d_model": 32, "d_hidden": 48, "d_attention": 32},
+    "tf_locoformer": {"n_fft": 64, "hop_length": 32, "n_layers": 2, "d_model": 32, "d_hidden": 32, "kernel_size": 4}
+    | {"d_attention": 32},
 }
 """Wide and deep enough for roundings to behave as in the published sizes."""
 

@@ -113,3 +113,36 @@ def test_training_mode_is_given_back():
     model = LowAndHigh().train()
     assert not separate(model, torch.ones(1, 1, 10)).requires_grad
     assert model.training
+
+
+class LeftAndRight(torch.nn.Module):
+    """Stems whose right channels are each like the other's left."""
+
+    def __init__(self, n_channels):
+        super().__init__()
+        self.n_channels, self.weight = n_channels, torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, mixture):
+        return torch.stack([mixture, mixture.flip(1)], 1) * self.weight
+
+
+@pytest.mark.parametrize(("n_channels", "fixed_order", "kept"), [(1, False, False), (1, True, True), (2, False, True)])
+def test_stems_of_a_known_order_are_not_swapped_in_one_channel(n_channels, fixed_order, kept):
+    stereo = (0.1 * np.random.default_rng(0).standard_normal((2, 500))).astype(np.float32)
+
+    stems = separate_audio(
+        LeftAndRight(n_channels), stereo, 8000, model_rate=8000, match_level=False, fixed_order=fixed_order
+    )
+
+    assert np.allclose(stems[0], stereo, atol=1e-6) == kept
+
+
+def test_an_output_that_was_taught_to_be_silent_stays_so():
+    mixture = (0.1 * np.random.default_rng(0).standard_normal((1, 4000))).astype(np.float32)
+    noise = (0.1 * np.random.default_rng(1).standard_normal((1, 4000))).astype(np.float32)
+    estimates = np.stack([5 * mixture + noise, 1e-3 * mixture])
+
+    levelled = at_mixture_level(estimates, mixture, silent_below_db=25.0)
+
+    assert not levelled[1].any()
+    assert np.square(levelled[0]).mean() > 0.9 * np.square(mixture).mean()

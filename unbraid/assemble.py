@@ -203,14 +203,17 @@ def _bound_loss(part: Part, folder: Path | None) -> SignalLoss:
     loss = find_part("loss", part, LOSSES, folder)
     asked = asks_for(loss)
     kept = NAMES if "embedding" in asked else NAMES[:3]  # n_fft and hop_length are an embedding's, or else one's own
-    supplied = (*kept, *([] if asked else [*inspect.signature(loss).parameters][:2]))
+    called = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss)
+    supplied = (*kept, *([*called.parameters][:2] if "estimate" in asked else []))
     options = checked("loss", loss, part.options, given=supplied)
     bound = partial(loss, **options) if options else loss
-    if options and asked and "embedding" not in asked:
+    if options:
         moment = torch.linspace(-0.1, 0.1, 64).reshape(1, 1, 1, 64)
-        known = {"estimate": moment, "target": -moment, "mixture": moment[:, 0]}
+        known: dict[str, Any] = {"target": -moment, "mixture": moment[:, 0], "n_fft": 8, "hop_length": 4}
+        known["embedding"] = torch.full((1, 1, 17, 5, 2), 0.5**0.5)
+        signals = [moment, known.pop("target")] if "estimate" in asked else []
         try:
-            bound(**{name: known[name] for name in asked if name in known})
+            bound(*signals, **{name: known[name] for name in asked if name in known and name in kept})
         except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
             raise RecipeError(f"[loss] {part.name} cannot be made of these keys: {error}") from error
     return bound
@@ -238,6 +241,12 @@ def build_state(recipe: Recipe, model: nn.Module, *, precision: str) -> TrainSta
             )
     if dist.world_size() > 1:
         _check_statistics(model)
+        wanted = {name for term in loss.terms for name in asks_for(term.loss)}
+        if hasattr(model, "embedding") and not wanted >= {"estimate", "embedding"}:
+            raise RecipeError(
+                f"[model] {recipe.model.name} returns sources and an embedding: on several processes the loss must "
+                "want both, as a sum of two terms can; or train on one process."
+            )
     return TrainState(
         model=dist.wrap(model),
         loss=loss,
@@ -299,6 +308,11 @@ def _train(
     checkpoint, notes = _starting_point(recipe, run, resume=resume)
     corpus = build_corpus(recipe)
     model = build_model(recipe).to(device)
+    if (n_channels := getattr(model, "n_channels", 1)) != 1:
+        raise RecipeError(
+            f"[model] {recipe.model.name} takes {n_channels} channels at once, and mixtures of {recipe.data.name} have "
+            "one: set model.n_channels = 1."
+        )
     if checkpoint is None and "init" in recipe.model.options:
         _load_weights(model, read_checkpoint(find_checkpoint(Path(recipe.model.options["init"]))))
     choices = dist.from_main_process(choose(recipe, model, device, before=checkpoint.choices if checkpoint else None))

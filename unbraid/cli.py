@@ -1,11 +1,13 @@
 """The commands: each parses, calls the library, prints. Torch is imported only when a command runs."""
 
 import argparse
+import json
 import os
 import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +84,30 @@ def import_foreign(args: argparse.Namespace) -> int:
     recipe = import_checkpoint(args.files, out, sample_rate=args.sample_rate, overrides=args.set)
     model, data = recipe.model.name, recipe.data
     print(f"{out} holds a {model} that returns {data.n_sources} source(s), at {data.sample_rate} Hz.")
-    print(f"Next: {program()} separate FILES -m {out} -o FOLDER; to train it further, init = {str(out)!r} in [model].")
+    print(
+        f"Next: {program()} separate FILES -m {out} -o FOLDER; to train it further, init = {str(out.absolute())!r} in [model]."
+    )
     return 0
+
+
+def bench(args: argparse.Namespace) -> int:
+    """Time a recipe's training on this machine: which precision to take, whether to compile, which batch size."""
+    from rich.console import Console
+
+    from unbraid.bench import run_bench
+    from unbraid.recipe import load_recipe
+    from unbraid.screen import progress_bar
+
+    recipe = load_recipe(find_recipe(args.recipe), ["data.path=.", *args.set])
+    if args.json:
+        found = run_bench(recipe, seconds=args.seconds)
+        print(json.dumps(asdict(found), indent=1))
+    else:
+        with progress_bar("measuring", 1.0) as advance:
+            found = run_bench(recipe, seconds=args.seconds, progress=advance)
+        Console().print(found.table())
+        print(found.advice.words)
+    return EXIT_STOPPED + signal.SIGINT if found.stopped else 0
 
 
 def replay(args: argparse.Namespace) -> int:
@@ -178,6 +202,15 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("-o", "--out", type=Path, required=True, help="run directory to make")
     command.add_argument("--sample-rate", type=_positive(int), metavar="HZ", help="where the files do not say it")
     _add_set(command, "model.n_heads=8, where the files do not say it")
+
+    command = add("bench", bench)
+    command.add_argument(
+        "recipe", type=Path, nargs="?", default=Path("conv_tasnet_small"), help="as for train (%(default)s)"
+    )
+    _add_set(command)
+    seconds_help = "of steps for each variant, beside its first (%(default)s)"
+    command.add_argument("--seconds", type=_positive(float), default=5.0, help=seconds_help)
+    command.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
     command = add("replay", replay)
     command.add_argument("incident", type=Path, help="a folder in the incidents of a run directory")

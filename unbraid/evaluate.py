@@ -165,7 +165,7 @@ def _save_audio(folder: Path, index: int, ordered: Tensor, batch: Batch, recipe:
     rate, stem, mixture = recipe.data.sample_rate, f"{index:03d}", batch.mixture[0].numpy()
     estimates = ordered[0].numpy()
     if recipe.leaves_level_open:
-        estimates = at_mixture_level(estimates, mixture)
+        estimates = at_mixture_level(estimates, mixture, silent_below_db=recipe.silent_below_db)
     write_audio(folder / f"{stem}-mixture.wav", mixture, rate)
     for n, (estimate, source) in enumerate(zip(estimates, batch.sources[0].numpy(), strict=True), 1):
         write_audio(folder / f"{stem}-estimate-{n}.wav", estimate, rate)

@@ -31,7 +31,16 @@ def infer(model: nn.Module, mixture: Tensor) -> Tensor | Separation:
         model.train(was_training)
 
 
-def separate_audio(model: nn.Module, audio: Audio, sample_rate: int, *, model_rate: int, match_level: bool) -> Audio:
+def separate_audio(
+    model: nn.Module,
+    audio: Audio,
+    sample_rate: int,
+    *,
+    model_rate: int,
+    match_level: bool,
+    fixed_order: bool = False,
+    silent_below_db: float | None = None,
+) -> Audio:
     """Separate a recording at its own rate.
 
     Args:
@@ -40,6 +49,8 @@ def separate_audio(model: nn.Module, audio: Audio, sample_rate: int, *, model_ra
         sample_rate: Of the recording, in Hz; what the model's rate cannot carry is lost.
         model_rate: What the model was trained at, in Hz.
         match_level: Whether the model leaves levels open, so that they are taken from the mixture.
+        fixed_order: Whether each output has its own source, in every channel; so too where all channels go in at once.
+        silent_below_db: As `at_mixture_level` takes it.
 
     Returns:
         ``(source, channel, time)`` at ``sample_rate``, as long as the recording.
@@ -47,9 +58,12 @@ def separate_audio(model: nn.Module, audio: Audio, sample_rate: int, *, model_ra
     if audio.shape[-1] == 0:
         return np.zeros((getattr(model, "n_sources", 1), *audio.shape), np.float32)
     mixture = resample(audio, sample_rate, model_rate)
-    estimates = same_source_in_every_channel(separate(model, torch.from_numpy(mixture)[None]))[0].cpu().numpy()
+    found = separate(model, torch.from_numpy(mixture)[None])
+    if not fixed_order and getattr(model, "n_channels", 1) == 1:
+        found = same_source_in_every_channel(found)
+    estimates = found[0].cpu().numpy()
     if match_level:
-        estimates = at_mixture_level(estimates, mixture)
+        estimates = at_mixture_level(estimates, mixture, silent_below_db=silent_below_db)
     back = [fit_length(resample(source, model_rate, sample_rate), audio.shape[-1]) for source in estimates]
     return np.stack(back)
 
@@ -68,7 +82,7 @@ def same_source_in_every_channel(estimates: Tensor) -> Tensor:
     return torch.stack([reorder(c, best_assignment(pairwise_si_sdr(c, first))) for c in channels], 2)
 
 
-def at_mixture_level(estimates: Audio, mixture: Audio) -> Audio:
+def at_mixture_level(estimates: Audio, mixture: Audio, *, silent_below_db: float | None = None) -> Audio:
     """Give each estimate the gain, and the sign, with which all of them together come nearest to the mixture.
 
     A loss that does not care for scale leaves both open. Least squares over all channels and samples.
@@ -76,12 +90,17 @@ def at_mixture_level(estimates: Audio, mixture: Audio) -> Audio:
     Args:
         estimates: ``(source, channel, time)``.
         mixture: ``(channel, time)``.
+        silent_below_db: So far under the loudest estimate one means silence, and becomes it: for models that were
+            taught to silence outputs without a source. None where none was.
 
     Returns:
         As ``estimates``; silence stays silence.
     """
     flat = estimates.reshape(len(estimates), -1).astype(np.float64)
     norms = np.linalg.norm(flat, axis=1, keepdims=True)
+    if silent_below_db is not None:
+        flat = np.where(norms < norms.max() * 10 ** (-silent_below_db / 20), 0, flat)
+        norms = np.linalg.norm(flat, axis=1, keepdims=True)
     unit = flat / np.where(norms > 0, norms, 1)
     gains = np.linalg.lstsq(unit @ unit.T, unit @ mixture.reshape(-1).astype(np.float64), rcond=1e-6)[0]
     return (unit * gains[:, None]).reshape(estimates.shape).astype(np.float32)

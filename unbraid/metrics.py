@@ -51,31 +51,31 @@ def _plain_si_sdr(estimate: Tensor, target: Tensor, floor: float) -> Tensor:
 
 
 class _SiSdr(torch.autograd.Function):
-    """SI-SDR and its gradient from sums over time and one residual.
+    """SI-SDR and its gradient from sums over time, the target without its mean, and one residual.
 
-    The scale comes from sums that a constant offset makes inexact; what it leaves of the target in the residual is
-    measured there, where nothing is lost, and put right.
+    What the rounding of the scale leaves of the target in the residual is measured there, and put right.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(estimate: Tensor, target: Tensor, floor: float) -> tuple[Tensor, ...]:
-        """The ratio; the residual; and by how much residual and target enter the gradient, and the target's mean."""
-        mean = target.mean(-1)
-        energy = (mean_square(target) - mean.square()).clamp_min(0) + SILENCE
-        scale = (_mean_product(estimate, target) - estimate.mean(-1) * mean) / energy
-        residual = torch.addcmul(estimate, target, -scale[..., None])
+        """The ratio; target and residual without their means; and by how much either enters the gradient."""
+        centred = target - target.mean(-1, keepdim=True)
+        energy = mean_square(centred) + SILENCE
+        # a rounding is left of the centred target's mean, which an estimate with an offset would multiply
+        scale = (_mean_product(estimate, centred) - estimate.mean(-1) * centred.mean(-1)) / energy
+        residual = torch.addcmul(estimate, centred, -scale[..., None])
         residual -= residual.mean(-1, keepdim=True)
-        left = (_mean_product(residual, target) - residual.mean(-1) * mean) / energy  # that mean is a rounding, not 0
+        left = _mean_product(residual, centred) / energy
         scale = scale + left
         power = scale.square() * (energy - SILENCE)
         distortion = (mean_square(residual) - left.square() * energy).clamp_min(0)
         below = distortion + floor * power + SILENCE
         per_sample = (20 / math.log(10)) / estimate.shape[-1]
         by_power = (1 / (power + 1e-10 * SILENCE) - floor / below) * scale * (1 - SILENCE / energy)
-        shares = torch.stack([-per_sample / below, per_sample * (by_power + left / below), mean])
-        return ratio_db(power, distortion, floor=floor), residual, shares
+        shares = torch.stack([-per_sample / below, per_sample * (by_power + left / below)])
+        return ratio_db(power, distortion, floor=floor), centred, residual, shares
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: tuple[Tensor, ...]) -> None:
@@ -91,14 +91,12 @@ class _SiSdr(torch.autograd.Function):
         gradient = gradients[0]
         if gradient is None:
             return None, None, None
-        estimate, target, residual, shares = ctx.saved_tensors
+        estimate, target, centred, residual, shares = ctx.saved_tensors
         if torch.is_grad_enabled():  # somebody wants to differentiate it again
             ratio = _plain_si_sdr(estimate, target, ctx.floor)
             return torch.autograd.grad(ratio, estimate, gradient, create_graph=True)[0], None, None
-        of_residual, of_target = (gradient * share for share in shares[:2])
-        constant = (-of_target * shares[2])[..., None]
-        found = torch.addcmul(constant, target, of_target[..., None])
-        return found.addcmul_(residual, of_residual[..., None]), None, None
+        of_residual, of_target = ((gradient * share)[..., None] for share in shares)
+        return (residual * of_residual).addcmul_(centred, of_target), None, None
 
 
 def _mean_product(one: Tensor, other: Tensor) -> Tensor:
@@ -271,13 +269,14 @@ def best_assignment(scores: Tensor) -> Tensor:
     scores = torch.nan_to_num(scores.detach().float(), nan=-1e6, posinf=1e6, neginf=-1e6)
     if n_estimates > MAX_EXHAUSTIVE_SOURCES:
         return _by_assignment_solver(scores)
-    orders = _orders(n_estimates, n_targets, scores.device)
+    orders = all_orders(n_estimates, n_targets, scores.device)
     sums = scores[:, orders, torch.arange(n_targets, device=scores.device)].sum(-1)
     return orders[sums.argmax(-1)]
 
 
 @lru_cache(maxsize=16)
-def _orders(n_estimates: int, n_targets: int, device: torch.device) -> Tensor:
+def all_orders(n_estimates: int, n_targets: int, device: torch.device) -> Tensor:
+    """Every way to choose an estimate for each target, ``(order, target)``, int64."""
     return torch.tensor(list(permutations(range(n_estimates), n_targets)), device=device)
 
 

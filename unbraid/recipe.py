@@ -13,7 +13,7 @@ import tomli_w
 
 from unbraid.data.mixtures import DataSettings
 from unbraid.errors import RecipeError, nearest
-from unbraid.losses import LOSSES, ignores_level
+from unbraid.losses import LOSSES, asks_for, ignores_level
 from unbraid.models import MODELS
 from unbraid.robust import CLIPPERS
 from unbraid.train.optim import OPTIMIZERS, SCHEDULES
@@ -68,6 +68,11 @@ class Recipe:
         return str(self.loss.options.get("assign", "permutation"))
 
     @property
+    def silent_below_db(self) -> float | None:
+        """How far under the loudest an output is meant to be silent, where the loss drives some to silence."""
+        return 25.0 if self.loss.options.get("inactive_weight", 0) else None
+
+    @property
     def has_own_code(self) -> bool:
         """Whether a model, loss or data set is named that is not one of ours: what uses it has to be trusted."""
         losses = [part.name for part, _ in self.loss_terms]
@@ -97,7 +102,9 @@ class Recipe:
     @property
     def leaves_level_open(self) -> bool:
         """Whether the loss does not care for the level of the model's outputs, which is then taken from the mixture."""
-        return all(ignores_level(LOSSES.get(part.name)) for part, _ in self.loss_terms)
+        losses = [LOSSES.get(part.name) for part, _ in self.loss_terms]
+        of_sources = [loss for loss in losses if loss is None or "estimate" in asks_for(loss)]
+        return bool(of_sources) and all(ignores_level(loss) for loss in of_sources)
 
 
 _SETTINGS: dict[str, type[Any]] = {

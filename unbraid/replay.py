@@ -44,7 +44,9 @@ def replay(path: Path, *, trust: bool = False) -> Iterator[str]:
 
 def _folder_of_own_code(path: Path, incident: Incident) -> Path:
     """Where the files lie that the recipe names: here, or in a folder that the incident lies in."""
-    names = [str(incident.recipe.get(table, {}).get("name")) for table in ("model", "loss")]
+    loss = incident.recipe.get("loss", {})
+    parts = [incident.recipe.get("model", {}), loss, *loss.get("terms", [])]
+    names = [str(part.get("name")) for part in parts]
     files = [f"{name.partition(':')[0]}.py" for name in names if ":" in name]
     folders = [Path.cwd(), *path.absolute().parents]
     return next((folder for folder in folders if all((folder / file).is_file() for file in files)), Path.cwd())

@@ -39,8 +39,16 @@ def separate_files(files: Sequence[Path], model: Path, out: Path, *, trust: bool
             raise AudioError(
                 f"{path} has a sample that is not finite, the first at index {bad}; it cannot be separated."
             )
+        if (n_channels := getattr(network, "n_channels", 1)) not in (1, len(audio)):
+            raise AudioError(f"{path} has {len(audio)} channel(s); this model takes {n_channels} at once.")
         sources = separate_audio(
-            network, audio, rate, model_rate=recipe.data.sample_rate, match_level=recipe.leaves_level_open
+            network,
+            audio,
+            rate,
+            model_rate=recipe.data.sample_rate,
+            match_level=recipe.leaves_level_open,
+            fixed_order=recipe.assign == "fixed",
+            silent_below_db=recipe.silent_below_db,
         )
         for n, source in enumerate(sources, 1):
             yield write_audio(target.with_name(f"{target.name}.source-{n}.wav"), source, rate)

@@ -367,3 +367,71 @@ def test_si_sdr_of_each_target_is_told_in_the_order_of_the_targets(n_sources):
     chosen = torch.stack([item[order] for item, order in zip(estimate, found.order, strict=True)])
     torch.testing.assert_close(found.si_sdr, -neg_si_sdr(chosen, target)[..., 0])
     torch.testing.assert_close(SeparationLoss(l1).assigned(estimate, target).si_sdr, found.si_sdr)
+
+
+def mine(heard, wanted):
+    return (heard - wanted).square().mean(-1)
+
+
+class Mine(torch.nn.Module):
+    def forward(self, prediction, target):
+        return (prediction - target).square().mean(-1)
+
+
+@pytest.mark.parametrize("loss", [mine, Mine(), lambda estimate, source: (estimate - source).square().mean(-1)])
+def test_a_loss_of_ones_own_may_call_its_signals_as_it_likes(loss):
+    target = signals(3, 2, 1, 100)
+
+    found = SeparationLoss(loss).assigned(target.flip(1), target)
+
+    assert found.order.tolist() == [[1, 0]] * 3
+    assert not found.losses.any()
+
+
+@pytest.mark.parametrize("weights", [(0.1, 1.0), (1.0, 1.0)])
+@pytest.mark.parametrize("n_sources", [2, 3, 4])
+def test_sa_sdr_in_a_sum_has_the_best_order_of_the_sum(weights, n_sources):
+    target, estimate = signals(20, n_sources, 1, 50), signals(20, n_sources, 1, 50, seed=1)
+    target *= torch.logspace(0, -1.5, n_sources)[:, None, None]
+    terms = [Term(neg_snr, weights[0]), Term(neg_sa_sdr, weights[1])]
+
+    fixed = SeparationLoss(terms, assign="fixed")
+    smallest = torch.stack([fixed(estimate[:, list(o)], target) for o in permutations(range(n_sources))]).amin(0)
+
+    torch.testing.assert_close(SeparationLoss(terms)(estimate, target), smallest, atol=1e-4, rtol=1e-5)
+
+
+def test_sa_sdr_in_a_sum_deals_outputs_out_by_the_sum():
+    target, estimate = signals(20, 2, 1, 50), signals(20, 3, 1, 50, seed=1)
+    target[:, 1] *= 0.03
+    terms = [Term(neg_snr, 0.1), Term(neg_sa_sdr, 1.0)]
+
+    fixed, smallest = SeparationLoss(terms, assign="fixed"), []
+    for dealt in product(range(2), repeat=3):
+        sums = torch.stack([estimate[:, [d == n for d in dealt]].sum(1) for n in range(2)], 1)
+        smallest.append(fixed(sums, target))
+
+    found = SeparationLoss(terms, assign="mixit")(estimate, target)
+    torch.testing.assert_close(found, torch.stack(smallest).amin(0), atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("loss", [neg_snr, neg_si_sdr])
+def test_the_order_counts_what_inactive_outputs_cost(loss):
+    target, estimate = signals(50, 2, 1, 50), signals(50, 3, 1, 50, seed=1)
+    estimate *= torch.logspace(-1.5, 0.5, 3)[:, None, None]
+    target[:10, 1] = 0
+
+    fixed = SeparationLoss(loss, assign="fixed", inactive_weight=1.0)
+    smallest = torch.stack([fixed(estimate[:, list(o)], target) for o in permutations(range(3))]).amin(0)
+
+    found = SeparationLoss(loss, inactive_weight=1.0)(estimate, target)
+    torch.testing.assert_close(found, smallest, atol=1e-3, rtol=1e-4)
+
+
+def test_a_source_in_one_channel_alone_is_active():
+    target = signals(1, 2, 2, 400)
+    target[0, 0, 1] = 0
+
+    plain, driven = (SeparationLoss(neg_snr, inactive_weight=w)(target, target) for w in (0.0, 1.0))
+
+    assert torch.equal(plain, driven)

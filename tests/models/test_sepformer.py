@@ -1,21 +1,123 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
-from unbraid.models.sepformer import SepFormer, sinusoids
+from unbraid.models.chunks import cut, join, published_pads
+from unbraid.models.sepformer import RESepFormer, SepFormer, sinusoids
+
+both = pytest.mark.parametrize("model_class", [SepFormer, RESepFormer])
 
 
-def tiny(**sizes):
+def tiny(model_class=SepFormer, **sizes):
     sizes = {"n_filters": 8, "chunk_size": 6, "n_blocks": 1, "n_layers": 1, "n_heads": 2, "d_hidden": 8} | sizes
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return SepFormer(**sizes)
+        return model_class(**sizes)
 
 
-def test_the_defaults_have_the_published_size():
+def noise(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("model_class", "published"),
+    [
+        (SepFormer, 25.68e6),
+        (RESepFormer, 7.955e6),  # SpeechBrain's recipe; 8.0 million in the paper
+    ],
+)
+def test_the_defaults_have_the_published_size(model_class, published):
     with torch.device("meta"):
-        model = SepFormer()
+        model = model_class()
 
-    assert sum(weight.numel() for weight in model.parameters()) == pytest.approx(25.68e6, abs=0.005e6)
+    assert sum(weight.numel() for weight in model.parameters()) == pytest.approx(published, abs=0.005e6)
+
+
+@pytest.mark.parametrize("n_frames", [1, 3, 6, 20])
+def test_joining_before_the_sources_are_split_is_the_published_sum(n_frames):
+    model, encoded = tiny(n_blocks=0), noise(2, n_frames, 8)
+    features = model.enter(model.norm(encoded))
+    chunks = cut(F.pad(features, (0, 0, *published_pads(n_frames, 6, "pairs"))), 6)
+
+    sources = join(model.split(model.activation(chunks)), n_frames).unflatten(-1, (2, 8))
+
+    expected = model.leave(model.output(sources).tanh() * model.gate(sources).sigmoid()).relu()
+    torch.testing.assert_close(model.masks(encoded), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_chunk_of_re_sepformer_hears_of_the_others_through_their_means_alone():
+    """Six frames a chunk: with nothing across, what comes later cannot be heard; with it, it can."""
+    encoded, later = noise(2, 24, 8).split(1)
+    later = torch.cat([encoded[:, :18], later[:, 18:]], 1)
+
+    def first_frames(model):
+        with torch.no_grad():
+            return [model.masks(each)[:, :18] for each in (encoded, later)]
+
+    alone, together = first_frames(tiny(RESepFormer, n_blocks=1)), first_frames(tiny(RESepFormer, n_blocks=2))
+
+    torch.testing.assert_close(*alone)
+    assert not torch.allclose(*together, atol=1e-3)
+
+
+def test_what_goes_across_re_sepformer_is_added_to_every_frame_of_its_chunk():
+    model, encoded, seen = tiny(RESepFormer, n_blocks=2), noise(2, 20, 8), []
+    model.within[1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model.within[0].register_forward_hook(lambda *args: seen.append(args[2]))
+    model.across[0].register_forward_hook(lambda *args: seen.append(args[2]))
+
+    model.masks(encoded)
+
+    within, across, entered = seen
+    added = (entered - within).unflatten(0, (2, -1))[:, :, 0]
+    torch.testing.assert_close(added, across[:, 0, :, None].expand_as(added), rtol=1e-4, atol=1e-5)
+
+
+def gradients(model, mixture):
+    torch.manual_seed(1)  # for dropout
+    model(mixture).square().sum().backward()
+    return [weight.grad for weight in model.parameters()]
+
+
+@both
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_activations_computed_again_give_the_same_gradients(model_class, dropout, precision):
+    sizes = {"n_blocks": 2, "n_layers": 2, "dropout": dropout}
+    with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+        kept = gradients(tiny(model_class, **sizes), noise(2, 1, 300))
+        again = gradients(tiny(model_class, **sizes, checkpoint=True), noise(2, 1, 300))
+
+    assert all(torch.equal(one, other) for one, other in zip(kept, again, strict=True))
+
+
+@both
+def test_activations_computed_again_need_not_be_kept(model_class):
+    def bytes_kept(model):
+        kept = {}  # by address, as several operations keep the same tensor
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
+            model(noise(1, 1, 2000))
+        return sum(tensor.nbytes for tensor in kept.values())
+
+    sizes = {"n_blocks": 2, "n_layers": 4, "d_hidden": 32}
+    once, again = (bytes_kept(tiny(model_class, **sizes, checkpoint=checkpoint)) for checkpoint in (False, True))
+
+    assert again < 0.5 * once
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler of torch sets off warnings of torch
+@both
+def test_compiling_goes_with_computing_activations_again(model_class):
+    plain, compiled = tiny(model_class, n_blocks=2), tiny(model_class, n_blocks=2, checkpoint=True)
+    names = list(compiled.state_dict())
+    compiled.compile_regions()
+
+    expected, got = gradients(plain, noise(1, 1, 300)), gradients(compiled, noise(1, 1, 300))
+
+    for one, other in zip(expected, got, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-4 * one.abs().max().item())
+    assert list(compiled.state_dict()) == names
 
 
 def test_positions_are_sines_and_cosines_of_falling_rates():
@@ -30,9 +132,10 @@ def test_positions_are_sines_and_cosines_of_falling_rates():
 @pytest.mark.parametrize(
     "sizes", [{"n_heads": 3}, {"n_filters": 9, "n_heads": 3}, {"chunk_size": 5}, {"kernel_size": 15}]
 )
-def test_sizes_that_do_not_fit_are_refused(sizes):
+@both
+def test_sizes_that_do_not_fit_are_refused(model_class, sizes):
     with pytest.raises(ValueError, match="must be even"):
-        tiny(**sizes)
+        tiny(model_class, **sizes)
 
 
 def test_dropout_drops_in_training_and_not_elsewhere():

@@ -78,6 +78,10 @@ def state_dict(path: Path, content: Settings) -> Tensors:
     for name, value in content.items():
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{path} holds {name!r}, a {type(value).__name__}, where weights are asked for.")
+        if value.layout != torch.strided or value.is_complex() or value.is_quantized:
+            raise CheckpointError(
+                f"{path} holds {name!r} as {value.layout} of {value.dtype}; plain numbers are asked for."
+            )
     if not content:
         raise CheckpointError(f"{path} holds no weights.")
     return {str(name).removeprefix("module."): value for name, value in content.items()}

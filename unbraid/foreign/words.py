@@ -59,7 +59,11 @@ def known(said: Settings, keys: Mapping[str, str]) -> Settings:
 
 def rate_of(said: Any) -> Settings:
     """The key ``sample_rate`` of ``[data]``, where something sensible is said."""
-    return {"sample_rate": round(said)} if isinstance(said, (int, float)) and 0 < said < 1e7 else {}
+    return (
+        {"sample_rate": round(said)}
+        if isinstance(said, (int, float)) and not isinstance(said, bool) and 0 < said < 1e7
+        else {}
+    )
 
 
 def size_of(weights: Tensors, name: str, axis: int) -> int:

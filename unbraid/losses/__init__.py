@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from unbraid.losses.spectral import (
     deep_clustering,
@@ -82,20 +82,21 @@ def by_products(loss: SignalLoss) -> Callable[[Products], Tensor] | None:
 
 
 def asks_for(loss: SignalLoss) -> dict[str, bool]:
-    """Which of `NAMES` a loss has as parameters, and whether it cannot do without; none, if two have other names."""
-    return dict(_parameters(loss))
+    """Which of `NAMES` a loss is given, and whether it cannot do without.
 
-
-@functools.lru_cache(maxsize=64)
-def _parameters(loss: SignalLoss) -> tuple[tuple[str, bool], ...]:
+    Estimate and target are its first two parameters, whatever they are called, unless it asks for an embedding
+    instead of the estimate.
+    """
     bound: dict[str, Any] = loss.keywords if isinstance(loss, functools.partial) else {}
     try:
-        parameters = inspect.signature(loss).parameters
+        parameters = dict(inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss).parameters)
     except (TypeError, ValueError):  # something written in C
-        return ()
-    found = tuple(
-        (name, parameter.default is inspect.Parameter.empty)
+        parameters = {}
+    found = {
+        name: parameter.default is inspect.Parameter.empty
         for name, parameter in parameters.items()
         if name in NAMES and name not in bound
-    )
-    return found if {"target", "embedding"} & {name for name, _ in found} else ()
+    }
+    if "embedding" in found and "estimate" not in found:
+        return found
+    return {"estimate": True, "target": True} | {name: needed for name, needed in found.items() if name in NAMES[2:]}

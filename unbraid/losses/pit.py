@@ -1,6 +1,7 @@
 """Which output belongs to which source: permutation-invariant training, MixIT and fixed order, around any loss."""
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from itertools import product
 from typing import Any, Literal, NamedTuple
 
@@ -9,14 +10,17 @@ from torch import Tensor
 
 from unbraid.dsp import SILENCE
 from unbraid.errors import UserError
-from unbraid.losses import SignalLoss, asks_for, by_products, ignores_level, is_in_db
-from unbraid.losses.waveform import neg_si_sdr, neg_snr
+from unbraid.losses import SignalLoss, asks_for, bare, by_products, ignores_level, is_in_db
+from unbraid.losses.waveform import neg_sa_sdr, neg_si_sdr, neg_snr
 from unbraid.metrics import (
     Products,
+    all_orders,
     best_assignment,
+    distortion_of,
     mean_over_sounding,
     mean_square,
     pair_products,
+    ratio_db,
     reorder,
     si_sdr,
     sounding,
@@ -24,6 +28,7 @@ from unbraid.metrics import (
 
 ASSIGNMENTS = ("permutation", "fixed", "mixit")
 MAX_MIXIT_WAYS = 2**16
+MAX_WHOLE_SOURCES = 6
 
 Extras = Mapping[str, Any]
 """What a loss may ask for by name: ``mixture`` (batch, channel, time), ``embedding``, ``n_fft``, ``hop_length``."""
@@ -117,7 +122,7 @@ class SeparationLoss:
     def _judged(self, estimate: Tensor, target: Tensor, extras: Extras) -> tuple[Tensor, Tensor, "_Held"]:
         """Losses, the values of the last term that has one for each signal, and what was held against what."""
         check_estimate(estimate, target)
-        held = _hold(self.terms, estimate, target, extras, assign=self.assign)
+        held = _hold(self.terms, estimate, target, extras, assign=self.assign, inactive_weight=self.inactive_weight)
         total, values = estimate.new_zeros(()), estimate.new_zeros(held.target.shape[:-1])
         for loss, weight in self.terms:
             found = _value(loss, held.estimate, held.target, extras)
@@ -161,14 +166,22 @@ class _Held(NamedTuple):
     by_target: bool
 
 
-def _hold(terms: Sequence[Term], estimate: Tensor, target: Tensor, extras: Extras, *, assign: str) -> _Held:
+def _hold(
+    terms: Sequence[Term],
+    estimate: Tensor,
+    target: Tensor,
+    extras: Extras,
+    *,
+    assign: str,
+    inactive_weight: float = 0.0,
+) -> _Held:
     if assign == "mixit":
         ways = mixit_ways(terms, estimate, target, extras)
         summed = torch.einsum("bno,boct->bnct", ways.to(estimate.dtype), estimate)
         likeness = pair_products(estimate.detach().transpose(1, 2), target.transpose(1, 2)).dot.mean(1)
         order = torch.where(ways, likeness.transpose(1, 2).nan_to_num(), -torch.inf).argmax(-1)
         return _Held(summed, target, order, by_target=True)
-    order = output_order(estimate, target, terms, assign=assign, extras=extras)
+    order = output_order(estimate, target, terms, assign=assign, extras=extras, inactive_weight=inactive_weight)
     if assign == "fixed" or estimate.shape[1] != target.shape[1]:
         chosen = estimate[:, : target.shape[1]] if assign == "fixed" else reorder(estimate, order)
         return _Held(chosen, target, order, by_target=True)
@@ -199,6 +212,7 @@ def output_order(
     *,
     assign: str,
     extras: Extras | None = None,
+    inactive_weight: float = 0.0,
 ) -> Tensor:
     """Which output belongs to each target, ``(batch, source)``.
 
@@ -208,14 +222,20 @@ def output_order(
         signal_loss: What makes the best order the best.
         assign: ``"permutation"`` or ``"fixed"``, as `SeparationLoss` takes it.
         extras: What the loss may ask for beside.
+        inactive_weight: As `SeparationLoss` takes it.
     """
     if assign == "fixed":
         return torch.arange(target.shape[1], device=target.device).expand(target.shape[:2])
-    return assign_sources(signal_loss, estimate, target, extras=extras)
+    return assign_sources(signal_loss, estimate, target, extras=extras, inactive_weight=inactive_weight)
 
 
 def assign_sources(
-    signal_loss: SignalLoss | Sequence[Term], estimate: Tensor, target: Tensor, *, extras: Extras | None = None
+    signal_loss: SignalLoss | Sequence[Term],
+    estimate: Tensor,
+    target: Tensor,
+    *,
+    extras: Extras | None = None,
+    inactive_weight: float = 0.0,
 ) -> Tensor:
     """Which estimate belongs to which target, for each example; channels stay together.
 
@@ -227,17 +247,46 @@ def assign_sources(
         estimate: ``(batch, source, channel, time)``.
         target: ``(batch, source, channel, time)``; not more sources than estimates.
         extras: What the loss may ask for beside.
+        inactive_weight: As `SeparationLoss` takes it.
 
     Returns:
         ``(batch, target)``, int64.
+
+    Raises:
+        UserError: If there are too many orders for a loss that has to see each as a whole.
     """
-    terms = _terms(signal_loss)
+    extras = extras or {}
+    terms = [term for term in _terms(signal_loss) if _pairs(term.loss)]
+    whole = [term for term in terms if bare(term.loss) is neg_sa_sdr]
+    if len(terms) == 1 and not inactive_weight:
+        whole = []  # its errors alone add up, and the ratio of their sum is in the same order
     with torch.no_grad():
-        pairs = sum(
-            (weight * _pair_losses(loss, estimate, target, extras or {}) for loss, weight in terms if _pairs(loss)),
-            start=estimate.new_zeros(len(estimate), estimate.shape[1], target.shape[1]),
+        pairs = estimate.new_zeros(len(estimate), estimate.shape[1], target.shape[1])
+        for loss, weight in terms:
+            if all(term.loss is not loss for term in whole):
+                pairs = pairs + weight * _pair_losses(loss, estimate, target, extras)
+        if inactive_weight:
+            level = _levels(estimate, target, extras).mean(-1) / estimate.shape[1]
+            pairs = pairs - inactive_weight * level[..., None] * _active(target)[:, None]
+        if not whole:
+            return best_assignment(-pairs)
+        return _best_whole_order(pairs, sum(term.weight for term in whole), estimate, target)
+
+
+def _best_whole_order(pairs: Tensor, weight: float, estimate: Tensor, target: Tensor) -> Tensor:
+    """The order that makes the sum of its pairs and of a weighted SA-SDR smallest, by trying all."""
+    if estimate.shape[1] > MAX_WHOLE_SOURCES:
+        raise UserError(
+            f"neg_sa_sdr in a sum of losses takes at most {MAX_WHOLE_SOURCES} outputs, as every order has to be tried; "
+            "take neg_snr instead, or neg_sa_sdr alone."
         )
-        return best_assignment(-pairs)
+    orders = all_orders(estimate.shape[1], target.shape[1], estimate.device)
+    places = torch.arange(target.shape[1], device=estimate.device)
+    errors = distortion_of(pair_products(estimate.transpose(1, 2), target.transpose(1, 2))).mean(1)
+    sums, error = (table[:, orders, places].sum(-1) for table in (pairs, errors))
+    power = mean_square(target).mean(-1).sum(1, keepdim=True)
+    total = sums - weight * ratio_db(power, error, floor=1e-13)
+    return orders[total.nan_to_num(torch.inf).argmin(1)]
 
 
 def _terms(loss: SignalLoss | Sequence[Term]) -> Sequence[Term]:
@@ -250,20 +299,21 @@ def _pairs(loss: SignalLoss) -> bool:
 
 
 def _pair_losses(loss: SignalLoss, estimate: Tensor, target: Tensor, extras: Extras) -> Tensor:
-    """The loss of every estimate against every target, mean over channels, ``(batch, estimate, target)``."""
+    """What every estimate held against every target adds to the loss, ``(batch, estimate, target)``."""
     by = by_products(loss)
     if by is not None:
         products = pair_products(estimate.transpose(1, 2), target.transpose(1, 2))
         pairs = by(products._replace(mixture_power=_mixture_power(extras)))
     else:
         rows = [
-            [_value(loss, estimate[:, [i]], target[:, [j]], extras) for j in range(target.shape[1])]
+            [_value(loss, estimate[:, i : i + 1], target[:, j : j + 1], extras) for j in range(target.shape[1])]
             for i in range(estimate.shape[1])
         ]
         pairs = torch.stack([torch.stack([_by_channel(pair) for pair in row], -1) for row in rows], -2)
-    if ignores_level(loss):
-        pairs = torch.where(sounding(target).transpose(1, 2)[:, :, None], pairs, 0.0)
-    return pairs.mean(1)
+    if not ignores_level(loss):
+        return pairs.mean(1) / target.shape[1]
+    counts = sounding(target).transpose(1, 2)[:, :, None]
+    return torch.where(counts, pairs, 0.0).sum(1) / counts.sum((1, 3)).unsqueeze(-1)
 
 
 def _mixture_power(extras: Extras) -> Tensor | None:
@@ -293,7 +343,8 @@ def _value(loss: SignalLoss, estimate: Tensor, target: Tensor, extras: Extras) -
             f"The loss asks for {', '.join(missing)}, which {why}; take another loss, or a model that returns an "
             "embedding, such as chimera."
         )
-    values = loss(**given) if asked else loss(estimate, target)  # nothing asked: its parameters have names of their own
+    signals = [given.pop(name) for name in ("estimate", "target")] if "estimate" in asked else []
+    values = loss(*signals, **given)
     if values.shape not in (target.shape[:-1], target.shape[:1]):
         raise UserError(
             f"The loss returned {tuple(values.shape)} for signals {tuple(target.shape)}; it must return one value a "
@@ -304,13 +355,22 @@ def _value(loss: SignalLoss, estimate: Tensor, target: Tensor, extras: Extras) -
 
 def _inactivity(estimate: Tensor, target: Tensor, held: _Held, extras: Extras) -> Tensor:
     """How far the outputs without a sounding target are above silence, in dB, mean over all outputs, ``(batch,)``."""
+    none = torch.zeros(estimate.shape[:2], dtype=torch.bool, device=estimate.device)
+    active = none.scatter(1, held.order, _active(target))
+    return torch.where(active[..., None], 0.0, _levels(estimate, target, extras)).mean((1, 2))
+
+
+def _active(target: Tensor) -> Tensor:
+    """Whether a source is heard in any channel, ``(batch, source)``."""
+    return (mean_square(target) > SILENCE).any(-1)
+
+
+def _levels(estimate: Tensor, target: Tensor, extras: Extras) -> Tensor:
+    """How far each output is above 30 dB under the mixture, in dB, from 0 for silence, ``(batch, output, channel)``."""
     mixture = extras.get("mixture")
     reference = mean_square(target.sum(1) if mixture is None else _wide(mixture))[:, None]
-    sounds = (mean_square(target) > SILENCE).all(-1)
-    active = torch.zeros(estimate.shape[:2], dtype=torch.bool, device=estimate.device).scatter(1, held.order, sounds)
     floor = 1e-3 * reference + SILENCE
-    level = 10 * ((mean_square(estimate) + floor).log10() - floor.log10())
-    return torch.where(active[..., None], 0.0, level).mean((1, 2))
+    return 10 * ((mean_square(estimate) + floor).log10() - floor.log10())
 
 
 def mixit_ways(terms: Sequence[Term], estimate: Tensor, target: Tensor, extras: Extras) -> Tensor:
@@ -330,21 +390,29 @@ def mixit_ways(terms: Sequence[Term], estimate: Tensor, target: Tensor, extras: 
             f"assign = 'mixit' would have to try {n_targets}^{n_outputs} ways to deal {n_outputs} outputs out to "
             f"{n_targets} mixtures; take fewer outputs (model.n_sources), {MAX_MIXIT_WAYS} ways are the most."
         )
-    dealt = torch.tensor(list(product(range(n_targets), repeat=n_outputs)), device=estimate.device)
-    ways = torch.stack([dealt == n for n in range(n_targets)], 1)
+    ways = _all_ways(n_outputs, n_targets, estimate.device)
     with torch.no_grad():
         total = estimate.new_zeros(len(estimate), len(ways))
         for loss, weight in terms:
             by = by_products(loss)
             if by is not None:
                 sums = _sum_products(estimate.transpose(1, 2), target.transpose(1, 2), ways)
-                found = by(sums._replace(mixture_power=_mixture_power(extras)))
-                total = total + weight * found.mean((1, 3))
+                found = by(sums._replace(mixture_power=_mixture_power(extras))).mean((1, 3))
+                if bare(loss) is neg_sa_sdr:
+                    found = -ratio_db(mean_square(target).mean((1, 2))[:, None], found, floor=1e-13)
+                total = total + weight * found
             elif _pairs(loss):
                 total = total + weight * torch.stack(
                     [_of_sums(loss, estimate, target, way, extras) for way in ways.to(estimate.dtype)], 1
                 )
         return ways[total.nan_to_num(torch.inf).argmin(1)]
+
+
+@lru_cache(maxsize=16)
+def _all_ways(n_outputs: int, n_targets: int, device: torch.device) -> Tensor:
+    """Boolean, ``(way, target, output)``."""
+    dealt = torch.tensor(list(product(range(n_targets), repeat=n_outputs)), device=device)
+    return torch.stack([dealt == n for n in range(n_targets)], 1)
 
 
 def _of_sums(loss: SignalLoss, estimate: Tensor, target: Tensor, way: Tensor, extras: Extras) -> Tensor:

@@ -218,6 +218,8 @@ def whitened_kmeans(
     Reference:
         Wang, Le Roux and Hershey, "Alternative objective functions for deep clustering", ICASSP 2018.
     """
+    if not 0 < ridge < float("inf"):
+        raise ValueError(f"ridge = {ridge} must be above 0.")
     vectors, sources = _weighted_bins(embedding, target, mixture, n_fft, hop_length, weighting, range_db)
     n_dims = vectors.shape[-1]
     power = vectors.mT @ vectors + ridge * torch.eye(n_dims, dtype=vectors.dtype, device=vectors.device)
@@ -238,6 +240,8 @@ def _weighted_bins(
     """
     if weighting not in ("magnitude", "active"):
         raise ValueError(f"weighting = {weighting!r} is not one of magnitude, active.")
+    if not 0 < range_db < float("inf"):
+        raise ValueError(f"range_db = {range_db} must be above 0 dB.")
     if embedding.dim() != 5 or target.dim() != 4 or mixture.shape != (*target.shape[:1], *target.shape[2:]):
         raise ValueError(
             f"embedding {tuple(embedding.shape)}, target {tuple(target.shape)} and mixture {tuple(mixture.shape)} must "

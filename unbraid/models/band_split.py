@@ -88,8 +88,9 @@ class RoPELayer(nn.Module):
     def attend(self, features: Tensor, angles: Tensor) -> Tensor:
         """Multi-head self-attention; every head can be faded out at every frame."""
         projected = rearrange(self.query_key_value(features), "b l (n h c) -> n b h l c", n=3, h=self.n_heads)
-        query, key = rotate(projected[:2], angles)
-        heads = attend(query, key, projected[2], dropout=self.dropout if self.training else 0.0)
+        turning, value = projected.split((2, 1))
+        query, key = rotate(turning, angles)
+        heads = attend(query, key, value[0], dropout=self.dropout if self.training else 0.0)
         gated = heads * rearrange(self.gates(features), "b l h -> b h l 1").sigmoid()
         return self.merge(rearrange(gated, "b h l c -> b l (h c)"))
 
@@ -143,12 +144,10 @@ class BandSplit(nn.Module):
         features = []
         for (_, width), split, scale, weight, bias in zip(self.runs, *parts, strict=True):
             bands = rearrange(split, "b l (k n) -> (b l) k n", n=width)
-            power = bands.square().sum(-1, keepdim=True)
-            level_free = bands * (
-                power.clamp_min(1e-24).rsqrt() * width**0.5
-            )  # silence stays zero, its gradient finite
-            scaled = rearrange(level_free * scale.view(-1, width), "l k n -> k l n")
-            features.append(torch.baddbmm(bias[:, None], scaled, weight.view(-1, width, weight.shape[-1])))
+            power = bands.square().sum(-1, keepdim=True).clamp_min(1e-24)  # silence stays zero, its gradient finite
+            scaled = bands * (power.rsqrt() * width**0.5) * scale.view(-1, width)
+            inputs = rearrange(scaled, "l k n -> k l n")
+            features.append(torch.baddbmm(bias[:, None], inputs, weight.view(-1, width, weight.shape[-1])))
         return torch.cat(features).unflatten(1, numbers.shape[:2]).to(numbers.dtype)
 
 

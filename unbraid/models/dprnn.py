@@ -99,15 +99,17 @@ class DPRNN(nn.Module):
         for given, allowed in ((mask, MASKS), (ends, ("chunk", "pairs"))):
             if given not in allowed:
                 raise ValueError(f"{given!r} is not one of {', '.join(allowed)}.")
-        if chunk_size % 2:
-            raise ValueError(f"chunk_size {chunk_size} must be even: chunks overlap by half.")
+        if chunk_size % 2 or chunk_size < 2:
+            raise ValueError(f"chunk_size {chunk_size} must be even and above 0: chunks overlap by half.")
         stride = stride or kernel_size // 2
         self.n_sources, self.chunk_size, self.mask, self.rectify, self.ends = n_sources, chunk_size, mask, rectify, ends
         self.encoder = LearnedEncoder(n_filters=n_filters, kernel_size=kernel_size, stride=stride)
         self.decoder = LearnedDecoder(n_filters=n_filters, kernel_size=kernel_size, stride=stride)
         self.norm, self.enter = GlobalLayerNorm(n_filters), nn.Linear(n_filters, bottleneck)
         self.paths = nn.ModuleList(
-            Path(n_channels=bottleneck, hidden=hidden, across=across) for _ in range(n_blocks) for across in (False, True)
+            Path(n_channels=bottleneck, hidden=hidden, across=across)
+            for _ in range(n_blocks)
+            for across in (False, True)
         )
         self.activation, self.split = nn.PReLU(), nn.Linear(bottleneck, n_sources * bottleneck)
         self.output, self.gate = nn.Linear(bottleneck, bottleneck), nn.Linear(bottleneck, bottleneck)
@@ -115,8 +117,9 @@ class DPRNN(nn.Module):
 
     def compile_regions(self) -> None:
         """Compile what lies between the LSTMs, which no compiler enters; batch and lengths are left open."""
-        for path in self.paths:
-            path.merge.compile(dynamic=True)
+        for module in self.modules():
+            if isinstance(module, Merge):
+                module.compile(dynamic=True)
 
     def forward(self, mixture: Tensor) -> Tensor:
         """Separate ``(batch, channel, time)`` into ``(batch, source, channel, time)``."""
@@ -141,4 +144,3 @@ class DPRNN(nn.Module):
         sources = rearrange(sources, "b l (s c) -> b l s c", s=self.n_sources)
         masks = self.leave(self.output(sources).tanh() * self.gate(sources).sigmoid())
         return MASKS[self.mask](masks)
-

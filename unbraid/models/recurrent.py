@@ -141,7 +141,7 @@ class Chimera(nn.Module):
             mask=mask,
             dropout=dropout,
         )
-        self.embedding_dim = embedding_dim
+        self.n_sources, self.embedding_dim = n_sources, embedding_dim
         self.embedding = nn.Linear(2 * hidden, (n_fft // 2 + 1) * embedding_dim)
 
     def forward(self, mixture: Tensor) -> Separation:

@@ -1,7 +1,5 @@
 """SepFormer and RE-SepFormer: masks on a learned transform, from transformers over short chunks and across them."""
 
-from collections.abc import Iterable
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -87,11 +85,11 @@ class Path(nn.Module):
         return layer(hidden)
 
 
-def compile_layers(paths: Iterable[nn.Module]) -> None:
+def compile_layers(model: nn.Module) -> None:
     """Compile the transformer layer, of which there are many alike, instead of the whole network at once."""
-    for path in paths:
-        for layer in path.layers:
-            layer.compile()
+    for module in model.modules():
+        if isinstance(module, TransformerLayer):
+            module.compile()
 
 
 def check_sizes(*, n_filters: int, n_heads: int, chunk_size: int, kernel_size: int) -> None:
@@ -100,6 +98,11 @@ def check_sizes(*, n_filters: int, n_heads: int, chunk_size: int, kernel_size: i
     Raises:
         ValueError: In one sentence.
     """
+    if min(n_filters, n_heads, chunk_size, kernel_size) < 1:
+        raise ValueError(
+            f"n_filters {n_filters}, n_heads {n_heads}, chunk_size {chunk_size} and kernel_size {kernel_size} must all "
+            "be above 0."
+        )
     if n_filters % n_heads or n_filters % 2 or chunk_size % 2 or kernel_size % 2:
         raise ValueError(
             f"n_filters {n_filters} must be a multiple of n_heads {n_heads}; it, chunk_size {chunk_size} and "
@@ -122,7 +125,8 @@ class SepFormer(nn.Module):
         n_heads: Attention heads.
         d_hidden: Width of the feed-forward networks.
         dropout: In training; N processes then draw other numbers than one.
-        checkpoint: Compute activations again in the backward instead of keeping them: less memory, a third more time.
+        checkpoint: Compute activations again in the backward instead of keeping them: less memory, up to a third
+            more time.
 
     Raises:
         ValueError: If sizes do not fit each other.
@@ -163,7 +167,7 @@ class SepFormer(nn.Module):
 
     def compile_regions(self) -> None:
         """Compile the transformer layer, for all layers at once."""
-        compile_layers((*self.within, *self.across))
+        compile_layers(self)
 
     def forward(self, mixture: Tensor) -> Tensor:
         """Separate ``(batch, channel, time)`` into ``(batch, source, channel, time)``."""
@@ -214,7 +218,8 @@ class RESepFormer(nn.Module):
         n_heads: Attention heads.
         d_hidden: Width of the feed-forward networks.
         dropout: In training; N processes then draw other numbers than one.
-        checkpoint: Compute activations again in the backward instead of keeping them: less memory, a third more time.
+        checkpoint: Compute activations again in the backward instead of keeping them: less memory, up to a third
+            more time.
 
     Raises:
         ValueError: If sizes do not fit each other.
@@ -257,7 +262,7 @@ class RESepFormer(nn.Module):
 
     def compile_regions(self) -> None:
         """Compile the transformer layer, for all layers at once."""
-        compile_layers((*self.within, *self.across))
+        compile_layers(self)
 
     def forward(self, mixture: Tensor) -> Tensor:
         """Separate ``(batch, channel, time)`` into ``(batch, source, channel, time)``."""

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from unbraid.dsp import istft, stft
 from unbraid.models.attention import attend, rotary_angles, rotate
@@ -18,31 +18,32 @@ EPS = 1e-5
 class RMSGroupNorm(nn.Module):
     """Divide each group of channels by its root mean square, at every frame for itself; then scale each channel.
 
-    Always in float32. What is added to the square is far below `EPS`; it keeps the gradient at 0 finite.
+    Always in float32, and 1.7x as fast as by squares and a mean. At 0 the gradient of the norm is 0.
     """
 
     def __init__(self, n_channels: int, *, n_groups: int) -> None:
         super().__init__()
-        self.n_groups = n_groups
+        self.groups = (n_groups, n_channels // n_groups)
         self.weight = nn.Parameter(torch.ones(n_channels))
 
     def forward(self, features: Tensor) -> Tensor:
         """``(..., channel)`` in and out."""
-        groups = features.float().unflatten(-1, (self.n_groups, -1))
-        rms = (groups.square().mean(-1, keepdim=True) + 1e-20).sqrt()
-        return (groups / (rms + EPS)).flatten(-2) * self.weight
+        groups = features.float().unflatten(-1, self.groups)  # a size of -1 is more than the compiler can take
+        rms = torch.linalg.vector_norm(groups, dim=-1, keepdim=True) * self.groups[1] ** -0.5
+        return (groups * (rms + EPS).reciprocal()).flatten(-2) * self.weight
 
 
 class ConvSwiGLU(nn.Module):
-    """A gated feed-forward network of two convolutions: each frame sees ``kernel_size - 1`` others on either side.
+    """Add a gated network of two convolutions: each frame sees ``kernel_size - 1`` others on either side.
 
     The first convolution sees the sequence with zeros around it and the second one takes them off again, which is what
     the published code does with a transposed convolution. Both are two-dimensional in name only: with channels last
     torch then copies nothing, and is 1.3x (bfloat16: 1.6x) as fast as in one dimension.
     """
 
-    def __init__(self, *, d_model: int, d_hidden: int, kernel_size: int) -> None:
+    def __init__(self, *, d_model: int, d_hidden: int, kernel_size: int, n_groups: int) -> None:
         super().__init__()
+        self.norm = RMSGroupNorm(d_model, n_groups=n_groups)
         self.widen = nn.Conv2d(d_model, 2 * d_hidden, (1, kernel_size), padding=(0, kernel_size - 1))
         self.narrow = nn.Conv2d(d_hidden, d_model, (1, kernel_size))
 
@@ -51,41 +52,50 @@ class ConvSwiGLU(nn.Module):
 
         Not in fp16 on the CPU, where the backward pass of a convolution takes torch 200 times as long.
         """
+        images = self.norm(features)[:, None].permute(0, 3, 1, 2)
         with with_range(features.device) if features.device.type == "cpu" else nullcontext():
-            hidden, gate = self.widen(features[:, None].permute(0, 3, 1, 2)).chunk(2, 1)
-            return self.narrow(hidden * nn.functional.silu(gate)).permute(0, 2, 3, 1)[:, 0]
+            hidden, gate = self.widen(images).chunk(2, 1)
+            added = self.narrow(hidden * nn.functional.silu(gate))
+        return features + added.permute(0, 2, 3, 1)[:, 0]
+
+
+class RotaryAttention(nn.Module):
+    """Add multi-head self-attention with rotary positions."""
+
+    def __init__(self, *, d_model: int, d_attention: int, n_heads: int, n_groups: int) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+        self.norm = RMSGroupNorm(d_model, n_groups=n_groups)
+        self.query_key_value = nn.Linear(d_model, 3 * d_attention, bias=False)
+        self.merge = nn.Linear(d_attention, d_model, bias=False)
+
+    def forward(self, features: Tensor, angles: Tensor) -> Tensor:
+        """``(batch, frame, channel)`` in and out."""
+        projected = self.query_key_value(self.norm(features))
+        parts = rearrange(projected, "b l (n h c) -> n b h l c", n=3, h=self.n_heads)
+        query, key = rotate(parts[:2], angles)
+        heads = attend(query, key, parts[2])
+        return features + self.merge(rearrange(heads, "b h l c -> b l (h c)"))
 
 
 class LocoformerLayer(nn.Module):
-    """A convolution network, attention, and another convolution network, each with a norm before and a way around."""
+    """Convolutions, attention, convolutions; what they add to stays in float32 under autocast too.
+
+    The published code does not halve what the convolutions add, though the paper does.
+    """
 
     def __init__(
         self, *, d_model: int, d_hidden: int, kernel_size: int, d_attention: int, n_heads: int, n_groups: int
     ) -> None:
         super().__init__()
-        self.n_heads = n_heads
-        self.first_norm, self.last_norm = (RMSGroupNorm(d_model, n_groups=n_groups) for _ in range(2))
-        self.first, self.last = (
-            ConvSwiGLU(d_model=d_model, d_hidden=d_hidden, kernel_size=kernel_size) for _ in range(2)
-        )
-        self.attention_norm = RMSGroupNorm(d_model, n_groups=n_groups)
-        self.query_key_value = nn.Linear(d_model, 3 * d_attention, bias=False)
-        self.merge = nn.Linear(d_attention, d_model, bias=False)
+        sizes = {"d_model": d_model, "n_groups": n_groups}
+        self.first = ConvSwiGLU(**sizes, d_hidden=d_hidden, kernel_size=kernel_size)
+        self.attention = RotaryAttention(**sizes, d_attention=d_attention, n_heads=n_heads)
+        self.last = ConvSwiGLU(**sizes, d_hidden=d_hidden, kernel_size=kernel_size)
 
     def forward(self, features: Tensor, angles: Tensor) -> Tensor:
-        """``(batch, frame, channel)`` in and out; what is added up stays in float32 under autocast too.
-
-        The published code does not halve what the two networks add, though the paper does.
-        """
-        features = features + self.first(self.first_norm(features))
-        features = features + self.attend(self.attention_norm(features), angles)
-        return features + self.last(self.last_norm(features))
-
-    def attend(self, features: Tensor, angles: Tensor) -> Tensor:
-        """Multi-head self-attention with rotary positions."""
-        query, key, value = rearrange(self.query_key_value(features), "b l (n h c) -> n b h l c", n=3, h=self.n_heads)
-        heads = attend(rotate(query, angles), rotate(key, angles), value)
-        return self.merge(rearrange(heads, "b h l c -> b l (h c)"))
+        """``(batch, frame, channel)`` in and out."""
+        return self.last(self.attention(self.first(features), angles))
 
 
 class TFLocoformer(nn.Module):
@@ -171,9 +181,10 @@ class TFLocoformer(nn.Module):
                 nn.init.zeros_(weight)
 
     def compile_regions(self) -> None:
-        """Compile the layer, of which there are many alike, with batch and frames left open."""
+        """Compile convolutions and attention, each for all layers and lengths; in one region the compiler fails."""
         for layer in (*self.along_freq, *self.along_time):
-            layer.compile(dynamic=True)
+            for part in (layer.first, layer.attention, layer.last):
+                part.compile(dynamic=True)
 
     def forward(self, mixture: Tensor) -> Tensor:
         """Separate ``(batch, channel, time)`` into ``(batch, source, channel, time)``.
@@ -186,10 +197,11 @@ class TFLocoformer(nn.Module):
         waveform = rearrange(mixture.float(), "b c t -> (b c) t")
         level = deviation(waveform)
         scaled = nn.functional.pad(waveform / level.clamp_min(1e-12), (0, -time % self.hop_length))
-        frame = {"n_fft": self.n_fft, "hop_length": self.hop_length, "window": self.window}
-        spectra = self.spectra(stft(scaled, **frame))
-        waveforms = istft(spectra, **frame, time=scaled.shape[-1])[..., :time] * level[:, None]
-        return rearrange(waveforms, "(b c) s t -> b s c t", b=batch)
+        spectra = self.spectra(stft(scaled, n_fft=self.n_fft, hop_length=self.hop_length, window=self.window))
+        waveforms = istft(
+            spectra, n_fft=self.n_fft, hop_length=self.hop_length, window=self.window, time=scaled.shape[-1]
+        )
+        return rearrange(waveforms[..., :time] * level[:, None], "(b c) s t -> b s c t", b=batch)
 
     def spectra(self, mixture: Tensor) -> Tensor:
         """Spectrum of the mixture, complex ``(batch, freq, frame)``, to ``(batch, source, freq, frame)``."""
@@ -216,11 +228,11 @@ class TFLocoformer(nn.Module):
     def run(self, layer: nn.Module, features: Tensor, angles: Tensor) -> Tensor:
         """One layer, whose results are kept for the backward pass or not."""
         if self.checkpoint and torch.is_grad_enabled():
-            return checkpoint(layer, features, angles, use_reentrant=False, preserve_rng_state=False)
+            return recomputed(layer, features, angles, use_reentrant=False, preserve_rng_state=False)
         return layer(features, angles)
 
 
 def deviation(waveform: Tensor) -> Tensor:
-    """Standard deviation over time, ``(batch, time)`` to ``(batch, 1)``: exactly 0, with a gradient of 0, in silence."""
+    """Standard deviation over time, ``(batch, time)`` to ``(batch, 1)``; in silence exactly 0, with a gradient of 0."""
     centred = waveform - waveform.mean(-1, keepdim=True)
     return torch.linalg.vector_norm(centred, dim=-1, keepdim=True) * max(1, waveform.shape[-1] - 1) ** -0.5

@@ -64,5 +64,9 @@ def example_losses(loss: ExampleLoss, output: Tensor | Separation, batch: Batch)
 def extras_of(output: Tensor | Separation, batch: Batch) -> dict[str, Any]:
     """What a loss may ask for by name beside estimate and target."""
     beside = output._asdict() if isinstance(output, Separation) else {}
-    beside.pop("sources", None)
-    return {"mixture": batch.mixture, **beside}
+    return {"mixture": batch.mixture} | {k: v for k, v in beside.items() if k != "sources" and _is_known(v)}
+
+
+def _is_known(value: Any) -> bool:
+    """Whether a field of a `Separation` was given: an embedding, or a size above 0."""
+    return value is not None and (isinstance(value, Tensor) or value > 0)

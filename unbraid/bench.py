@@ -1,0 +1,401 @@
+"""A recipe's training steps timed on this machine: in each precision, compiled or not, in batches of several sizes."""
+
+import math
+import multiprocessing
+import platform
+import signal
+import statistics
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise, product
+from multiprocessing.connection import Connection
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from unbraid.assemble import build_model, build_state, choose_device
+from unbraid.data.batch import Batch
+from unbraid.errors import UserError
+from unbraid.recipe import Recipe
+from unbraid.records import StepRecord
+from unbraid.robust.precision import PRECISIONS, best_precision
+from unbraid.train.state import TrainState
+from unbraid.train.step import Launched, finish, launch
+from unbraid.train.watch import peak_memory
+
+TIMES = (1, 2, 4)
+"""The recipe's batch size, and multiples of it."""
+
+AS_FAST = 0.97
+"""Who does this share of the fastest's examples a second is as fast: it is no more than a busy machine takes."""
+
+WORTH_TELLING = 1.1
+"""So many times the examples a second make a larger batch worth a word."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to train by a recipe."""
+
+    precision: str
+    compiled: bool
+    batch_size: int
+
+    @property
+    def words(self) -> str:
+        """In a line of progress."""
+        return f"{self.precision}{' compiled' * self.compiled}, batch {self.batch_size}"
+
+
+@dataclass(frozen=True)
+class BenchRow:
+    """What a variant does on this machine.
+
+    Attributes:
+        variant: Which.
+        examples_per_second: None where there are no figures, as for all that follow.
+        step_seconds: Median, of wall time.
+        peak_memory_bytes: On the accelerator; of the whole process, the compiler in it, where there is none.
+        first_step_seconds: From building the model to the end of the first step.
+        note: Why there are no figures, or what to know of them; empty where there is nothing to say.
+    """
+
+    variant: Variant
+    examples_per_second: float | None = None
+    step_seconds: float | None = None
+    peak_memory_bytes: int | None = None
+    first_step_seconds: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Advice:
+    """Which variant to take, in the words of a recipe.
+
+    Attributes:
+        take: Values by recipe key, such as ``train.precision``; empty where nothing could be measured.
+        words: The same as a sentence, with its reasons.
+    """
+
+    take: dict[str, Any]
+    words: str
+
+
+@dataclass(frozen=True)
+class Bench:
+    """All that was measured.
+
+    Attributes:
+        model: Its name in the recipe.
+        excerpt: Length and rate of an example.
+        device: Where.
+        rows: In the order in which they were measured.
+        advice: What follows.
+        stopped: Whether it was interrupted: there may be more to know.
+    """
+
+    model: str
+    excerpt: str
+    device: str
+    rows: tuple[BenchRow, ...]
+    advice: Advice
+    stopped: bool
+
+    def table(self) -> Table:
+        """For a terminal; the row that is advised stands out."""
+        notes = "\n".join(f"{row.variant.words}: {row.note}" for row in self.rows if row.note)
+        title = f"{self.model}, {self.excerpt}, on {self.device}"
+        left: Any = {"title_justify": "left", "caption_justify": "left"}
+        table = Table(title=title, caption=notes, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), **left)
+        for name in ("precision", "compiled", "batch", "ex/s", "ms/step", "memory", "1st step", ""):
+            table.add_column(name, justify="right", no_wrap=True)
+        for row in self.rows:
+            chosen = self.advice.take == _keys(row.variant)
+            table.add_row(*_cells(row), "take" * chosen, style="bold" if chosen else None)
+        return table
+
+
+def run_bench(
+    recipe: Recipe, *, seconds: float = 5.0, progress: Callable[[float, str], None] = lambda _done, _text: None
+) -> Bench:
+    """Measure every variant, each in a fresh process; an interrupt (Ctrl-C) ends it with what is known by then.
+
+    Args:
+        recipe: Its model, loss, optimizer and clipper are what is timed; no data are needed.
+        seconds: Of steps for each variant, beside its first one, which compiling can make long.
+        progress: Told the share that is done, and what is under way.
+
+    Raises:
+        UserError: If the recipe cannot be used.
+    """
+    device = choose_device()
+    asked = variants(recipe, device)
+    rows, stopped = list[BenchRow](), False
+    try:
+        for place, variant in enumerate(asked):
+            progress(place / len(asked), variant.words)
+            if variant.batch_size == recipe.data.batch_size or fits(variant, rows, device):
+                rows.append(in_a_fresh_process(recipe, variant, seconds))
+        progress(1.0, "")
+    except KeyboardInterrupt:
+        stopped = True
+    excerpt = f"{recipe.data.excerpt_seconds:g} s at {recipe.data.sample_rate} Hz"
+    advice = advise(rows, recipe)
+    if stopped:
+        advice = replace(advice, words=f"Interrupted; of these rows alone: {advice.words}")
+    return Bench(recipe.model.name, excerpt, _device_name(device), tuple(rows), advice, stopped)
+
+
+def variants(recipe: Recipe, device: torch.device) -> list[Variant]:
+    """All that the device can, the recipe's own batch size first."""
+    if device.type == "cuda":
+        precisions = ["fp32", *(["bf16"] if best_precision(device) == "bf16" else []), "fp16"]
+    else:
+        precisions = list(dict.fromkeys(["fp32", best_precision(device)]))
+    sizes = [times * recipe.data.batch_size for times in TIMES]
+    return [Variant(*one) for one in ((p, c, size) for size, p, c in product(sizes, precisions, (False, True)))]
+
+
+def fits(variant: Variant, rows: Sequence[BenchRow], device: torch.device) -> bool:
+    """Whether a larger batch is worth a try: half of it could be measured, and twice that memory is there."""
+    half = replace(variant, batch_size=variant.batch_size // 2)
+    smaller = next((row for row in rows if row.variant == half), None)
+    if smaller is None or smaller.peak_memory_bytes is None:
+        return False
+    return device.type == "cuda" or 2 * smaller.peak_memory_bytes < available_memory()
+
+
+def available_memory() -> float:
+    """Bytes that the machine could still give away; without end where it does not tell."""
+    try:
+        rows = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return math.inf
+    return next((1024.0 * int(row.split()[1]) for row in rows if row.startswith("MemAvailable")), math.inf)
+
+
+def in_a_fresh_process(recipe: Recipe, variant: Variant, seconds: float) -> BenchRow:
+    """Measure where nothing was compiled, allocated or crashed before; if memory runs out, only this process ends."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_measure_and_send, args=(sender, recipe, variant, seconds), daemon=True)
+    _start_deaf(child)
+    sender.close()
+    try:
+        row: BenchRow | str = receiver.recv()
+    except EOFError:
+        child.join()
+        killed = child.exitcode == -signal.SIGKILL
+        row = BenchRow(variant, note="out of memory" if killed else f"ended with status {child.exitcode}")
+    finally:
+        child.kill()
+        child.join()
+        receiver.close()
+    if isinstance(row, str):
+        raise UserError(row)
+    return row
+
+
+def _start_deaf(child: Any) -> None:
+    """Start a process that an interrupt from the keyboard does not reach: this one hears it, and ends the other."""
+    if threading.current_thread() is not threading.main_thread():
+        child.start()
+        return
+    heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        child.start()
+    finally:
+        signal.signal(signal.SIGINT, heard)
+
+
+def _measure_and_send(sender: Connection, recipe: Recipe, variant: Variant, seconds: float) -> None:
+    try:
+        sender.send(measure(recipe, variant, seconds=seconds))
+    except UserError as error:
+        sender.send(str(error))
+
+
+def measure(recipe: Recipe, variant: Variant, *, seconds: float) -> BenchRow:
+    """Train on noise for a while, in this process, as a run by the recipe would.
+
+    Args:
+        recipe: Built by the same functions as for training.
+        variant: Instead of what the recipe says.
+        seconds: Of steps after the first; at least one more is made.
+
+    Raises:
+        UserError: If the recipe cannot be used.
+    """
+    device = choose_device()
+    began = perf_counter()
+    model = build_model(recipe).to(device)
+    if variant.compiled:
+        getattr(model, "compile_regions", model.compile)()
+    state = build_state(recipe, model, precision=variant.precision)
+    parts = [part.to(device) for part in noise(recipe, variant.batch_size).split(recipe.train.accumulate)]
+    ends, outcome = list[float](), ""
+    try:
+        for record in steps(state, parts):
+            ends.append(perf_counter())
+            outcome = record.outcome
+            if outcome == "out_of_memory" or (len(ends) > 1 and ends[-1] - ends[0] >= seconds):
+                break
+    except (RuntimeError, MemoryError) as error:
+        return BenchRow(variant, note=_said(error))
+    if outcome == "out_of_memory":
+        return BenchRow(variant, note="out of memory")
+    taken = [after - before for before, after in pairwise(ends)]
+    step_seconds = statistics.median(taken[1:] or taken)  # the second step still makes room for itself
+    notes = [] if state.n_pieces == 1 else [f"in {state.n_pieces} pieces, as memory does not do for the whole"]
+    notes += [] if outcome in ("trained", "all_easy", "loss_scale") else [outcome.replace("_", " ")]
+    return BenchRow(
+        variant,
+        examples_per_second=variant.batch_size / step_seconds,
+        step_seconds=step_seconds,
+        peak_memory_bytes=peak_memory(device),
+        first_step_seconds=ends[0] - began,
+        note="; ".join(notes),
+    )
+
+
+def noise(recipe: Recipe, batch_size: int) -> Batch:
+    """A batch of the right size and level."""
+    rng = torch.Generator().manual_seed(recipe.data.seed)
+    sources = torch.randn(batch_size, recipe.data.n_sources, 1, recipe.data.n_samples, generator=rng)
+    sources *= 10 ** (recipe.data.level_db / 20)
+    return Batch.of(sources.sum(1), sources)
+
+
+def steps(state: TrainState, parts: Sequence[Batch]) -> Iterator[StepRecord]:
+    """Steps without end on the same micro-batches; on an accelerator one is launched before the last is finished."""
+    ahead = 1 if state.device.type == "cuda" and state.on_bad_example == "skip" else 0
+    under_way: list[Launched] = []
+    while True:
+        under_way.append(launch(state, parts))
+        if len(under_way) > ahead:
+            yield finish(state, under_way.pop(0))[0]
+
+
+def advise(rows: Sequence[BenchRow], recipe: Recipe) -> Advice:
+    """Which precision to take, and whether to compile, at the recipe's batch size; a larger one is only told of.
+
+    Args:
+        rows: What was measured.
+        recipe: Its budget says whether the seconds that compiling takes come back.
+    """
+    own = [row for row in rows if row.variant.batch_size == recipe.data.batch_size]
+    usable = [row for row in own if row.examples_per_second]
+    if not usable:
+        return Advice({}, _why_nothing(own))
+    best, words = _pick(usable), []
+    eager = [row for row in usable if not row.variant.compiled]
+    if best.variant.compiled and eager:
+        after, planned = _won_back_after(best, _pick(eager)), _planned_steps(recipe, best)
+        gain = _ratio(best, _pick(eager))
+        if after > planned:
+            words = [
+                f"Compiled it does {gain:.2f} times as much, which the start of {planned:.0f} steps does not repay."
+            ]
+            best = _pick(eager)
+        else:
+            words = [
+                f"Compiling does {gain:.2f} times as much; what it takes at the start comes back in {after:.0f} steps."
+            ]
+    listed = ", ".join(f"{key} = {_toml(value)}" for key, value in _keys(best.variant).items())
+    first = f"Take {listed}: {_rate(best)} examples a second"
+    reference = [row for row in eager if row.variant.precision == "fp32" and row is not best]
+    first += f", {_ratio(best, reference[0]):.2f} times fp32 not compiled." if reference else "."
+    return Advice(_keys(best.variant), " ".join([first, *words, *_of_larger(rows, best)]))
+
+
+def _pick(rows: Sequence[BenchRow]) -> BenchRow:
+    """The fastest; of those that are as fast, the one that asks for the least."""
+    fastest = max(row.examples_per_second or 0 for row in rows)
+    as_fast = [row for row in rows if (row.examples_per_second or 0) >= AS_FAST * fastest]
+    return min(as_fast, key=lambda row: (row.variant.compiled, list(PRECISIONS).index(row.variant.precision)))
+
+
+def _ratio(row: BenchRow, other: BenchRow) -> float:
+    return (row.examples_per_second or math.nan) / (other.examples_per_second or math.nan)
+
+
+def _won_back_after(compiled: BenchRow, eager: BenchRow) -> float:
+    """Steps until what compiling saves is what it took."""
+    taken = (compiled.first_step_seconds or 0) - (eager.first_step_seconds or 0)
+    saved = (eager.step_seconds or 0) - (compiled.step_seconds or 0)
+    return max(0.0, taken / saved) if saved > 0 else math.inf
+
+
+def _planned_steps(recipe: Recipe, row: BenchRow) -> float:
+    by_minutes = 60 * recipe.train.max_minutes / (row.step_seconds or math.nan)
+    return min(recipe.train.max_steps or math.inf, by_minutes or math.inf)
+
+
+def _of_larger(rows: Sequence[BenchRow], best: BenchRow) -> list[str]:
+    """A sentence where a larger batch does clearly more."""
+    size = {"data.batch_size": best.variant.batch_size}
+    alike = [row for row in rows if row.examples_per_second and _keys(row.variant) | size == _keys(best.variant)]
+    most = max(alike, key=lambda row: row.examples_per_second or 0)
+    if _ratio(most, best) < WORTH_TELLING:
+        return []
+    return [
+        f"data.batch_size = {most.variant.batch_size} does {_ratio(most, best):.2f} times as many examples a second, "
+        "but is another training: the learning rate has to be found anew."
+    ]
+
+
+def _why_nothing(rows: Sequence[BenchRow]) -> str:
+    if not rows:
+        return "Nothing was measured yet."
+    notes = ", ".join(dict.fromkeys(row.note for row in rows))
+    advice = " Lower data.batch_size or data.excerpt_seconds, or raise train.accumulate." * ("memory" in notes)
+    return f"No variant did a step: {notes}.{advice}"
+
+
+def _keys(variant: Variant) -> dict[str, Any]:
+    return {
+        "train.precision": variant.precision,
+        "train.compile": "on" if variant.compiled else "off",
+        "data.batch_size": variant.batch_size,
+    }
+
+
+def _toml(value: object) -> str:
+    return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def _cells(row: BenchRow) -> list[str]:
+    variant = row.variant
+    cells = [variant.precision, "yes" if variant.compiled else "no", str(variant.batch_size)]
+    if row.examples_per_second is None:
+        return [*cells, "-", "-", "-", "-"]
+    figures = [_rate(row), _short(1000 * (row.step_seconds or 0))]
+    memory = f"{(row.peak_memory_bytes or 0) / 2**30:.2f} GiB"
+    return [*cells, *figures, memory, f"{row.first_step_seconds:.1f} s"]
+
+
+def _rate(row: BenchRow) -> str:
+    return _short(row.examples_per_second or 0)
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+def _said(error: BaseException) -> str:
+    """What an error says, in a few words."""
+    text = str(error)
+    if isinstance(error, MemoryError) or "allocate memory" in text or "not enough memory" in text:
+        return "out of memory"
+    return f"{type(error).__name__}: {(text.splitlines() or ['no reason given'])[0][:200]}"
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({platform.machine()}, threads: {torch.get_num_threads()})"
