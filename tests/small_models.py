@@ -47,7 +47,7 @@ SMALL = {
         "n_split_layers": 1,
         "n_rebuild_layers": 1,
         "local_kernel": 17,
-        "layer_scale": 1.0,
+        "layer_scale": 0.5,
     },
     "tf_locoformer": {"n_fft": 64, "hop_length": 32, "n_layers": 2, "d_model": 32, "d_hidden": 32, "kernel_size": 4}
     | {"d_attention": 32},

@@ -84,9 +84,8 @@ def import_foreign(args: argparse.Namespace) -> int:
     recipe = import_checkpoint(args.files, out, sample_rate=args.sample_rate, overrides=args.set)
     model, data = recipe.model.name, recipe.data
     print(f"{out} holds a {model} that returns {data.n_sources} source(s), at {data.sample_rate} Hz.")
-    print(
-        f"Next: {program()} separate FILES -m {out} -o FOLDER; to train it further, init = {str(out.absolute())!r} in [model]."
-    )
+    print(f"Next: {program()} separate FILES -m {out} -o FOLDER")
+    print(f"To train it further: init = {str(out.absolute())!r} in [model]")
     return 0
 
 

@@ -50,8 +50,8 @@ def n_weights(**sizes):
         return sum(weight.numel() for weight in BSRoFormer(**sizes).parameters())
 
 
-def test_published_sizes_have_the_published_numbers_of_parameters():
-    """72.2 and 84.2 million; exactly as many as MSST's BSRoformer and MelBandRoformer have in these sizes.
+def test_the_defaults_have_the_published_size_and_those_with_mel_bands_that_of_msst():
+    """72.2 million; both exactly as many as MSST's BSRoformer and MelBandRoformer have in these sizes.
 
     With dim 384, depth 6, 8 heads of 48, one layer in a transformer, one stem from stereo, and `mask_estimator_depth` 2
     for the first and 1 for the second, which leaves the last layer out of its count.
