@@ -55,21 +55,22 @@ SMALL = {
 """Wide and deep enough for roundings to behave as in the published sizes."""
 
 
-def tiny(name, *, seed=0, whole=False, **sizes):
-    return _made(name, TINY[name] | sizes, seed, whole)
+def as_it_is(name, *, seed=0, sizes=TINY, **others):
+    """A model that returns what it returns."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MODELS[name](**sizes[name] | others)
+
+
+def tiny(name, *, whole=False, **others):
+    """One that returns its sources alone; or, whole, all that it returns as one row of numbers."""
+    model = as_it_is(name, **others)
+    model.register_forward_hook(lambda _model, _given, output: flat(output) if whole else sources_of(output))
+    return model
 
 
 def small(name, *, seed=0):
-    return _made(name, SMALL[name], seed, whole=False)
-
-
-def _made(name, sizes, seed, whole):
-    """A model that returns its sources alone; or, whole, all that it returns as one row of numbers."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = MODELS[name](**sizes)
-    model.register_forward_hook(lambda _model, _given, output: flat(output) if whole else sources_of(output))
-    return model
+    return tiny(name, seed=seed, sizes=SMALL)
 
 
 def flat(output):

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from small_models import tiny
+from small_models import as_it_is as tiny
 
 from unbraid.dsp import stft
 from unbraid.losses.spectral import deep_clustering
