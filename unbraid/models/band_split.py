@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as recompute
 
 from unbraid.dsp import istft, stft
 from unbraid.models.attention import attend, rotary_angles, rotate
-from unbraid.models.layers import check_mixture
+from unbraid.models.layers import check_mixture, run_layer
 
 PUBLISHED_WIDTHS = (2,) * 24 + (4,) * 12 + (12,) * 8 + (24,) * 8 + (48,) * 8 + (128, 129)
 """Bins of each of the 62 bands in the paper, where a bin is 44,100 / 2,048 Hz wide."""
@@ -368,13 +367,9 @@ class BSRoFormer(nn.Module):
         time_angles = rotary_angles(features.shape[2], self.d_head, device)
         band_angles = rotary_angles(features.shape[0], self.d_head, device)
         for block in self.blocks:
-            if self.checkpoint and torch.is_grad_enabled():
-                draws = self.dropout > 0
-                features = recompute(
-                    block, features, time_angles, band_angles, use_reentrant=False, preserve_rng_state=draws
-                )
-            else:
-                features = block(features, time_angles, band_angles)
+            features = run_layer(
+                block, features, time_angles, band_angles, recompute=self.checkpoint, draws=self.dropout > 0
+            )
         masks = rearrange(self.estimate(self.norm(features)), "b s l (f c n) -> b s l f c n", c=self.n_channels, n=2)
         return torch.view_as_complex(self.average(masks) if self.overlap else masks)
 

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def cut(features: Tensor, chunk_size: int) -> Tensor:
@@ -32,6 +32,17 @@ def join(chunks: Tensor, n_frames: int) -> Tensor:
     hop = chunks.shape[2] // 2
     early, late = chunks[:, 1:, :hop], chunks[:, :-1, hop:]
     return rearrange(early + late, "b s h c -> b (s h) c")[:, :n_frames]
+
+
+def join_and_split(chunks: Tensor, n_frames: int, split: nn.Linear, n_sources: int) -> Tensor:
+    """`join`, and then a linear layer that gives each source its channels, ``(batch, frame, source, channel)``.
+
+    To split before joining would be the published order, the same sum, and twice the work: each frame lies in two
+    chunks, and so has the bias twice.
+    """
+    joined = join(chunks, n_frames)
+    sources = F.linear(joined, split.weight, 2 * split.bias)
+    return rearrange(sources, "b l (s c) -> b l s c", s=n_sources)
 
 
 def published_pads(n_frames: int, chunk_size: int, ends: Literal["pairs", "chunk"]) -> tuple[int, int]:

@@ -1,6 +1,5 @@
 """Conv-TasNet: masks on a learned transform, from a stack of dilated convolutions."""
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -8,13 +7,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from unbraid.models.layers import NORMS, LearnedDecoder, LearnedEncoder, check_mixture, fourier_filters
-
-MASKS: dict[str, Callable[[Tensor], Tensor]] = {
-    "sigmoid": torch.sigmoid,
-    "relu": torch.relu,
-    "softmax": lambda masks: masks.softmax(2),
-}
+from unbraid.models.layers import MASKS, NORMS, LearnedDecoder, LearnedEncoder, fourier_filters, mask_learned
 
 
 class ConvBlock(nn.Module):
@@ -133,13 +126,7 @@ class ConvTasNet(nn.Module):
 
     def forward(self, mixture: Tensor) -> Tensor:
         """Separate ``(batch, channel, time)`` into ``(batch, source, channel, time)``."""
-        check_mixture(mixture)
-        batch, _, time = mixture.shape
-        encoded = self.encoder(rearrange(mixture, "b c t -> (b c) t"))
-        encoded = encoded.relu() if self.rectify else encoded
-        masks = self.masks(encoded)
-        masked = rearrange(masks * encoded[:, :, None], "bc l s f -> (bc s) l f")
-        return rearrange(self.decoder(masked, time), "(b c s) t -> b s c t", b=batch, s=self.n_sources)
+        return mask_learned(mixture, encoder=self.encoder, masks=self.masks, decoder=self.decoder, rectify=self.rectify)
 
     def compile_regions(self) -> None:
         """Compile what pays: one block, with batch, frames and dilation left open, for all blocks and lengths."""

@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from unbraid.models.chunks import cut, join, published_pads
-from unbraid.models.conv_tasnet import MASKS
-from unbraid.models.layers import GlobalLayerNorm, LearnedDecoder, LearnedEncoder, check_mixture, with_range
+from unbraid.models.chunks import cut, join_and_split, published_pads
+from unbraid.models.layers import MASKS, GlobalLayerNorm, LearnedDecoder, LearnedEncoder, mask_learned, with_range
 
 
 class Merge(nn.Module):
@@ -123,12 +122,7 @@ class DPRNN(nn.Module):
 
     def forward(self, mixture: Tensor) -> Tensor:
         """Separate ``(batch, channel, time)`` into ``(batch, source, channel, time)``."""
-        check_mixture(mixture)
-        batch, _, time = mixture.shape
-        encoded = self.encoder(rearrange(mixture, "b c t -> (b c) t"))
-        encoded = encoded.relu() if self.rectify else encoded
-        masked = rearrange(self.masks(encoded) * encoded[:, :, None], "bc l s f -> (bc s) l f")
-        return rearrange(self.decoder(masked, time), "(b c s) t -> b s c t", b=batch, s=self.n_sources)
+        return mask_learned(mixture, encoder=self.encoder, masks=self.masks, decoder=self.decoder, rectify=self.rectify)
 
     def masks(self, encoded: Tensor) -> Tensor:
         """``(batch, frame, filter)`` to ``(batch, frame, source, filter)``; what all paths add to stays float32."""
@@ -137,10 +131,8 @@ class DPRNN(nn.Module):
         chunks = cut(F.pad(features, (0, 0, before, after)), self.chunk_size)
         for path in self.paths:
             chunks = path(chunks)
-        joined = join(self.activation(chunks), before + features.shape[1])[:, before:]
-        # To split before joining would be the published order, the same sum, and twice the work: each frame lies in
-        # two chunks, and so has the bias twice.
-        sources = F.linear(joined, self.split.weight, 2 * self.split.bias)
-        sources = rearrange(sources, "b l (s c) -> b l s c", s=self.n_sources)
+        sources = join_and_split(self.activation(chunks), before + features.shape[1], self.split, self.n_sources)[
+            :, before:
+        ]
         masks = self.leave(self.output(sources).tanh() * self.gate(sources).sigmoid())
         return MASKS[self.mask](masks)

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from unbraid.dsp import overlap_add
 
@@ -61,6 +63,13 @@ def check_mixture(mixture: Tensor, *, n_channels: int | None = None) -> None:
     if n_channels is not None and mixture.shape[1] != n_channels:
         raise ValueError(f"This model is made for {n_channels} channels and the mixture has {mixture.shape[1]}.")
 
+
+MASKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "relu": torch.relu,
+    "softmax": lambda masks: masks.softmax(2),
+}
+"""What makes masks of ``(batch, frame, source, filter)``; a softmax is over the sources."""
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {"gln": GlobalLayerNorm, "cln": partial(nn.LayerNorm, eps=1e-8)}
 
@@ -133,3 +142,49 @@ class LearnedDecoder(nn.Module):
         with with_range(features.device):
             filtered = self.filters(features).float()
         return overlap_add(filtered, self.stride)[:, :time]
+
+
+def mask_learned(
+    mixture: Tensor,
+    *,
+    encoder: LearnedEncoder,
+    masks: Callable[[Tensor], Tensor],
+    decoder: LearnedDecoder,
+    rectify: bool = True,
+) -> Tensor:
+    """What all models do that mask a learned transform of the mixture, each channel for itself.
+
+    Args:
+        mixture: ``(batch, channel, time)``.
+        encoder: The transform.
+        masks: ``(batch, frame, filter)`` to ``(batch, frame, source, filter)``.
+        decoder: The way back.
+        rectify: Whether a ReLU follows the transform.
+
+    Returns:
+        ``(batch, source, channel, time)``.
+
+    Raises:
+        ValueError: If it is no mixture.
+    """
+    check_mixture(mixture)
+    batch, _, time = mixture.shape
+    encoded = encoder(rearrange(mixture, "b c t -> (b c) t"))
+    encoded = encoded.relu() if rectify else encoded
+    masked = masks(encoded) * encoded[:, :, None]
+    waveforms = decoder(rearrange(masked, "bc l s f -> (bc s) l f"), time)
+    return rearrange(waveforms, "(b c s) t -> b s c t", b=batch, s=masked.shape[2])
+
+
+def run_layer(layer: nn.Module, *given: Tensor, recompute: bool, draws: bool = False) -> Tensor:
+    """One layer of many; with `recompute` nothing but its input is kept, and the backward computes the rest again.
+
+    Args:
+        layer: Of tensors to a tensor.
+        given: What it is called with.
+        recompute: Whether to trade time for memory; without gradients it makes no difference.
+        draws: Whether it draws random numbers, so that the random state, which takes time, has to be kept.
+    """
+    if recompute and torch.is_grad_enabled():
+        return recomputed(layer, *given, use_reentrant=False, preserve_rng_state=draws)
+    return layer(*given)

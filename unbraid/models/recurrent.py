@@ -9,8 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from unbraid.dsp import SILENCE, istft, stft
-from unbraid.models.conv_tasnet import MASKS
-from unbraid.models.layers import GlobalLayerNorm, check_mixture
+from unbraid.models.layers import MASKS, GlobalLayerNorm, check_mixture
 from unbraid.separation import Separation
 
 FLOOR = 1e-8

@@ -4,11 +4,10 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as recomputed
 
 from unbraid.models.attention import attend
-from unbraid.models.chunks import cut, join, published_pads
-from unbraid.models.layers import GlobalLayerNorm, LearnedDecoder, LearnedEncoder, check_mixture, with_range
+from unbraid.models.chunks import cut, join_and_split, published_pads
+from unbraid.models.layers import GlobalLayerNorm, LearnedDecoder, LearnedEncoder, mask_learned, run_layer, with_range
 
 
 class TransformerLayer(nn.Module):
@@ -74,15 +73,9 @@ class Path(nn.Module):
         """``(batch, sequence, frame, channel)`` in and out; attention runs over frames."""
         hidden = rearrange(features + positions[: features.shape[2]].to(features.dtype), "b s l c -> (b s) l c")
         for layer in self.layers:
-            hidden = self.run(layer, hidden)
+            hidden = run_layer(layer, hidden, recompute=self.checkpoint, draws=self.draws)
         hidden = rearrange(self.last_norm(hidden), "(b s) l c -> b (s l) c", b=len(features))
         return features + self.norm(hidden).view_as(features)
-
-    def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
-        """One layer; the random state is kept, which takes time, only where a recomputed dropout would miss it."""
-        if self.checkpoint and torch.is_grad_enabled():
-            return recomputed(layer, hidden, use_reentrant=False, preserve_rng_state=self.draws)
-        return layer(hidden)
 
 
 def compile_layers(model: nn.Module) -> None:
@@ -171,12 +164,7 @@ class SepFormer(nn.Module):
 
     def forward(self, mixture: Tensor) -> Tensor:
         """Separate ``(batch, channel, time)`` into ``(batch, source, channel, time)``."""
-        check_mixture(mixture)
-        batch, _, time = mixture.shape
-        encoded = self.encoder(rearrange(mixture, "b c t -> (b c) t")).relu()
-        masked = self.masks(encoded) * encoded[:, :, None]
-        waveforms = self.decoder(rearrange(masked, "bc l s f -> (bc s) l f"), time)
-        return rearrange(waveforms, "(b c s) t -> b s c t", b=batch, s=self.n_sources)
+        return mask_learned(mixture, encoder=self.encoder, masks=self.masks, decoder=self.decoder)
 
     def masks(self, encoded: Tensor) -> Tensor:
         """``(batch, frame, filter)`` to ``(batch, frame, source, filter)``.
@@ -191,11 +179,7 @@ class SepFormer(nn.Module):
         for within, across in zip(self.within, self.across, strict=True):
             chunks = within(chunks, positions)
             chunks = across(chunks.transpose(1, 2), positions).transpose(1, 2)
-        # Splitting before joining would be the published order, the same sum, and twice the work: each frame lies in
-        # two chunks, and so has the bias twice.
-        joined = join(self.activation(chunks), n_frames)
-        sources = F.linear(joined, self.split.weight, 2 * self.split.bias)
-        sources = rearrange(sources, "b l (s f) -> b l s f", s=self.n_sources)
+        sources = join_and_split(self.activation(chunks), n_frames, self.split, self.n_sources)
         return self.leave(self.output(sources).tanh() * self.gate(sources).sigmoid()).relu()
 
 
@@ -266,12 +250,7 @@ class RESepFormer(nn.Module):
 
     def forward(self, mixture: Tensor) -> Tensor:
         """Separate ``(batch, channel, time)`` into ``(batch, source, channel, time)``."""
-        check_mixture(mixture)
-        batch, _, time = mixture.shape
-        encoded = self.encoder(rearrange(mixture, "b c t -> (b c) t")).relu()
-        masked = self.masks(encoded) * encoded[:, :, None]
-        waveforms = self.decoder(rearrange(masked, "bc l s f -> (bc s) l f"), time)
-        return rearrange(waveforms, "(b c s) t -> b s c t", b=batch, s=self.n_sources)
+        return mask_learned(mixture, encoder=self.encoder, masks=self.masks, decoder=self.decoder)
 
     def masks(self, encoded: Tensor) -> Tensor:
         """``(batch, frame, filter)`` to ``(batch, frame, source, filter)``."""

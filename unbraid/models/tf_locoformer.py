@@ -5,11 +5,10 @@ from contextlib import nullcontext
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as recomputed
 
 from unbraid.dsp import istft, stft
 from unbraid.models.attention import attend, rotary_angles, rotate
-from unbraid.models.layers import GlobalLayerNorm, check_mixture, with_range
+from unbraid.models.layers import GlobalLayerNorm, check_mixture, run_layer, with_range
 
 EPS = 1e-5
 """What is added to the standard deviations in all norms, as published."""
@@ -219,17 +218,12 @@ class TFLocoformer(nn.Module):
         places = rotary_angles(n_freqs, self.d_head, features.device)
         moments = rotary_angles(n_frames, self.d_head, features.device)
         for along_freq, along_time in zip(self.along_freq, self.along_time, strict=True):
-            features = self.run(along_freq, rearrange(features, "b l f c -> (b l) f c"), places)
+            features = rearrange(features, "b l f c -> (b l) f c")
+            features = run_layer(along_freq, features, places, recompute=self.checkpoint)
             features = rearrange(features, "(b l) f c -> (b f) l c", b=batch)
-            features = self.run(along_time, features, moments)
+            features = run_layer(along_time, features, moments, recompute=self.checkpoint)
             features = rearrange(features, "(b f) l c -> b l f c", b=batch)
         return features
-
-    def run(self, layer: nn.Module, features: Tensor, angles: Tensor) -> Tensor:
-        """One layer, whose results are kept for the backward pass or not."""
-        if self.checkpoint and torch.is_grad_enabled():
-            return recomputed(layer, features, angles, use_reentrant=False, preserve_rng_state=False)
-        return layer(features, angles)
 
 
 def deviation(waveform: Tensor) -> Tensor:
