@@ -1,5 +1,6 @@
 """Rank, agreement and sums over ranks; no-ops in a single process."""
 
+import gc
 import hashlib
 import inspect
 import os
@@ -10,6 +11,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as td
+import torch.distributed.nn.functional  # imported once a group is there, its default arguments would keep the group
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -20,7 +22,11 @@ TIMEOUT = timedelta(minutes=10)
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Join the processes that torchrun started, and leave them at the end; nothing where torchrun did not start us."""
+    """Join the processes that torchrun started, and leave them at the end; nothing where torchrun did not start us.
+
+    The group's threads end with it: one that still held a tensor while the interpreter goes down would abort the
+    process, after all work was done.
+    """
     if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1 or td.is_initialized():
         yield
         return
@@ -28,6 +34,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
+        gc.collect()  # a wrapped model, in cycles, would keep the group
         td.destroy_process_group()
 
 

@@ -127,6 +127,12 @@ def test_agreement(ranks):
         assert seen["gathered"] == [[[1, "b"]], []]
 
 
+def test_no_thread_of_the_group_outlives_it(ranks):
+    for seen in ranks:
+        assert seen["threads"]
+        assert [name for name in seen["threads"] if "gloo" in name] == []
+
+
 @pytest.mark.slow
 def test_torchrun_trains_as_one_process_does_and_either_goes_on_with_the_others_run(recipe_file, tmp_path):
     file = recipe_file('[clip]\nname = "autoclip"\n')

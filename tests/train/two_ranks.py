@@ -360,7 +360,9 @@ def main(out):
             "largest": dist.max_over_ranks([dist.rank(), -dist.rank()]),
             "gathered": [dist.gather(["b"] if dist.rank() == 1 else []), dist.gather([])],
         }
-        Path(out, f"rank-{dist.rank()}.json").write_text(json.dumps(results))
+        rank = dist.rank()
+    results["threads"] = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    Path(out, f"rank-{rank}.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":
