@@ -3,7 +3,7 @@
 import torch
 
 from unbraid.models import MODELS
-from unbraid.separation import sources_of
+from unbraid.separation import sources_of, tensors_in
 
 TINY = {
     "blstm": {"hidden": 12, "n_layers": 2, "n_fft": 16, "hop_length": 8},
@@ -74,5 +74,4 @@ def small(name, *, seed=0):
 
 
 def flat(output):
-    tensors = [part for part in output if isinstance(part, torch.Tensor)] if isinstance(output, tuple) else [output]
-    return torch.cat([tensor.float().flatten() for tensor in tensors])
+    return torch.cat([tensor.float().flatten() for tensor in tensors_in(output)])

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from unbraid.assemble import build_loss, build_model, build_state
+from unbraid.assemble import build_model, build_state
 from unbraid.cli import recipes_folder
 from unbraid.errors import RecipeError
 from unbraid.losses.waveform import l1, neg_thresholded_snr
+from unbraid.parts import build_loss
 from unbraid.recipe import differences, load_recipe, recipe_from_table, recipe_table, to_toml
 
 SHIPPED = sorted(recipes_folder().glob("*.toml"))
@@ -141,7 +142,7 @@ def test_a_mistake_in_a_part_is_named_in_one_line(write, text, words):
         ("optim.lr", ["must look like optim.lr=3e-4"]),
         ("lr=3", ["key of a table"]),
         ("schedule=3", ["key of a table"]),
-        ("filter.0.threshold_db=-40", ["0 filters"]),
+        ("filter.0.threshold_db=-40", ["0 of [[filter]]"]),
         ("train.max_steps.x=3", ["max_steps is a value"]),
     ],
 )

@@ -12,6 +12,9 @@ from unbraid.records import ItemId
 from unbraid.train.optim import OPTIMIZERS
 from unbraid.train.state import TrainState
 
+SIGNAL_LOSSES = ["l1", "multi_resolution_l1", "multi_resolution_stft", "neg_si_sdr", "neg_snr", "neg_thresholded_snr"]
+"""Of `LOSSES`, those that need nothing but the signals, and come to one value for each."""
+
 
 class TwoFilters(nn.Module):
     """The smallest separator: one FIR filter a source."""

@@ -9,7 +9,6 @@ import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,10 @@ from unbraid.data.mixtures import Mixtures, mixtures
 from unbraid.data.tracks import Track, with_splits
 from unbraid.draws import seeded_torch
 from unbraid.errors import CheckpointError, DataError, RecipeError, UserError
-from unbraid.losses import LOSSES, NAMES, SignalLoss, asks_for
-from unbraid.losses.pit import SeparationLoss, Term
+from unbraid.losses import asks_for
 from unbraid.models import MODELS
-from unbraid.parts import build_part, find_part
-from unbraid.recipe import Part, Recipe, checked, differences, recipe_from_table, recipe_table, to_toml
+from unbraid.parts import build_loss, build_part, find_part
+from unbraid.recipe import Part, Recipe, differences, recipe_from_table, recipe_table, to_toml
 from unbraid.records import Event, RunDirectory, append_record, owned, write_atomically
 from unbraid.robust import CLIPPERS, FILTERS, TRANSFORMS
 from unbraid.robust.precision import Precision, best_precision
@@ -181,50 +179,17 @@ def build_corpus(recipe: Recipe) -> Corpus:
     return Corpus(*(mixtures(tracks, recipe.data, purpose, noises=noise) for purpose in ("train", "valid")))
 
 
-def build_loss(recipe: Recipe, *, trust: bool = True) -> SeparationLoss:
-    """The recipe's loss.
-
-    Raises:
-        RecipeError: If it is refused, or is somebody's own code and not trusted.
-    """
-    own = ("assign", "inactive_weight")
-    options = {key: value for key, value in recipe.loss.options.items() if key in own}
-    folder = recipe.folder if trust else None
-    terms = [Term(_bound_loss(part, folder), weight) for part, weight in recipe.loss_terms]
-    given = checked("loss", SeparationLoss, options, given=("loss",))
-    try:
-        return SeparationLoss(terms, **given)
-    except ValueError as error:
-        raise RecipeError(f"[loss] {error}") from error
-
-
-def _bound_loss(part: Part, folder: Path | None) -> SignalLoss:
-    """A loss with the recipe's options, tried on a moment of noise: what it refuses, it shall refuse before a run."""
-    loss = find_part("loss", part, LOSSES, folder)
-    asked = asks_for(loss)
-    kept = NAMES if "embedding" in asked else NAMES[:3]  # n_fft and hop_length are an embedding's, or else one's own
-    called = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss)
-    supplied = (*kept, *([*called.parameters][:2] if "estimate" in asked else []))
-    options = checked("loss", loss, part.options, given=supplied)
-    bound = partial(loss, **options) if options else loss
-    if options:
-        moment = torch.linspace(-0.1, 0.1, 64).reshape(1, 1, 1, 64)
-        known: dict[str, Any] = {"target": -moment, "mixture": moment[:, 0], "n_fft": 8, "hop_length": 4}
-        known["embedding"] = torch.full((1, 1, 17, 5, 2), 0.5**0.5)
-        signals = [moment, known.pop("target")] if "estimate" in asked else []
-        try:
-            bound(*signals, **{name: known[name] for name in asked if name in known and name in kept})
-        except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
-            raise RecipeError(f"[loss] {part.name} cannot be made of these keys: {error}") from error
-    return bound
-
-
 def build_state(recipe: Recipe, model: nn.Module, *, precision: str) -> TrainState:
     """The training state at step 0, around a model that lies on its device.
 
     Raises:
-        RecipeError: If a part is refused, or a filter in dB meets a loss that is not.
+        RecipeError: If a part is refused, the model wants other mixtures, or a filter in dB meets a loss that is not.
     """
+    if (n_channels := getattr(model, "n_channels", 1)) != 1:
+        raise RecipeError(
+            f"[model] {recipe.model.name} takes {n_channels} channels at once, and mixtures of {recipe.data.name} have "
+            "one: set model.n_channels = 1."
+        )
     loss = build_loss(recipe)
     filters = [build_part("filter", part, FILTERS, recipe.folder) for part in recipe.filters]
     for part, loss_filter in zip(recipe.filters, filters, strict=True):
@@ -308,11 +273,6 @@ def _train(
     checkpoint, notes = _starting_point(recipe, run, resume=resume)
     corpus = build_corpus(recipe)
     model = build_model(recipe).to(device)
-    if (n_channels := getattr(model, "n_channels", 1)) != 1:
-        raise RecipeError(
-            f"[model] {recipe.model.name} takes {n_channels} channels at once, and mixtures of {recipe.data.name} have "
-            "one: set model.n_channels = 1."
-        )
     if checkpoint is None and "init" in recipe.model.options:
         _load_weights(model, read_checkpoint(find_checkpoint(Path(recipe.model.options["init"]))))
     choices = dist.from_main_process(choose(recipe, model, device, before=checkpoint.choices if checkpoint else None))

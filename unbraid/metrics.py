@@ -291,5 +291,7 @@ def _by_assignment_solver(scores: Tensor) -> Tensor:
 def reorder(estimate: Tensor, assignment: Tensor) -> Tensor:
     """Put estimates ``(batch, estimate, ...)`` into the order of their targets, ``(batch, target, ...)``."""
     first = torch.arange(len(estimate), device=estimate.device)[:, None] * estimate.shape[1]
-    rows = estimate.flatten(0, 1).index_select(0, (first + assignment).flatten())  # a sixth of what gather takes
+    rows = estimate.flatten(0, 1).index_select(
+        0, (first + assignment).flatten()
+    )  # gather would read an index for every sample
     return rows.unflatten(0, assignment.shape)

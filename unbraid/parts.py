@@ -1,13 +1,22 @@
 """A recipe's names turned into objects: an entry of a registry, or one's own from a file beside the recipe."""
 
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from unbraid.errors import RecipeError, nearest
-from unbraid.recipe import Part, checked
+from unbraid.losses import LOSSES, NAMES, SignalLoss, asks_for
+from unbraid.losses.pit import SeparationLoss
+from unbraid.losses.terms import Term
+from unbraid.recipe import Part, Recipe
+from unbraid.schema import checked
 
 
 def find_part(
@@ -83,3 +92,41 @@ def build_part(
         raise RecipeError(
             f"[{kind}] {part.name} cannot be made of these keys ({type(error).__name__}: {error})."
         ) from error
+
+
+def build_loss(recipe: Recipe, *, trust: bool = True) -> SeparationLoss:
+    """The recipe's loss.
+
+    Raises:
+        RecipeError: If it is refused, or is somebody's own code and not trusted.
+    """
+    own = ("assign", "inactive_weight")
+    options = {key: value for key, value in recipe.loss.options.items() if key in own}
+    folder = recipe.folder if trust else None
+    terms = [Term(_bound_loss(part, folder), weight) for part, weight in recipe.loss_terms]
+    given = checked("loss", SeparationLoss, options, given=("loss",))
+    try:
+        return SeparationLoss(terms, **given)
+    except ValueError as error:
+        raise RecipeError(f"[loss] {error}") from error
+
+
+def _bound_loss(part: Part, folder: Path | None) -> SignalLoss:
+    """A loss with the recipe's options, tried on a moment of noise: what it refuses, it shall refuse before a run."""
+    loss = find_part("loss", part, LOSSES, folder)
+    asked = asks_for(loss)
+    kept = NAMES if "embedding" in asked else NAMES[:3]  # n_fft and hop_length are an embedding's, or else one's own
+    called = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss)
+    supplied = (*kept, *([*called.parameters][:2] if "estimate" in asked else []))
+    options = checked("loss", loss, part.options, given=supplied)
+    bound = partial(loss, **options) if options else loss
+    if options:
+        moment = torch.linspace(-0.1, 0.1, 64).reshape(1, 1, 1, 64)
+        known: dict[str, Any] = {"target": -moment, "mixture": moment[:, 0], "n_fft": 8, "hop_length": 4}
+        known["embedding"] = torch.full((1, 1, 17, 5, 2), 0.5**0.5)
+        signals = [moment, known.pop("target")] if "estimate" in asked else []
+        try:
+            bound(*signals, **{name: known[name] for name in asked if name in known and name in kept})
+        except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+            raise RecipeError(f"[loss] {part.name} cannot be made of these keys: {error}") from error
+    return bound

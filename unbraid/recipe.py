@@ -1,13 +1,11 @@
-"""Recipe dataclasses, TOML and ``--set`` overrides: every key is checked against the signature it is meant for."""
+"""Recipe dataclasses, TOML and ``--set`` overrides, each part checked against the signature that it is meant for."""
 
 import inspect
-import math
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import tomli_w
 
@@ -16,10 +14,9 @@ from unbraid.errors import RecipeError, nearest
 from unbraid.losses import LOSSES, asks_for, ignores_level
 from unbraid.models import MODELS
 from unbraid.robust import CLIPPERS
+from unbraid.schema import Table, as_type, assignment, checked
 from unbraid.train.optim import OPTIMIZERS, SCHEDULES
 from unbraid.train.settings import SaveSettings, TrainSettings, ValidateSettings
-
-Table = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -93,7 +90,7 @@ class Recipe:
             raise RecipeError(f"[loss] name = 'sum' has no key {listed}; it has terms, assign and inactive_weight.")
         found = []
         for part in _parts_of("loss.terms", options.get("terms", [])):
-            weight = _as_type(part.options.get("weight", 1.0), float, "loss.terms.weight")
+            weight = as_type(part.options.get("weight", 1.0), float, "loss.terms.weight")
             found.append((Part(part.name, {k: v for k, v in part.options.items() if k != "weight"}), weight))
         if not found:
             raise RecipeError("[loss] name = 'sum' needs [[loss.terms]], each with a name and a weight.")
@@ -204,103 +201,6 @@ def differences(before: Table, after: Table) -> dict[str, tuple[Any, Any]]:
     return found
 
 
-def checked(where: str, signature: Callable[..., Any], table: Table, *, given: Sequence[str] = ()) -> Table:
-    """The table's values, brought to the types that a signature asks for, after checking every key and type against it.
-
-    Args:
-        where: Name of the table, for messages.
-        signature: A dataclass, class or function whose keyword arguments are the allowed keys.
-        table: The values.
-        given: Arguments that the code supplies itself, so that a recipe must not.
-
-    Raises:
-        RecipeError: If a key is unknown or missing, or a value is of the wrong type.
-    """
-    parameters = inspect.signature(signature).parameters
-    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    allowed = [
-        name
-        for name, p in parameters.items()
-        if name not in given and p.kind in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    ]
-    for key in table:
-        if key not in allowed and not takes_any:
-            listed = ", ".join(allowed) or "none but name"
-            raise RecipeError(f"[{where}] has no key {key!r}; its keys are {listed}.{nearest(key, allowed)}")
-    for key in allowed:
-        if parameters[key].default is inspect.Parameter.empty and key not in table:
-            raise RecipeError(f"[{where}] needs the key {key!r}.")
-    hints = _hints(signature)
-    return {key: _as_type(value, hints.get(key, Any), f"{where}.{key}") for key, value in table.items()}
-
-
-def _hints(signature: Callable[..., Any]) -> dict[str, Any]:
-    is_plain_class = inspect.isclass(signature) and not hasattr(signature, "__dataclass_fields__")
-    try:
-        return get_type_hints(signature.__init__ if is_plain_class else signature)
-    except (NameError, TypeError):  # annotations of somebody's own part that cannot be resolved
-        return {}
-
-
-def _as_type(value: Any, hint: Any, where: str) -> Any:
-    origin, arguments = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return value
-    if origin is Literal:
-        if value in arguments:
-            return value
-        listed = ", ".join(repr(choice) for choice in arguments)
-        raise RecipeError(f"{where} = {value!r} is not one of {listed}.{nearest(str(value), map(str, arguments))}")
-    if origin in (Union, UnionType):
-        return _as_one_of(value, arguments, where)
-    if origin in (tuple, list, Sequence) or hint in (tuple, list):
-        return _as_sequence(value, hint, where)
-    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        if not math.isfinite(value):
-            raise RecipeError(f"{where} = {value} must be a finite number.")
-        return float(value)
-    if hint is Path and isinstance(value, str):
-        return Path(value)
-    if not inspect.isclass(hint) or (isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool)):
-        return value
-    raise RecipeError(f"{where} = {value!r} must be {_WORDS.get(hint, hint.__name__)}.")
-
-
-_WORDS = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "text in quotes",
-    Path: "a path in quotes",
-}
-
-
-def _as_one_of(value: Any, hints: Sequence[Any], where: str) -> Any:
-    if value is None and NoneType in hints:
-        return None
-    failures = []
-    for hint in hints:
-        if hint is NoneType:
-            continue
-        try:
-            return _as_type(value, hint, where)
-        except RecipeError as error:
-            failures.append(error)
-    raise failures[0]
-
-
-def _as_sequence(value: Any, hint: Any, where: str) -> Any:
-    origin, arguments = get_origin(hint) or hint, get_args(hint)
-    if not isinstance(value, (list, tuple)):
-        raise RecipeError(f"{where} = {value!r} must be a list in brackets.")
-    if origin is tuple and arguments and arguments[-1] is not Ellipsis:
-        if len(value) != len(arguments):
-            raise RecipeError(f"{where} = {list(value)!r} must be a list of {len(arguments)}.")
-        return tuple(_as_type(part, kind, where) for part, kind in zip(value, arguments, strict=True))
-    items = [_as_type(part, arguments[0] if arguments else Any, where) for part in value]
-    return items if origin is list else tuple(items)
-
-
 def _table(table: Table, name: str) -> Table:
     found = table.get(name, {})
     if not isinstance(found, dict):
@@ -349,21 +249,18 @@ def _drop_foreign_keys(table: Table, where: str, explicit: set[str]) -> None:
 
 def _override(table: Table, text: str) -> str:
     """Lay one override over the table, and return its key."""
-    key, equals, value = text.partition("=")
-    names = key.strip().split(".")
-    if not equals or not all(names):
+    key, parsed = assignment(text)
+    names = key.split(".")
+    if not all(names):
         raise RecipeError(f"--set {text!r} must look like optim.lr=3e-4.")
-    try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        parsed = value.strip()
     if len(names) == 1 and not isinstance(parsed, (dict, list)):
         raise RecipeError(f"--set {text!r} must name a key of a table, such as optim.lr=3e-4.")
     target: Any = table
-    for name in names[:-1]:
+    for depth, name in enumerate(names[:-1]):
         if isinstance(target, list):
             if not name.isdigit() or int(name) >= len(target):
-                raise RecipeError(f"--set {text!r}: the recipe has {len(target)} {names[0]}s, counted from 0.")
+                where = ".".join(names[:depth])
+                raise RecipeError(f"--set {text!r}: the recipe has {len(target)} of [[{where}]], counted from 0.")
             target = target[int(name)]
         else:
             target = target.setdefault(name, [] if name in _LISTS else {})
@@ -372,7 +269,7 @@ def _override(table: Table, text: str) -> str:
     if isinstance(target, list):
         raise RecipeError(f"--set {text!r}: name it by its number, such as filter.0.threshold_db=-40.")
     target[names[-1]] = parsed
-    return key.strip()
+    return key
 
 
 def _check_ranges(recipe: Recipe) -> None:

@@ -4,12 +4,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from unbraid.assemble import build_loss, build_model, choose_device
+from unbraid.assemble import build_model, choose_device
 from unbraid.errors import CheckpointError
+from unbraid.parts import build_loss
 from unbraid.recipe import recipe_from_table
 from unbraid.robust.precision import PRECISIONS, Precision
 from unbraid.train.blame import Verdict, diagnose
-from unbraid.train.incident import Incident, read_incident
+from unbraid.train.incident import Incident, own_code, read_incident
 
 
 def replay(path: Path, *, trust: bool = False) -> Iterator[str]:
@@ -44,10 +45,7 @@ def replay(path: Path, *, trust: bool = False) -> Iterator[str]:
 
 def _folder_of_own_code(path: Path, incident: Incident) -> Path:
     """Where the files lie that the recipe names: here, or in a folder that the incident lies in."""
-    loss = incident.recipe.get("loss", {})
-    parts = [incident.recipe.get("model", {}), loss, *loss.get("terms", [])]
-    names = [str(part.get("name")) for part in parts]
-    files = [f"{name.partition(':')[0]}.py" for name in names if ":" in name]
+    files = [f"{name.partition(':')[0]}.py" for name in own_code(incident.recipe)]
     folders = [Path.cwd(), *path.absolute().parents]
     return next((folder for folder in folders if all((folder / file).is_file() for file in files)), Path.cwd())
 

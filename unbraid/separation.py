@@ -1,6 +1,7 @@
 """What a separator returns: its sources, and what else a loss may ask for."""
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -27,3 +28,12 @@ class Separation(NamedTuple):
 def sources_of(output: Tensor | Separation) -> Tensor:
     """The sources alone, ``(batch, source, channel, time)``."""
     return output.sources if isinstance(output, Separation) else output
+
+
+def tensors_in(output: Any) -> Iterator[Tensor]:
+    """All tensors that a module returns: itself one, or in tuples and lists."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, (tuple, list)):
+        for part in output:
+            yield from tensors_in(part)

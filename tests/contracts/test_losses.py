@@ -1,14 +1,8 @@
 import pytest
 import torch
+from toys import SIGNAL_LOSSES
 
-from unbraid.losses import IN_DB, LOSSES, PER_EXAMPLE, asks_for
-
-SIGNAL_LOSSES = [
-    name
-    for name, loss in sorted(LOSSES.items())
-    if loss not in PER_EXAMPLE and {key for key, needed in asks_for(loss).items() if needed} == {"estimate", "target"}
-]
-"""Those that need nothing but the signals; the others have their own tests."""
+from unbraid.losses import IN_DB, LOSSES
 
 every_loss = pytest.mark.parametrize("name", SIGNAL_LOSSES)
 

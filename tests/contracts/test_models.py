@@ -1,3 +1,5 @@
+import inspect
+
 import pytest
 import torch
 from small_models import tiny
@@ -179,3 +181,32 @@ def test_a_low_and_a_high_tone_are_told_apart_after_a_few_steps(name):
         optimizer.step()
 
     assert loss.item() < 0.1 * tones.square().mean().item()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler of torch sets off warnings of torch
+@pytest.mark.parametrize("name", sorted(name for name, model in MODELS.items() if hasattr(model, "compile_regions")))
+def test_compiled_it_is_the_same_in_names_outputs_and_gradients_at_any_length_also_with_less_memory(name):
+    torch._dynamo.reset()
+    less = {"checkpoint": True} if "checkpoint" in inspect.signature(MODELS[name]).parameters else {}
+    plain, compiled = tiny(name, whole=True), tiny(name, whole=True, **less)
+    names = list(plain.state_dict())
+    compiled.compile_regions()
+
+    for batch, time in ((2, 300), (1, 420)):
+        (output, gradient), (got, got_gradient) = (
+            with_gradient(model, noise(batch, 1, time)) for model in (plain, compiled)
+        )
+        torch.testing.assert_close(got, output, rtol=1e-3, atol=1e-4 * output.abs().max().item())
+        assert (got_gradient - gradient).norm() < 1e-3 * gradient.norm()
+    with torch.no_grad():
+        output, got = (model(noise(1, 1, 250)) for model in (plain, compiled))
+    torch.testing.assert_close(got, output, rtol=1e-3, atol=1e-4 * output.abs().max().item())
+    assert list(compiled.state_dict()) == names
+
+
+def with_gradient(model, mixture):
+    model.zero_grad()
+    output = model(mixture)
+    output.square().sum().backward()
+    return output.detach(), torch.cat([weight.grad.flatten() for weight in model.parameters()])

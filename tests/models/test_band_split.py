@@ -259,15 +259,3 @@ def test_dropout_drops_in_training_and_not_elsewhere():
     assert not torch.equal(model(mixture), model(mixture))
     model.eval()
     assert torch.equal(model(mixture), model(mixture))
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # the compiler of torch sets off warnings of torch
-def test_compiling_changes_neither_names_nor_values():
-    model, mixture = tiny(n_blocks=1), noise(2, 2, 400)
-    with torch.no_grad():
-        names, expected = list(model.state_dict()), model(mixture)
-        model.compile_regions()
-
-        torch.testing.assert_close(model(mixture), expected, rtol=1e-4, atol=1e-5)
-    assert list(model.state_dict()) == names

@@ -120,17 +120,6 @@ def test_fourier_filters_give_the_waveform_back_through_a_relu(n_filters, kernel
     torch.testing.assert_close(back, gain * waveform[:, inside], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # the compiler of torch sets off warnings of torch
-def test_compiling_changes_neither_names_nor_values():
-    model, mixture = tiny(), torch.randn(2, 1, 400)
-    names, expected = list(model.state_dict()), model(mixture)
-    model.compile_regions()
-
-    torch.testing.assert_close(model(mixture), expected, rtol=1e-4, atol=1e-5)
-    assert list(model.state_dict()) == names
-
-
 def test_unknown_words_are_refused():
     with pytest.raises(ValueError, match="gln"):
         ConvTasNet(norm="batch")

@@ -134,15 +134,3 @@ def test_where_chunks_end_and_what_rectifies_changes_the_output():
 def test_what_does_not_fit_is_refused(wrong, said):
     with pytest.raises(ValueError, match=said):
         tiny(**wrong)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # the compiler of torch sets off warnings of torch
-def test_compiling_changes_neither_names_nor_values():
-    model, mixture = tiny(), noise(2, 1, 400)
-    names, expected = list(model.state_dict()), model(mixture)
-    model.compile_regions()
-
-    torch.testing.assert_close(model(mixture), expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(model(mixture[..., :300]), tiny()(mixture[..., :300]), rtol=1e-4, atol=1e-5)
-    assert list(model.state_dict()) == names

@@ -105,21 +105,6 @@ def test_activations_computed_again_need_not_be_kept(model_class):
     assert again < 0.5 * once
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # the compiler of torch sets off warnings of torch
-@both
-def test_compiling_goes_with_computing_activations_again(model_class):
-    plain, compiled = tiny(model_class, n_blocks=2), tiny(model_class, n_blocks=2, checkpoint=True)
-    names = list(compiled.state_dict())
-    compiled.compile_regions()
-
-    expected, got = gradients(plain, noise(1, 1, 300)), gradients(compiled, noise(1, 1, 300))
-
-    for one, other in zip(expected, got, strict=True):
-        torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-4 * one.abs().max().item())
-    assert list(compiled.state_dict()) == names
-
-
 def test_positions_are_sines_and_cosines_of_falling_rates():
     positions = sinusoids(50, 8, torch.device("cpu"))
 

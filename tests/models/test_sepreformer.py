@@ -230,16 +230,3 @@ def test_dropout_drops_in_training_and_not_elsewhere():
 def test_sizes_that_do_not_fit_are_refused(sizes, said):
     with pytest.raises(ValueError, match=said):
         tiny(**sizes)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # the compiler of torch sets off warnings of torch
-def test_compiling_changes_neither_names_nor_values():
-    model, mixtures = tiny(n_stages=1), [noise(2, 1, 400), noise(1, 1, 500)]
-    with torch.no_grad():
-        names, expected = list(model.state_dict()), [model(mixture) for mixture in mixtures]
-        model.compile_regions()
-        compiled = [model(mixture) for mixture in mixtures]
-
-    torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-4)
-    assert list(model.state_dict()) == names

@@ -148,18 +148,3 @@ def test_activations_computed_again_give_the_same_gradients_and_need_not_be_kept
 def test_sizes_that_do_not_fit_are_refused(sizes, said):
     with pytest.raises(ValueError, match=said):
         tiny(**sizes)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # the compiler of torch sets off warnings of torch
-@pytest.mark.parametrize("checkpoint", [False, True])
-def test_compiling_changes_neither_names_nor_gradients_at_any_length(checkpoint):
-    plain, compiled = tiny(), tiny(checkpoint=checkpoint)
-    names = list(compiled.state_dict())
-    compiled.compile_regions()
-
-    for time in (300, 500, 90):
-        expected, got = gradients(plain, noise(2, 1, time)), gradients(compiled, noise(2, 1, time))
-        one, other = (torch.cat([gradient.flatten() for gradient in each]) for each in (expected, got))
-        assert (other - one).norm() < 1e-4 * one.norm()
-    assert list(compiled.state_dict()) == names

@@ -1,6 +1,5 @@
 """Checkpoints of SpeechBrain, Asteroid and MSST (BS-RoFormer) read into our models: same weights, same output."""
 
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from unbraid.foreign.speechbrain import PARTS, speechbrain
 from unbraid.foreign.words import Foreign
 from unbraid.recipe import Recipe, recipe_from_table, recipe_table
 from unbraid.records import RunDirectory
+from unbraid.schema import assignment
 from unbraid.train.checkpoint import save_checkpoint
 
 
@@ -140,13 +140,11 @@ def _recipe(foreign: Foreign, sample_rate: int | None, options: Settings) -> Rec
 
 def _options(overrides: Sequence[str]) -> Settings:
     options: Settings = {}
+    like = "model.n_heads=8"
     for text in overrides:
-        key, equals, value = text.partition("=")
-        where, _, name = key.strip().partition(".")
-        if not equals or where != "model" or not name:
-            raise CheckpointError(f"--set {text!r} must look like model.n_heads=8.")
-        try:
-            options[name] = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
-            options[name] = value.strip()
+        key, value = assignment(text, like=like)
+        where, _, name = key.partition(".")
+        if where != "model" or not name:
+            raise CheckpointError(f"--set {text!r} must look like {like}.")
+        options[name] = value
     return options

@@ -44,9 +44,6 @@ IN_DB: frozenset[SignalLoss] = frozenset({neg_si_sdr, neg_snr, neg_thresholded_s
 IGNORE_LEVEL: frozenset[SignalLoss] = frozenset({neg_si_sdr})
 """Losses that do not care for an estimate's gain, and to which a silent target means nothing."""
 
-PER_EXAMPLE: frozenset[SignalLoss] = frozenset({neg_sa_sdr, deep_clustering, whitened_kmeans})
-"""Losses with one value for all sources of an example together."""
-
 BY_PRODUCTS: dict[SignalLoss, Callable[..., Tensor]] = {
     neg_si_sdr: lambda products: -si_sdr_of(products),
     neg_snr: lambda products: -snr_of(products),

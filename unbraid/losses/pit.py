@@ -1,8 +1,6 @@
 """Which output belongs to which source: permutation-invariant training, MixIT and fixed order, around any loss."""
 
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
-from itertools import product
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -10,10 +8,11 @@ from torch import Tensor
 
 from unbraid.dsp import SILENCE
 from unbraid.errors import UserError
-from unbraid.losses import SignalLoss, asks_for, bare, by_products, ignores_level, is_in_db
+from unbraid.losses import SignalLoss, bare, ignores_level, is_in_db
+from unbraid.losses.mixit import mixit_ways
+from unbraid.losses.terms import Extras, Term, as_terms, compares, pair_losses, value_of, wide
 from unbraid.losses.waveform import neg_sa_sdr, neg_si_sdr, neg_snr
 from unbraid.metrics import (
-    Products,
     all_orders,
     best_assignment,
     distortion_of,
@@ -23,22 +22,10 @@ from unbraid.metrics import (
     ratio_db,
     reorder,
     si_sdr,
-    sounding,
 )
 
 ASSIGNMENTS = ("permutation", "fixed", "mixit")
-MAX_MIXIT_WAYS = 2**16
 MAX_WHOLE_SOURCES = 6
-
-Extras = Mapping[str, Any]
-"""What a loss may ask for by name: ``mixture`` (batch, channel, time), ``embedding``, ``n_fft``, ``hop_length``."""
-
-
-class Term(NamedTuple):
-    """One of the losses that are summed, and how much it counts."""
-
-    loss: SignalLoss
-    weight: float = 1.0
 
 
 class Assigned(NamedTuple):
@@ -106,11 +93,11 @@ class SeparationLoss:
 
     def __call__(self, estimate: Tensor, target: Tensor, **extras: Any) -> Tensor:
         """Losses ``(batch,)`` of estimates and targets, both ``(batch, source, channel, time)``, in float32."""
-        return self._judged(_wide(estimate), _wide(target), extras)[0]
+        return self._judged(wide(estimate), wide(target), extras)[0]
 
     def assigned(self, estimate: Tensor, target: Tensor, **extras: Any) -> Assigned:
         """Losses as `__call__` gives them, with order and SI-SDR; the latter costs nothing where it is the loss."""
-        estimate, target = _wide(estimate), _wide(target)
+        estimate, target = wide(estimate), wide(target)
         losses, values, held = self._judged(estimate, target, extras)
         if len(self.terms) == 1 and self.terms[0].loss is neg_si_sdr:
             ratio = -values.detach()
@@ -125,7 +112,7 @@ class SeparationLoss:
         held = _hold(self.terms, estimate, target, extras, assign=self.assign, inactive_weight=self.inactive_weight)
         total, values = estimate.new_zeros(()), estimate.new_zeros(held.target.shape[:-1])
         for loss, weight in self.terms:
-            found = _value(loss, held.estimate, held.target, extras)
+            found = value_of(loss, held.estimate, held.target, extras)
             if found.dim() == 3:
                 values = found
                 found = mean_over_sounding(found, held.target) if ignores_level(loss) else found.mean((1, 2))
@@ -133,10 +120,6 @@ class SeparationLoss:
         if self.inactive_weight:
             total = total + self.inactive_weight * _inactivity(estimate, target, held, extras)
         return total, values, held
-
-
-def _wide(signal: Tensor) -> Tensor:
-    return signal.to(torch.promote_types(signal.dtype, torch.float32))
 
 
 def check_estimate(estimate: Tensor, target: Tensor) -> None:
@@ -196,7 +179,7 @@ def order_as_targets(
     In the order of their targets, outputs to spare left out; with MixIT the sums of outputs that make up each target.
     """
     if assign == "mixit":
-        return _hold(_terms(signal_loss), estimate, target, {}, assign=assign).estimate
+        return _hold(as_terms(signal_loss), estimate, target, {}, assign=assign).estimate
     return reorder(estimate, output_order(estimate, target, signal_loss, assign=assign))
 
 
@@ -256,21 +239,20 @@ def assign_sources(
         UserError: If there are too many orders for a loss that has to see each as a whole.
     """
     extras = extras or {}
-    terms = [term for term in _terms(signal_loss) if _pairs(term.loss)]
-    whole = [term for term in terms if bare(term.loss) is neg_sa_sdr]
-    if len(terms) == 1 and not inactive_weight:
-        whole = []  # its errors alone add up, and the ratio of their sum is in the same order
+    terms = [term for term in as_terms(signal_loss) if compares(term.loss)]
+    alone = len(terms) == 1 and not inactive_weight  # the errors of SA-SDR add up, and their ratio is in the same order
+    whole = 0.0
     with torch.no_grad():
         pairs = estimate.new_zeros(len(estimate), estimate.shape[1], target.shape[1])
         for loss, weight in terms:
-            if all(term.loss is not loss for term in whole):
-                pairs = pairs + weight * _pair_losses(loss, estimate, target, extras)
+            if bare(loss) is neg_sa_sdr and not alone:
+                whole += weight
+            else:
+                pairs = pairs + weight * pair_losses(loss, estimate, target, extras)
         if inactive_weight:
             level = _levels(estimate, target, extras).mean(-1) / estimate.shape[1]
             pairs = pairs - inactive_weight * level[..., None] * _active(target)[:, None]
-        if not whole:
-            return best_assignment(-pairs)
-        return _best_whole_order(pairs, sum(term.weight for term in whole), estimate, target)
+        return _best_whole_order(pairs, whole, estimate, target) if whole else best_assignment(-pairs)
 
 
 def _best_whole_order(pairs: Tensor, weight: float, estimate: Tensor, target: Tensor) -> Tensor:
@@ -289,70 +271,6 @@ def _best_whole_order(pairs: Tensor, weight: float, estimate: Tensor, target: Te
     return orders[total.nan_to_num(torch.inf).argmin(1)]
 
 
-def _terms(loss: SignalLoss | Sequence[Term]) -> Sequence[Term]:
-    return (Term(loss),) if callable(loss) else loss
-
-
-def _pairs(loss: SignalLoss) -> bool:
-    """Whether it depends on which estimate is held against which target."""
-    return "estimate" in asks_for(loss)
-
-
-def _pair_losses(loss: SignalLoss, estimate: Tensor, target: Tensor, extras: Extras) -> Tensor:
-    """What every estimate held against every target adds to the loss, ``(batch, estimate, target)``."""
-    by = by_products(loss)
-    if by is not None:
-        products = pair_products(estimate.transpose(1, 2), target.transpose(1, 2))
-        pairs = by(products._replace(mixture_power=_mixture_power(extras)))
-    else:
-        rows = [
-            [_value(loss, estimate[:, i : i + 1], target[:, j : j + 1], extras) for j in range(target.shape[1])]
-            for i in range(estimate.shape[1])
-        ]
-        pairs = torch.stack([torch.stack([_by_channel(pair) for pair in row], -1) for row in rows], -2)
-    if not ignores_level(loss):
-        return pairs.mean(1) / target.shape[1]
-    counts = sounding(target).transpose(1, 2)[:, :, None]
-    return torch.where(counts, pairs, 0.0).sum(1) / counts.sum((1, 3)).unsqueeze(-1)
-
-
-def _mixture_power(extras: Extras) -> Tensor | None:
-    """``(batch, channel, 1, 1)``."""
-    mixture = extras.get("mixture")
-    return None if mixture is None else mean_square(_wide(mixture))[..., None, None]
-
-
-def _by_channel(values: Tensor) -> Tensor:
-    """``(batch, 1, channel)`` or ``(batch,)`` to ``(batch, channel)``."""
-    return values[:, 0] if values.dim() == 3 else values[:, None]
-
-
-def _value(loss: SignalLoss, estimate: Tensor, target: Tensor, extras: Extras) -> Tensor:
-    """The loss with what it asks for by name: ``(batch, source, channel)`` or ``(batch,)``.
-
-    Raises:
-        UserError: If there is not what it asks for, or it returned neither.
-    """
-    asked = asks_for(loss)
-    known = {"estimate": estimate, "target": target, **extras}
-    given = {name: known[name] for name in asked if known.get(name) is not None}
-    missing = [name for name, needed in asked.items() if needed and name not in given]
-    if missing:
-        why = "the model does not return" if "embedding" in missing else "is not there"
-        raise UserError(
-            f"The loss asks for {', '.join(missing)}, which {why}; take another loss, or a model that returns an "
-            "embedding, such as chimera."
-        )
-    signals = [given.pop(name) for name in ("estimate", "target")] if "estimate" in asked else []
-    values = loss(*signals, **given)
-    if values.shape not in (target.shape[:-1], target.shape[:1]):
-        raise UserError(
-            f"The loss returned {tuple(values.shape)} for signals {tuple(target.shape)}; it must return one value a "
-            f"signal, {tuple(target.shape[:-1])}, or one an example, {tuple(target.shape[:1])}."
-        )
-    return values
-
-
 def _inactivity(estimate: Tensor, target: Tensor, held: _Held, extras: Extras) -> Tensor:
     """How far the outputs without a sounding target are above silence, in dB, mean over all outputs, ``(batch,)``."""
     none = torch.zeros(estimate.shape[:2], dtype=torch.bool, device=estimate.device)
@@ -368,67 +286,6 @@ def _active(target: Tensor) -> Tensor:
 def _levels(estimate: Tensor, target: Tensor, extras: Extras) -> Tensor:
     """How far each output is above 30 dB under the mixture, in dB, from 0 for silence, ``(batch, output, channel)``."""
     mixture = extras.get("mixture")
-    reference = mean_square(target.sum(1) if mixture is None else _wide(mixture))[:, None]
+    reference = mean_square(target.sum(1) if mixture is None else wide(mixture))[:, None]
     floor = 1e-3 * reference + SILENCE
     return 10 * ((mean_square(estimate) + floor).log10() - floor.log10())
-
-
-def mixit_ways(terms: Sequence[Term], estimate: Tensor, target: Tensor, extras: Extras) -> Tensor:
-    """Which outputs make up each target: exact, over every way to deal the outputs out.
-
-    Losses of energies alone are found from the products of all signals; others are tried one way after the other.
-
-    Returns:
-        Boolean, ``(batch, target, output)``; each output belongs to one target.
-
-    Raises:
-        UserError: If there are more ways than can be tried.
-    """
-    n_outputs, n_targets = estimate.shape[1], target.shape[1]
-    if n_targets**n_outputs > MAX_MIXIT_WAYS:
-        raise UserError(
-            f"assign = 'mixit' would have to try {n_targets}^{n_outputs} ways to deal {n_outputs} outputs out to "
-            f"{n_targets} mixtures; take fewer outputs (model.n_sources), {MAX_MIXIT_WAYS} ways are the most."
-        )
-    ways = _all_ways(n_outputs, n_targets, estimate.device)
-    with torch.no_grad():
-        total = estimate.new_zeros(len(estimate), len(ways))
-        for loss, weight in terms:
-            by = by_products(loss)
-            if by is not None:
-                sums = _sum_products(estimate.transpose(1, 2), target.transpose(1, 2), ways)
-                found = by(sums._replace(mixture_power=_mixture_power(extras))).mean((1, 3))
-                if bare(loss) is neg_sa_sdr:
-                    found = -ratio_db(mean_square(target).mean((1, 2))[:, None], found, floor=1e-13)
-                total = total + weight * found
-            elif _pairs(loss):
-                total = total + weight * torch.stack(
-                    [_of_sums(loss, estimate, target, way, extras) for way in ways.to(estimate.dtype)], 1
-                )
-        return ways[total.nan_to_num(torch.inf).argmin(1)]
-
-
-@lru_cache(maxsize=16)
-def _all_ways(n_outputs: int, n_targets: int, device: torch.device) -> Tensor:
-    """Boolean, ``(way, target, output)``."""
-    dealt = torch.tensor(list(product(range(n_targets), repeat=n_outputs)), device=device)
-    return torch.stack([dealt == n for n in range(n_targets)], 1)
-
-
-def _of_sums(loss: SignalLoss, estimate: Tensor, target: Tensor, way: Tensor, extras: Extras) -> Tensor:
-    values = _value(loss, torch.einsum("no,boct->bnct", way, estimate), target, extras)
-    return values.mean((1, 2)) if values.dim() == 3 else values
-
-
-def _sum_products(estimate: Tensor, target: Tensor, ways: Tensor) -> Products:
-    """Products of each target with the sum of the outputs dealt to it, ``(batch, channel, way, target)``."""
-    dealt = ways.to(estimate.dtype)
-    with_targets = pair_products(estimate, target)
-    among = pair_products(estimate, estimate)
-    return Products(
-        torch.einsum("wno,bcon->bcwn", dealt, with_targets.dot),
-        torch.einsum("wno,bcop,wnp->bcwn", dealt, among.dot, dealt).clamp_min(0),
-        with_targets.target_power.expand(-1, -1, len(ways), -1),
-        torch.einsum("wno,bco->bcwn", dealt, among.estimate_mean[..., 0]),
-        with_targets.target_mean.expand(-1, -1, len(ways), -1),
-    )

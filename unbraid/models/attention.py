@@ -8,9 +8,8 @@ from torch import Tensor
 def attend(query: Tensor, key: Tensor, value: Tensor, *, dropout: float = 0.0) -> Tensor:
     """Scaled dot-product attention over all frames.
 
-    On the CPU in bfloat16, with a backward to come and fewer than 300 frames, the explicit product and softmax is
-    faster (4 times at 35 and at 100 frames, 1.2 times at 250); everywhere else torch's fused attention wins (without a
-    backward 1.5 times at 35 frames, 6 times at 400).
+    On the CPU in bfloat16, with a backward to come and fewer than 300 frames, that is `attend_explicitly`; everywhere
+    else torch's own. ``benchmarks/attention.py`` measures both.
 
     Args:
         query: ``(..., head, frame, channel)``.
@@ -24,6 +23,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, *, dropout: float = 0.0) -
     bfloat16_on_cpu = query.device.type == "cpu" and query.dtype == torch.bfloat16
     if not bfloat16_on_cpu or not torch.is_grad_enabled() or query.shape[-2] >= 300:
         return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+    return attend_explicitly(query, key, value, dropout=dropout)
+
+
+def attend_explicitly(query: Tensor, key: Tensor, value: Tensor, *, dropout: float = 0.0) -> Tensor:
+    """The same, written out as product, softmax and product."""
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
     weights = scores.float().softmax(-1)
     if dropout:

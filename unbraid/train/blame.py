@@ -13,6 +13,7 @@ from unbraid.data.batch import Batch
 from unbraid.draws import seeded_torch
 from unbraid.records import ItemId
 from unbraid.robust.precision import Precision
+from unbraid.separation import tensors_in
 from unbraid.train.buffers import KeptBuffers, buffer_places
 from unbraid.train.forward import ExampleLoss, losses_of
 
@@ -199,7 +200,7 @@ def _trace(
     def watch(module: nn.Module, _inputs: Any, output: Any) -> None:
         place = len(order)
         order.append(names[module])
-        for tensor in _tensors(output):
+        for tensor in tensors_in(output):
             if not forward and (bad := _first_bad(tensor)) is not None:
                 forward.append(("forward", names[module], *bad))
             if tensor.requires_grad:
@@ -239,14 +240,6 @@ def _trace(
         if gradient is not None and (bad := _first_bad(gradient)) is not None:
             return "backward", name, *bad
     return None
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, (tuple, list)):
-        for part in output:
-            yield from _tensors(part)
 
 
 def _first_bad(tensor: Tensor) -> tuple[tuple[int, ...], float] | None:

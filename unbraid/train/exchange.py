@@ -1,10 +1,10 @@
 """The exchange of gradients between processes, also by one whose memory ran out in the middle of it."""
 
-from typing import Any
-
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from unbraid.separation import tensors_in
 
 
 class Exchange:
@@ -41,14 +41,9 @@ class Exchange:
         for shorter in (1, 4, 16):
             excerpt = mixture[:1, :, : -(-mixture.shape[-1] // shorter)]
             try:
-                nothing = sum(part.float().sum() for part in _tensors(self.model(excerpt))) * 0.0
+                nothing = sum(part.float().sum() for part in tensors_in(self.model(excerpt))) * 0.0
             except torch.OutOfMemoryError:
                 continue
             torch.as_tensor(nothing).backward()
             return True
         return False
-
-
-def _tensors(output: Any) -> list[torch.Tensor]:
-    """All that a model returns: a tensor, or a tuple with some."""
-    return [part for part in (output if isinstance(output, tuple) else (output,)) if isinstance(part, torch.Tensor)]

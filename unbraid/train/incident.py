@@ -85,6 +85,13 @@ def incident_of(
     return Incident(about, _without_paths(recipe), state.bare_model.state_dict(), batch), verdict
 
 
+def own_code(recipe: Mapping[str, Any]) -> list[str]:
+    """Names such as ``my_file:MyModel`` of what a replay would build, in a recipe given as plain dicts."""
+    loss = recipe.get("loss", {})
+    parts = [recipe.get("model", {}), loss, *loss.get("terms", [])]
+    return [name for part in parts if ":" in (name := str(part.get("name")))]
+
+
 def _without_paths(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe without what only means something on this machine."""
     tables = {name: dict(table) if isinstance(table, Mapping) else table for name, table in recipe.items()}

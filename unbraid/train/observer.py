@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from unbraid import dist
 from unbraid.data.mixing import AudioFault
 from unbraid.records import Event, StepRecord
-from unbraid.train.incident import incident_of, joined, write_incident
+from unbraid.train.incident import incident_of, joined, own_code, write_incident
 from unbraid.train.logbook import Logbook
 from unbraid.train.settings import Job
 from unbraid.train.state import TrainState
@@ -106,7 +106,7 @@ class Observer:
         except OSError as error:
             self.log.tell("INCIDENT_FAILED", record.step, f"The bad step could not be kept for a replay ({error}).")
             return sentence, verdict.kind == "weights"
-        trust = " --trust" * any(":" in str(self.job.recipe.get(t, {}).get("name")) for t in ("model", "loss"))
+        trust = " --trust" if own_code(self.job.recipe) else ""
         return f"{sentence} To run it again: unbraid replay {path}{trust}".strip(), verdict.kind == "weights"
 
     def tell_of_health(self, record: StepRecord, seconds: Sequence[float]) -> None:
