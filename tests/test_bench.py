@@ -90,6 +90,13 @@ def test_a_variant_is_trained_on_noise_and_no_data_are_needed():
     assert found.note == ""
 
 
+def test_a_model_of_several_channels_is_refused_as_training_refuses_it():
+    stereo = recipe(model={"name": "bs_roformer", "d_model": 8, "n_blocks": 1, "n_heads": 1, "d_head": 8})
+
+    with pytest.raises(UserError, match="set model.n_channels = 1"):
+        measure(stereo, Variant("fp32", False, 2), seconds=0.0)
+
+
 def test_steps_are_measured_for_the_seconds_asked_for_and_at_least_one_is(monkeypatch):
     ticks = iter(range(10**6))
     monkeypatch.setattr(bench, "perf_counter", lambda: 10.0 * next(ticks))

@@ -335,9 +335,13 @@ def test_a_collapsed_scale_is_left_behind_with_its_format(nets, tmp_path):
     assert [record.loss_scale for record in steps(told)] == [1.0, 1.0]
 
 
-@pytest.mark.parametrize("rule", ["skip", "rescue"])
-def test_a_bad_example_is_named_and_kept_for_a_replay(nets, tmp_path, rule, capsys, monkeypatch):
-    file = nets('[loss]\nname = "nets:nan_for_one"\nassign = "fixed"\n')
+OWN_LOSS = '[loss]\nassign = "fixed"\nname = "nets:nan_for_one"\n'
+IN_A_SUM = '[loss]\nassign = "fixed"\nname = "sum"\nterms = [{name = "l1"}, {name = "nets:nan_for_one"}]\n'
+
+
+@pytest.mark.parametrize(("rule", "loss"), [("skip", OWN_LOSS), ("rescue", OWN_LOSS), ("skip", IN_A_SUM)])
+def test_a_bad_example_is_named_and_kept_for_a_replay(nets, tmp_path, rule, loss, capsys, monkeypatch):
+    file = nets(loss)
 
     run, told = run_recipe(file, tmp_path / "run", f"train.on_bad_example={rule}")
 
