@@ -54,6 +54,7 @@ lr = 1e-3
 [train]
 max_steps = 6
 precision = "fp32"
+compile = "off"
 [validate]
 every_steps = 3
 n_items = 3

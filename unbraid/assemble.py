@@ -5,8 +5,6 @@ import inspect
 import json
 import os
 import platform
-import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from torch import nn
 
 import unbraid
 from unbraid import dist
+from unbraid.choices import choose, told
 from unbraid.data import DATASETS
 from unbraid.data.folders import noises
 from unbraid.data.loader import Loaded, StepKeys, batches
@@ -30,7 +29,7 @@ from unbraid.parts import build_loss, build_part, find_part
 from unbraid.recipe import Part, Recipe, differences, recipe_from_table, recipe_table, to_toml
 from unbraid.records import Event, RunDirectory, append_record, owned, write_atomically
 from unbraid.robust import CLIPPERS, FILTERS, TRANSFORMS
-from unbraid.robust.precision import Precision, best_precision
+from unbraid.robust.precision import Precision
 from unbraid.train.average import Average
 from unbraid.train.checkpoint import (
     Checkpoint,
@@ -116,35 +115,6 @@ def choose_device() -> torch.device:
             "CUDA_VISIBLE_DEVICES= to train on the CPU."
         )
     return torch.device("cuda", dist.local_rank())
-
-
-def choose(recipe: Recipe, model: nn.Module, device: torch.device, *, before: dict[str, Any] | None) -> dict[str, Any]:
-    """What "auto" comes to, fixed before the first step and taken again on resuming, with the number of threads.
-
-    Args:
-        recipe: Where it says "auto", or something else.
-        model: Whether it is made for compiling.
-        device: Where it runs.
-        before: What was chosen when the run began.
-    """
-    asked = recipe.train.precision
-    if before is not None:
-        return before | ({} if asked == "auto" else {"precision": asked})
-    pays = recipe.train.compile == "on" or (recipe.train.compile == "auto" and _compiling_pays(recipe, model, device))
-    return {
-        "precision": best_precision(device) if asked == "auto" else asked,
-        "compile": pays,
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _compiling_pays(recipe: Recipe, model: nn.Module, device: torch.device) -> bool:
-    """Compiling costs up to a minute: it pays on a long run of a model that is made for it, where a compiler is."""
-    long_enough = (recipe.train.max_steps or 10**9) >= 1000 and (recipe.train.max_minutes or 10**9) >= 3
-    compiler = device.type == "cuda" or any(
-        shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")
-    )
-    return long_enough and compiler and hasattr(model, "compile_regions") and sys.platform == "linux"
 
 
 @dataclass(frozen=True)
@@ -276,6 +246,8 @@ def _train(
     if checkpoint is None and "init" in recipe.model.options:
         _load_weights(model, read_checkpoint(find_checkpoint(Path(recipe.model.options["init"]))))
     choices = dist.from_main_process(choose(recipe, model, device, before=checkpoint.choices if checkpoint else None))
+    if checkpoint is None and (words := told(recipe, model, device, choices)):
+        notes = [*notes, ("CHOSEN", words)]
     if torch.get_num_threads() != choices["threads"]:
         torch.set_num_threads(choices["threads"])
     if choices["compile"]:
@@ -287,7 +259,7 @@ def _train(
     table = recipe_table(recipe)
     job = Job(run, recipe.train, recipe.validate, recipe.save, table, choices, n_files=len(corpus.train.tracks))
     if dist.is_main():
-        _open_run(recipe, run, state, checkpoint, notes, choices, device)
+        yield from _open_run(recipe, run, state, checkpoint, notes, choices, device)
 
     def load(n_steps_done: int) -> Iterator[Loaded]:
         keys = StepKeys(
@@ -352,8 +324,12 @@ def _open_run(
     notes: list[tuple[str, str]],
     choices: dict[str, Any],
     device: torch.device,
-) -> None:
-    """Write what a run directory begins with; cut back what a resumed run will write again."""
+) -> list[Event]:
+    """Write what a run directory begins with; cut back what a resumed run will write again.
+
+    Returns:
+        What there is to tell of it.
+    """
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     cut_logs(run, checkpoint.log_bytes if checkpoint else {})
     tidy(run, checkpoint)
@@ -361,11 +337,13 @@ def _open_run(
         log.touch()
     write_atomically(run.recipe, to_toml(recipe))
     write_atomically(run.environment, json.dumps(environment(choices, device), indent=1) + "\n")
-    for code, message in notes:
-        append_record(run.events, Event(code, state.step, 0, message))
+    events = [Event(code, state.step, 0, message) for code, message in notes]
     if checkpoint is not None:
         message = f"Went on from {checkpoint.path.name}."
-        append_record(run.events, Event("RUN_RESUMED", state.step, 0, message, evidence=choices))
+        events.append(Event("RUN_RESUMED", state.step, 0, message, evidence=choices))
+    for event in events:
+        append_record(run.events, event)
+    return events
 
 
 def environment(choices: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -7,7 +7,15 @@ from torch import Tensor, nn
 
 from unbraid.models.attention import attend
 from unbraid.models.chunks import cut, join_and_split, published_pads
-from unbraid.models.layers import GlobalLayerNorm, LearnedDecoder, LearnedEncoder, mask_learned, run_layer, with_range
+from unbraid.models.layers import (
+    GlobalLayerNorm,
+    LearnedDecoder,
+    LearnedEncoder,
+    mask_learned,
+    relu,
+    run_layer,
+    with_range,
+)
 
 
 class TransformerLayer(nn.Module):
@@ -23,7 +31,7 @@ class TransformerLayer(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """``(batch, frame, channel)`` in and out."""
         features = features + self.drop(self.attend(self.attention_norm(features)))
-        hidden = self.widen(self.hidden_norm(features)).relu()
+        hidden = relu(self.widen(self.hidden_norm(features)))
         return features + self.drop(self.narrow(self.drop(hidden)))
 
     def attend(self, features: Tensor) -> Tensor:

@@ -1,0 +1,112 @@
+"""What auto comes to follows from the budget, the model and the machine, and is told."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from unbraid import choices
+from unbraid.assemble import train
+from unbraid.choices import Compiling, choose, compiling_pays, told
+from unbraid.recipe import load_recipe, recipe_from_table
+from unbraid.records import Event, RunDirectory, read_rows
+
+CPU = torch.device("cpu")
+
+
+class Compiles(nn.Module):
+    compile_seconds, compile_gain = 40.0, 1.5
+
+    def compile_regions(self):
+        raise AssertionError("nothing is compiled here")
+
+
+class NoFaster(Compiles):
+    compile_gain = 1.0
+
+
+def recipe(**settings):
+    return recipe_from_table({"model": {"name": "dprnn"}, "train": {"max_steps": 10**9} | settings}, Path())
+
+
+@pytest.fixture(autouse=True)
+def _compiler(monkeypatch):
+    monkeypatch.setattr(choices, "_has_compiler", lambda: True)
+
+
+def test_compiling_pays_where_the_steps_that_it_adds_outnumber_those_that_it_costs():
+    known = Compiling(40.0, 1.5)
+
+    def steps(seconds, step=0.1):
+        return seconds / step, (seconds - known.seconds) * known.gain / step
+
+    assert known.pays_from == pytest.approx(120.0)
+    plain, compiled = steps(known.pays_from)
+    assert plain == pytest.approx(compiled)
+    plain, compiled = steps(1.1 * known.pays_from)
+    assert compiled > plain
+
+
+@pytest.mark.parametrize(
+    ("budget", "pays"),
+    [
+        ({"max_minutes": 1.9}, False),
+        ({"max_minutes": 2.1}, True),
+        ({"max_minutes": 600.0, "max_steps": 100}, False),
+        ({"max_steps": 100}, False),
+        ({"max_steps": 10_000}, True),
+    ],
+)
+def test_the_budget_known_at_the_start_decides(budget, pays):
+    asked = recipe(**{"max_steps": 0} | budget)
+
+    chosen = choose(asked, Compiles(), CPU, before=None)
+
+    assert chosen["compile"] is pays
+    assert f"compile is {'on' if pays else 'off'}, as it takes about 40 s" in told(asked, Compiles(), CPU, chosen)
+
+
+@pytest.mark.parametrize(("model", "why"), [(nn.Identity(), "has no compile_regions"), (NoFaster(), "no faster")])
+def test_what_cannot_gain_is_not_compiled(model, why):
+    pays, said = compiling_pays(recipe(), model, CPU)
+
+    assert not pays
+    assert why in said
+
+
+def test_without_a_compiler_nothing_is_compiled(monkeypatch):
+    monkeypatch.setattr(choices, "_has_compiler", lambda: False)
+
+    assert compiling_pays(recipe(), Compiles(), CPU) == (False, "there is no C++ compiler here")
+
+
+def test_what_the_recipe_says_is_done_and_not_told():
+    asked = recipe(precision="fp16", compile="on", max_steps=1)
+    chosen = choose(asked, nn.Identity(), CPU, before=None)
+
+    assert (chosen["precision"], chosen["compile"]) == ("fp16", True)
+    assert told(asked, nn.Identity(), CPU, chosen) == ""
+
+
+def test_a_resumed_run_keeps_what_was_chosen():
+    before = {"precision": "bf16", "compile": True, "threads": 1}
+
+    assert choose(recipe(max_steps=1), nn.Identity(), CPU, before=before) == before
+    assert choose(recipe(precision="fp32"), nn.Identity(), CPU, before=before)["precision"] == "fp32"
+
+
+def test_a_run_says_at_its_start_what_was_chosen_and_on_resuming_that_it_goes_on(recipe_file, tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    file = recipe_file()
+    changes = ["train.precision=auto", "train.compile=auto", "train.max_steps=2"]
+
+    begun = [event for event in train(load_recipe(file, changes), run) if isinstance(event, Event)]
+    changes[-1] = "train.max_steps=4"
+    resumed = [event for event in train(load_recipe(file, changes), run, resume=True) if isinstance(event, Event)]
+
+    assert [(event.code, event.step) for event in begun] == [("CHOSEN", 0)]
+    assert "precision is " in begun[0].message
+    assert "compile is off" in begun[0].message
+    assert [event.code for event in resumed] == ["RECIPE_CHANGED", "RUN_RESUMED"]
+    assert [row["code"] for row in read_rows(run.events)[0]] == ["CHOSEN", "RECIPE_CHANGED", "RUN_RESUMED"]
