@@ -1,6 +1,8 @@
 """What auto comes to follows from the budget, the model and the machine, and is told."""
 
+import sys
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -16,14 +18,17 @@ CPU = torch.device("cpu")
 
 
 class Compiles(nn.Module):
-    compile_seconds, compile_gain = 40.0, 1.5
+    compile_seconds, compile_gain = 40.0, {"fp32": 1.5, "bf16": 1.5}
 
     def compile_regions(self):
         raise AssertionError("nothing is compiled here")
 
 
 class NoFaster(Compiles):
-    compile_gain = 1.0
+    compile_gain = MappingProxyType({"fp32": 1.0, "bf16": 1.5})
+
+
+CUDA = torch.device("cuda")
 
 
 def recipe(**settings):
@@ -56,6 +61,7 @@ def test_compiling_pays_where_the_steps_that_it_adds_outnumber_those_that_it_cos
         ({"max_minutes": 600.0, "max_steps": 100}, False),
         ({"max_steps": 100}, False),
         ({"max_steps": 10_000}, True),
+        ({"max_minutes": 600.0, "max_steps": 10_000}, True),
     ],
 )
 def test_the_budget_known_at_the_start_decides(budget, pays):
@@ -69,7 +75,7 @@ def test_the_budget_known_at_the_start_decides(budget, pays):
 
 @pytest.mark.parametrize(("model", "why"), [(nn.Identity(), "has no compile_regions"), (NoFaster(), "no faster")])
 def test_what_cannot_gain_is_not_compiled(model, why):
-    pays, said = compiling_pays(recipe(), model, CPU)
+    pays, said = compiling_pays(recipe(), model, CPU, "fp32")
 
     assert not pays
     assert why in said
@@ -78,7 +84,26 @@ def test_what_cannot_gain_is_not_compiled(model, why):
 def test_without_a_compiler_nothing_is_compiled(monkeypatch):
     monkeypatch.setattr(choices, "_has_compiler", lambda: False)
 
-    assert compiling_pays(recipe(), Compiles(), CPU) == (False, "there is no C++ compiler here")
+    assert compiling_pays(recipe(), Compiles(), CPU, "bf16") == (False, "there is no C++ compiler here")
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA])
+def test_elsewhere_than_on_linux_nothing_is_compiled_unasked(monkeypatch, device):
+    monkeypatch.setattr(sys, "platform", "win32")
+
+    assert not compiling_pays(recipe(), Compiles(), device, "bf16")[0]
+
+
+def test_a_budget_in_steps_is_told_as_what_it_is_taken_for():
+    said = told(recipe(max_steps=100), Compiles(), CPU, {"precision": "bf16"})
+
+    assert "compile is off" in said
+    assert "pays from 2.0 minutes on, and 100 steps are taken for 0.8" in said
+    assert "steps are taken" not in told(recipe(max_minutes=1.0), Compiles(), CPU, {"precision": "bf16"})
+
+
+def test_what_gains_in_one_precision_alone_is_compiled_in_that():
+    assert [compiling_pays(recipe(), NoFaster(), CPU, name)[0] for name in ("fp32", "bf16")] == [False, True]
 
 
 def test_what_the_recipe_says_is_done_and_not_told():

@@ -289,6 +289,16 @@ def test_code_that_came_with_a_checkpoint_does_not_run_unless_trusted(recipe_fil
     assert main(["evaluate", "run", "--n-items", "1", "--trust"]) == 0
 
 
+def test_scores_of_outputs_that_were_added_up_are_marked_as_such(recipe_file, tmp_path, capsys):
+    changes = ["loss.name=neg_snr", "loss.assign=mixit", "model.n_sources=3", "train.max_steps=1"]
+    sets = [word for change in changes for word in ("--set", change)]
+    assert main(["train", str(recipe_file()), "--run", str(tmp_path / "run"), *sets]) == 0
+    capsys.readouterr()
+
+    assert main(["evaluate", str(tmp_path / "run"), "--n-items", "1"]) == 0
+    assert "outputs added up" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_data_set_that_came_with_a_checkpoint_does_not_run_unless_trusted(recipe_file, tmp_path, monkeypatch, capsys):
     (tmp_path / "mine.py").write_text("from unbraid.data.folders import speakers as go\n")
     monkeypatch.chdir(tmp_path)

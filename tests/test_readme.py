@@ -151,6 +151,29 @@ def test_the_cost_of_a_step_is_what_was_measured():
     assert measured["date"] in README
 
 
+def test_the_speeds_are_those_that_were_measured():
+    measured = json.loads((ROOT / "benchmarks" / "results" / "against_peers.json").read_text())
+
+    def times(piece, how, kind="like"):
+        ratios = next(race["ratios"] for race in measured[piece]["races"] if f"ours {how}" in race["ratios"])
+        return f"{ratios[f'ours {how}'][kind]['median']:.2f}"
+
+    losses = ", ".join(times(f"pit_{n}", "fp32") for n in (2, 3, 5, 8, 16))
+    assert re.findall(r"^\| .* \| ([\d., ]+) \|$", README.split("## How fast")[1], flags=re.MULTILINE) == [
+        times("sepformer_small_step", "bf16 compiled"),
+        times("sepformer_small_step", "fp32 compiled"),
+        times("conv_tasnet_step", "bf16 compiled", "best"),
+        times("conv_tasnet_step", "fp32 compiled"),
+        times("conv_tasnet_step", "fp32"),
+        times("dprnn_step", "bf16 compiled"),
+        times("dprnn_step", "fp32 compiled"),
+        losses,
+        times("clip_and_adam", "default"),
+    ]
+    assert {piece["date"] for piece in measured.values()} == {"2026-11-22"}
+    assert {piece["threads"] for piece in measured.values()} == {1}
+
+
 def test_links_and_pictures_lead_somewhere():
     targets = [target for target in re.findall(r"\]\(([^)]+)\)", README) if "://" not in target]
 

@@ -6,13 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from unbraid.data.batch import Batch
+from unbraid.losses import LOSSES
 from unbraid.losses.pit import SeparationLoss
 from unbraid.losses.waveform import neg_si_sdr
 from unbraid.records import ItemId
 from unbraid.train.optim import OPTIMIZERS
 from unbraid.train.state import TrainState
 
-SIGNAL_LOSSES = ["l1", "multi_resolution_l1", "multi_resolution_stft", "neg_si_sdr", "neg_snr", "neg_thresholded_snr"]
+SIGNAL_LOSSES = sorted({*LOSSES} - {"deep_clustering", "mask_inference", "neg_sa_sdr", "whitened_kmeans"})
 """Of `LOSSES`, those that need nothing but the signals, and come to one value for each."""
 
 

@@ -11,12 +11,12 @@ from torch import nn
 from unbraid.recipe import Recipe
 from unbraid.robust.precision import best_precision
 
-SECONDS_A_STEP = 0.1
+SECONDS_A_STEP = {"cpu": 0.5, "cuda": 0.1}
 """What a step is taken for where the budget is given in steps alone."""
 
 
 class Compiling(NamedTuple):
-    """What compiling a model's regions is known to do: the model's attributes ``compile_seconds`` and ``compile_gain``.
+    """What compiling a model's regions is known to do: its ``compile_seconds``, and ``compile_gain`` by precision.
 
     Attributes:
         seconds: How much longer the first step takes.
@@ -44,12 +44,11 @@ def choose(recipe: Recipe, model: nn.Module, device: torch.device, *, before: di
     asked = recipe.train.precision
     if before is not None:
         return before | ({} if asked == "auto" else {"precision": asked})
-    pays = recipe.train.compile == "on" or (recipe.train.compile == "auto" and compiling_pays(recipe, model, device)[0])
-    return {
-        "precision": best_precision(device) if asked == "auto" else asked,
-        "compile": pays,
-        "threads": torch.get_num_threads(),
-    }
+    precision = best_precision(device) if asked == "auto" else asked
+    compiled = recipe.train.compile == "on"
+    if recipe.train.compile == "auto":
+        compiled, _ = compiling_pays(recipe, model, device, precision)
+    return {"precision": precision, "compile": compiled, "threads": torch.get_num_threads()}
 
 
 def told(recipe: Recipe, model: nn.Module, device: torch.device, choices: dict[str, Any]) -> str:
@@ -59,30 +58,35 @@ def told(recipe: Recipe, model: nn.Module, device: torch.device, choices: dict[s
         why = {"bf16": "it is multiplied natively here", "fp32": "bf16 is not multiplied natively here"}
         said.append(f"precision is {choices['precision']}, as {why[choices['precision']]}")
     if recipe.train.compile == "auto":
-        pays, why_not = compiling_pays(recipe, model, device)
-        said.append(f"compile is {'on' if pays else 'off'}, as {why_not}")
+        pays, reason = compiling_pays(recipe, model, device, choices["precision"])
+        said.append(f"compile is {'on' if pays else 'off'}, as {reason}")
     return f"Chosen by auto: {'; '.join(said)}." if said else ""
 
 
-def compiling_pays(recipe: Recipe, model: nn.Module, device: torch.device) -> tuple[bool, str]:
+def compiling_pays(recipe: Recipe, model: nn.Module, device: torch.device, precision: str) -> tuple[bool, str]:
     """Whether a run does more with compiling than without, and why."""
+    name = recipe.model.name
     if not hasattr(model, "compile_regions"):
-        return False, f"{recipe.model.name} has no compile_regions"
+        return False, f"{name} has no compile_regions"
+    if sys.platform != "linux":
+        return False, "it is left out on other systems than Linux"
     if device.type == "cpu" and not _has_compiler():
         return False, "there is no C++ compiler here"
-    known = Compiling(getattr(model, "compile_seconds", 60.0), getattr(model, "compile_gain", 1.2))
+    gains = getattr(model, "compile_gain", {})
+    known = Compiling(getattr(model, "compile_seconds", 60.0), gains.get(precision, 1.2))
     if known.gain <= 1.05:
-        return False, f"it makes {recipe.model.name} no faster"
-    budgets = [60 * recipe.train.max_minutes, SECONDS_A_STEP * recipe.train.max_steps]
-    budget = min(given for given in budgets if given)
+        return False, f"it makes {name} no faster in {precision}"
+    minutes, steps = recipe.train.max_minutes, recipe.train.max_steps
+    by_steps = steps * SECONDS_A_STEP.get(device.type, 0.1)
+    budget = min(given for given in (60 * minutes, by_steps) if given)
     fact = (
-        f"it takes about {known.seconds:.0f} s and makes steps of {recipe.model.name} about {known.gain:.1f} times as "
-        f"fast: that pays from {known.pays_from / 60:.1f} minutes on"
+        f"it takes about {known.seconds:.0f} s and makes steps of {name} about {known.gain:.1f} times as fast, which "
+        f"pays from {known.pays_from / 60:.1f} minutes on"
     )
+    if budget < 60 * minutes or not minutes:
+        fact += f", and {steps} steps are taken for {by_steps / 60:.1f}"
     return budget >= known.pays_from, fact
 
 
 def _has_compiler() -> bool:
-    return sys.platform == "linux" and any(
-        shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")
-    )
+    return any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++"))

@@ -59,6 +59,8 @@ def evaluate(args: argparse.Namespace) -> int:
         found = evaluate_checkpoint(args.checkpoint, progress=lambda done, _: advance(done), **options)
     heard = {file for row in found.rows for file in row["files"].split(" + ")}
     title = f"{len(found.rows)} mixtures of {len(heard)} files in {found.recipe.data.path} ({args.split})"
+    if found.recipe.assign == "mixit":
+        title += "; outputs added up as suits each mixture best (assign = 'mixit')"
     print_summaries(found.summaries, title)
     print(f"A row for each mixture: {found.table}" + (f"; to hear: {found.audio}" if found.audio else ""))
     for message in found.bad_files.values():

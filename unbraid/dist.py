@@ -24,8 +24,8 @@ TIMEOUT = timedelta(minutes=10)
 def process_group(device: torch.device) -> Iterator[None]:
     """Join the processes that torchrun started, and leave them at the end; nothing where torchrun did not start us.
 
-    The group's threads end with it: one that still held a tensor while the interpreter goes down would abort the
-    process, after all work was done.
+    Where the work ends without an exception, which would hold on to models, the group's threads end with it: one that
+    still held a tensor while the interpreter goes down would abort the process, after all was done.
     """
     if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1 or td.is_initialized():
         yield

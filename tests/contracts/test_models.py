@@ -6,6 +6,14 @@ from small_models import tiny
 
 from unbraid.models import MODELS
 
+COMPILED = [
+    (name, options)
+    for name, model in sorted(MODELS.items())
+    for options in ({}, {"checkpoint": True})
+    if hasattr(model, "compile_regions") and options.keys() <= inspect.signature(model).parameters.keys()
+]
+"""All that can be compiled, with activations kept and computed again."""
+
 every_model = pytest.mark.parametrize("name", sorted(MODELS))
 
 
@@ -185,11 +193,10 @@ def test_a_low_and_a_high_tone_are_told_apart_after_a_few_steps(name):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the compiler of torch sets off warnings of torch
-@pytest.mark.parametrize("name", sorted(name for name, model in MODELS.items() if hasattr(model, "compile_regions")))
-def test_compiled_it_is_the_same_in_names_outputs_and_gradients_at_any_length_also_with_less_memory(name):
+@pytest.mark.parametrize(("name", "options"), COMPILED)
+def test_compiled_it_is_the_same_in_names_outputs_and_gradients_at_any_length(name, options):
     torch._dynamo.reset()
-    less = {"checkpoint": True} if "checkpoint" in inspect.signature(MODELS[name]).parameters else {}
-    plain, compiled = tiny(name, whole=True), tiny(name, whole=True, **less)
+    plain, compiled = tiny(name, whole=True), tiny(name, whole=True, **options)
     names = list(plain.state_dict())
     compiled.compile_regions()
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from unbraid.models.conv_tasnet import ConvBlock, ConvTasNet
+from unbraid.models.conv_tasnet import ConvBlock, ConvTasNet, prelu
 from unbraid.models.layers import GlobalLayerNorm, LearnedDecoder, LearnedEncoder, fourier_filters
 
 TINY = {"n_filters": 16, "bottleneck": 8, "hidden": 12, "skip": 8, "n_blocks": 2, "n_repeats": 2}
@@ -74,24 +74,45 @@ def test_encoder_and_decoder_are_strided_convolutions():
     torch.testing.assert_close(decoder(encoder(waveform), 44), back[:, 0])
 
 
-@pytest.mark.parametrize("dilation", [1, 4])
-@pytest.mark.parametrize("kernel_size", [3, 5])
-def test_shifted_products_are_a_depthwise_convolution(kernel_size, dilation):
+@pytest.fixture(params=["plain", "compiled"])
+def _form(request, monkeypatch):
+    """What runs as it is, and what a compiler would be given, run as it is."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: request.param == "compiled")
+
+
+@pytest.mark.usefixtures("_form")
+@pytest.mark.parametrize("n_frames", [1, 7, 20])
+@pytest.mark.parametrize("dilation", [1, 4, 8])
+@pytest.mark.parametrize("kernel_size", [3, 4, 5])
+def test_a_dilated_depthwise_convolution_in_either_form(kernel_size, dilation, n_frames):
     block = ConvBlock(bottleneck=4, hidden=6, skip=4, kernel_size=kernel_size, dilation=dilation, norm="gln")
-    hidden = torch.randn(2, 20, 6)
+    hidden = torch.randn(2, n_frames, 6)
     expected = F.conv1d(
-        hidden.transpose(1, 2),
+        F.pad(hidden.transpose(1, 2), (dilation * (kernel_size - 1) // 2, dilation * kernel_size // 2)),
         block.taps.T[:, None],
         block.taps_bias,
-        padding="same",
         dilation=dilation,
         groups=6,
     )
-    torch.testing.assert_close(block.depthwise(hidden, dilation), expected.transpose(1, 2))
+    torch.testing.assert_close(block.depthwise(hidden, dilation), expected.transpose(1, 2)[:, :n_frames])
 
 
-def test_global_layer_norm_is_group_norm_with_one_group():
+@pytest.mark.usefixtures("_form")
+def test_a_prelu_in_either_form():
+    slope, features = torch.tensor(0.3, requires_grad=True), torch.randn(2, 9, 4)
+
+    outputs = prelu(features, slope)
+
+    torch.testing.assert_close(outputs, features.clamp(min=0) + 0.3 * features.clamp(max=0))
+    [gradient] = torch.autograd.grad(outputs.sum(), slope)
+    torch.testing.assert_close(gradient, features.clamp(max=0).sum())
+
+
+@pytest.mark.usefixtures("_form")
+def test_global_layer_norm_is_group_norm_with_one_group_in_either_form():
     norm, features = GlobalLayerNorm(5), 3 + 2 * torch.randn(2, 30, 5)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
     expected = F.group_norm(features.transpose(1, 2), 1, norm.weight, norm.bias, eps=1e-8)
     torch.testing.assert_close(norm(features), expected.transpose(1, 2))
 

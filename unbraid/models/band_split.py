@@ -262,6 +262,8 @@ class BSRoFormer(nn.Module):
 
     follows_gain = True
     """Twice the input, twice the output."""
+    compile_seconds, compile_gain = 60.0, {"fp32": 1.4, "bf16": 1.5}
+    """What compiling was measured to take and to bring, on two cores: what ``compile = "auto"`` goes by."""
 
     bins: Tensor
     window: Tensor

@@ -40,6 +40,8 @@ class ConvBlock(nn.Module):
 
     def depthwise(self, hidden: Tensor, dilation: int) -> Tensor:
         """The dilated depthwise convolution, as long as its input."""
+        if hidden.device.type == "cpu" and not torch.compiler.is_compiling() and len(self.taps) % 2:
+            return self.depthwise_by_rows(hidden, dilation)
         n_frames, reach = hidden.shape[1], dilation * (len(self.taps) - 1)
         padded = F.pad(hidden, (0, 0, reach // 2, reach - reach // 2))
         taps = self.taps.to(hidden.dtype)
@@ -48,9 +50,25 @@ class ConvBlock(nn.Module):
             mixed = mixed + padded[:, k * dilation : k * dilation + n_frames] * taps[k]
         return mixed
 
+    def depthwise_by_rows(self, hidden: Tensor, dilation: int) -> Tensor:
+        """The same, with the frames written in rows of the dilation's length: a convolution down the columns.
+
+        That one has no dilation, which the CPU's kernel for channels that come last is fast without alone.
+        """
+        n_frames = hidden.shape[1]
+        whole = F.pad(hidden, (0, 0, 0, -n_frames % dilation)) if n_frames % dilation else hidden
+        grid = rearrange(whole, "b (row column) c -> b c row column", column=dilation)
+        kernel = rearrange(self.taps, "k c -> c 1 k 1").to(hidden.dtype)
+        mixed = F.conv2d(
+            grid, kernel, self.taps_bias.to(hidden.dtype), padding=(len(self.taps) // 2, 0), groups=hidden.shape[2]
+        )
+        return rearrange(mixed, "b c row column -> b (row column) c")[:, :n_frames]
+
 
 def prelu(features: Tensor, slope: Tensor) -> Tensor:
-    """A ReLU with a learned slope below zero; the one of torch is not fused by the compiler on the CPU."""
+    """A ReLU with a learned slope below zero; torch's own is fast alone, but not fused by the compiler on the CPU."""
+    if not torch.compiler.is_compiling():
+        return F.prelu(features, slope.reshape(1).to(features.dtype))
     return torch.where(features > 0, features, slope.to(features.dtype) * features)
 
 
@@ -82,6 +100,8 @@ class ConvTasNet(nn.Module):
 
     follows_gain = True
     """Twice the input, twice the output."""
+    compile_seconds, compile_gain = 40.0, {"fp32": 2.4, "bf16": 3.9}
+    """What compiling was measured to take and to bring, on two cores: what ``compile = "auto"`` goes by."""
 
     def __init__(
         self,

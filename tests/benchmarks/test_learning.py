@@ -1,0 +1,76 @@
+"""What the benchmark of learning reckons, and that it goes on where it was stopped; what is learnt no test can know."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def learning(monkeypatch):
+    """The benchmark as a module."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    threads = torch.get_num_threads()
+    yield importlib.import_module("learning")
+    torch.set_num_threads(threads)
+
+
+def test_the_lead_is_taken_mixture_by_mixture_and_over_the_seeds(learning):
+    runs = {
+        "asteroid 0": {"items_db": [0.0, 10.0, 20.0]},
+        "ours 0": {"items_db": [2.0, 12.0, 25.0]},
+        "asteroid 1": {"items_db": [0.0, 0.0, 0.0]},
+        "ours 1": {"items_db": [2.0, 2.0, 5.0]},
+        "ours-steps 0": {"items_db": [1.0, 11.0, 21.0]},
+    }
+
+    leads = learning.leads(runs)
+
+    # 2, 2, 5: deviation 3 ** 0.5, over 3 mixtures
+    assert leads["ours"] == {"mean": 3.0, "half_95_over_mixtures": 1.96, "each_seed": [3.0, 3.0]}
+    assert leads["ours-steps"] == {"mean": 1.0, "half_95_over_mixtures": 0.0, "each_seed": [1.0]}
+
+
+def test_runs_that_were_made_are_not_made_again(learning, monkeypatch, tmp_path, capsys):
+    made = []
+
+    def in_a_fresh_process(args, task):
+        made.append(tuple(task))
+        return {"steps": 7, "minutes": 1.0, "si_sdri": {}, "items_db": [float(len(made))] * args.items}
+
+    monkeypatch.setattr(learning, "missing", lambda _packages: [])
+    monkeypatch.setattr(learning, "in_a_fresh_process", in_a_fresh_process)
+    words = [str(tmp_path / "table.csv"), "--items", "3", "--out", str(tmp_path / "out.json")]
+
+    assert learning.main([*words, "--seeds", "1"]) == 0
+    assert learning.main([*words, "--seeds", "2"]) == 0
+
+    once = [("asteroid", None), ("ours", None), ("ours-steps", 7)]
+    assert made == [(arm, seed, n_steps) for seed in (0, 1) for arm, n_steps in once]
+    assert learning.main([*words, "--minutes", "5"]) == 2
+    assert len(made) == 6
+    kept = json.loads((tmp_path / "out.json").read_text())
+    assert list(kept["runs"]) == [f"{arm} {seed}" for seed in (0, 1) for arm, _ in once]
+    assert kept["ahead_of_asteroid_db"]["ours"]["mean"] == 1.0
+    assert "ours-steps 1" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler of torch sets off warnings of torch
+def test_ours_trains_for_so_many_steps_and_is_scored(learning, speaker_folder, tmp_path):
+    recipe = learning.recipe_of(speaker_folder(n_speakers=40), 0, 1.0)
+    scored = learning.run("ours-steps", recipe, 2, n_items=2)
+
+    assert scored["steps"] == 2
+    assert len(scored["items_db"]) == 2
+
+
+def test_without_asteroid_it_is_said_what_is_missing(learning, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(learning, "missing", list)
+
+    assert learning.main([str(tmp_path)]) == 2
+    assert "asteroid cannot be imported here" in capsys.readouterr().err
