@@ -2,7 +2,7 @@
 
 A step of each model that has `compile_regions`, compiled and not, in each precision of this machine, each in a fresh
 process that finds nothing compiled before. Published widths, few layers: a region is compiled once for all layers
-alike, and the gain is that of a layer. The models' `compile_seconds` and `compile_gain` are taken from the result.
+alike, and the gain is that of a layer. What the models' `compile_seconds` and `compile_gain` are to be set by.
 """
 
 import argparse

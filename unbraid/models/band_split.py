@@ -263,7 +263,7 @@ class BSRoFormer(nn.Module):
     follows_gain = True
     """Twice the input, twice the output."""
     compile_seconds, compile_gain = 60.0, {"fp32": 1.4, "bf16": 1.5}
-    """What compiling was measured to take and to bring, on two cores: what ``compile = "auto"`` goes by."""
+    """About what compiling takes at the first step and brings at the others: what ``compile = "auto"`` goes by."""
 
     bins: Tensor
     window: Tensor

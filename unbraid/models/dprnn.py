@@ -79,7 +79,7 @@ class DPRNN(nn.Module):
     follows_gain = True
     """Twice the input, twice the output."""
     compile_seconds, compile_gain = 60.0, {"fp32": 1.03, "bf16": 1.04}
-    """What compiling was measured to take and to bring, on two cores: what ``compile = "auto"`` goes by."""
+    """About what compiling takes at the first step and brings at the others: what ``compile = "auto"`` goes by."""
 
     def __init__(
         self,

@@ -139,7 +139,7 @@ class SepFormer(nn.Module):
     follows_gain = True
     """Twice the input, twice the output."""
     compile_seconds, compile_gain = 60.0, {"fp32": 1.02, "bf16": 1.21}
-    """What compiling was measured to take and to bring, on two cores: what ``compile = "auto"`` goes by."""
+    """About what compiling takes at the first step and brings at the others: what ``compile = "auto"`` goes by."""
 
     def __init__(
         self,
@@ -225,7 +225,7 @@ class RESepFormer(nn.Module):
     follows_gain = False
     """Twice the input is another mixture to its layers."""
     compile_seconds, compile_gain = 60.0, {"fp32": 1.02, "bf16": 1.21}
-    """What compiling was measured to take and to bring, on two cores: what ``compile = "auto"`` goes by."""
+    """About what compiling takes at the first step and brings at the others: what ``compile = "auto"`` goes by."""
 
     def __init__(
         self,
