@@ -29,7 +29,6 @@ FEW_LAYERS: dict[str, dict[str, Any]] = {
     "dprnn": {"n_blocks": 2},
     "re_sepformer": {"n_blocks": 1, "n_layers": 2},
     "sepformer": {"n_blocks": 1, "n_layers": 2},
-    "sepreformer": {"size": "T"},
     "tf_locoformer": {"n_layers": 1},
 }
 

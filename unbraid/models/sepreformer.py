@@ -324,8 +324,6 @@ class SepReformer(nn.Module):
 
     follows_gain = True
     """Twice the input, twice the output."""
-    compile_seconds, compile_gain = 208.0, {"fp32": 1.13, "bf16": 1.13}
-    """About what compiling takes at the first step and brings at the others: what ``compile = "auto"`` goes by."""
 
     def __init__(
         self,
@@ -381,12 +379,6 @@ class SepReformer(nn.Module):
             Stage(n_layers=n_rebuild_layers, n_sources=n_sources, **sizes) for _ in range(n_stages)
         )
         self.output, self.leave = nn.Linear(d_model, 4 * d_model), nn.Linear(2 * d_model, n_filters)
-
-    def compile_regions(self) -> None:
-        """Compile the four parts of a layer, with batch and frames left open, so that one of each serves all rates."""
-        for part in self.modules():
-            if isinstance(part, GlobalAttention | LocalConvolution | SourceAttention | FeedForward):
-                part.compile(dynamic=True)
 
     def forward(self, mixture: Tensor) -> Tensor:
         """Separate ``(batch, channel, time)`` into ``(batch, source, channel, time)``."""
