@@ -18,7 +18,6 @@ import torch
 from machine import processor
 
 from unbraid.bench import BenchRow, Variant, in_a_fresh_process
-from unbraid.models import MODELS
 from unbraid.recipe import Recipe, recipe_from_table
 from unbraid.robust.precision import best_precision
 
@@ -59,7 +58,6 @@ def main() -> None:
 
 def recipe_of(name: str) -> Recipe:
     """One example of 2 s at 8 kHz a step."""
-    assert hasattr(MODELS[name], "compile_regions")
     data = {"batch_size": 1, "excerpt_seconds": 2.0, "path": "nowhere"}
     model = {"name": name, **FEW_LAYERS[name]}
     return recipe_from_table({"data": data, "model": model, "train": {"max_steps": 10**9}}, Path())

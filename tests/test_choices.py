@@ -10,7 +10,7 @@ from torch import nn
 
 from unbraid import choices
 from unbraid.assemble import train
-from unbraid.choices import Compiling, choose, compiling_pays, told
+from unbraid.choices import Compiling, choose, compiling_pays
 from unbraid.recipe import load_recipe, recipe_from_table
 from unbraid.records import Event, RunDirectory, read_rows
 
@@ -67,10 +67,10 @@ def test_compiling_pays_where_the_steps_that_it_adds_outnumber_those_that_it_cos
 def test_the_budget_known_at_the_start_decides(budget, pays):
     asked = recipe(**{"max_steps": 0} | budget)
 
-    chosen = choose(asked, Compiles(), CPU, before=None)
+    chosen, said = choose(asked, Compiles(), CPU, before=None)
 
     assert chosen["compile"] is pays
-    assert f"compile is {'on' if pays else 'off'}, as it takes about 40 s" in told(asked, Compiles(), CPU, chosen)
+    assert f"compile is {'on' if pays else 'off'}, as it takes about 40 s" in said
 
 
 @pytest.mark.parametrize(("model", "why"), [(nn.Identity(), "has no compile_regions"), (NoFaster(), "no faster")])
@@ -95,11 +95,10 @@ def test_elsewhere_than_on_linux_nothing_is_compiled_unasked(monkeypatch, device
 
 
 def test_a_budget_in_steps_is_told_as_what_it_is_taken_for():
-    said = told(recipe(max_steps=100), Compiles(), CPU, {"precision": "bf16"})
+    _, said = compiling_pays(recipe(max_steps=100), Compiles(), CPU, "bf16")
 
-    assert "compile is off" in said
     assert "pays from 2.0 minutes on, and 100 steps are taken for 0.8" in said
-    assert "steps are taken" not in told(recipe(max_minutes=1.0), Compiles(), CPU, {"precision": "bf16"})
+    assert "steps are taken" not in compiling_pays(recipe(max_minutes=1.0), Compiles(), CPU, "bf16")[1]
 
 
 def test_what_gains_in_one_precision_alone_is_compiled_in_that():
@@ -108,17 +107,16 @@ def test_what_gains_in_one_precision_alone_is_compiled_in_that():
 
 def test_what_the_recipe_says_is_done_and_not_told():
     asked = recipe(precision="fp16", compile="on", max_steps=1)
-    chosen = choose(asked, nn.Identity(), CPU, before=None)
+    chosen, said = choose(asked, nn.Identity(), CPU, before=None)
 
-    assert (chosen["precision"], chosen["compile"]) == ("fp16", True)
-    assert told(asked, nn.Identity(), CPU, chosen) == ""
+    assert (chosen["precision"], chosen["compile"], said) == ("fp16", True, "")
 
 
 def test_a_resumed_run_keeps_what_was_chosen():
     before = {"precision": "bf16", "compile": True, "threads": 1}
 
-    assert choose(recipe(max_steps=1), nn.Identity(), CPU, before=before) == before
-    assert choose(recipe(precision="fp32"), nn.Identity(), CPU, before=before)["precision"] == "fp32"
+    assert choose(recipe(max_steps=1), nn.Identity(), CPU, before=before) == (before, "")
+    assert choose(recipe(precision="fp32"), nn.Identity(), CPU, before=before) == (before | {"precision": "fp32"}, "")
 
 
 def test_a_run_says_at_its_start_what_was_chosen_and_on_resuming_that_it_goes_on(recipe_file, tmp_path):

@@ -15,7 +15,7 @@ from torch import nn
 
 import unbraid
 from unbraid import dist
-from unbraid.choices import choose, told
+from unbraid.choices import choose
 from unbraid.data import DATASETS
 from unbraid.data.folders import noises
 from unbraid.data.loader import Loaded, StepKeys, batches
@@ -245,9 +245,9 @@ def _train(
     model = build_model(recipe).to(device)
     if checkpoint is None and "init" in recipe.model.options:
         _load_weights(model, read_checkpoint(find_checkpoint(Path(recipe.model.options["init"]))))
-    choices = dist.from_main_process(choose(recipe, model, device, before=checkpoint.choices if checkpoint else None))
-    if checkpoint is None and (words := told(recipe, model, device, choices)):
-        notes = [*notes, ("CHOSEN", words)]
+    before = checkpoint.choices if checkpoint else None
+    choices, why = dist.from_main_process(choose(recipe, model, device, before=before))
+    notes += [("CHOSEN", why)] if why else []
     if torch.get_num_threads() != choices["threads"]:
         torch.set_num_threads(choices["threads"])
     if choices["compile"]:

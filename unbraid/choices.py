@@ -32,7 +32,9 @@ class Compiling(NamedTuple):
         return self.seconds * self.gain / (self.gain - 1) if self.gain > 1 else float("inf")
 
 
-def choose(recipe: Recipe, model: nn.Module, device: torch.device, *, before: dict[str, Any] | None) -> dict[str, Any]:
+def choose(
+    recipe: Recipe, model: nn.Module, device: torch.device, *, before: dict[str, Any] | None
+) -> tuple[dict[str, Any], str]:
     """Precision, compiling and threads of a run, fixed before the first step and taken again on resuming.
 
     Args:
@@ -40,27 +42,25 @@ def choose(recipe: Recipe, model: nn.Module, device: torch.device, *, before: di
         model: Whether it is made for compiling.
         device: Where it runs.
         before: What was chosen when the run began.
+
+    Returns:
+        The choices, and a sentence on what "auto" came to and why; empty where nothing new was left to it.
     """
-    asked = recipe.train.precision
+    train = recipe.train
     if before is not None:
-        return before | ({} if asked == "auto" else {"precision": asked})
-    precision = best_precision(device) if asked == "auto" else asked
-    compiled = recipe.train.compile == "on"
-    if recipe.train.compile == "auto":
-        compiled, _ = compiling_pays(recipe, model, device, precision)
-    return {"precision": precision, "compile": compiled, "threads": torch.get_num_threads()}
-
-
-def told(recipe: Recipe, model: nn.Module, device: torch.device, choices: dict[str, Any]) -> str:
-    """A sentence on what "auto" came to and why; empty where the recipe left nothing to it."""
+        return before | ({} if train.precision == "auto" else {"precision": train.precision}), ""
     said = []
-    if recipe.train.precision == "auto":
+    precision: str = train.precision
+    compiled = train.compile == "on"
+    if train.precision == "auto":
+        precision = best_precision(device)
         why = {"bf16": "it is multiplied natively here", "fp32": "bf16 is not multiplied natively here"}
-        said.append(f"precision is {choices['precision']}, as {why[choices['precision']]}")
-    if recipe.train.compile == "auto":
-        pays, reason = compiling_pays(recipe, model, device, choices["precision"])
-        said.append(f"compile is {'on' if pays else 'off'}, as {reason}")
-    return f"Chosen by auto: {'; '.join(said)}." if said else ""
+        said.append(f"precision is {precision}, as {why[precision]}")
+    if train.compile == "auto":
+        compiled, reason = compiling_pays(recipe, model, device, precision)
+        said.append(f"compile is {'on' if compiled else 'off'}, as {reason}")
+    choices = {"precision": precision, "compile": compiled, "threads": torch.get_num_threads()}
+    return choices, f"Chosen by auto: {'; '.join(said)}." if said else ""
 
 
 def compiling_pays(recipe: Recipe, model: nn.Module, device: torch.device, precision: str) -> tuple[bool, str]:

@@ -61,7 +61,7 @@ def test_runs_that_were_made_are_not_made_again(learning, monkeypatch, tmp_path,
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the compiler of torch sets off warnings of torch
-def test_ours_trains_for_so_many_steps_and_is_scored(learning, speaker_folder, tmp_path):
+def test_ours_trains_for_so_many_steps_and_is_scored(learning, speaker_folder):
     recipe = learning.recipe_of(speaker_folder(n_speakers=40, seconds=3.5), 0, 1.0)
     scored = learning.run("ours-steps", recipe, 2, n_items=2)
 

@@ -133,8 +133,7 @@ class DPRNN(nn.Module):
         chunks = cut(F.pad(features, (0, 0, before, after)), self.chunk_size)
         for path in self.paths:
             chunks = path(chunks)
-        sources = join_and_split(self.activation(chunks), before + features.shape[1], self.split, self.n_sources)[
-            :, before:
-        ]
+        padded = join_and_split(self.activation(chunks), before + features.shape[1], self.split, self.n_sources)
+        sources = padded[:, before:]
         masks = self.leave(self.output(sources).tanh() * self.gate(sources).sigmoid())
         return MASKS[self.mask](masks)

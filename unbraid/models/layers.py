@@ -44,7 +44,7 @@ class GlobalLayerNorm(nn.Module):
         return ((wide - mean) * (torch.rsqrt(variance + self.eps) * self.weight) + self.bias).to(features.dtype)
 
     def fused(self, features: Tensor) -> Tensor:
-        """The same in a third of the passes, by torch's own norm; a GPU would be slow over so many numbers at once."""
+        """The same in fewer passes, by torch's own norm; a GPU would be slow over so many numbers at once."""
         with torch.autocast("cpu", enabled=False):
             normed = F.layer_norm(features, features.shape[1:], eps=self.eps)
             return torch.addcmul(self.bias.to(features.dtype), normed, self.weight.to(features.dtype))
