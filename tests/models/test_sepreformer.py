@@ -101,6 +101,26 @@ def test_products_with_banded_matrices_are_a_depthwise_convolution(kernel_size, 
     torch.testing.assert_close(convolution(features), expected.transpose(1, 2))
 
 
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler of torch sets off warnings of torch
+def test_compiled_for_two_threads_the_long_convolution_has_the_same_gradient(two_threads):
+    plain, compiled = (seeded(LongConv, 8, kernel_size=5) for _ in range(2))
+    compiled.compile()
+    features = [noise(2, 300, 8).requires_grad_() for _ in range(2)]
+    for convolution, given in zip((plain, compiled), features, strict=True):
+        convolution(given).square().sum().backward()
+
+    torch.testing.assert_close(features[1].grad, features[0].grad)
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("kernel_size", [3, 5])
 def test_shifted_products_are_a_depthwise_convolution(kernel_size, stride):
