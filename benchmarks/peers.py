@@ -11,6 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from unbraid.compiling import compile_model
 from unbraid.data.batch import Batch
 from unbraid.losses.pit import SeparationLoss
 from unbraid.losses.waveform import neg_si_sdr
@@ -195,7 +196,7 @@ def build(work: Work, device: torch.device, *, ours: bool, compiled: bool = Fals
         return PEERS[work.model].build(**work.options).to(device)
     model = MODELS[work.model](n_sources=work.n_sources, **work.options, **more).to(device)
     if compiled:
-        getattr(model, "compile_regions", model.compile)()
+        compile_model(model)
     return model
 
 

@@ -27,6 +27,7 @@ import torch
 from machine import processor
 from torch import nn
 
+from unbraid.compiling import compile_model
 from unbraid.data.batch import Batch
 from unbraid.losses.pit import SeparationLoss
 from unbraid.losses.waveform import neg_si_sdr
@@ -154,7 +155,7 @@ def measure(
     models = [first, copy.deepcopy(first)]
     if compiled:
         for model in models:
-            getattr(model, "compile_regions", model.compile)()
+            compile_model(model)
     batches = [noise(setup, device, seed) for seed in range(4)]
     loops = [our_loop(models[0], precision), bare_loop(models[1], precision)]
     for loop in loops:

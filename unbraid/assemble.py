@@ -16,6 +16,7 @@ from torch import nn
 import unbraid
 from unbraid import dist
 from unbraid.choices import choose
+from unbraid.compiling import compile_model
 from unbraid.data import DATASETS
 from unbraid.data.folders import noises
 from unbraid.data.loader import Loaded, StepKeys, batches
@@ -251,8 +252,7 @@ def _train(
     if torch.get_num_threads() != choices["threads"]:
         torch.set_num_threads(choices["threads"])
     if choices["compile"]:
-        compile_regions = getattr(model, "compile_regions", model.compile)
-        compile_regions()
+        compile_model(model)
     state = build_state(recipe, model, precision=choices["precision"])
     if checkpoint is not None:
         state.load_state_dict(checkpoint.state)

@@ -19,6 +19,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from unbraid.assemble import build_model, build_state, choose_device
+from unbraid.compiling import compile_model
 from unbraid.data.batch import Batch
 from unbraid.errors import UserError
 from unbraid.recipe import Recipe
@@ -235,7 +236,7 @@ def measure(recipe: Recipe, variant: Variant, *, seconds: float) -> BenchRow:
     began = perf_counter()
     model = build_model(recipe).to(device)
     if variant.compiled:
-        getattr(model, "compile_regions", model.compile)()
+        compile_model(model)
     state = build_state(recipe, model, precision=variant.precision)
     parts = [part.to(device) for part in noise(recipe, variant.batch_size).split(recipe.train.accumulate)]
     ends, outcome = list[float](), ""

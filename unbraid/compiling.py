@@ -1,0 +1,30 @@
+"""How a model is compiled: the regions that it names, else the whole."""
+
+import platform
+import sys
+
+from torch import nn
+
+
+def compile_model(model: nn.Module) -> None:
+    """Compile what pays, in place: ``compile_regions`` of the model, or all of it.
+
+    Nothing is compiled yet when this returns: the first step is.
+    """
+    _take_the_processors_word()
+    getattr(model, "compile_regions", model.compile)()
+
+
+def _take_the_processors_word() -> None:
+    """Which vectors a processor has is read from it, not tried out.
+
+    Else torch's compiler builds a library for AVX2 and for each kind of AVX-512 and loads it in another Python, before
+    anything of ours: 20 of the 53 s to the first step of a small Conv-TasNet, where nothing has been compiled before. A
+    C++ compiler that can read torch's headers knows them all. ``TORCHINDUCTOR_VEC_ISA_OK`` goes before.
+    """
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return
+    from torch._inductor import config  # takes a second, in runs that compile alone
+
+    if getattr(config.cpp, "vec_isa_ok", True) is None:
+        config.cpp.vec_isa_ok = True
