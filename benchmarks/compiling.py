@@ -8,7 +8,6 @@ alike, and the gain is that of a layer. What the models' `compile_seconds` and `
 import argparse
 import json
 import os
-import tempfile
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from machine import processor
 
-from unbraid.bench import BenchRow, Variant, in_a_fresh_process
+from unbraid.bench import Variant, in_a_fresh_process
 from unbraid.recipe import Recipe, recipe_from_table
 from unbraid.robust.precision import best_precision
 
@@ -46,7 +45,9 @@ def main() -> None:
     for name in args.only:
         found: dict[str, Any] = {"options": FEW_LAYERS[name]}
         for precision in dict.fromkeys(["fp32", best_precision(device)]):
-            plain, compiled = (row_of(recipe_of(name), precision, on, args.seconds) for on in (False, True))
+            plain, compiled = (
+                in_a_fresh_process(recipe_of(name), Variant(precision, on, 1), args.seconds) for on in (False, True)
+            )
             gain = plain.step_seconds / compiled.step_seconds
             seconds = compiled.first_step_seconds - plain.first_step_seconds
             found[precision] = {"gain": round(gain, 2), "seconds": round(seconds, 1)}
@@ -61,13 +62,6 @@ def recipe_of(name: str) -> Recipe:
     data = {"batch_size": 1, "excerpt_seconds": 2.0, "path": "nowhere"}
     model = {"name": name, **FEW_LAYERS[name]}
     return recipe_from_table({"data": data, "model": model, "train": {"max_steps": 10**9}}, Path())
-
-
-def row_of(recipe: Recipe, precision: str, compiled: bool, seconds: float) -> BenchRow:
-    """Measured with an empty cache of the compiler."""
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
-        return in_a_fresh_process(recipe, Variant(precision, compiled, 1), seconds)
 
 
 def about(threads: int) -> dict[str, Any]:

@@ -5,9 +5,10 @@ the same order for all, by the same loader, scored by the last weights on one se
 run has a fresh process, and the compiler finds nothing there that it made before.
 
 asteroid    its network with its filterbank (hops of 8 samples), its loss, and a plain loop: Adam at 1e-3, float32
-ours        `unbraid train conv_tasnet_small` with `OURS` laid over it. What is not the same: hops of 32 samples and
-            filters that begin as sines; bfloat16 where it is multiplied natively, and a compiled network; easy examples
-            left out; the learning rate warms up to twice Asteroid's and falls to 0 with the time given
+ours        `unbraid train conv_tasnet_small` with `OURS` laid over it. What is not the same: hops of 32 samples,
+            filters that begin as sines, and the root of what they give for the network to see; bfloat16 where it is
+            multiplied natively, and a compiled network; easy examples left out; the learning rate warms up to twice
+            Asteroid's and falls to 0 with the time given
 ours-steps  the same for as many steps as Asteroid's loop came to: how much of the lead is not speed
 
 A run that the result already holds is not made again, so that the whole can be stopped and gone on with.

@@ -135,6 +135,7 @@ def test_the_row_of_a_variant_that_cannot_be_measured_says_why(faulty, fault, ba
     found = measure(faulty(fault), Variant("fp32", False, batch_size), seconds=0.0)
 
     assert found.note == note
+    assert (found.examples_per_second is None) == (not note.startswith("in "))
 
 
 def test_every_precision_is_measured_compiled_and_not_at_three_batch_sizes(in_turn):

@@ -10,7 +10,7 @@ from torch import nn
 
 from unbraid import choices
 from unbraid.assemble import train
-from unbraid.choices import Compiling, choose, compiling_pays
+from unbraid.choices import Compiling, absent_for_compiling, choose, compiling_pays
 from unbraid.recipe import load_recipe, recipe_from_table
 from unbraid.records import Event, RunDirectory, read_rows
 
@@ -37,7 +37,7 @@ def recipe(**settings):
 
 @pytest.fixture(autouse=True)
 def _compiler(monkeypatch):
-    monkeypatch.setattr(choices, "_has_compiler", lambda: True)
+    monkeypatch.setattr(choices, "absent_for_compiling", lambda device: "")
 
 
 def test_compiling_pays_where_the_steps_that_it_adds_outnumber_those_that_it_costs():
@@ -81,10 +81,36 @@ def test_what_cannot_gain_is_not_compiled(model, why):
     assert why in said
 
 
-def test_without_a_compiler_nothing_is_compiled(monkeypatch):
-    monkeypatch.setattr(choices, "_has_compiler", lambda: False)
+@pytest.mark.parametrize(
+    ("device", "settings", "there", "absent"),
+    [
+        (CPU, {}, ["g++", "Python.h"], ""),
+        (CPU, {}, ["clang++", "Python.h"], "g++ is not here"),
+        (CPU, {"CXX": "clang++"}, ["clang++", "Python.h"], ""),
+        (CPU, {"CXX": "mine"}, ["g++", "Python.h"], "mine is not here"),
+        (CPU, {}, ["g++"], "Python's own headers (python3-dev) are not here"),
+        (CUDA, {}, ["clang", "Python.h"], ""),
+        (CUDA, {}, ["g++", "Python.h"], "gcc or clang is not here"),
+        (CUDA, {"CC": "mine"}, ["gcc", "Python.h"], "mine is not here"),
+    ],
+)
+def test_what_the_compiler_would_not_find_is_named(monkeypatch, tmp_path, device, settings, there, absent):
+    for name in ("CXX", "CC"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (settings | {"PATH": str(tmp_path)}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sysconfig.get_path", lambda kind: str(tmp_path))
+    for name in there:
+        (tmp_path / name).touch(mode=0o755)
 
-    assert compiling_pays(recipe(), Compiles(), CPU, "bf16") == (False, "there is no C++ compiler here")
+    assert absent_for_compiling(device) == absent
+
+
+def test_without_what_the_compiler_needs_nothing_is_compiled(monkeypatch):
+    monkeypatch.setattr(choices, "absent_for_compiling", lambda device: "g++ is not here")
+
+    expected = (False, "g++ is not here, which compiling needs")
+    assert compiling_pays(recipe(), Compiles(), CPU, "bf16") == expected
 
 
 @pytest.mark.parametrize("device", [CPU, CUDA])

@@ -2,9 +2,11 @@
 
 import math
 import multiprocessing
+import os
 import platform
 import signal
 import statistics
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +23,7 @@ from rich.table import Table
 from unbraid.assemble import build_model, build_state, choose_device
 from unbraid.compiling import compile_model
 from unbraid.data.batch import Batch
+from unbraid.dsp import to_amplitude
 from unbraid.errors import UserError
 from unbraid.recipe import Recipe
 from unbraid.records import StepRecord
@@ -182,9 +185,14 @@ def available_memory() -> float:
 
 def in_a_fresh_process(recipe: Recipe, variant: Variant, seconds: float) -> BenchRow:
     """Measure where nothing was compiled, allocated or crashed before; if memory runs out, only this process ends."""
+    with tempfile.TemporaryDirectory() as made:
+        return _in_a_child(recipe, variant, seconds, Path(made))
+
+
+def _in_a_child(recipe: Recipe, variant: Variant, seconds: float, made: Path) -> BenchRow:
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_measure_and_send, args=(sender, recipe, variant, seconds), daemon=True)
+    child = context.Process(target=_measure_and_send, args=(sender, recipe, variant, seconds, made), daemon=True)
     _start_deaf(child)
     sender.close()
     try:
@@ -214,7 +222,8 @@ def _start_deaf(child: Any) -> None:
         signal.signal(signal.SIGINT, heard)
 
 
-def _measure_and_send(sender: Connection, recipe: Recipe, variant: Variant, seconds: float) -> None:
+def _measure_and_send(sender: Connection, recipe: Recipe, variant: Variant, seconds: float, made: Path) -> None:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(made)
     try:
         sender.send(measure(recipe, variant, seconds=seconds))
     except UserError as error:
@@ -239,11 +248,12 @@ def measure(recipe: Recipe, variant: Variant, *, seconds: float) -> BenchRow:
         compile_model(model)
     state = build_state(recipe, model, precision=variant.precision)
     parts = [part.to(device) for part in noise(recipe, variant.batch_size).split(recipe.train.accumulate)]
-    ends, outcome = list[float](), ""
+    ends, outcome, wrong = list[float](), "", set[str]()
     try:
         for record in steps(state, parts):
             ends.append(perf_counter())
             outcome = record.outcome
+            wrong |= {outcome} - {"trained", "all_easy", "loss_scale"}
             if outcome == "out_of_memory" or (len(ends) > 1 and ends[-1] - ends[0] >= seconds):
                 break
     except (RuntimeError, MemoryError) as error:
@@ -253,7 +263,8 @@ def measure(recipe: Recipe, variant: Variant, *, seconds: float) -> BenchRow:
     taken = [after - before for before, after in pairwise(ends)]
     step_seconds = statistics.median(taken[1:] or taken)  # the second step still makes room for itself
     notes = [] if state.n_pieces == 1 else [f"in {state.n_pieces} pieces, as memory does not do for the whole"]
-    notes += [] if outcome in ("trained", "all_easy", "loss_scale") else [outcome.replace("_", " ")]
+    if wrong:  # its speed is that of steps that do not train
+        return BenchRow(variant, note=", ".join(sorted(wrong)).replace("_", " "))
     return BenchRow(
         variant,
         examples_per_second=variant.batch_size / step_seconds,
@@ -268,7 +279,7 @@ def noise(recipe: Recipe, batch_size: int) -> Batch:
     """A batch of the right size and level."""
     rng = torch.Generator().manual_seed(recipe.data.seed)
     sources = torch.randn(batch_size, recipe.data.n_sources, 1, recipe.data.n_samples, generator=rng)
-    sources *= 10 ** (recipe.data.level_db / 20)
+    sources *= to_amplitude(recipe.data.level_db)
     return Batch.of(sources.sum(1), sources)
 
 

@@ -3,6 +3,8 @@
 import os
 import shutil
 import sys
+import sysconfig
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -70,8 +72,8 @@ def compiling_pays(recipe: Recipe, model: nn.Module, device: torch.device, preci
         return False, f"{name} has no compile_regions"
     if sys.platform != "linux":
         return False, "it is left out on other systems than Linux"
-    if device.type == "cpu" and not _has_compiler():
-        return False, "there is no C++ compiler here"
+    if absent := absent_for_compiling(device):
+        return False, f"{absent}, which compiling needs"
     gains = getattr(model, "compile_gain", {})
     known = Compiling(getattr(model, "compile_seconds", 60.0), gains.get(precision, 1.2))
     if known.gain <= 1.05:
@@ -88,5 +90,12 @@ def compiling_pays(recipe: Recipe, model: nn.Module, device: torch.device, preci
     return budget >= known.pays_from, fact
 
 
-def _has_compiler() -> bool:
-    return any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++"))
+def absent_for_compiling(device: torch.device) -> str:
+    """What torch's compiler would look for and not find: it makes C++ for a CPU, for a GPU a launcher in C."""
+    asked, usual = ("CXX", ["g++"]) if device.type == "cpu" else ("CC", ["gcc", "clang"])
+    names = [os.environ[asked]] if asked in os.environ else usual
+    if not any(shutil.which(name) for name in names):
+        return f"{' or '.join(names)} is not here"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "Python's own headers (python3-dev) are not here"
+    return ""

@@ -16,11 +16,11 @@ def compile_model(model: nn.Module) -> None:
 
 
 def _take_the_processors_word() -> None:
-    """Which vectors a processor has is read from it, not tried out.
+    """Whether a processor has AVX2 and AVX-512 is read from it, not tried out.
 
-    Else torch's compiler builds a library for AVX2 and for each kind of AVX-512 and loads it in another Python, before
-    anything of ours: 20 of the 53 s to the first step of a small Conv-TasNet, where nothing has been compiled before. A
-    C++ compiler that can read torch's headers knows them all. ``TORCHINDUCTOR_VEC_ISA_OK`` goes before.
+    Else torch's compiler builds a library for each and loads it in another Python, some seconds each, before anything
+    of ours. A C++ compiler that can read torch's headers knows both; what comes on top, as bf16 and AMX, is tried out
+    still. ``TORCHINDUCTOR_VEC_ISA_OK`` goes before.
     """
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return

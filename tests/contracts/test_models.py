@@ -51,15 +51,16 @@ def test_every_length_up_to_4000_sampled_comes_back_finite(name):
 
 
 @every_model
-def test_one_that_claims_to_follow_gain_does(name):
+@pytest.mark.parametrize("gain", [0.1, 100.0])
+def test_one_that_claims_to_follow_gain_does(name, gain):
     model, mixture = tiny(name).eval(), noise(2, 1, 1500)
     assert isinstance(model.follows_gain, bool)
 
     with torch.no_grad():
-        plain, loud = model(mixture), model(100 * mixture)
+        plain, other = model(mixture), model(gain * mixture)
 
     if model.follows_gain:
-        torch.testing.assert_close(loud, 100 * plain, rtol=1e-3, atol=1e-3 * plain.abs().max().item())
+        torch.testing.assert_close(other / gain, plain, rtol=1e-3, atol=1e-3 * plain.abs().max().item())
 
 
 @every_model
@@ -199,6 +200,23 @@ def test_compiled_it_is_the_same_in_names_output_and_gradient(name):
 
     check_same(plain, compiled, noise(2, 1, 300))
     assert list(compiled.state_dict()) == names
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler of torch sets off warnings of torch
+@pytest.mark.parametrize("name", ["conv_tasnet", "sepformer"])
+def test_compiled_in_bf16_it_is_as_near_to_fp32_as_it_is_uncompiled(name):
+    torch._dynamo.reset()
+    exact, plain, compiled = (tiny(name, whole=True) for _ in range(3))
+    compiled.compile_regions()
+    mixture = noise(2, 1, 3000)
+
+    output, gradient = with_gradient(exact, mixture)
+    with torch.autocast("cpu", torch.bfloat16):
+        near, got = (with_gradient(model, mixture) for model in (plain, compiled))
+
+    for wanted, uncompiled, found in zip((output, gradient), near, got, strict=True):
+        assert (found - wanted).norm() < 1.5 * (uncompiled - wanted).norm()
 
 
 @pytest.mark.slow

@@ -348,6 +348,7 @@ def test_what_a_loss_asks_for_and_is_not_there_is_told_in_one_sentence():
         (lambda: SeparationLoss([Term(neg_snr, 0.0)]), "weight above 0"),
         (lambda: SeparationLoss(neg_snr, inactive_weight=-1.0), "0 or more"),
         (lambda: SeparationLoss(neg_si_sdr, assign="mixit"), "cares for level"),
+        (lambda: SeparationLoss(neg_snr, assign="mixit", inactive_weight=1.0), "leave inactive_weight out"),
     ],
 )
 def test_what_makes_no_loss_is_refused(made, said):

@@ -84,6 +84,10 @@ class SeparationLoss:
             raise ValueError(
                 "assign = 'mixit' adds outputs up, which needs a loss that cares for level, as neg_snr does."
             )
+        if assign == "mixit" and inactive_weight:
+            raise ValueError(
+                "assign = 'mixit' gives every output to a mixture, so that none is inactive; leave inactive_weight out."
+            )
         self.assign, self.inactive_weight = assign, inactive_weight
 
     @property
