@@ -46,7 +46,7 @@ from unbraid.screen import show_training
 
 ROOT = Path(__file__).parents[1]
 ARMS = ("asteroid", "ours", "ours-steps")
-OURS = {"optim.lr": 2e-3, "schedule.name": "cosine", "schedule.warmup_steps": 100, "validate.every_steps": 1000}
+OURS = {"optim.lr": 2e-3, "schedule.name": "cosine", "schedule.warmup_steps": 100, "validate.every_steps": 0}
 BLOCKS = ("n_filters", "hidden", "n_blocks", "n_repeats")
 """What both networks take from the recipe."""
 
