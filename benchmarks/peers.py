@@ -196,7 +196,7 @@ def build(work: Work, device: torch.device, *, ours: bool, compiled: bool = Fals
         return PEERS[work.model].build(**work.options).to(device)
     model = MODELS[work.model](n_sources=work.n_sources, **work.options, **more).to(device)
     if compiled:
-        compile_model(model)
+        compile_model(model, device)
     return model
 
 

@@ -155,7 +155,7 @@ def measure(
     models = [first, copy.deepcopy(first)]
     if compiled:
         for model in models:
-            compile_model(model)
+            compile_model(model, device)
     batches = [noise(setup, device, seed) for seed in range(4)]
     loops = [our_loop(models[0], precision), bare_loop(models[1], precision)]
     for loop in loops:

@@ -10,7 +10,7 @@ from torch import nn
 
 from unbraid import choices
 from unbraid.assemble import train
-from unbraid.choices import Compiling, absent_for_compiling, choose, compiling_pays
+from unbraid.choices import Compiling, choose, compiling_pays
 from unbraid.recipe import load_recipe, recipe_from_table
 from unbraid.records import Event, RunDirectory, read_rows
 
@@ -79,31 +79,6 @@ def test_what_cannot_gain_is_not_compiled(model, why):
 
     assert not pays
     assert why in said
-
-
-@pytest.mark.parametrize(
-    ("device", "settings", "there", "absent"),
-    [
-        (CPU, {}, ["g++", "Python.h"], ""),
-        (CPU, {}, ["clang++", "Python.h"], "g++ is not here"),
-        (CPU, {"CXX": "clang++"}, ["clang++", "Python.h"], ""),
-        (CPU, {"CXX": "mine"}, ["g++", "Python.h"], "mine is not here"),
-        (CPU, {}, ["g++"], "Python's own headers (python3-dev) are not here"),
-        (CUDA, {}, ["clang", "Python.h"], ""),
-        (CUDA, {}, ["g++", "Python.h"], "gcc or clang is not here"),
-        (CUDA, {"CC": "mine"}, ["gcc", "Python.h"], "mine is not here"),
-    ],
-)
-def test_what_the_compiler_would_not_find_is_named(monkeypatch, tmp_path, device, settings, there, absent):
-    for name in ("CXX", "CC"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in (settings | {"PATH": str(tmp_path)}).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr("sysconfig.get_path", lambda kind: str(tmp_path))
-    for name in there:
-        (tmp_path / name).touch(mode=0o755)
-
-    assert absent_for_compiling(device) == absent
 
 
 def test_without_what_the_compiler_needs_nothing_is_compiled(monkeypatch):

@@ -3,10 +3,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from torch import nn
 from torch._inductor import config
 
-from unbraid.compiling import compile_model
+from unbraid.compiling import absent_for_compiling, compile_model
+from unbraid.errors import UserError
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 class Regions(nn.Module):
@@ -28,9 +32,41 @@ class Named(Regions):
 @pytest.mark.parametrize(("kind", "expected"), [(Regions, "whole"), (Named, "regions")])
 def test_the_regions_that_a_model_names_are_compiled_else_the_whole(kind, expected):
     model = kind()
-    compile_model(model)
+    compile_model(model, CPU)
 
     assert model.compiled == [expected]
+
+
+@pytest.mark.parametrize(
+    ("device", "settings", "there", "absent"),
+    [
+        (CPU, {}, ["g++", "Python.h"], ""),
+        (CPU, {}, ["clang++", "Python.h"], "g++ is not here"),
+        (CPU, {"CXX": "clang++"}, ["clang++", "Python.h"], ""),
+        (CPU, {"CXX": "mine"}, ["g++", "Python.h"], "mine is not here"),
+        (CPU, {}, ["g++"], "Python's header Python.h (python3-dev) is not here"),
+        (CUDA, {}, ["clang", "Python.h"], ""),
+        (CUDA, {}, ["g++", "Python.h"], "gcc or clang is not here"),
+        (CUDA, {"CC": "mine"}, ["gcc", "Python.h"], "mine is not here"),
+    ],
+)
+def test_what_the_compiler_would_not_find_is_named(monkeypatch, tmp_path, device, settings, there, absent):
+    for name in ("CXX", "CC"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (settings | {"PATH": str(tmp_path)}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sysconfig.get_path", lambda kind: str(tmp_path))
+    for name in there:
+        (tmp_path / name).touch(mode=0o755)
+
+    assert absent_for_compiling(device) == absent
+
+
+def test_without_what_compiling_needs_it_is_refused_in_a_sentence(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+
+    with pytest.raises(UserError, match="no-such-compiler is not here, which compiling needs: install it, or set"):
+        compile_model(Regions(), CPU)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere vectors are found out otherwise")
@@ -41,7 +77,7 @@ def test_the_regions_that_a_model_names_are_compiled_else_the_whole(kind, expect
 def test_the_processor_is_taken_at_its_word_unless_somebody_said_otherwise(monkeypatch, machine, before, after):
     monkeypatch.setattr("platform.machine", lambda: machine)
     with config.patch({"cpp.vec_isa_ok": before}):
-        compile_model(Regions())
+        compile_model(Regions(), CPU)
 
         assert config.cpp.vec_isa_ok is after
 

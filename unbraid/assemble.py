@@ -252,7 +252,7 @@ def _train(
     if torch.get_num_threads() != choices["threads"]:
         torch.set_num_threads(choices["threads"])
     if choices["compile"]:
-        compile_model(model)
+        compile_model(model, device)
     state = build_state(recipe, model, precision=choices["precision"])
     if checkpoint is not None:
         state.load_state_dict(checkpoint.state)

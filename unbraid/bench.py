@@ -21,7 +21,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from unbraid.assemble import build_model, build_state, choose_device
-from unbraid.compiling import compile_model
+from unbraid.compiling import absent_for_compiling, compile_model
 from unbraid.data.batch import Batch
 from unbraid.dsp import to_amplitude
 from unbraid.errors import UserError
@@ -245,33 +245,31 @@ def measure(recipe: Recipe, variant: Variant, *, seconds: float) -> BenchRow:
     began = perf_counter()
     model = build_model(recipe).to(device)
     if variant.compiled:
-        compile_model(model)
+        if absent := absent_for_compiling(device):
+            return BenchRow(variant, note=f"{absent}, which compiling needs")
+        compile_model(model, device)
     state = build_state(recipe, model, precision=variant.precision)
     parts = [part.to(device) for part in noise(recipe, variant.batch_size).split(recipe.train.accumulate)]
-    ends, outcome, wrong = list[float](), "", set[str]()
+    ends, wrong = list[float](), set[str]()
     try:
         for record in steps(state, parts):
             ends.append(perf_counter())
-            outcome = record.outcome
-            wrong |= {outcome} - {"trained", "all_easy", "loss_scale"}
-            if outcome == "out_of_memory" or (len(ends) > 1 and ends[-1] - ends[0] >= seconds):
+            wrong |= {record.outcome} - {"trained", "all_easy", "loss_scale"}
+            if "out_of_memory" in wrong or (len(ends) > 1 and ends[-1] - ends[0] >= seconds):
                 break
     except (RuntimeError, MemoryError) as error:
         return BenchRow(variant, note=_said(error))
-    if outcome == "out_of_memory":
-        return BenchRow(variant, note="out of memory")
+    if wrong:  # the speed would be that of steps that do not train
+        return BenchRow(variant, note=", ".join(sorted(wrong)).replace("_", " "))
     taken = [after - before for before, after in pairwise(ends)]
     step_seconds = statistics.median(taken[1:] or taken)  # the second step still makes room for itself
-    notes = [] if state.n_pieces == 1 else [f"in {state.n_pieces} pieces, as memory does not do for the whole"]
-    if wrong:  # its speed is that of steps that do not train
-        return BenchRow(variant, note=", ".join(sorted(wrong)).replace("_", " "))
     return BenchRow(
         variant,
         examples_per_second=variant.batch_size / step_seconds,
         step_seconds=step_seconds,
         peak_memory_bytes=peak_memory(device),
         first_step_seconds=ends[0] - began,
-        note="; ".join(notes),
+        note="" if state.n_pieces == 1 else f"in {state.n_pieces} pieces, as memory does not do for the whole",
     )
 
 

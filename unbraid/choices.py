@@ -1,15 +1,12 @@
 """What "auto" comes to: the precision the hardware multiplies natively, and whether compiling pays in the budget."""
 
-import os
-import shutil
 import sys
-import sysconfig
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from unbraid.compiling import absent_for_compiling
 from unbraid.recipe import Recipe
 from unbraid.robust.precision import best_precision
 
@@ -88,14 +85,3 @@ def compiling_pays(recipe: Recipe, model: nn.Module, device: torch.device, preci
     if budget < 60 * minutes or not minutes:
         fact += f", and {steps} steps are taken for {by_steps / 60:.1f}"
     return budget >= known.pays_from, fact
-
-
-def absent_for_compiling(device: torch.device) -> str:
-    """What torch's compiler would look for and not find: it makes C++ for a CPU, for a GPU a launcher in C."""
-    asked, usual = ("CXX", ["g++"]) if device.type == "cpu" else ("CC", ["gcc", "clang"])
-    names = [os.environ[asked]] if asked in os.environ else usual
-    if not any(shutil.which(name) for name in names):
-        return f"{' or '.join(names)} is not here"
-    if not Path(sysconfig.get_path("include"), "Python.h").exists():
-        return "Python's own headers (python3-dev) are not here"
-    return ""

@@ -128,17 +128,18 @@ def test_what_is_compressed_is_raised_to_a_power_and_follows_the_level(power):
 def test_what_is_compressed_has_a_finite_gradient_at_zero_and_in_silence():
     encoded = torch.rand(3, 50, 8)
     encoded[0], encoded[1, :, :4] = 0, 0
+    steepest = (0.01 * encoded[1:].mean((1, 2))) ** -0.5
     encoded.requires_grad_()
     compressed(encoded, 0.5).sum().backward()
 
     assert encoded.grad.isfinite().all()
-    assert encoded.grad[1:].abs().max() < 20
+    assert (encoded.grad[1:].abs().amax((1, 2)) <= steepest).all()
 
 
 @pytest.mark.parametrize("gain", [1e-3, 100.0])
 def test_a_model_that_compresses_follows_the_gain_and_gives_silence_for_silence(gain):
-    model = ConvTasNet(**TINY, compress=0.5)
-    mixture = 0.1 * torch.randn(2, 1, 500)
+    model = tiny(compress=0.5)
+    mixture = 0.1 * torch.randn(2, 1, 500, generator=torch.Generator().manual_seed(0))
 
     torch.testing.assert_close(model(gain * mixture) / gain, model(mixture), rtol=1e-3, atol=1e-5)
     assert not model(torch.zeros(1, 1, 500)).any()
