@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from unbraid.models.depthwise import depthwise_weights, shifted_products
 from unbraid.models.layers import MASKS, NORMS, LearnedDecoder, LearnedEncoder, fourier_filters, mask_learned
 
 
@@ -23,9 +24,7 @@ class ConvBlock(nn.Module):
         self.inner = nn.Linear(bottleneck, hidden)
         self.inner_slope, self.outer_slope = nn.Parameter(torch.tensor(0.25)), nn.Parameter(torch.tensor(0.25))
         self.inner_norm, self.outer_norm = NORMS[norm](hidden), NORMS[norm](hidden)
-        bound = kernel_size**-0.5  # as nn.Conv1d does
-        self.taps = nn.Parameter(torch.empty(kernel_size, hidden).uniform_(-bound, bound))
-        self.taps_bias = nn.Parameter(torch.empty(hidden).uniform_(-bound, bound))
+        self.taps, self.taps_bias = depthwise_weights(hidden, kernel_size)
         self.outer = nn.Linear(hidden, bottleneck + skip)
 
     def forward(self, features: Tensor, dilation: int) -> tuple[Tensor, Tensor]:
@@ -44,11 +43,7 @@ class ConvBlock(nn.Module):
             return self.depthwise_by_rows(hidden, dilation)
         n_frames, reach = hidden.shape[1], dilation * (len(self.taps) - 1)
         padded = F.pad(hidden, (0, 0, reach // 2, reach - reach // 2))
-        taps = self.taps.to(hidden.dtype)
-        mixed = self.taps_bias.to(hidden.dtype) + padded[:, :n_frames] * taps[0]
-        for k in range(1, len(taps)):
-            mixed = mixed + padded[:, k * dilation : k * dilation + n_frames] * taps[k]
-        return mixed
+        return shifted_products(padded, self.taps, self.taps_bias, n_frames=n_frames, dilation=dilation)
 
     def depthwise_by_rows(self, hidden: Tensor, dilation: int) -> Tensor:
         """The same, with the frames written in rows of the dilation's length: a convolution down the columns.
