@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from machine import processor
 
-from unbraid.bench import Variant, in_a_fresh_process
+from unbraid.advice import Variant
+from unbraid.bench import in_a_fresh_process
 from unbraid.recipe import Recipe, recipe_from_table
 from unbraid.robust.precision import best_precision
 

@@ -10,7 +10,8 @@ import torch
 from rich.console import Console
 
 from unbraid import bench
-from unbraid.bench import BenchRow, Variant, advise, fits, in_a_fresh_process, measure, run_bench, variants
+from unbraid.advice import BenchRow, Variant, advise
+from unbraid.bench import fits, in_a_fresh_process, measure, run_bench, variants
 from unbraid.errors import UserError
 from unbraid.recipe import recipe_from_table
 

@@ -20,6 +20,7 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from unbraid.advice import Advice, BenchRow, Variant, advise, keys_of, rate_of, short
 from unbraid.assemble import build_model, build_state, choose_device
 from unbraid.compiling import absent_for_compiling, compile_model
 from unbraid.data.batch import Batch
@@ -27,67 +28,13 @@ from unbraid.dsp import to_amplitude
 from unbraid.errors import UserError
 from unbraid.recipe import Recipe
 from unbraid.records import StepRecord
-from unbraid.robust.precision import PRECISIONS, best_precision
+from unbraid.robust.precision import best_precision
 from unbraid.train.state import TrainState
 from unbraid.train.step import Launched, finish, launch
 from unbraid.train.watch import peak_memory
 
 TIMES = (1, 2, 4)
 """The recipe's batch size, and multiples of it."""
-
-AS_FAST = 0.97
-"""Who does this share of the fastest's examples a second is as fast: it is no more than a busy machine takes."""
-
-WORTH_TELLING = 1.1
-"""So many times the examples a second make a larger batch worth a word."""
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to train by a recipe."""
-
-    precision: str
-    compiled: bool
-    batch_size: int
-
-    @property
-    def words(self) -> str:
-        """In a line of progress."""
-        return f"{self.precision}{' compiled' * self.compiled}, batch {self.batch_size}"
-
-
-@dataclass(frozen=True)
-class BenchRow:
-    """What a variant does on this machine.
-
-    Attributes:
-        variant: Which.
-        examples_per_second: None where there are no figures, as for all that follow.
-        step_seconds: Median, of wall time.
-        peak_memory_bytes: On the accelerator; of the whole process, the compiler in it, where there is none.
-        first_step_seconds: From building the model to the end of the first step.
-        note: Why there are no figures, or what to know of them; empty where there is nothing to say.
-    """
-
-    variant: Variant
-    examples_per_second: float | None = None
-    step_seconds: float | None = None
-    peak_memory_bytes: int | None = None
-    first_step_seconds: float | None = None
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Advice:
-    """Which variant to take, in the words of a recipe.
-
-    Attributes:
-        take: Values by recipe key, such as ``train.precision``; empty where nothing could be measured.
-        words: The same as a sentence, with its reasons.
-    """
-
-    take: dict[str, Any]
-    words: str
 
 
 @dataclass(frozen=True)
@@ -119,7 +66,7 @@ class Bench:
         for name in ("precision", "compiled", "batch", "ex/s", "ms/step", "memory", "1st step", ""):
             table.add_column(name, justify="right", no_wrap=True)
         for row in self.rows:
-            chosen = self.advice.take == _keys(row.variant)
+            chosen = self.advice.take == keys_of(row.variant)
             table.add_row(*_cells(row), "take" * chosen, style="bold" if chosen else None)
         return table
 
@@ -291,110 +238,14 @@ def steps(state: TrainState, parts: Sequence[Batch]) -> Iterator[StepRecord]:
             yield finish(state, under_way.pop(0))[0]
 
 
-def advise(rows: Sequence[BenchRow], recipe: Recipe) -> Advice:
-    """Which precision to take, and whether to compile, at the recipe's batch size; a larger one is only told of.
-
-    Args:
-        rows: What was measured.
-        recipe: Its budget says whether the seconds that compiling takes come back.
-    """
-    own = [row for row in rows if row.variant.batch_size == recipe.data.batch_size]
-    usable = [row for row in own if row.examples_per_second]
-    if not usable:
-        return Advice({}, _why_nothing(own))
-    best, words = _pick(usable), []
-    eager = [row for row in usable if not row.variant.compiled]
-    if best.variant.compiled and eager:
-        after, planned = _won_back_after(best, _pick(eager)), _planned_steps(recipe, best)
-        gain = _ratio(best, _pick(eager))
-        if after > planned:
-            words = [
-                f"Compiled it does {gain:.2f} times as much, which the start of {planned:.0f} steps does not repay."
-            ]
-            best = _pick(eager)
-        else:
-            words = [
-                f"Compiling does {gain:.2f} times as much; what it takes at the start comes back in {after:.0f} steps."
-            ]
-    listed = ", ".join(f"{key} = {_toml(value)}" for key, value in _keys(best.variant).items())
-    first = f"Take {listed}: {_rate(best)} examples a second"
-    reference = [row for row in eager if row.variant.precision == "fp32" and row is not best]
-    first += f", {_ratio(best, reference[0]):.2f} times fp32 not compiled." if reference else "."
-    return Advice(_keys(best.variant), " ".join([first, *words, *_of_larger(rows, best)]))
-
-
-def _pick(rows: Sequence[BenchRow]) -> BenchRow:
-    """The fastest; of those that are as fast, the one that asks for the least."""
-    fastest = max(row.examples_per_second or 0 for row in rows)
-    as_fast = [row for row in rows if (row.examples_per_second or 0) >= AS_FAST * fastest]
-    return min(as_fast, key=lambda row: (row.variant.compiled, list(PRECISIONS).index(row.variant.precision)))
-
-
-def _ratio(row: BenchRow, other: BenchRow) -> float:
-    return (row.examples_per_second or math.nan) / (other.examples_per_second or math.nan)
-
-
-def _won_back_after(compiled: BenchRow, eager: BenchRow) -> float:
-    """Steps until what compiling saves is what it took."""
-    taken = (compiled.first_step_seconds or 0) - (eager.first_step_seconds or 0)
-    saved = (eager.step_seconds or 0) - (compiled.step_seconds or 0)
-    return max(0.0, taken / saved) if saved > 0 else math.inf
-
-
-def _planned_steps(recipe: Recipe, row: BenchRow) -> float:
-    by_minutes = 60 * recipe.train.max_minutes / (row.step_seconds or math.nan)
-    return min(recipe.train.max_steps or math.inf, by_minutes or math.inf)
-
-
-def _of_larger(rows: Sequence[BenchRow], best: BenchRow) -> list[str]:
-    """A sentence where a larger batch does clearly more."""
-    size = {"data.batch_size": best.variant.batch_size}
-    alike = [row for row in rows if row.examples_per_second and _keys(row.variant) | size == _keys(best.variant)]
-    most = max(alike, key=lambda row: row.examples_per_second or 0)
-    if _ratio(most, best) < WORTH_TELLING:
-        return []
-    return [
-        f"data.batch_size = {most.variant.batch_size} does {_ratio(most, best):.2f} times as many examples a second, "
-        "but is another training: the learning rate has to be found anew."
-    ]
-
-
-def _why_nothing(rows: Sequence[BenchRow]) -> str:
-    if not rows:
-        return "Nothing was measured yet."
-    notes = ", ".join(dict.fromkeys(row.note for row in rows))
-    advice = " Lower data.batch_size or data.excerpt_seconds, or raise train.accumulate." * ("memory" in notes)
-    return f"No variant did a step: {notes}.{advice}"
-
-
-def _keys(variant: Variant) -> dict[str, Any]:
-    return {
-        "train.precision": variant.precision,
-        "train.compile": "on" if variant.compiled else "off",
-        "data.batch_size": variant.batch_size,
-    }
-
-
-def _toml(value: object) -> str:
-    return f'"{value}"' if isinstance(value, str) else str(value)
-
-
 def _cells(row: BenchRow) -> list[str]:
     variant = row.variant
     cells = [variant.precision, "yes" if variant.compiled else "no", str(variant.batch_size)]
     if row.examples_per_second is None:
         return [*cells, "-", "-", "-", "-"]
-    figures = [_rate(row), _short(1000 * (row.step_seconds or 0))]
+    figures = [rate_of(row), short(1000 * (row.step_seconds or 0))]
     memory = f"{(row.peak_memory_bytes or 0) / 2**30:.2f} GiB"
     return [*cells, *figures, memory, f"{row.first_step_seconds:.1f} s"]
-
-
-def _rate(row: BenchRow) -> str:
-    return _short(row.examples_per_second or 0)
-
-
-def _short(value: float) -> str:
-    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def _said(error: BaseException) -> str:
