@@ -2,7 +2,8 @@
 
 A small Conv-TasNet on mixtures of two talkers, 3 s at 8 kHz, four a step, the norm limited at 5; the same mixtures in
 the same order for all, by the same loader, scored by the last weights on one set of mixtures of the test split. Each
-run has a fresh process, and the compiler finds nothing there that it made before.
+run has a fresh process, and the compiler finds nothing there that it made before. The two that have so many minutes run
+side by side in turns, one stopped while the other goes on: a machine that is slower for a while is so for both.
 
 asteroid    its network with its filterbank (hops of 8 samples), its loss, and a plain loop: Adam at 1e-3, float32
 ours        `unbraid train conv_tasnet_small` with `OURS` laid over it. What is not the same: hops of 32 samples,
@@ -18,17 +19,19 @@ import argparse
 import json
 import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory, TemporaryFile
+from typing import IO, Any
 
 import torch
 from machine import processor
@@ -45,10 +48,14 @@ from unbraid.records import RunDirectory, read_steps
 from unbraid.screen import show_training
 
 ROOT = Path(__file__).parents[1]
-ARMS = ("asteroid", "ours", "ours-steps")
+BY_TIME = ("asteroid", "ours")
+ARMS = (*BY_TIME, "ours-steps")
+TURN_SECONDS = 15.0
 OURS = {"optim.lr": 2e-3, "schedule.name": "cosine", "schedule.warmup_steps": 100, "validate.every_steps": 0}
 BLOCKS = ("n_filters", "hidden", "n_blocks", "n_repeats")
 """What both networks take from the recipe."""
+Task = tuple[str, int, int | None]
+"""Arm, seed, and the steps where it ends by them and not by time."""
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -68,31 +75,74 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"{args.out} was begun with {known['given']}; take the same, or another --out.", file=sys.stderr)
         return 2
     for seed in range(args.seeds):
-        for arm in ARMS:
-            if (name := f"{arm} {seed}") not in known["runs"]:
-                n_steps = known["runs"][f"asteroid {seed}"]["steps"] if arm == "ours-steps" else None
-                known["runs"][name] = about() | in_a_fresh_process(args, [arm, seed, n_steps])
+        for arms in (BY_TIME, ("ours-steps",)):
+            names = [f"{arm} {seed}" for arm in arms]
+            if not all(name in known["runs"] for name in names):
+                n_steps = None if arms == BY_TIME else known["runs"][f"asteroid {seed}"]["steps"]
+                made = in_turns(args, [(arm, seed, n_steps) for arm in arms])
+                known["runs"] |= {name: about() | scored for name, scored in zip(names, made, strict=True)}
                 known["ahead_of_asteroid_db"] = leads(known["runs"])
                 args.out.parent.mkdir(parents=True, exist_ok=True)
                 args.out.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
-            print(name, {key: value for key, value in known["runs"][name].items() if key != "items_db"}, flush=True)
+            for name in names:
+                print(name, {key: value for key, value in known["runs"][name].items() if key != "items_db"}, flush=True)
     print(known["ahead_of_asteroid_db"])
     return 0
 
 
-def in_a_fresh_process(args: argparse.Namespace, task: list[Any]) -> dict[str, Any]:
-    """`run` where nothing was compiled before; what it shows on the way goes to stderr.
+def in_turns(args: argparse.Namespace, tasks: Sequence[Task]) -> list[dict[str, Any]]:
+    """`run` of each in a process where nothing was compiled before; what they show on the way goes to stderr.
+
+    Each is told as many times its minutes as there are tasks, and stands still for the others' share of them.
+
+    Raises:
+        CalledProcessError: If one failed.
+    """
+    asked = {"--minutes": args.minutes * len(tasks), "--items": args.items, "--threads": args.threads}
+    words = [str(args.table), *(str(word) for pair in asked.items() for word in pair)]
+    with ExitStack() as left_behind:
+        started = []
+        for task in tasks:
+            settings = os.environ | {"TORCHINDUCTOR_CACHE_DIR": left_behind.enter_context(TemporaryDirectory())}
+            command = [sys.executable, "-W", "ignore", __file__, *words, "--child", json.dumps(task)]
+            told = left_behind.enter_context(TemporaryFile("w+", encoding="utf-8"))
+            started.append((subprocess.Popen(command, stdout=told, env=settings, start_new_session=True), told))
+            left_behind.callback(end, started[-1][0])
+        take_turns([process for process, _ in started])
+        scored = [last_line(process, told) for process, told in started]
+    return [one | {"minutes": round(one["minutes"] / len(tasks), 2)} for one in scored]
+
+
+def take_turns(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Let one run at a time, with its workers, each as long as the others, until all have ended."""
+    for process in processes:
+        os.killpg(process.pid, signal.SIGSTOP)
+    while running := [process for process in processes if process.poll() is None]:
+        for process in running:
+            os.killpg(process.pid, signal.SIGCONT)
+            try:
+                process.wait(TURN_SECONDS)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGSTOP)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """And what it started, if it has not come to its end."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def last_line(process: subprocess.Popen[bytes], told: IO[str]) -> dict[str, Any]:
+    """Of what it printed.
 
     Raises:
         CalledProcessError: If it failed.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        settings = os.environ | {"TORCHINDUCTOR_CACHE_DIR": folder}
-        asked = {"--minutes": args.minutes, "--items": args.items, "--threads": args.threads}
-        words = [str(args.table), *(str(word) for pair in asked.items() for word in pair), "--child", json.dumps(task)]
-        command = [sys.executable, "-W", "ignore", __file__, *words]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=settings, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, process.args)
+    told.seek(0)
+    return json.loads(told.read().splitlines()[-1])
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -167,7 +217,7 @@ def by_us(recipe: Recipe, n_steps: int | None) -> tuple[nn.Module, int]:
     """`unbraid train`."""
     if n_steps is not None:
         recipe = replace(recipe, train=replace(recipe.train, max_minutes=0.0, max_steps=n_steps, compile="on"))
-    with tempfile.TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder:
         path = RunDirectory(Path(folder) / "run")
         shown = train(recipe, path)
         show_training(shown, max_steps=recipe.train.max_steps, max_minutes=recipe.train.max_minutes)

@@ -2,12 +2,22 @@
 
 import importlib
 import json
+import subprocess
+import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
+ARMS = {"asteroid": 1, "ours": 5, "ours-steps": 3}
+COUNTING = """
+import time
+for _ in range(60):
+    print(time.monotonic(), flush=True)
+    time.sleep(0.01)
+"""
 
 
 @pytest.fixture
@@ -38,12 +48,12 @@ def test_the_lead_is_taken_mixture_by_mixture_and_over_the_seeds(learning):
 def test_runs_that_were_made_are_not_made_again(learning, monkeypatch, tmp_path, capsys):
     made = []
 
-    def in_a_fresh_process(args, task):
-        made.append(tuple(task))
-        return {"steps": 7, "minutes": 1.0, "si_sdri": {}, "items_db": [float(len(made))] * args.items}
+    def in_turns(args, tasks):
+        made.extend(tasks)
+        return [{"steps": 7, "minutes": 1.0, "items_db": [float(ARMS[arm])] * args.items} for arm, _, _ in tasks]
 
     monkeypatch.setattr(learning, "missing", lambda _packages: [])
-    monkeypatch.setattr(learning, "in_a_fresh_process", in_a_fresh_process)
+    monkeypatch.setattr(learning, "in_turns", in_turns)
     words = [str(tmp_path / "table.csv"), "--items", "3", "--out", str(tmp_path / "out.json")]
 
     assert learning.main([*words, "--seeds", "1"]) == 0
@@ -55,8 +65,34 @@ def test_runs_that_were_made_are_not_made_again(learning, monkeypatch, tmp_path,
     assert len(made) == 6
     kept = json.loads((tmp_path / "out.json").read_text())
     assert list(kept["runs"]) == [f"{arm} {seed}" for seed in (0, 1) for arm, _ in once]
-    assert kept["ahead_of_asteroid_db"]["ours"]["mean"] == 1.0
+    assert kept["ahead_of_asteroid_db"]["ours"]["mean"] == 4.0
     assert "ours-steps 1" in capsys.readouterr().out
+
+
+def test_while_one_has_its_turn_the_others_stand_still(learning, monkeypatch, tmp_path):
+    monkeypatch.setattr(learning, "TURN_SECONDS", 0.2)
+    paths = [tmp_path / f"{i}.txt" for i in range(3)]
+    processes = []
+    for path in paths:
+        with path.open("w") as told:
+            command = [sys.executable, "-c", COUNTING]
+            processes.append(subprocess.Popen(command, stdout=told, start_new_session=True))
+
+    learning.take_turns(processes)
+
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    counted = sorted((float(line), path.name) for path in paths for line in path.read_text().split())
+    assert len(counted) == 180
+    changes = sum(one != other for (_, one), (_, other) in pairwise(counted))
+    assert 5 < changes < 50  # all at once they would change at almost each
+
+
+def test_one_that_fails_is_not_scored(learning):
+    process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
+    process.wait()
+
+    with pytest.raises(subprocess.CalledProcessError, match="exit status 3"):
+        learning.last_line(process, None)
 
 
 @pytest.mark.slow
