@@ -3,20 +3,18 @@
 import json
 import shutil
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import pytest
 import torch
+from bench_rows import TINY, recipe, row, without
 from rich.console import Console
 
 from unbraid import bench
-from unbraid.advice import BenchRow, Variant, advise
+from unbraid.advice import Variant, advise
 from unbraid.bench import fits, in_a_fresh_process, measure, run_bench, variants
 from unbraid.errors import UserError
-from unbraid.recipe import recipe_from_table
 
 CPU = torch.device("cpu")
-TINY = {"name": "conv_tasnet", "n_filters": 8, "bottleneck": 8, "hidden": 8, "skip": 8, "n_blocks": 1, "n_repeats": 1}
 FAULTY = """
 import os, signal
 import torch
@@ -42,11 +40,6 @@ class Faulty(nn.Module):
 """
 
 
-def recipe(folder=Path(), *, model=TINY, batch_size=2, **train):
-    data = {"batch_size": batch_size, "excerpt_seconds": 0.1, "path": "nowhere"}
-    return recipe_from_table({"data": data, "model": model, "train": train or {"max_steps": 10**9}}, Path(folder))
-
-
 @pytest.fixture
 def faulty(tmp_path):
     """A factory of recipes whose model has a fault."""
@@ -56,15 +49,6 @@ def faulty(tmp_path):
         return recipe(tmp_path, model={"name": "faulty:Faulty", "fault": fault}, **options)
 
     return make
-
-
-def row(precision="fp32", compiled=False, batch_size=2, *, step=1.0, first=1.0, memory=2**30, note=""):
-    variant = Variant(precision, compiled, batch_size)
-    return BenchRow(variant, batch_size / step, step, memory, first, note)
-
-
-def without(precision="fp32", compiled=False, batch_size=2, *, note="out of memory"):
-    return BenchRow(Variant(precision, compiled, batch_size), note=note)
 
 
 @pytest.fixture
@@ -172,55 +156,6 @@ def test_a_larger_batch_is_left_out_where_a_smaller_one_failed_or_memory_will_no
     assert fits(Variant("bf16", False, 4), rows, torch.device("cuda"))  # it is told there, and nothing dies of it
     assert not fits(Variant("fp32", True, 4), rows, CPU)
     assert not fits(Variant("fp32", True, 8), rows, CPU)
-
-
-def test_the_fastest_is_advised_in_the_recipes_own_words():
-    rows = [
-        row(step=1.0),
-        row("bf16", step=0.5),
-        row("fp32", True, step=0.9, first=9),
-        row("bf16", True, step=0.25, first=26),
-    ]
-
-    advice = advise(rows, recipe(max_steps=1000))
-
-    assert advice.take == {"train.precision": "bf16", "train.compile": "on", "data.batch_size": 2}
-    assert 'train.precision = "bf16", train.compile = "on", data.batch_size = 2' in advice.words
-    assert "4.00 times fp32 not compiled" in advice.words
-    assert "comes back in 100 steps" in advice.words  # 25 seconds more, a quarter of a second saved each time
-
-
-@pytest.mark.parametrize("budget", [{"max_steps": 99}, {"max_minutes": 0.4}])
-def test_what_compiling_takes_must_come_back_within_the_budget(budget):
-    rows = [row(step=0.5), row("fp32", True, step=0.25, first=26)]
-
-    assert advise(rows, recipe(**budget)).take["train.compile"] == "off"
-    assert advise(rows, recipe()).take["train.compile"] == "on"
-
-
-def test_what_asks_for_less_is_advised_where_it_is_as_fast():
-    rows = [row(step=1.0), row("bf16", step=0.98), row("bf16", True, step=0.975)]
-
-    assert advise(rows, recipe()).take == {"train.precision": "fp32", "train.compile": "off", "data.batch_size": 2}
-
-
-def test_a_larger_batch_is_told_of_where_it_does_more_and_not_advised():
-    more, less = (
-        advise([row(), row(batch_size=4, step=1.5)], recipe()),
-        advise([row(), row(batch_size=4, step=1.9)], recipe()),
-    )
-
-    assert more.take["data.batch_size"] == less.take["data.batch_size"] == 2
-    assert "data.batch_size = 4 does 1.33 times as many" in more.words
-    assert "batch_size = 4" not in less.words
-
-
-def test_where_nothing_fits_it_is_said_what_to_lower():
-    advice = advise([without(), without("bf16")], recipe())
-
-    assert advice.take == {}
-    assert "out of memory" in advice.words
-    assert "Lower data.batch_size" in advice.words
 
 
 def test_the_table_shows_every_row_and_the_one_to_take(capsys):
