@@ -1,4 +1,8 @@
-"""STFT, resampling, dB, and shape checks on ``(..., time)``."""
+"""STFT, resampling, dB, shape checks on ``(..., time)``, and what autocast must not touch."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 import soxr
@@ -8,8 +12,28 @@ from torch import Tensor
 
 from unbraid.audio import Audio
 
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
+
 SILENCE = 1e-20
 """Mean power below which a signal counts as silence in a ratio: -200 dB, far under any recording."""
+
+
+def without_autocast(function: Callable[Given, Result]) -> Callable[Given, Result]:
+    """The function, with its tensors taken in the precision they have, whatever autocast it is called under.
+
+    A product of signals in bfloat16 is right to 0.02 dB at best, and takes another order of sources for the best one.
+    """
+
+    @wraps(function)
+    def computed(*args: Given.args, **kwargs: Given.kwargs) -> Result:
+        kind = next(given.device.type for given in [*args, *kwargs.values()] if isinstance(given, Tensor))
+        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+            return function(*args, **kwargs)
+        with torch.autocast(kind, enabled=False):
+            return function(*args, **kwargs)
+
+    return computed
 
 
 def resample(audio: Audio, from_rate: int, to_rate: int) -> Audio:

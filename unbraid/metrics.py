@@ -8,18 +8,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from unbraid.dsp import SILENCE, check_same_shape
+from unbraid.dsp import SILENCE, check_same_shape, without_autocast
 
 MAX_EXHAUSTIVE_SOURCES = 4
 """Up to here all orders are tried at once (24 of 4); above, the assignment problem is solved item by item."""
 
 
+@without_autocast
 def si_sdr(estimate: Tensor, target: Tensor, *, floor: float = 1e-13) -> Tensor:
     """Scale-invariant signal-to-distortion ratio, in dB; higher is better.
 
     Both signals lose their mean first. The floor is relative to the target's part of the estimate: gain changes
-    nothing, and 100 dB is still right to 0.01 dB in float32. Silence on either side scores below -90 dB, finite; it
-    says nothing about separation, so callers leave silent targets out or use a loss that means something there.
+    nothing, and 100 dB is still right to 0.01 dB in float32, unless an offset larger than the signal is taken off it.
+    Silence on either side scores below -90 dB, finite; it says nothing about separation, so callers leave silent
+    targets out or use a loss that means something there.
 
     Args:
         estimate: Separated signals, ``(..., time)``.
@@ -191,6 +193,7 @@ class Products(NamedTuple):
     mixture_power: Tensor | None = None
 
 
+@without_autocast
 def pair_products(estimate: Tensor, target: Tensor) -> Products:
     """`Products` of every estimate, ``(..., source, time)``, with every target, by one batched product."""
     return Products(

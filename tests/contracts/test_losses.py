@@ -58,6 +58,22 @@ def test_each_signal_has_its_own_value_whatever_its_neighbours(name):
 
 
 @every_loss
+def test_autocast_changes_neither_value_nor_gradient(name):
+    estimate, target = signals(4, 500), signals(4, 500, seed=1)
+    estimate = (target + 1e-2 * estimate).requires_grad_()
+
+    def judged():
+        losses = LOSSES[name](estimate, target)
+        return losses.detach(), torch.autograd.grad(losses.sum(), estimate)[0]
+
+    plain = judged()
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = judged()
+
+    assert all(map(torch.equal, plain, under_autocast))
+
+
+@every_loss
 @pytest.mark.parametrize(
     "case", ["silent estimate", "silent target", "both silent", "perfect", "constant", "quiet", "loud"]
 )

@@ -132,6 +132,24 @@ def test_the_loss_of_low_precision_outputs_is_taken_in_float32(name, dtype):
     torch.testing.assert_close(losses, SeparationLoss(LOSSES[name])(estimate.float(), target))
 
 
+@pytest.mark.parametrize(("name", "assign"), [("neg_si_sdr", "permutation"), ("neg_snr", "mixit"), ("l1", "mixit")])
+def test_autocast_changes_neither_loss_nor_order(name, assign):
+    target = signals(64, 2, 1, 400)
+    estimate = target.mean(1, keepdim=True) + 1e-3 * signals(64, 4 if assign == "mixit" else 2, 1, 400, seed=1)
+    loss = SeparationLoss(LOSSES[name], assign=assign)
+
+    plain, ordered = loss.assigned(estimate, target), order_as_targets(estimate, target, LOSSES[name], assign=assign)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (target @ target.mT).dtype == torch.bfloat16  # or it would say nothing
+        under, ordered_under = (
+            loss.assigned(estimate, target),
+            order_as_targets(estimate, target, LOSSES[name], assign=assign),
+        )
+
+    assert all(map(torch.equal, plain, under))
+    assert torch.equal(ordered, ordered_under)
+
+
 @every_loss
 def test_the_channels_of_a_source_stay_together(name):
     target = signals(1, 2, 2, 400)

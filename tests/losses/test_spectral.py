@@ -229,6 +229,17 @@ def test_deep_clustering_is_the_distance_of_all_pairs_of_bins(weighting):
     torch.testing.assert_close(values, expected, atol=1e-6, rtol=1e-6)
 
 
+@clustering
+def test_autocast_does_not_touch_the_products_of_vectors(loss):
+    embedding, sources, mixture = (part.float() for part in clustered())
+
+    plain = loss(embedding, sources, mixture, **SIZES)
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = loss(embedding, sources, mixture, **SIZES)
+
+    assert torch.equal(plain, under_autocast)
+
+
 @both_weightings
 def test_whitened_kmeans_is_the_distance_of_whitened_vectors_from_their_sources_means(weighting):
     embedding, sources, mixture = clustered()

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from unbraid.dsp import SILENCE
+from unbraid.dsp import SILENCE, without_autocast
 from unbraid.errors import UserError
 from unbraid.losses import SignalLoss, bare, ignores_level, is_in_db
 from unbraid.losses.mixit import mixit_ways
@@ -96,7 +96,10 @@ class SeparationLoss:
         return len(self.terms) == 1 and is_in_db(self.terms[0].loss) and not self.inactive_weight
 
     def __call__(self, estimate: Tensor, target: Tensor, **extras: Any) -> Tensor:
-        """Losses ``(batch,)`` of estimates and targets, both ``(batch, source, channel, time)``, in float32."""
+        """Losses ``(batch,)`` of estimates and targets, both ``(batch, source, channel, time)``.
+
+        In float32 (float64 stays), also where the call stands under autocast.
+        """
         return self._judged(wide(estimate), wide(target), extras)[0]
 
     def assigned(self, estimate: Tensor, target: Tensor, **extras: Any) -> Assigned:
@@ -110,6 +113,7 @@ class SeparationLoss:
         ratio = ratio.mean(-1) if held.by_target else ratio.mean(-1).gather(1, held.order)
         return Assigned(losses, held.order, ratio, (mean_square(target) > SILENCE).all(-1))
 
+    @without_autocast
     def _judged(self, estimate: Tensor, target: Tensor, extras: Extras) -> tuple[Tensor, Tensor, "_Held"]:
         """Losses, the values of the last term that has one for each signal, and what was held against what."""
         check_estimate(estimate, target)
@@ -175,6 +179,7 @@ def _hold(
     return _Held(estimate, reorder(target, order.argsort(1)), order, by_target=False)
 
 
+@without_autocast
 def order_as_targets(
     estimate: Tensor, target: Tensor, signal_loss: SignalLoss | Sequence[Term], *, assign: str
 ) -> Tensor:
@@ -216,6 +221,7 @@ def output_order(
     return assign_sources(signal_loss, estimate, target, extras=extras, inactive_weight=inactive_weight)
 
 
+@without_autocast
 def assign_sources(
     signal_loss: SignalLoss | Sequence[Term],
     estimate: Tensor,

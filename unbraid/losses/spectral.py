@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from unbraid.dsp import SILENCE, check_same_shape, stft
+from unbraid.dsp import SILENCE, check_same_shape, stft, without_autocast
 
 
 def multi_resolution_stft(
@@ -140,6 +140,7 @@ def mask_inference(
     return (_spectrum(estimate, window, hop_length).abs() - wanted).abs().mean((-2, -1))
 
 
+@without_autocast
 def deep_clustering(
     embedding: Tensor,
     target: Tensor,
@@ -181,6 +182,7 @@ def deep_clustering(
     return values.unflatten(0, embedding.shape[:2]).mean(1)
 
 
+@without_autocast
 def whitened_kmeans(
     embedding: Tensor,
     target: Tensor,
