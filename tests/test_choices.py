@@ -106,6 +106,16 @@ def test_what_gains_in_one_precision_alone_is_compiled_in_that():
     assert [compiling_pays(recipe(), NoFaster(), CPU, name)[0] for name in ("fp32", "bf16")] == [False, True]
 
 
+def test_on_a_gpu_the_gain_is_supposed_and_said_to_be():
+    long_run, short_run = recipe(max_minutes=10.0), recipe(max_minutes=5.0)
+
+    compiled, said = compiling_pays(long_run, NoFaster(), torch.device("cuda"), "fp32")  # on a CPU it gains nothing
+
+    assert compiled
+    assert "about 1.2 times as fast (supposed, not measured on a GPU), which pays from 6.0 minutes on" in said
+    assert not compiling_pays(short_run, Compiles(), torch.device("cuda"), "bf16")[0]
+
+
 def test_what_the_recipe_says_is_done_and_not_told():
     asked = recipe(precision="fp16", compile="on", max_steps=1)
     chosen, said = choose(asked, nn.Identity(), CPU, before=None)
@@ -118,6 +128,7 @@ def test_a_resumed_run_keeps_what_was_chosen():
 
     assert choose(recipe(max_steps=1), nn.Identity(), CPU, before=before) == (before, "")
     assert choose(recipe(precision="fp32"), nn.Identity(), CPU, before=before) == (before | {"precision": "fp32"}, "")
+    assert choose(recipe(compile="off"), nn.Identity(), CPU, before=before) == (before | {"compile": False}, "")
 
 
 def test_a_run_says_at_its_start_what_was_chosen_and_on_resuming_that_it_goes_on(recipe_file, tmp_path):
@@ -132,5 +143,8 @@ def test_a_run_says_at_its_start_what_was_chosen_and_on_resuming_that_it_goes_on
     assert [(event.code, event.step) for event in begun] == [("CHOSEN", 0)]
     assert "precision is " in begun[0].message
     assert "compile is off" in begun[0].message
+    changes[1:] = ["train.compile=off", "train.max_steps=6"]  # where there is no compiler any more
+    assert list(train(load_recipe(file, changes), run, resume=True))
     assert [event.code for event in resumed] == ["RECIPE_CHANGED", "RUN_RESUMED"]
-    assert [row["code"] for row in read_rows(run.events)[0]] == ["CHOSEN", "RECIPE_CHANGED", "RUN_RESUMED"]
+    told = [row["code"] for row in read_rows(run.events)[0]]
+    assert told == ["CHOSEN", "RECIPE_CHANGED", "RUN_RESUMED", *2 * ["RECIPE_CHANGED"], "RUN_RESUMED"]

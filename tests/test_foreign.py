@@ -97,6 +97,26 @@ def test_the_output_is_the_peers(name, tmp_path, capsys):
     assert recipe.data.sample_rate == 8000
 
 
+@pytest.mark.parametrize("name", ["asteroid-conv_tasnet", "msst-bs_roformer", "speechbrain-sepformer"])
+def test_the_folder_of_a_model_does_for_its_files(name, tmp_path, capsys):
+    model, _ = take(capsys, [RECORDED / name], tmp_path / "out")
+
+    check_same_output(model, RECORDED / name)
+
+
+def test_which_of_several_weights_is_never_guessed(saved, tmp_path, capsys):
+    one, other = saved("asteroid-conv_tasnet"), saved("asteroid-dprnn")
+    alike = [one / "best_model.pth", other / "best_model.pth"]
+
+    assert "are both named" in refuse(capsys, alike, tmp_path / "out")
+    assert "are both named" in refuse(
+        capsys, [saved("speechbrain-dprnn"), RECORDED / "speechbrain-sepformer"], tmp_path / "o"
+    )
+    shutil.copy(alike[1], one / "another.pth")
+    said = refuse(capsys, [one], tmp_path / "out")
+    assert "several files of weights (another.pth, best_model.pth)" in said
+
+
 @pytest.fixture(scope="module", params=["noise", "speech"])
 def peers(request, tmp_path_factory):
     """A folder of larger models with their answers, made just now by the peers' packages."""
@@ -276,7 +296,7 @@ def test_files_that_are_missing_are_named(saved, tmp_path, capsys):
 
     assert "masknet.ckpt" in refuse(capsys, [folder], tmp_path / "out")
     assert "nowhere" in refuse(capsys, [tmp_path / "nowhere"], tmp_path / "out")
-    assert "holds none of encoder.ckpt" in refuse(capsys, [tmp_path / "empty"], tmp_path / "out")
+    assert "holds no file of weights" in refuse(capsys, [tmp_path / "empty"], tmp_path / "out")
     two = [RECORDED / "msst-bs_roformer" / "model.ckpt", RECORDED / "asteroid-dprnn" / "best_model.pth"]
     assert "2 files of weights" in refuse(capsys, two, tmp_path / "out")
 

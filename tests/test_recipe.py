@@ -10,6 +10,7 @@ from unbraid.assemble import build_model, build_state
 from unbraid.cli import recipes_folder
 from unbraid.errors import RecipeError
 from unbraid.losses.waveform import l1, neg_thresholded_snr
+from unbraid.models.band_split import runs, uniform_bands
 from unbraid.parts import build_loss
 from unbraid.recipe import differences, load_recipe, recipe_from_table, recipe_table, to_toml
 
@@ -37,6 +38,17 @@ def test_what_a_recipe_leaves_out_has_the_textbooks_defaults(write):
     assert state.loss_upper_limit == 999999.0
     assert state.filters == []
     assert (recipe.data.gains_db, recipe.data.batch_size) == ((-5.0, 0.0), 1)
+
+
+def test_bands_are_laid_out_for_the_rate_of_the_data_unless_told(write):
+    text = (
+        ENDS + '[data]\nsample_rate = 8000\n[model]\nname = "bs_roformer"\nn_channels = 1\nn_blocks = 1\nd_model = 8\n'
+    )
+
+    at_8_kHz, told = (build_model(load_recipe(write(text + more))) for more in ("", "sample_rate = 44_100\n"))
+
+    assert at_8_kHz.split.runs == runs([2 * len(band) for band in uniform_bands(2048, 8000)])
+    assert told.split.runs != at_8_kHz.split.runs
 
 
 def test_a_threshold_filter_is_at_minus_thirty_db_unless_told(write):

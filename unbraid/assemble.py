@@ -52,6 +52,7 @@ _MAY_CHANGE = (
     "train.max_steps",
     "train.max_minutes",
     "train.precision",
+    "train.compile",
     "train.accumulate",
     "train.on_bad_example",
     "train.loss_upper_limit",
@@ -69,9 +70,10 @@ def build_model(recipe: Recipe, *, trust: bool = True) -> nn.Module:
     """The recipe's model with its initial weights, drawn from the recipe's seed."""
     options = {key: value for key, value in recipe.model.options.items() if key != "init"}
     folder = recipe.folder if trust else None
-    signature = find_part("model", recipe.model, MODELS, folder)
-    if "n_sources" in inspect.signature(signature).parameters:
-        options.setdefault("n_sources", recipe.data.n_sources)
+    parameters = inspect.signature(find_part("model", recipe.model, MODELS, folder)).parameters
+    for name, value in {"n_sources": recipe.data.n_sources, "sample_rate": recipe.data.sample_rate}.items():
+        if name in parameters:
+            options.setdefault(name, value)
     with seeded_torch(recipe.data.seed, "initial weights"):
         return build_part("model", Part(recipe.model.name, options), MODELS, folder)
 

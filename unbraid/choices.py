@@ -31,6 +31,10 @@ class Compiling(NamedTuple):
         return self.seconds * self.gain / (self.gain - 1) if self.gain > 1 else float("inf")
 
 
+ON_A_GPU = Compiling(60.0, 1.2)
+"""What is taken for granted there: the figures of the models were measured on a CPU."""
+
+
 def choose(
     recipe: Recipe, model: nn.Module, device: torch.device, *, before: dict[str, Any] | None
 ) -> tuple[dict[str, Any], str]:
@@ -47,7 +51,8 @@ def choose(
     """
     train = recipe.train
     if before is not None:
-        return before | ({} if train.precision == "auto" else {"precision": train.precision}), ""
+        asked = {} if train.precision == "auto" else {"precision": train.precision}
+        return before | asked | ({} if train.compile == "auto" else {"compile": train.compile == "on"}), ""
     said = []
     precision: str = train.precision
     compiled = train.compile == "on"
@@ -71,17 +76,17 @@ def compiling_pays(recipe: Recipe, model: nn.Module, device: torch.device, preci
         return False, "it is left out on other systems than Linux"
     if absent := absent_for_compiling(device):
         return False, f"{absent}, which compiling needs"
+    on_cpu = device.type == "cpu"
     gains = getattr(model, "compile_gain", {})
-    known = Compiling(getattr(model, "compile_seconds", 60.0), gains.get(precision, 1.2))
+    known = Compiling(getattr(model, "compile_seconds", 60.0), gains.get(precision, 1.2)) if on_cpu else ON_A_GPU
     if known.gain <= 1.05:
         return False, f"it makes {name} no faster in {precision}"
     minutes, steps = recipe.train.max_minutes, recipe.train.max_steps
     by_steps = steps * SECONDS_A_STEP.get(device.type, 0.1)
     budget = min(given for given in (60 * minutes, by_steps) if given)
-    fact = (
-        f"it takes about {known.seconds:.0f} s and makes steps of {name} about {known.gain:.1f} times as fast, which "
-        f"pays from {known.pays_from / 60:.1f} minutes on"
-    )
+    fact = f"it takes about {known.seconds:.0f} s and makes steps of {name} about {known.gain:.1f} times as fast"
+    fact += "" if on_cpu else " (supposed, not measured on a GPU)"
+    fact += f", which pays from {known.pays_from / 60:.1f} minutes on"
     if budget < 60 * minutes or not minutes:
         fact += f", and {steps} steps are taken for {by_steps / 60:.1f}"
     return budget >= known.pays_from, fact

@@ -16,30 +16,40 @@ Settings = dict[str, Any]
 Tensors = dict[str, Tensor]
 
 YAML = (".yaml", ".yml")
+WEIGHTS = (".ckpt", ".pth", ".pt", ".bin", ".th", ".safetensors")
 
 UNREAD = object()
 """A value that is written in another way than plainly."""
 
 
 def list_files(paths: Sequence[Path], parts: Sequence[str]) -> list[Path]:
-    """The files named, and of each folder named those called as one of the parts, and its YAML.
+    """The files named; of a folder its YAML, and its weights: those that are called as the parts, or its only ones.
 
     Raises:
-        CheckpointError: If there is no such file, or none in a folder.
+        CheckpointError: If there is no such file, if a folder holds no weights or does not say which, or if two files
+            are called alike.
     """
-    files = []
+    files: list[Path] = []
     for path in paths:
         if not path.exists():
             raise CheckpointError(f"There is no {path}.")
-        if path.is_dir():
-            found = [file for file in sorted(path.iterdir()) if file.name in parts or file.suffix in YAML]
-            if not any(file.name in parts for file in found):
-                listed = ", ".join(parts)
-                raise CheckpointError(f"{path} holds none of {listed}; of other peers name the files themselves.")
-            files += found
-        else:
-            files.append(path)
+        files += _files_in(path, parts) if path.is_dir() else [path]
+    by_name = {file.stem: file for file in files if file.suffix not in YAML}
+    for file in files:
+        if (other := by_name.get(file.stem, file)) != file and file.suffix not in YAML:
+            raise CheckpointError(f"{file} and {other} are both named; name those of one model.")
     return files
+
+
+def _files_in(folder: Path, parts: Sequence[str]) -> list[Path]:
+    held = sorted(file for file in folder.iterdir() if file.is_file())
+    weights = [file for file in held if file.suffix in WEIGHTS]
+    chosen = [file for file in weights if file.name in parts] or weights
+    if not chosen or (len(chosen) > 1 and chosen[0].name not in parts):
+        listed = ", ".join(file.name for file in chosen[:5]) + " ..." * (len(chosen) > 5)
+        found = f"several files of weights ({listed})" if chosen else f"no file of weights ({', '.join(WEIGHTS)})"
+        raise CheckpointError(f"{folder} holds {found}; name the one file, and its YAML where there is one.")
+    return chosen + [file for file in held if file.suffix in YAML]
 
 
 def read_weights(path: Path) -> Settings:
