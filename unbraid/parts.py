@@ -3,7 +3,7 @@
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,9 @@ from unbraid.losses.pit import SeparationLoss
 from unbraid.losses.terms import Term
 from unbraid.recipe import Part, Recipe
 from unbraid.schema import checked
+
+MAY_BE_ZERO = frozenset({"skip"})
+"""Whole numbers of a model that mean something when they are 0; all others count something there must be."""
 
 
 def find_part(
@@ -84,6 +87,8 @@ def build_part(
     if not callable(signature):
         raise RecipeError(f"[{kind}] name = {part.name!r} is a {type(signature).__name__}, nothing that can be called.")
     options = checked(kind, signature, part.options, given=tuple(given))
+    if kind == "model" and part.name in registry:
+        _check_sizes(part.name, options)
     try:
         return signature(**given, **options)
     except RecipeError:
@@ -92,6 +97,16 @@ def build_part(
         raise RecipeError(
             f"[{kind}] {part.name} cannot be made of these keys ({type(error).__name__}: {error})."
         ) from error
+
+
+def _check_sizes(name: str, options: Mapping[str, Any]) -> None:
+    """Refuse counts below 1 and shares beyond 1, which many a network would notice in its first step alone."""
+    for key, value in options.items():
+        least = 0 if key in MAY_BE_ZERO else 1
+        if isinstance(value, int) and not isinstance(value, bool) and value < least:
+            raise RecipeError(f"[model] {name}: {key} = {value} must be {least} or more.")
+        if key == "dropout" and not 0 <= value < 1:
+            raise RecipeError(f"[model] {name}: dropout = {value} must be from 0 to below 1.")
 
 
 def build_loss(recipe: Recipe, *, trust: bool = True) -> SeparationLoss:

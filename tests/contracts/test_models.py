@@ -59,8 +59,8 @@ def test_one_that_claims_to_follow_gain_does(name, gain):
     with torch.no_grad():
         plain, other = model(mixture), model(gain * mixture)
 
-    if model.follows_gain:
-        torch.testing.assert_close(other / gain, plain, rtol=1e-3, atol=1e-3 * plain.abs().max().item())
+    followed = torch.allclose(other / gain, plain, rtol=1e-3, atol=1e-3 * plain.abs().max().item())
+    assert followed == model.follows_gain
 
 
 @every_model
@@ -70,7 +70,10 @@ def test_one_that_claims_to_follow_gain_does(name, gain):
         (torch.zeros(300), "must be \\(batch, channel, time\\)"),
         (torch.zeros(2, 300), "must be \\(batch, channel, time\\)"),
         (torch.zeros(1, 1, 0), "at least one sample"),
+        (torch.zeros(0, 1, 300), "at least one sample"),
         (torch.zeros(1, 1, 300, dtype=torch.int16), "floating-point audio"),
+        (torch.zeros(1, 1, 300, dtype=torch.float64), "float64 cannot be separated by a model in torch.float32"),
+        (torch.zeros(1, 1, 300, dtype=torch.bfloat16), "bfloat16 cannot be separated by a model in torch.float32"),
     ],
 )
 def test_what_is_no_mixture_is_refused_in_one_sentence(name, wrong, said):

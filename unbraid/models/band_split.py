@@ -339,7 +339,7 @@ class BSRoFormer(nn.Module):
 
     def forward(self, mixture: Tensor) -> Tensor:
         """Separate ``(batch, channel, time)`` into ``(batch, source, channel, time)``."""
-        check_mixture(mixture, n_channels=self.n_channels if self.n_channels > 1 else None)
+        check_mixture(mixture, self.split.weight, n_channels=self.n_channels if self.n_channels > 1 else None)
         batch, _, time = mixture.shape
         grouped = rearrange(mixture, "b (g c) t -> (b g) c t", c=self.n_channels)
         spectrum = rearrange(

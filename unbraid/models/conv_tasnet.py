@@ -138,7 +138,7 @@ class ConvTasNet(nn.Module):
                 raise ValueError(f"{given!r} is not one of {', '.join(allowed)}.")
         if not 0 < compress <= 1 or (compress < 1 and not rectify):
             raise ValueError(f"compress = {compress:g} must be above 0 and at most 1, and 1 without rectify.")
-        stride = stride or kernel_size // 2
+        stride = stride or max(1, kernel_size // 2)
         self.n_sources, self.mask, self.rectify, self.compress = n_sources, mask, rectify, compress
         self.encoder = LearnedEncoder(n_filters=n_filters, kernel_size=kernel_size, stride=stride)
         self.decoder = LearnedDecoder(n_filters=n_filters, kernel_size=kernel_size, stride=stride)

@@ -102,7 +102,7 @@ class DPRNN(nn.Module):
                 raise ValueError(f"{given!r} is not one of {', '.join(allowed)}.")
         if chunk_size % 2 or chunk_size < 2:
             raise ValueError(f"chunk_size {chunk_size} must be even and above 0: chunks overlap by half.")
-        stride = stride or kernel_size // 2
+        stride = stride or max(1, kernel_size // 2)
         self.n_sources, self.chunk_size, self.mask, self.rectify, self.ends = n_sources, chunk_size, mask, rectify, ends
         self.encoder = LearnedEncoder(n_filters=n_filters, kernel_size=kernel_size, stride=stride)
         self.decoder = LearnedDecoder(n_filters=n_filters, kernel_size=kernel_size, stride=stride)

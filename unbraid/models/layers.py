@@ -50,23 +50,29 @@ class GlobalLayerNorm(nn.Module):
             return torch.addcmul(self.bias.to(features.dtype), normed, self.weight.to(features.dtype))
 
 
-def check_mixture(mixture: Tensor, *, n_channels: int | None = None) -> None:
+def check_mixture(mixture: Tensor, weight: Tensor, *, n_channels: int | None = None) -> None:
     """Refuse what no separator can take.
 
     Args:
-        mixture: To be ``(batch, channel, time)``, at least one sample of floating-point audio.
+        mixture: To be ``(batch, channel, time)``, at least one sample of floating-point audio, as precise as the model.
+        weight: One of the model's.
         n_channels: How many channels the model is made for; None where each is separated for itself.
 
     Raises:
         ValueError: In one sentence.
     """
-    if mixture.dim() != 3 or mixture.shape[-1] == 0:
+    if mixture.dim() != 3 or mixture.numel() == 0:
         raise ValueError(
             f"A mixture must be (batch, channel, time) with at least one sample, not {tuple(mixture.shape)}."
         )
     if not mixture.is_floating_point():
         raise ValueError(
             f"A mixture must be floating-point audio in [-1, 1], not {mixture.dtype}; divide integers first."
+        )
+    fits = mixture.dtype == weight.dtype
+    if not fits and (mixture.dtype == torch.float64 or not torch.is_autocast_enabled(mixture.device.type)):
+        raise ValueError(
+            f"A mixture in {mixture.dtype} cannot be separated by a model in {weight.dtype}; bring it to that by .to()."
         )
     if n_channels is not None and mixture.shape[1] != n_channels:
         raise ValueError(f"This model is made for {n_channels} channels and the mixture has {mixture.shape[1]}.")
@@ -201,7 +207,7 @@ def mask_learned(
     Raises:
         ValueError: If it is no mixture.
     """
-    check_mixture(mixture)
+    check_mixture(mixture, encoder.filters.weight)
     batch, _, time = mixture.shape
     encoded = encoder(rearrange(mixture, "b c t -> (b c) t"))
     encoded = encoded.relu() if rectify else encoded

@@ -75,7 +75,7 @@ class BLSTM(nn.Module):
 
     def separate(self, mixture: Tensor) -> tuple[Tensor, Tensor]:
         """The sources, and what the LSTM made of each frame, ``(batch * channel, frame, 2 * hidden)``."""
-        check_mixture(mixture)
+        check_mixture(mixture, self.masks.weight)
         batch, _, time = mixture.shape
         spectrum = stft(
             rearrange(mixture, "b c t -> (b c) t"), n_fft=self.n_fft, hop_length=self.hop_length, window=self.window

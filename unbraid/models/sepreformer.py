@@ -326,7 +326,7 @@ class SepReformer(nn.Module):
 
     def forward(self, mixture: Tensor) -> Tensor:
         """Separate ``(batch, channel, time)`` into ``(batch, source, channel, time)``."""
-        check_mixture(mixture)
+        check_mixture(mixture, self.output.weight)
         batch, _, time = mixture.shape
         waveforms, levels = take_level(rearrange(mixture, "b c t -> (b c) t"))
         encoded = F.gelu(self.encoder(waveforms))

@@ -193,7 +193,7 @@ class TFLocoformer(nn.Module):
         The spectrum reaches to the next whole hop. Else the last frame alone would hold the last samples, where its
         window is next to 0, and dividing by it would amplify whatever the network puts there.
         """
-        check_mixture(mixture)
+        check_mixture(mixture, self.enter.weight)
         batch, _, time = mixture.shape
         waveform = rearrange(mixture.float(), "b c t -> (b c) t")
         level = deviation(waveform)
