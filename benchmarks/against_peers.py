@@ -54,6 +54,7 @@ class Setting(NamedTuple):
     device: torch.device
     repeats: int
     quick: bool
+    batch_size: int | None = None
 
     @property
     def compiles(self) -> bool:
@@ -61,8 +62,10 @@ class Setting(NamedTuple):
         return self.device.type == "cuda" or shutil.which("g++") is not None
 
     def sized(self, work: Work) -> Work:
-        """The work, or something like it that is done at once."""
-        return work._replace(options=QUICK[work.model], batch_size=1, seconds=0.25) if self.quick else work
+        """The work in the batch asked for, or something like it that is done at once."""
+        if self.quick:
+            return work._replace(options=QUICK[work.model], batch_size=1, seconds=0.25)
+        return work._replace(batch_size=self.batch_size or work.batch_size)
 
 
 class Race(NamedTuple):
@@ -96,9 +99,8 @@ def network_races(work: Work, setting: Setting, *, train: bool) -> Races:
                 calls[one] = our_step(model, number_format, batch)
             else:
                 calls[one] = peer_step(model, peer.loss, number_format, batch)
-        rounds = setting.repeats if train else -(-setting.repeats // 2)
-        facts = {"work": work._asdict(), "parameters": parameters, "rounds": rounds}
-        yield Race("", race(calls, rounds=rounds, device=device), facts)
+        facts = {"work": work._asdict(), "parameters": parameters, "rounds": setting.repeats}
+        yield Race("", race(calls, rounds=setting.repeats, device=device), facts)
 
 
 def pit_races(n_sources: int, setting: Setting) -> Races:
@@ -243,12 +245,26 @@ def main(words: Sequence[str] | None = None) -> int:
         )
         return 2
     torch.set_num_threads(args.threads)
-    setting = Setting(torch.device(args.device), args.repeats, args.quick)
+    setting = Setting(torch.device(args.device), args.repeats, args.quick, args.batch_size)
+    out = args.out or usual_file(setting)
+    if args.quick and args.out is None:
+        print("--quick measures nothing that could be kept; name another --out.", file=sys.stderr)
+        return 2
     for name, piece in chosen.items():
         result = measure(name, piece, setting)
-        write(args.out, name, about(setting, piece) | result)
-    print(args.out)
+        write(out, name, about(setting, piece) | result)
+    print(out)
     return 0
+
+
+def usual_file(setting: Setting) -> Path:
+    """Where results are kept: figures of a card, or of several threads, never among those of one thread of a CPU."""
+    words = ["against_peers"]
+    if setting.device.type == "cuda":
+        words += torch.cuda.get_device_name(setting.device).lower().split()
+    elif torch.get_num_threads() > 1:
+        words += [str(torch.get_num_threads()), "threads"]
+    return ROOT / "benchmarks" / "results" / f"{'_'.join(words)}.json"
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -259,8 +275,8 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=at_least_one, default=1, help="wall time is compared if more than 1")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: to see that it runs")
-    default = ROOT / "benchmarks" / "results" / "against_peers.json"
-    parser.add_argument("--out", type=Path, default=default, help="JSON; what it holds of other pieces stays")
+    parser.add_argument("--batch-size", type=at_least_one, help="of the networks; such that it fills a card")
+    parser.add_argument("--out", type=Path, help="JSON (a file for each card); what it holds of other pieces stays")
     return parser
 
 

@@ -44,7 +44,7 @@ from unbraid.cli import find_recipe
 from unbraid.data.loader import StepKeys, batches
 from unbraid.data.mixtures import mixtures
 from unbraid.evaluate import evaluate
-from unbraid.recipe import Recipe, load_recipe
+from unbraid.recipe import Recipe, load_recipe, recipe_table
 from unbraid.records import RunDirectory, read_steps
 from unbraid.screen import show_training
 
@@ -72,14 +72,15 @@ def main(words: Sequence[str] | None = None) -> int:
         print("asteroid cannot be imported here: run this with the Python of one that has it.", file=sys.stderr)
         return 2
     torch.set_num_threads(args.threads)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no child outlives it
     if args.child:
         arm, seed, n_steps = json.loads(args.child)
         print(json.dumps(run(arm, recipe_of(args.table, seed, args.minutes), n_steps, n_items=args.items)))
         return 0
-    given = {"table": args.table.name, "minutes": args.minutes, "items": args.items, "threads": args.threads}
+    given = conditions(args)
     known = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {"given": given, "runs": {}}
     if known["given"] != given:
-        print(f"{args.out} was begun with {known['given']}; take the same, or another --out.", file=sys.stderr)
+        print(f"{args.out} was begun under other conditions, {known['given']}; name another --out.", file=sys.stderr)
         return 2
     for seed in range(args.seeds):
         for arms in (BY_TIME, ("ours-steps",)):
@@ -95,6 +96,14 @@ def main(words: Sequence[str] | None = None) -> int:
                 print(name, {key: value for key, value in known["runs"][name].items() if key != "items_db"}, flush=True)
     print(known["ahead_of_asteroid_db"])
     return 0
+
+
+def conditions(args: argparse.Namespace) -> dict[str, Any]:
+    """What has to be the same for runs to be put together."""
+    asked = {"table": args.table.name, "minutes": args.minutes, "items": args.items, "threads": args.threads}
+    recipe = recipe_table(recipe_of(args.table, 0, args.minutes))
+    del recipe["data"]["path"], recipe["data"]["seed"]
+    return asked | {"turn_seconds": TURN_SECONDS, "recipe": recipe}
 
 
 def in_turns(args: argparse.Namespace, tasks: Sequence[Task]) -> list[dict[str, Any]]:
@@ -121,14 +130,19 @@ def in_turns(args: argparse.Namespace, tasks: Sequence[Task]) -> list[dict[str, 
 
 
 def take_turns(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Let one run at a time, with its workers, each as long as the others, until all have ended."""
+    """Let one run at a time, with its workers, each as long as the others, until all have ended.
+
+    Raises:
+        CalledProcessError: If one failed; the others are left as they are.
+    """
     for process in processes:
         os.killpg(process.pid, signal.SIGSTOP)
     while running := [process for process in processes if process.poll() is None]:
         for process in running:
             os.killpg(process.pid, signal.SIGCONT)
             try:
-                process.wait(TURN_SECONDS)
+                if status := process.wait(TURN_SECONDS):
+                    raise subprocess.CalledProcessError(status, process.args)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGSTOP)
 

@@ -84,6 +84,28 @@ def test_a_peer_that_is_not_there_is_named_in_one_sentence(part, tmp_path, capsy
     assert not out.exists()
 
 
+def test_tiny_sizes_and_other_machines_are_kept_apart_from_the_figures(part, capsys, monkeypatch):
+    against = part("against_peers")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "NVIDIA A100 80GB")
+    on_cpu, on_card = (against.Setting(torch.device(name), 1, quick=False) for name in ("cpu", "cuda"))
+
+    assert against.main(ALONE) == 2
+    assert "name another --out" in capsys.readouterr().err
+    assert against.usual_file(on_cpu).name == "against_peers.json"
+    assert against.usual_file(on_card).name == "against_peers_nvidia_a100_80gb.json"
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    assert against.usual_file(on_cpu).name == "against_peers_4_threads.json"
+
+
+def test_a_batch_that_fills_a_card_can_be_asked_for(part):
+    against = part("against_peers")
+    work = against.Work("sepformer", {}, 1, 4.0)
+
+    assert against.Setting(torch.device("cpu"), 1, quick=False, batch_size=16).sized(work).batch_size == 16
+    assert against.Setting(torch.device("cpu"), 1, quick=False).sized(work) == work
+
+
 def test_a_model_that_ours_has_not_is_told_and_not_measured(part, capsys):
     against = part("against_peers")
     piece = against.Piece(lambda _setting: pytest.fail("measured"), model="of_tomorrow")

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import signal
 import subprocess
 import sys
 from itertools import pairwise
@@ -62,6 +63,8 @@ def test_runs_that_were_made_are_not_made_again(learning, monkeypatch, tmp_path,
     once = [("asteroid", None), ("ours", None), ("ours-steps", 7)]
     assert made == [(arm, seed, n_steps) for seed in (0, 1) for arm, n_steps in once]
     assert learning.main([*words, "--minutes", "5"]) == 2
+    monkeypatch.setitem(learning.OURS, "optim.lr", 1e-3)
+    assert learning.main(words) == 2
     assert len(made) == 6
     kept = json.loads((tmp_path / "out.json").read_text())
     assert list(kept["runs"]) == [f"{arm} {seed}" for seed in (0, 1) for arm, _ in once]
@@ -85,6 +88,19 @@ def test_while_one_has_its_turn_the_others_stand_still(learning, monkeypatch, tm
     assert len(counted) == 180
     changes = sum(one != other for (_, one), (_, other) in pairwise(counted))
     assert 5 < changes < 50  # all at once they would change at almost each
+
+
+def test_one_that_fails_ends_the_turns_of_all(learning, monkeypatch):
+    monkeypatch.setattr(learning, "TURN_SECONDS", 0.05)
+    commands = ["import time; time.sleep(60)", "raise SystemExit(3)"]
+    processes = [subprocess.Popen([sys.executable, "-c", command], start_new_session=True) for command in commands]
+
+    with pytest.raises(subprocess.CalledProcessError, match="exit status 3"):
+        learning.take_turns(processes)
+
+    assert processes[0].poll() is None
+    learning.end(processes[0])
+    assert processes[0].returncode == -signal.SIGKILL
 
 
 def test_one_that_fails_is_not_scored(learning):
