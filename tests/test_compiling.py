@@ -13,6 +13,12 @@ from unbraid.errors import UserError
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
+@pytest.fixture
+def all_there(monkeypatch):
+    """As if this machine had a compiler."""
+    monkeypatch.setattr("unbraid.compiling.absent_for_compiling", lambda _device: "")
+
+
 class Regions(nn.Module):
     """Says what was compiled instead of compiling."""
 
@@ -30,7 +36,7 @@ class Named(Regions):
 
 
 @pytest.mark.parametrize(("kind", "expected"), [(Regions, "whole"), (Named, "regions")])
-def test_the_regions_that_a_model_names_are_compiled_else_the_whole(kind, expected):
+def test_the_regions_that_a_model_names_are_compiled_else_the_whole(all_there, kind, expected):
     model = kind()
     compile_model(model, CPU)
 
@@ -74,7 +80,7 @@ def test_without_what_compiling_needs_it_is_refused_in_a_sentence(monkeypatch):
     ("machine", "before", "after"),
     [("x86_64", None, True), ("x86_64", False, False), ("x86_64", True, True), ("aarch64", None, None)],
 )
-def test_the_processor_is_taken_at_its_word_unless_somebody_said_otherwise(monkeypatch, machine, before, after):
+def test_the_processor_is_taken_at_its_word_unless_told_otherwise(monkeypatch, all_there, machine, before, after):
     monkeypatch.setattr("platform.machine", lambda: machine)
     with config.patch({"cpp.vec_isa_ok": before}):
         compile_model(Regions(), CPU)

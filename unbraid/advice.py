@@ -37,7 +37,7 @@ class BenchRow:
         variant: Which.
         examples_per_second: None where there are no figures, as for all that follow.
         step_seconds: Median, of wall time.
-        peak_memory_bytes: On the accelerator; of the whole process, the compiler in it, where there is none.
+        peak_memory_bytes: On the accelerator; of the whole process where there is none, but not of g++ beside it.
         first_step_seconds: From building the model to the end of the first step.
         note: Why there are no figures, or what to know of them; empty where there is nothing to say.
     """

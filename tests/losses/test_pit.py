@@ -330,6 +330,9 @@ def test_mixit_knows_sources_that_make_up_two_mixtures():
 def test_more_ways_than_can_be_tried_are_refused_in_one_sentence():
     with pytest.raises(UserError, match="fewer outputs"):
         SeparationLoss(neg_snr, assign="mixit")(signals(1, 17, 1, 10), signals(1, 2, 1, 10))
+    with pytest.raises(UserError, match="256 ways are the most, or neg_snr, with which 65536 are"):
+        SeparationLoss(l1, assign="mixit")(signals(1, 9, 1, 10), signals(1, 2, 1, 10))
+    assert SeparationLoss(neg_snr, assign="mixit")(signals(1, 9, 1, 10), signals(1, 2, 1, 10)).isfinite()
 
 
 def asks_for_the_mixture(estimate, target, mixture, *, share=1.0):

@@ -14,6 +14,10 @@ from unbraid.losses.waveform import neg_sa_sdr
 from unbraid.metrics import Products, mean_square, pair_products, ratio_db
 
 MAX_MIXIT_WAYS = 2**16
+"""For losses of energies alone, which are found for all ways at once."""
+
+MAX_TRIED_WAYS = 2**8
+"""For others, which are taken of all signals anew for each way."""
 
 
 def mixit_ways(terms: Sequence[Term], estimate: Tensor, target: Tensor, extras: Extras) -> Tensor:
@@ -28,10 +32,13 @@ def mixit_ways(terms: Sequence[Term], estimate: Tensor, target: Tensor, extras: 
         UserError: If there are more ways than can be tried.
     """
     n_outputs, n_targets = estimate.shape[1], target.shape[1]
-    if n_targets**n_outputs > MAX_MIXIT_WAYS:
+    at_once = all(by_products(loss) is not None for loss, _ in terms if compares(loss))
+    most = MAX_MIXIT_WAYS if at_once else MAX_TRIED_WAYS
+    if n_targets**n_outputs > most:
         raise UserError(
             f"assign = 'mixit' would have to try {n_targets}^{n_outputs} ways to deal {n_outputs} outputs out to "
-            f"{n_targets} mixtures; take fewer outputs (model.n_sources), {MAX_MIXIT_WAYS} ways are the most."
+            f"{n_targets} mixtures; take fewer outputs (model.n_sources), {most} ways are the most"
+            + (f", or neg_snr, with which {MAX_MIXIT_WAYS} are." if not at_once else ".")
         )
     ways = _all_ways(n_outputs, n_targets, estimate.device)
     with torch.no_grad():
