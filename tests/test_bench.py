@@ -134,6 +134,11 @@ def test_every_precision_is_measured_compiled_and_not_at_three_batch_sizes(in_tu
     assert json.loads(json.dumps(asdict(found)))["rows"][0]["variant"]["precision"] == "fp32"
 
 
+@pytest.mark.parametrize(("name", "compiled"), [("sepreformer", {False}), ("my_file:Mine", {False, True})])
+def test_a_model_of_ours_that_is_not_made_for_compiling_is_not_compiled(name, compiled):
+    assert {variant.compiled for variant in variants(recipe(model={"name": name}), CPU)} == compiled
+
+
 def test_an_interrupt_ends_it_with_what_is_known_by_then(in_turn):
     def progress(_done, _text):
         if len(in_turn) == 2:

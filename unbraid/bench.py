@@ -26,6 +26,7 @@ from unbraid.compiling import absent_for_compiling, compile_model
 from unbraid.data.batch import Batch
 from unbraid.dsp import to_amplitude
 from unbraid.errors import UserError
+from unbraid.models import MODELS
 from unbraid.recipe import Recipe
 from unbraid.records import StepRecord
 from unbraid.robust.precision import best_precision
@@ -103,13 +104,15 @@ def run_bench(
 
 
 def variants(recipe: Recipe, device: torch.device) -> list[Variant]:
-    """All that the device can, the recipe's own batch size first."""
+    """All that the device can, the recipe's own batch size first; compiled where a model of ours is made for it."""
     if device.type == "cuda":
         precisions = ["fp32", *(["bf16"] if best_precision(device) == "bf16" else []), "fp16"]
     else:
         precisions = list(dict.fromkeys(["fp32", best_precision(device)]))
+    ours = MODELS.get(recipe.model.name)
+    compiled = (False, True) if ours is None or hasattr(ours, "compile_regions") else (False,)
     sizes = [times * recipe.data.batch_size for times in TIMES]
-    return [Variant(*one) for one in ((p, c, size) for size, p, c in product(sizes, precisions, (False, True)))]
+    return [Variant(*one) for one in ((p, c, size) for size, p, c in product(sizes, precisions, compiled))]
 
 
 def fits(variant: Variant, rows: Sequence[BenchRow], device: torch.device) -> bool:
