@@ -6,11 +6,9 @@ run has a fresh process, and the compiler finds nothing there that it made befor
 side by side in turns, one stopped while the other goes on: a machine that is slower for a while is so for both.
 
 asteroid    its network with its filterbank (hops of 8 samples), its loss, and a plain loop: Adam at 1e-3, float32
-ours        `unbraid train conv_tasnet_small` with `OURS` laid over it. What is not the same: hops of 32 samples,
-            filters that begin as sines, the root of what they give for the network to see, and masks
-            whose sum is 1, as nothing but the talkers is in these mixtures; bfloat16 where it is multiplied
-            natively, and a compiled network; easy examples left out; the learning rate warms up to twice
-            Asteroid's and falls to 0 with the time given
+ours        `unbraid train conv_tasnet_small` with `OURS` laid over it. What is not the same: hops of 32 samples and
+            filters that begin as sines; bfloat16 where it is multiplied natively, and a compiled network; easy examples
+            left out; the learning rate warms up to twice Asteroid's and falls to 0 with the time given
 ours-steps  the same for as many steps as Asteroid's loop came to: how much of the lead is not speed
 
 A run that the result already holds is not made again, so that the whole can be stopped and gone on with.
@@ -52,13 +50,7 @@ ROOT = Path(__file__).parents[1]
 BY_TIME = ("asteroid", "ours")
 ARMS = (*BY_TIME, "ours-steps")
 TURN_SECONDS = 15.0
-OURS = {
-    "model.mask": "softmax",
-    "optim.lr": 2e-3,
-    "schedule.name": "cosine",
-    "schedule.warmup_steps": 100,
-    "validate.every_steps": 0,
-}
+OURS = {"optim.lr": 2e-3, "schedule.name": "cosine", "schedule.warmup_steps": 100, "validate.every_steps": 0}
 BLOCKS = ("n_filters", "hidden", "n_blocks", "n_repeats")
 """What both networks take from the recipe."""
 Task = tuple[str, int, int | None]

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from unbraid.models.conv_tasnet import ConvBlock, ConvTasNet, compressed, prelu
+from unbraid.models.conv_tasnet import ConvBlock, ConvTasNet, prelu
 from unbraid.models.layers import GlobalLayerNorm, LearnedDecoder, LearnedEncoder, fourier_filters
 
 TINY = {"n_filters": 16, "bottleneck": 8, "hidden": 12, "skip": 8, "n_blocks": 2, "n_repeats": 2}
@@ -115,40 +115,6 @@ def test_global_layer_norm_is_group_norm_with_one_group_in_either_form():
     torch.nn.init.normal_(norm.bias)
     expected = F.group_norm(features.transpose(1, 2), 1, norm.weight, norm.bias, eps=1e-8)
     torch.testing.assert_close(norm(features), expected.transpose(1, 2))
-
-
-@pytest.mark.parametrize("power", [0.3, 0.5])
-def test_what_is_compressed_is_raised_to_a_power_and_follows_the_level(power):
-    encoded = 0.2 + torch.rand(2, 50, 8)
-
-    torch.testing.assert_close(compressed(encoded, power), encoded**power, rtol=0.03, atol=0.0)
-    torch.testing.assert_close(compressed(1e-4 * encoded, power), 1e-4**power * compressed(encoded, power))
-
-
-def test_what_is_compressed_has_a_finite_gradient_at_zero_and_in_silence():
-    encoded = torch.rand(3, 50, 8)
-    encoded[0], encoded[1, :, :4] = 0, 0
-    steepest = (0.01 * encoded[1:].mean((1, 2))) ** -0.5
-    encoded.requires_grad_()
-    compressed(encoded, 0.5).sum().backward()
-
-    assert encoded.grad.isfinite().all()
-    assert (encoded.grad[1:].abs().amax((1, 2)) <= steepest).all()
-
-
-@pytest.mark.parametrize("gain", [1e-3, 100.0])
-def test_a_model_that_compresses_follows_the_gain_and_gives_silence_for_silence(gain):
-    model = tiny(compress=0.5)
-    mixture = 0.1 * torch.randn(2, 1, 500, generator=torch.Generator().manual_seed(0))
-
-    torch.testing.assert_close(model(gain * mixture) / gain, model(mixture), rtol=1e-3, atol=1e-5)
-    assert not model(torch.zeros(1, 1, 500)).any()
-
-
-@pytest.mark.parametrize("wrong", [{"compress": 0.0}, {"compress": 1.5}, {"compress": 0.5, "rectify": False}])
-def test_a_power_that_cannot_be_taken_is_refused(wrong):
-    with pytest.raises(ValueError, match="must be above 0 and at most 1, and 1 without rectify"):
-        ConvTasNet(**wrong)
 
 
 def test_global_layer_norm_keeps_its_precision_in_bfloat16():

@@ -67,16 +67,6 @@ def prelu(features: Tensor, slope: Tensor) -> Tensor:
     return torch.where(features > 0, features, slope.to(features.dtype) * features)
 
 
-def compressed(encoded: Tensor, power: float) -> Tensor:
-    """To a power below 1, of what is not negative, ``(batch, frame, filter)``; twice the input, ``2**power`` as much.
-
-    A hundredth of the mean is added to what is raised: next to 0 the gradient would have no end.
-    """
-    wide = encoded.float()
-    floor = 0.01 * wide.mean((1, 2), keepdim=True) + 1e-20
-    return (wide * (wide + floor) ** (power - 1)).to(encoded.dtype)
-
-
 class ConvTasNet(nn.Module):
     """Mask a learned transform of the mixture, once per source, by a stack of dilated convolutions.
 
@@ -98,11 +88,9 @@ class ConvTasNet(nn.Module):
         rectify: Whether a ReLU follows the learned transform; in Asteroid's weights mostly not.
         filters: What the transform starts from: `random` as published, or `fourier`, which suits long filters and
             short trainings.
-        compress: To what power the transform is raised before the first norm, which brings up what is soft; 1 as
-            published, 0.5 suits short trainings. The masks are those of the transform as it is.
 
     Raises:
-        ValueError: If a choice is not known, or `compress` is not above 0 and at most 1, or has no `rectify`.
+        ValueError: If a choice is not known.
 
     Reference:
         Luo and Mesgarani, "Conv-TasNet", TASLP 2019, arXiv:1809.07454.
@@ -130,16 +118,13 @@ class ConvTasNet(nn.Module):
         mask: Literal["sigmoid", "relu", "softmax"] = "sigmoid",
         rectify: bool = True,
         filters: Literal["random", "fourier"] = "random",
-        compress: float = 1.0,
     ) -> None:
         super().__init__()
         for given, allowed in ((norm, NORMS), (mask, MASKS), (filters, ("random", "fourier"))):
             if given not in allowed:
                 raise ValueError(f"{given!r} is not one of {', '.join(allowed)}.")
-        if not 0 < compress <= 1 or (compress < 1 and not rectify):
-            raise ValueError(f"compress = {compress:g} must be above 0 and at most 1, and 1 without rectify.")
         stride = stride or max(1, kernel_size // 2)
-        self.n_sources, self.mask, self.rectify, self.compress = n_sources, mask, rectify, compress
+        self.n_sources, self.mask, self.rectify = n_sources, mask, rectify
         self.encoder = LearnedEncoder(n_filters=n_filters, kernel_size=kernel_size, stride=stride)
         self.decoder = LearnedDecoder(n_filters=n_filters, kernel_size=kernel_size, stride=stride)
         if filters == "fourier":
@@ -168,7 +153,7 @@ class ConvTasNet(nn.Module):
 
     def masks(self, encoded: Tensor) -> Tensor:
         """``(batch, frame, filter)`` to ``(batch, frame, source, filter)``."""
-        features = self.narrow(self.norm(compressed(encoded, self.compress) if self.compress < 1 else encoded))
+        features = self.narrow(self.norm(encoded))
         total = torch.zeros_like(features[..., :0])
         for i, block in enumerate(self.blocks):
             features, skip = block(features, block.dilation)
