@@ -289,6 +289,15 @@ def test_what_is_no_model_is_refused_in_one_sentence(content, said, tmp_path, ca
     assert said in refuse(capsys, [file], tmp_path / "out", "--sample-rate", 8000)
 
 
+@pytest.mark.parametrize("newer", ["layers.0.0.layers.0.0.branch.to_qkv.weight", "layers.0.0.to_value_residual_mix"])
+def test_the_package_bs_roformer_is_told_from_what_msst_saves(newer, saved, tmp_path, capsys):
+    folder = saved("msst-bs_roformer")
+    weights = load(folder / "model.ckpt")
+    torch.save(weights | {newer: torch.zeros(3)}, folder / "model.ckpt")
+
+    assert "only what MSST saves is imported" in refuse(capsys, [folder], tmp_path / "out")
+
+
 def test_files_that_are_missing_are_named(saved, tmp_path, capsys):
     folder = saved("speechbrain-sepformer")
     (folder / "masknet.ckpt").unlink()

@@ -1,4 +1,4 @@
-"""BS-RoFormer and Mel-band RoFormer, as the training code MSST and the package BS-RoFormer save them."""
+"""BS-RoFormer and Mel-band RoFormer, as the training code MSST saves them."""
 
 import re
 
@@ -17,11 +17,14 @@ def roformer(weights: Tensors, settings: dict[str, Settings]) -> Foreign:
         CheckpointError: If ours cannot be it.
     """
     said = settings.get("model", {})
-    packaged = any(".branch." in name for name in weights)  # newer names of the package BS-RoFormer
-    weights = {name.replace(".branch.", "."): tensor for name, tensor in weights.items()}
     mel = "final_norm.gamma" not in weights
     origin = f"this {'Mel-band' if mel else 'BS'}-RoFormer"
-    model = _roformer_sizes(weights, said, mel=mel) | {"zero_dc": said.get("zero_dc", not packaged)}
+    if any(".branch." in name or "value_residual" in name for name in weights):
+        raise CheckpointError(
+            f"{origin} is of the package BS-RoFormer as it is now, with residual streams and value residuals that ours "
+            "has not; only what MSST saves is imported."
+        )
+    model = _roformer_sizes(weights, said, mel=mel) | {"zero_dc": said.get("zero_dc", True)}
     check_same(origin, said, stft_normalized=(False,), stft_win_length=(model["n_fft"],), freq_range=(None,))
     check_same(origin, said, skip_connection=(False,), use_pope=(False,))
     paths = sorted({found[1] for name in weights if (found := re.match(r"layers\.0\.(\d+)\.", name))})
