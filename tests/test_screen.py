@@ -62,3 +62,11 @@ def test_one_process_of_several_tells(rank, shown, monkeypatch, capsys):
 
     assert gone_through == [1, 2]
     assert bool(capsys.readouterr().out) is shown
+
+
+def test_a_validation_is_a_line_with_what_the_doctor_says(capsys):
+    records = [step(1, 1.0), ValidationRecord(1, 2.0, 1.5, 3.25, 10, True, 1e-3)]
+
+    show_training(records, max_steps=2, max_minutes=0, bulletin=lambda: "doctor: healthy")
+
+    assert "step 1  valid SI-SDRi +3.25 dB  doctor: healthy" in capsys.readouterr().out.splitlines()

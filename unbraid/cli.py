@@ -24,6 +24,7 @@ EXIT_STOPPED = 128
 def train(args: argparse.Namespace) -> int:
     """Train a separator by a recipe."""
     from unbraid.assemble import train as run_training
+    from unbraid.health.rules import bulletin
     from unbraid.recipe import load_recipe
     from unbraid.records import RunDirectory
     from unbraid.screen import program, show_training
@@ -33,7 +34,8 @@ def train(args: argparse.Namespace) -> int:
     run = RunDirectory(args.run or Path("runs") / args.recipe.stem)
     with stop_on_signals() as stop:
         records = run_training(recipe, run, resume=args.resume, stop=stop)
-        show_training(records, max_steps=recipe.train.max_steps, max_minutes=recipe.train.max_minutes)
+        steps, minutes = recipe.train.max_steps, recipe.train.max_minutes
+        show_training(records, max_steps=steps, max_minutes=minutes, bulletin=lambda: bulletin(run.path))
     if os.environ.get("RANK", "0") != "0":  # one process of several tells
         return EXIT_STOPPED + stop.agreed if stop.agreed else 0
     if stop.agreed:
@@ -109,6 +111,32 @@ def bench(args: argparse.Namespace) -> int:
         Console().print(found.table())
         print(found.advice.words)
     return EXIT_STOPPED + signal.SIGINT if found.stopped else 0
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """Say what is wrong with a run, from its records alone: status 0 healthy, 1 warnings, 2 critical."""
+    from unbraid.health.rules import examine, status, verdict
+    from unbraid.health.series import read_series
+
+    series = read_series(args.run, last=args.last)
+    findings = examine(series, mute=args.mute)
+    if args.json:
+        found = {"run": str(args.run), "steps": series.last_step, "findings": [asdict(one) for one in findings]}
+        print(json.dumps(found, indent=1))
+        return status(findings)
+    told = findings if args.all else findings[:ADVICES]
+    print(f"{args.run}: {series.last_step} steps, {verdict(findings)}.")
+    for finding in told:
+        print(f"\n{finding.severity.upper()} {finding.code}, steps {finding.steps[0]} to {finding.steps[1]}")
+        print(f"  {finding.what} {finding.why}")
+        print(f"  {finding.advice}" + (f" [{finding.key}]" if finding.key else ""))
+    if len(told) < len(findings):
+        print(f"\n{len(findings) - len(told)} more with --all.")
+    return status(findings)
+
+
+ADVICES = 3
+"""So many at most, worst first: who is told everything does nothing."""
 
 
 def replay(args: argparse.Namespace) -> int:
@@ -212,6 +240,13 @@ def parser() -> argparse.ArgumentParser:
     seconds_help = "of steps for each variant, beside its first (%(default)s)"
     command.add_argument("--seconds", type=_positive(float), default=5.0, help=seconds_help)
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+    command = add("doctor", doctor)
+    command.add_argument("run", type=Path, help="a run directory, during the run or after it")
+    command.add_argument("--all", action="store_true", help=f"tell everything, not the {ADVICES} worst alone")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.add_argument("--mute", action="append", default=[], metavar="CODE", help="leave out what has this code")
+    command.add_argument("--last", type=_positive(int), metavar="N", help="look at about the last N steps alone")
 
     command = add("replay", replay)
     command.add_argument("incident", type=Path, help="a folder in the incidents of a run directory")

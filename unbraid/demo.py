@@ -7,6 +7,7 @@ from pathlib import Path
 from unbraid.assemble import train
 from unbraid.data.voices import make_voices
 from unbraid.evaluate import Summary, evaluate_checkpoint
+from unbraid.health.rules import bulletin
 from unbraid.plots import check_matplotlib, draw_run
 from unbraid.recipe import load_recipe
 from unbraid.records import RunDirectory
@@ -52,7 +53,8 @@ def run_demo(recipe_path: Path, out: Path, *, overrides: Sequence[str] = ()) -> 
     run = RunDirectory(out / "run")
     with stop_on_signals() as stop:
         records = train(recipe, run, resume=run.recipe.exists(), stop=stop)
-        show_training(records, max_steps=recipe.train.max_steps, max_minutes=recipe.train.max_minutes)
+        steps, minutes = recipe.train.max_steps, recipe.train.max_minutes
+        show_training(records, max_steps=steps, max_minutes=minutes, bulletin=lambda: bulletin(run.path))
     if stop.agreed:
         return stop.agreed
     with progress_bar("evaluating", N_TEST_ITEMS) as advance:

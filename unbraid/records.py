@@ -274,8 +274,12 @@ def append_record(path: Path, record: Any) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
+def read_rows(path: Path, last: int | None = None) -> tuple[list[dict[str, Any]], int]:
     """Read JSON lines; a line that cannot be read (the torn last one of a killed run) is counted, not raised.
+
+    Args:
+        path: The file; one that is not there is empty.
+        last: Read no more than about so many lines of its end, so that a long file costs no more; all if None.
 
     Returns:
         The rows, and how many lines were left out.
@@ -285,6 +289,10 @@ def read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
     if not path.exists():
         return rows, torn
     with path.open("rb") as file:
+        begin = 0 if last is None else max(0, path.stat().st_size - last * _BYTES_A_LINE)
+        file.seek(begin)
+        if begin:
+            file.readline()  # the rest of a line
         for line in file:
             try:
                 row = json.loads(line)
@@ -294,7 +302,11 @@ def read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
                 rows.append(row)
             else:
                 torn += 1
-    return rows, torn
+    return rows if last is None else rows[-last:], torn
+
+
+_BYTES_A_LINE = 2000
+"""More than a step that is not looked at closely takes."""
 
 
 def read_steps(path: Path) -> list[StepRecord]:

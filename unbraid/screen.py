@@ -78,14 +78,16 @@ def show_training(
     max_steps: int,
     max_minutes: float,
     title: str = "training",
+    bulletin: Callable[[], str] | None = None,
 ) -> None:
-    """Go through a training's records with a bar, and a line for each event.
+    """Go through a training's records with a bar, and a line for each event and each validation.
 
     Args:
         records: The run; it moves on as it is gone through.
         max_steps: Its budget in steps; 0 for none.
         max_minutes: Its budget in minutes; 0 for none.
         title: Before the bar.
+        bulletin: What is said after each validation, beside its result.
     """
     if os.environ.get("RANK", "0") != "0":  # one process of several tells
         deque(records, maxlen=0)
@@ -97,6 +99,9 @@ def show_training(
                 advance.say(f"{record.code} at step {record.step}: {record.message}")
                 continue
             ticker.add(record)
+            if isinstance(record, ValidationRecord):
+                parts = [f"step {record.step}", ticker.validation, *([bulletin()] if bulletin else [])]
+                advance.say("  ".join(parts))
             by_time = record.elapsed_seconds / (60 * max_minutes) if max_minutes else 0.0
             by_steps = record.step / max_steps if max_steps else 0.0
             advance(min(1.0, max(by_time, by_steps)), ticker.text())

@@ -1,0 +1,284 @@
+"""Each rule fires on a run made sick in its way, and none on healthy ones."""
+
+import math
+
+import numpy as np
+import pytest
+from made_up import Run
+
+from unbraid.health.rules import RULES, examine, status, verdict
+
+
+def codes(run, **options):
+    return [finding.code for finding in examine(run.series(), **options)]
+
+
+def nonfinite(run, first, last):
+    run.change(first, last, outcome="nonfinite_loss", loss=None, loss_text="nan", n_trained=0)
+
+
+def sick_faults(run):
+    nonfinite(run, 500, 504)
+
+
+def sick_files(run):
+    run.events += [{"code": "AUDIO_NONFINITE", "step": 17, "files": ["bad.wav"], "message": "NaN"}]
+
+
+def sick_file_behind_faults(run):
+    for step in (100, 400, 900):
+        nonfinite(run, step, step)
+        event = {"code": "STEP_SKIPPED_NONFINITE_LOSS", "step": step, "files": ["bad.wav", f"good-{step}.wav"]}
+        run.events.append(event)
+
+
+def sick_spike(run):
+    run.change(1000, 1004, loss=40.0)
+
+
+def sick_memory_of_adam(run):
+    run.change(1990, 1990, grad_norm=3000.0, norm_after=3000.0)
+
+
+def sick_norms(run):
+    for step in (1200, 1400, 1700):
+        run.change(step, step, grad_norm=150.0)
+
+
+def sick_clip(run):
+    run.change(clipped=True, grad_norm=lambda row: 50 + row["grad_norm"])
+
+
+def sick_idle_clip(run):
+    run.change(clipped=False, limit=500.0)
+
+
+def sick_rate_high(run):
+    run.change_blocks(update_ratio=30.0)
+
+
+def sick_rate_low(run):
+    run.change_blocks(update_ratio=1e-3).change(lr=1e-6)
+
+
+def sick_vanishing(run):
+    for row in run.steps:
+        if "blocks" in row:
+            for place in range(4):
+                row["blocks"][f"blocks.{place}"]["grad_norm"] *= 10.0 ** (1.5 * place - 6)
+
+
+def sick_exploding(run):
+    for row in run.steps:
+        if "blocks" in row:
+            for place in range(4):
+                row["blocks"][f"blocks.{place}"]["grad_norm"] *= 10.0 ** (3 - 1.5 * place)
+
+
+def sick_scale(run):
+    run.recipe["train"]["precision"] = "fp16"
+    run.change(1, 1000, loss_scale=65536.0)
+    for k in range(10):
+        run.change(1001 + 50 * k, None, loss_scale=65536.0 / 4 ** (k + 1))
+        run.change(1001 + 50 * k, 1001 + 50 * k, outcome="loss_scale")
+
+
+def sick_oscillation(run):
+    for place, row in enumerate(run.validations):
+        row["loss"] = -3.0 + 2.0 * (-1) ** place
+
+
+def sick_plateau(run):
+    rng = np.random.default_rng(1)
+    run.change(600, None, loss=lambda _: float(-2 + rng.normal(0, 1.5)))
+    for row in run.validations[3:]:
+        row["loss"] = -1.8
+
+
+def sick_overfitting(run):
+    for place, row in enumerate(run.validations[4:]):
+        row["loss"] = run.validations[3]["loss"] + 0.4 * (place + 1)
+
+
+def sick_easy(run):
+    run.change(n_easy=3, n_trained=1)
+
+
+def sick_schedule(run):
+    sick_plateau(run)
+    run.change(lr=1e-3)
+
+
+def sick_unvalidated(run):
+    run.validations.clear()
+    run.change(lr=1e-3)
+
+
+def sick_validation(run):
+    for row in run.validations:
+        row["si_sdri"] = -3.0
+
+
+def sick_order(run):
+    run.change(loss=lambda row: row["loss"] + 8 * math.sin(row["step"] / 4))
+
+
+def sick_output(run):
+    run.change_items(levels_db=[-25.0, -200.0])
+
+
+def sick_likeness(run):
+    run.change_items(likeness=0.9999)
+
+
+def sick_separation(run):
+    for row in run.validations:
+        row["si_sdri"] = 0.05
+
+
+def sick_source(run):
+    run.change(si_sdr=lambda row: [row["si_sdr"][0] + 3, -9.0])
+
+
+def sick_targets(run):
+    run.change(si_sdr=[-31.0, -28.0], loss=29.5)
+
+
+def sick_loader(run):
+    run.change(data_seconds=0.2)
+
+
+def sick_rank(run):
+    run.events.append({"code": "SLOW_RANK", "step": 300, "rank": 1, "message": "Its data takes 3 times as long."})
+
+
+def sick_pace(run):
+    run.change(seconds=lambda row: 0.1 + row["step"] * 1e-4)
+
+
+def sick_memory(run):
+    run.change(peak_memory_bytes=lambda row: 2**30 + row["step"] * 2**19)
+
+
+SICK = {
+    "FAULTS_IN_A_ROW": [sick_faults],
+    "BAD_FILES": [sick_files, sick_file_behind_faults],
+    "LOSS_SPIKE": [sick_spike],
+    "ADAM_REMEMBERS": [sick_memory_of_adam],
+    "NORM_SPIKES": [sick_norms],
+    "CLIP_IS_THE_RATE": [sick_clip],
+    "CLIP_IDLE": [sick_idle_clip],
+    "LR_TOO_HIGH": [sick_rate_high],
+    "LR_TOO_LOW": [sick_rate_low],
+    "GRADIENTS_VANISH": [sick_vanishing],
+    "GRADIENTS_EXPLODE": [sick_exploding],
+    "LOSS_SCALE_SINKS": [sick_scale],
+    "OSCILLATION": [sick_oscillation],
+    "PLATEAU": [sick_plateau],
+    "OVERFITTING": [sick_overfitting],
+    "MOSTLY_EASY": [sick_easy],
+    "RATE_NEVER_MOVED": [sick_schedule, sick_unvalidated],
+    "WORSE_THAN_MIXTURE": [sick_validation],
+    "NOT_SHUFFLED": [sick_order],
+    "DEAD_OUTPUT": [sick_output],
+    "OUTPUTS_ALIKE": [sick_likeness],
+    "OUTPUT_IS_MIXTURE": [sick_separation],
+    "SOURCE_LEFT_BEHIND": [sick_source],
+    "FOREIGN_TARGETS": [sick_targets],
+    "LOADER_BOUND": [sick_loader],
+    "SLOW_RANK": [sick_rank],
+    "SLOWING_DOWN": [sick_pace],
+    "MEMORY_CREEPS": [sick_memory],
+}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_nothing_is_found_in_a_healthy_run(seed):
+    assert codes(Run(seed=seed)) == []
+
+
+@pytest.mark.parametrize("n_steps", [1, 5, 30, 120, 500, 999])
+def test_nothing_is_found_in_the_first_steps_of_one(n_steps):
+    assert codes(Run(n_steps)) == []
+
+
+@pytest.mark.parametrize(("code", "make_sick"), [(code, one) for code, several in SICK.items() for one in several])
+def test_what_is_wrong_is_called_by_its_name(code, make_sick):
+    run = Run()
+    make_sick(run)
+
+    found = {finding.code: finding for finding in examine(run.series())}
+
+    assert code in found
+    finding = found[code]
+    assert 1 <= finding.steps[0] <= finding.steps[1]
+    assert 0 < finding.confidence <= 1
+    assert all(text.endswith(".") and "nan" not in text for text in (finding.what, finding.why, finding.advice))
+    assert code not in codes(run, mute=[code])
+
+
+def test_every_rule_has_a_run_in_which_it_fires():
+    fired = set()
+    for several in SICK.values():
+        for make_sick in several:
+            run = Run()
+            make_sick(run)
+            series = run.series()
+            fired |= {name for name, rule in RULES.items() if rule(series) is not None}
+
+    assert fired == set(RULES)
+
+
+def test_a_run_that_has_just_begun_or_has_nothing_but_faults_is_looked_at_without_harm():
+    empty, faulty = Run(0), Run(60)
+    nonfinite(faulty, 1, 60)
+    bare = Run(1200)
+    bare.steps = [{"step": row["step"], "outcome": "trained"} for row in bare.steps]
+
+    assert codes(empty) == []
+    assert codes(faulty) == ["FAULTS_IN_A_ROW"]
+    assert codes(bare) == []
+
+
+def test_a_spike_is_said_to_have_come_back_or_not():
+    back, gone, open_end = Run(), Run(), Run()
+    back.change(1000, 1004, loss=40.0)
+    gone.change(1000, None, loss=40.0)
+    open_end.change(1996, None, loss=40.0)
+
+    spikes = [next(f for f in examine(run.series()) if f.code == "LOSS_SPIKE") for run in (back, gone, open_end)]
+
+    assert [spike.severity for spike in spikes] == ["warning", "critical", "warning"]
+    assert ["It came back" in spike.what for spike in spikes] == [True, False, False]
+    assert "not known yet" in spikes[2].what
+
+
+def test_how_long_adam_remembers_is_what_its_mean_of_squares_does():
+    run = Run(4000, seed=1)
+    run.change(norm_after=1.0)
+    run.change(600, 600, norm_after=100.0)
+    square, seen = 1.0, []
+    for row in run.steps:
+        square = 0.999 * square + 0.001 * row["norm_after"] ** 2
+        seen.append(square)
+    hidden = sum(value > 2 for value in seen)  # as long as the spike's square is more than the usual one
+
+    (finding,) = [f for f in examine(run.series()) if f.code == "ADAM_REMEMBERS"]
+
+    assert finding.steps[0] == 600
+    assert finding.steps[1] - finding.steps[0] == pytest.approx(hidden, abs=15)
+    assert f"{math.sqrt(max(seen)):.1f} times as short" in finding.what
+
+
+def test_the_worst_come_first_and_make_the_status():
+    run = Run()
+    sick_output(run)
+    sick_loader(run)
+    sick_idle_clip(run)
+    findings = examine(run.series())
+
+    assert [finding.code for finding in findings] == ["DEAD_OUTPUT", "LOADER_BOUND", "CLIP_IDLE"]
+    assert [status(findings), status(findings[1:]), status(findings[2:]), status([])] == [2, 1, 0, 0]
+    assert verdict(findings) == "1 critical finding, 1 warning, 1 note"
+    assert verdict(findings[2:]) == "healthy (1 note)"
+    assert verdict([]) == "healthy"

@@ -1,0 +1,130 @@
+"""Records of a run directory become arrays, whatever is missing or torn."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from made_up import Run
+
+from unbraid.cli import main
+from unbraid.errors import CheckpointError
+from unbraid.health.rules import bulletin, examine
+from unbraid.health.series import DB_LOSSES, read_series
+from unbraid.losses import IN_DB, LOSSES
+from unbraid.recipe import recipe_from_table, to_toml
+
+
+def write(run, path):
+    path.mkdir()
+    for name, rows in (("steps", run.steps), ("validation", run.validations), ("events", run.events)):
+        (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = recipe_from_table(
+        {"train": {"max_steps": 9}, "data": {"path": "x"}, "schedule": run.recipe["schedule"]}, path
+    )
+    (path / "recipe.toml").write_text(to_toml(recipe))
+    return path
+
+
+def test_what_is_read_is_what_was_written(tmp_path):
+    run = Run(300)
+    run.change(7, 7, outcome="nonfinite_loss", loss=None, loss_text="nan", si_sdr=[])
+    run.change(8, 8, grad_norm=None, grad_norm_text="inf")
+
+    series = read_series(write(run, tmp_path / "run"))
+
+    assert len(series) == series.last_step == 300
+    assert series.outcome[6] == "nonfinite_loss"
+    assert np.isnan(series.of_step["loss"][6])
+    assert np.isinf(series.of_step["grad_norm"][7])
+    assert series.si_sdr.shape == (300, 2)
+    assert np.isnan(series.si_sdr[6]).all()
+    assert series.sampled.norms.shape == series.sampled.ratios.shape == (6, 6)
+    assert series.of_validation["step"].tolist() == [200]
+    assert series.said("clip.name") == "fixed"
+    assert series.said("clip.nothing", 3) == 3
+
+
+def test_a_torn_line_is_counted_and_the_end_of_a_long_run_can_be_read_alone(tmp_path):
+    path = write(Run(1000), tmp_path / "run")
+    with (path / "steps.jsonl").open("a") as file:
+        file.write('{"step": 1001, "outc')
+
+    whole, end = read_series(path), read_series(path, last=100)
+
+    assert (len(whole), whole.n_torn) == (1000, 1)
+    assert (len(end), end.last_step, end.n_torn) == (100, 1000, 1)
+
+
+@pytest.mark.parametrize("make", [None, "empty"])
+def test_what_is_no_run_is_said_in_a_sentence(make, tmp_path, capsys):
+    path = tmp_path / "run"
+    if make:
+        path.mkdir()
+
+    with pytest.raises(CheckpointError):
+        read_series(path)
+    assert main(["doctor", str(path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_losses_in_db_are_those_of_the_library():
+    assert {LOSSES[name] for name in DB_LOSSES} == IN_DB
+
+
+def test_the_doctor_needs_no_torch(tmp_path):
+    path = write(Run(1200), tmp_path / "run")
+    code = "import sys; from unbraid.cli import main; main(sys.argv[1:]); print('torch' in sys.modules)"
+
+    said = subprocess.run([sys.executable, "-c", code, "doctor", str(path)], capture_output=True, text=True, check=True)
+
+    assert said.stdout.splitlines()[-1] == "False"
+
+
+def sick(tmp_path):
+    run = Run()
+    run.change_items(levels_db=[-25.0, -200.0]).change(data_seconds=0.2, clipped=False)
+    run.change_blocks(update_ratio=1e-3).change(lr=1e-6)
+    return write(run, tmp_path / "sick")
+
+
+def test_three_things_are_told_at_most_worst_first(tmp_path, capsys):
+    path, healthy = sick(tmp_path), write(Run(), tmp_path / "healthy")
+
+    assert main(["doctor", str(path)]) == 2
+    told = capsys.readouterr().out
+    assert told.startswith(f"{path}: 2000 steps, 1 critical finding, 2 warnings, 1 note.")
+    assert [line.split()[1] for line in told.splitlines() if line[:1].isupper()] == [
+        "DEAD_OUTPUT,",
+        "LOADER_BOUND,",
+        "LR_TOO_LOW,",
+    ]
+    assert "[data.workers]" in told
+    assert "1 more with --all." in told
+    assert main(["doctor", str(path), "--all", "--mute", "DEAD_OUTPUT"]) == 1
+    assert "CLIP_IDLE" in capsys.readouterr().out
+    assert main(["doctor", str(healthy)]) == 0
+    assert capsys.readouterr().out == f"{healthy}: 2000 steps, healthy.\n"
+
+
+def test_for_scripts_there_is_json(tmp_path, capsys):
+    path = sick(tmp_path)
+
+    assert main(["doctor", str(path), "--json"]) == 2
+
+    found = json.loads(capsys.readouterr().out)
+    assert found["steps"] == 2000
+    assert [one["code"] for one in found["findings"]] == [one.code for one in examine(read_series(path))]
+
+
+def test_a_bulletin_is_one_line_and_never_costs_the_run(tmp_path, monkeypatch):
+    path, healthy = sick(tmp_path), write(Run(), tmp_path / "healthy")
+
+    assert bulletin(healthy) == "doctor: healthy"
+    assert bulletin(path).startswith(
+        "doctor: 1 critical finding, 2 warnings, 1 note: DEAD_OUTPUT, Output 2 of the model"
+    )
+    assert "\n" not in bulletin(path)
+    monkeypatch.setattr("unbraid.health.rules.examine", lambda _series: 1 / 0)
+    assert bulletin(path) == "doctor: could not look (ZeroDivisionError: division by zero)"

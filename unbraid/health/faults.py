@@ -1,0 +1,167 @@
+"""Rules on faults: steps left out, files behind them, spikes and what they leave in Adam's memory."""
+
+import math
+from collections import Counter
+
+import numpy as np
+
+from unbraid.health.finding import Finding
+from unbraid.health.rolling import episodes, highest, middle, usual
+from unbraid.health.series import LEFT_ALONE, Series
+
+ADVICE = {
+    "nonfinite_loss": (
+        "Replay the incident to see which example or layer it is, and leave its file out.",
+        "data.exclude",
+    ),
+    "nonfinite_gradient": (
+        "Replay the incident: it names the layer, and the precision in which it goes away.",
+        "train.precision",
+    ),
+    "over_limit": ("Lower the learning rate, or raise the limit if the loss is meant to be so large.", "optim.lr"),
+    "out_of_memory": ("Take shorter excerpts or a smaller batch.", "data.excerpt_seconds"),
+}
+ADAM_BETA2 = {"adam": 0.999, "adamw": 0.999, "schedule_free": 0.999}
+
+
+def faults_in_a_row(series: Series) -> Finding | None:
+    """Steps left out one after the other."""
+    faults = ~np.isin(series.outcome, LEFT_ALONE)
+    runs = episodes(faults, gap=1)
+    if not runs:
+        return None
+    first, last = max(runs, key=lambda run: run[1] - run[0])
+    n = last - first + 1
+    if n < 3:
+        return None
+    outcome, _ = Counter(series.outcome[first : last + 1].tolist()).most_common(1)[0]
+    still = last == len(series) - 1
+    advice, key = ADVICE.get(outcome, ADVICE["nonfinite_loss"])
+    steps = series.of_step["step"]
+    return Finding(
+        code="FAULTS_IN_A_ROW",
+        severity=("critical" if still or n >= 10 else "warning"),
+        what=(f"{n} steps in a row were left out" + (", and it goes on." if still else ".")),
+        why=(
+            f"Steps {steps[first]:.0f} to {steps[last]:.0f}, most of them by {outcome.replace('_', ' ')}; "
+            f"{faults.sum()} of all {len(series)} steps were left out by a fault."
+        ),
+        advice=advice,
+        key=key,
+        steps=(int(steps[first]), int(steps[last])),
+        confidence=min(1.0, 0.7 + 0.03 * n),
+    )
+
+
+def bad_files(series: Series) -> Finding | None:
+    """Files that were set aside, or that stand behind several faults."""
+    behind: dict[str, set[int]] = {}
+    aside: dict[str, int] = {}
+    for event in series.events:
+        code, step = str(event.get("code", "")), int(event.get("step", 0))
+        for file in event.get("files") or ():
+            if code.startswith("AUDIO_"):
+                aside[file] = step
+            elif code.startswith("STEP_"):
+                behind.setdefault(file, set()).add(step)
+    most = max(map(len, behind.values()), default=0)
+    guilty = {file: steps for file, steps in behind.items() if len(steps) >= max(2, 0.6 * most)}
+    if not guilty and not aside:
+        return None
+    named = [*sorted(guilty, key=lambda file: -len(guilty[file])), *(file for file in aside if file not in guilty)]
+    steps = sorted({*aside.values(), *(step for found in guilty.values() for step in found)})
+    listed = ", ".join(named[:3]) + f" and {len(named) - 3} more" * (len(named) > 3)
+    why = [f"{len(aside)} were set aside as they could not be used"] if aside else []
+    why += [f"{named[0]} was in {most} steps that were left out"] if guilty else []
+    return Finding(
+        code="BAD_FILES",
+        severity="warning",
+        what=(f"There is something wrong with {listed}."),
+        why=("; ".join(why).capitalize() + "." if not guilty else "; ".join(why) + "."),
+        advice="Mend or remove them, or name them as left out.",
+        key="data.exclude",
+        steps=(steps[0], steps[-1]),
+        confidence=1.0 if aside else 0.8,
+    )
+
+
+def loss_spike(series: Series) -> Finding | None:
+    """The loss far above what was usual just before, and whether it came back.
+
+    Above the median of the last hundred steps by 6 dB, and by six times their median distance from it; a single step
+    counts from 10 and ten on, as one batch may be hard.
+    """
+    trained = np.flatnonzero(series.trained)
+    if len(trained) < 50:
+        return None
+    level, steps = series.level()[trained], series.of_step["step"][trained]
+    median, spread = usual(level)
+    above = level - median
+    marked = above > np.maximum(6.0, 6 * spread)
+    again = np.convolve(marked, np.ones(19), mode="same") > 1  # another one within nine steps
+    found = episodes(marked & (again | (above > np.maximum(10.0, 10 * spread))), gap=50)
+    if not found:
+        return None
+    first, last = max(found, key=lambda episode: (episode[1] - episode[0], highest(above[episode[0] : episode[1] + 1])))
+    peak = highest(above[first : last + 1])
+    after = level[last + 1 : last + 101]
+    back = bool(middle(after) - median[first] < max(1.0, 2 * spread[first])) if len(after) >= 20 else None
+    fate = {True: "It came back", False: "It has not come back", None: "Whether it comes back is not known yet"}[back]
+    return Finding(
+        code="LOSS_SPIKE",
+        severity=("critical" if back is False else "warning"),
+        what=(f"The loss jumped by {peak:.1f} dB at step {steps[first]:.0f}. {fate}."),
+        why=(
+            f"It was {median[first]:.1f} dB before, give or take {spread[first]:.1f}, and up to "
+            f"{highest(level[first : last + 1]):.1f} dB "
+            f"in steps {steps[first]:.0f} to {steps[last]:.0f}; {len(found)} such episodes in all."
+        ),
+        advice=(
+            "Go back to a checkpoint before it with a lower learning rate."
+            if back is False
+            else "If it comes again, lower the learning rate or clip by what is usual (autoclip)."
+        ),
+        key=("optim.lr" if back is False else "clip.name"),
+        steps=(int(steps[first]), int(steps[last])),
+        confidence=0.9 if last > first else 0.6,
+    )
+
+
+def adam_remembers(series: Series) -> Finding | None:
+    """A gradient so long that Adam's mean of squares hides later ones, and for how many steps.
+
+    Where one is ``r`` times as long as is usual, steps are ``sqrt(1 + (1 - beta2) r**2)`` times as short after it, and
+    it is forgotten after ``log((1 - beta2) r**2) / -log(beta2)`` steps.
+    """
+    beta2 = ADAM_BETA2.get(str(series.said("optim.name", "adam")))
+    betas = series.said("optim.betas")
+    beta2 = float(betas[1]) if beta2 and isinstance(betas, list) and len(betas) == 2 else beta2
+    trained = np.flatnonzero(series.trained)
+    if beta2 is None or not 0 < beta2 < 1 or not len(trained):
+        return None
+    norm, steps = series.of_step["norm_after"][trained], series.of_step["step"][trained]
+    median, _ = usual(norm)
+    share = (1 - beta2) * np.square(norm / np.maximum(median, 1e-30))
+    share = np.where(np.isfinite(share), share, 0.0)
+    place = int(share.argmax())
+    if share[place] < 3:  # steps half as long
+        return None
+    shorter, n_steps = math.sqrt(1 + share[place]), math.ceil(math.log(share[place]) / -math.log(beta2))
+    left = int(steps[place]) + n_steps - series.last_step
+    return Finding(
+        code="ADAM_REMEMBERS",
+        severity="warning",
+        what=(
+            f"One gradient made Adam's steps {shorter:.1f} times as short"
+            + (f", for {left} more steps." if left > 0 else f" for {n_steps} steps.")
+        ),
+        why=(
+            f"At step {steps[place]:.0f} it got a norm of {norm[place]:.3g}, {norm[place] / median[place]:.0f} "
+            "times the usual "
+            f"{median[place]:.3g}; with beta2 = {beta2:g} its square fades in {n_steps} steps."
+        ),
+        advice="Clip closer to what is usual: autoclip does, or a lower max_norm.",
+        key="clip.name",
+        steps=(int(steps[place]), int(steps[place]) + n_steps),
+        confidence=0.9,
+    )

@@ -1,0 +1,194 @@
+"""Rules on what is learnt: curves of training and validation, schedule, filters, order of the data."""
+
+import numpy as np
+
+from unbraid.health.finding import Finding
+from unbraid.health.rolling import highest, lowest, middle, usual, where_lowest
+from unbraid.health.series import Floats, Series
+
+
+def oscillation(series: Series) -> Finding | None:
+    """Validation that goes up and down by more than it gains."""
+    loss, steps = series.of_validation["loss"][-10:], series.of_validation["step"][-10:]
+    moves = np.diff(loss)
+    if len(moves) < 5 or not np.isfinite(moves).all():
+        return None
+    turns = int(np.sum(np.sign(moves[1:]) != np.sign(moves[:-1])))
+    swing = float(np.median(np.abs(moves)))
+    if turns < 0.7 * (len(moves) - 1) or swing < max(1.0, 2 * abs(loss[-1] - loss[0]) / len(moves)):
+        return None
+    return Finding(
+        code="OSCILLATION",
+        severity="warning",
+        what="Validation goes up and down instead of getting better.",
+        why=(
+            f"In the last {len(loss)} validations it turned {turns} times, by {swing:.1f} dB each time, and came from "
+            f"{loss[0]:.2f} to {loss[-1]:.2f}."
+        ),
+        advice="Lower the learning rate, or average the weights (train.ema = 0.999).",
+        key="optim.lr",
+        steps=(int(steps[0]), int(steps[-1])),
+        confidence=0.8,
+    )
+
+
+def plateau(series: Series) -> Finding | None:
+    """Neither training nor validation has moved for the last two fifths of the run, at a learning rate that could."""
+    loss, steps = series.of_validation["loss"], series.of_validation["step"]
+    lr = series.of_step["lr"]
+    best = where_lowest(loss)
+    if best is None or len(loss) < 8 or not lr[-1] >= 0.2 * highest(lr):
+        return None
+    since = steps[best]
+    level = series.level()[series.trained]
+    before, after = (middle(part) for part in np.array_split(level[-2 * (len(level) // 5) :], 2))
+    if since > 0.6 * series.last_step or after < before - 0.1 or _overfits(series) is not None:
+        return None
+    return Finding(
+        code="PLATEAU",
+        severity="warning",
+        what="The run no longer learns anything.",
+        why=(
+            f"Validation was best at step {since:.0f} of {series.last_step}, and the training loss went from "
+            f"{before:.2f} to "
+            f"{after:.2f} dB over the last two fifths, at a learning rate of {lr[-1]:.1e}."
+        ),
+        advice="Lower the learning rate (the schedule plateau does), or take a larger model.",
+        key="schedule.name",
+        steps=(int(since), series.last_step),
+        confidence=0.7,
+    )
+
+
+def overfitting(series: Series) -> Finding | None:
+    """Validation getting worse while training gets better."""
+    found = _overfits(series)
+    if found is None:
+        return None
+    best, worse, better = found
+    return Finding(
+        code="OVERFITTING",
+        severity="warning",
+        what="The model learns its training data by heart.",
+        why=(
+            f"Since step {best} validation got {worse:.2f} dB worse while the training loss got {better:.2f} dB better."
+        ),
+        advice="Take the best checkpoint; train on more recordings, or a smaller model, or with dropout.",
+        key="data.path",
+        steps=(best, series.last_step),
+        confidence=0.8,
+    )
+
+
+def _overfits(series: Series) -> tuple[int, float, float] | None:
+    """The step of the best validation, how much worse it got since, and how much better training."""
+    loss, steps = series.of_validation["loss"], series.of_validation["step"]
+    place = where_lowest(loss)
+    if place is None or len(loss) < 5:
+        return None
+    later = loss[place + 1 :]
+    level, at = series.level()[series.trained], series.of_step["step"][series.trained]
+    n = max(50, len(level) // 10)
+    before, after = middle(level[(at > steps[place] - n) & (at <= steps[place])]), middle(level[-n:])
+    worse, better = middle(later[-3:]) - loss[place], before - after
+    if len(later) < 3 or not worse > 0.5 or not better > 0.3:
+        return None
+    return int(steps[place]), float(worse), float(better)
+
+
+def easy_share(series: Series) -> Finding | None:
+    """Filters that take most examples out."""
+    easy, trained = (np.nansum(series.of_step[name][-1000:]) for name in ("n_easy", "n_trained"))
+    if len(series) < 100 or easy <= trained:
+        return None
+    steps = series.of_step["step"][-1000:]
+    return Finding(
+        code="MOSTLY_EASY",
+        severity="warning",
+        what="Most examples are left out as too easy.",
+        why=(f"Of {easy + trained:.0f} examples in the last {len(steps)} steps, {easy:.0f} had no weight."),
+        advice="Lower the filter's threshold, or make mixtures harder (noise, more talkers).",
+        key="filter.threshold_db",
+        steps=(int(steps[0]), int(steps[-1])),
+        confidence=0.95,
+    )
+
+
+def rate_never_moved(series: Series) -> Finding | None:
+    """A schedule that has changed nothing although validation has long stopped getting better."""
+    lr, name = series.of_step["lr"], str(series.said("schedule.name", "plateau"))
+    loss, steps = series.of_validation["loss"], series.of_validation["step"]
+    if name == "constant" or len(series) < 500 or not highest(lr) <= lowest(lr):
+        return None
+    if len(loss) == 0:
+        if name != "plateau" or len(series) < 2000:
+            return None
+        why = f"The schedule plateau waits for validations, and there was none in {len(series)} steps."
+        advice, key = "Validate every so many steps.", "validate.every_steps"
+    else:
+        since = steps[where_lowest(loss) or 0]
+        if len(loss) < 6 or since > 0.5 * series.last_step:
+            return None
+        why = f"It is {lr[-1]:.1e} since step 1, and validation was best at step {since:.0f} of {series.last_step}."
+        advice, key = "Lower the schedule's patience, or validate more often.", "schedule.patience"
+    return Finding(
+        code="RATE_NEVER_MOVED",
+        severity="warning",
+        what=(f"The schedule {name} has never changed the learning rate."),
+        why=why,
+        advice=advice,
+        key=key,
+        steps=(int(series.of_step["step"][0]), series.last_step),
+        confidence=0.8,
+    )
+
+
+def worse_than_mixture(series: Series) -> Finding | None:
+    """What comes out is further from the sources than what went in."""
+    scores, steps = series.of_validation["si_sdri"], series.of_validation["step"]
+    if len(scores) < 2 or steps[-1] < 500 or not (scores[-2:] < -0.5).all():
+        return None
+    return Finding(
+        code="WORSE_THAN_MIXTURE",
+        severity="critical",
+        what="The outputs are further from the sources than the mixture is.",
+        why=(f"SI-SDRi was {scores[-2]:+.2f} and {scores[-1]:+.2f} dB at steps {steps[-2]:.0f} and {steps[-1]:.0f}."),
+        advice="Look whether targets belong to their mixtures, and whether the learning rate is too high.",
+        key="data.path",
+        steps=(int(steps[-2]), int(steps[-1])),
+        confidence=0.9,
+    )
+
+
+def not_shuffled(series: Series) -> Finding | None:
+    """Losses of neighbouring steps that go up and down together: neighbours are alike, as in data in order."""
+    trained = np.flatnonzero(series.trained)[-5000:]
+    level = series.level()[trained]
+    median, _ = usual(level, n_before=60)
+    rest = (level - median)[np.isfinite(median) & np.isfinite(level)]
+    if len(rest) < 400:
+        return None
+    likeness = _autocorrelation(rest)
+    if likeness < 0.5:
+        return None
+    return Finding(
+        code="NOT_SHUFFLED",
+        severity="warning",
+        what="Neighbouring steps are alike: the data seem to come in order.",
+        why=(
+            f"What is left of the loss without its trend has a correlation of {likeness:.2f} from step to step, "
+            "where shuffled "
+            "data have none."
+        ),
+        advice="Shuffle the data set.",
+        key="data.name",
+        steps=(int(series.of_step["step"][trained[0]]), int(series.of_step["step"][trained[-1]])),
+        confidence=0.7,
+    )
+
+
+def _autocorrelation(values: Floats) -> float:
+    """Of neighbours, between ranks, so that a few spikes do not make it."""
+    ranks = values.argsort().argsort().astype(float)
+    ranks -= ranks.mean()
+    return float((ranks[1:] * ranks[:-1]).sum() / np.square(ranks).sum())

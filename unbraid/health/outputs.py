@@ -1,0 +1,149 @@
+"""Rules on what the model gives: dead or equal outputs, the mixture again, a source that never comes."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from unbraid.health.finding import Finding
+from unbraid.health.rolling import middle
+from unbraid.health.series import Floats, Series
+
+SILENT_DB, BELOW_LOUDEST_DB = -180.0, 80.0
+LAST_SAMPLES = 5
+
+
+def _last_items(series: Series) -> Iterator[Mapping[str, Any]]:
+    for items in series.sampled.items[-LAST_SAMPLES:]:
+        yield from items
+
+
+def _span(series: Series) -> tuple[int, int]:
+    steps = series.sampled.step[-LAST_SAMPLES:]
+    return int(steps[0]), int(steps[-1])
+
+
+def dead_output(series: Series) -> Finding | None:
+    """An output that is silent whatever the mixture."""
+    levels = [item["levels_db"] for item in _last_items(series) if item.get("levels_db")]
+    if len(series.sampled.step) < 3 or len(levels) < 3 or series.said("loss.inactive_weight", 0):
+        return None
+    table = np.array([[np.nan if level is None else level for level in row] for row in levels])
+    floor = np.maximum(SILENT_DB, table.max(1, keepdims=True) - BELOW_LOUDEST_DB)
+    dead = (
+        np.flatnonzero((table <= floor).all(0)) if table.shape[1] > 1 else np.flatnonzero((table <= SILENT_DB).all(0))
+    )
+    if not len(dead):
+        return None
+    listed = " and ".join(str(place + 1) for place in dead)
+    return Finding(
+        code="DEAD_OUTPUT",
+        severity="critical",
+        what=(f"Output {listed} of the model is silent whatever the mixture."),
+        why=(
+            f"In the last {len(levels)} examples looked at its level was {table[:, dead].max():.0f} dB at most, "
+            "the loudest "
+            f"output's {table.max():.0f} dB."
+        ),
+        advice=(
+            "Begin again with another seed or a lower learning rate, or take a loss that minds level: SI-SDR "
+            "has no gradient there."
+        ),
+        key="data.seed",
+        steps=_span(series),
+        confidence=0.95,
+    )
+
+
+def collapsed_outputs(series: Series) -> Finding | None:
+    """Outputs that are the same sound."""
+    likeness = np.array([item["likeness"] for item in _last_items(series) if item.get("likeness") is not None])
+    if len(series.sampled.step) < LAST_SAMPLES or series.last_step < 300 or not middle(likeness) > 0.99:
+        return None
+    return Finding(
+        code="OUTPUTS_ALIKE",
+        severity="critical",
+        what="The outputs are the same sound.",
+        why=(
+            f"In the last {len(likeness)} examples looked at, two outputs had a correlation of "
+            f"{middle(likeness):.3f} (median)."
+        ),
+        advice=(
+            "Begin again with a lower learning rate or another seed; see that the loss takes the best order "
+            "(permutation)."
+        ),
+        key="loss.assign",
+        steps=_span(series),
+        confidence=0.9,
+    )
+
+
+def output_is_mixture(series: Series) -> Finding | None:
+    """Nothing is separated: the outputs are as far from the sources as the mixture is."""
+    scores, steps = series.of_validation["si_sdri"], series.of_validation["step"]
+    if len(scores) < 3 or steps[-1] < 500 or not (np.abs(scores[-3:]) < 0.3).all():
+        return None
+    return Finding(
+        code="OUTPUT_IS_MIXTURE",
+        severity="warning",
+        what="Nothing is separated yet: the outputs are as good as the mixture itself.",
+        why=(f"SI-SDRi was {', '.join(f'{score:+.2f}' for score in scores[-3:])} dB in the last three validations."),
+        advice="See that the learning rate is neither too low nor too high, and that the loss takes the best order.",
+        key="optim.lr",
+        steps=(int(steps[-3]), int(steps[-1])),
+        confidence=0.8,
+    )
+
+
+def source_left_behind(series: Series) -> Finding | None:
+    """One source that got no better while another did."""
+    trained = series.si_sdr[series.trained]
+    if trained.shape[1] < 2 or len(trained) < 600:
+        return None
+    early, late = _by_source(trained[:200]), _by_source(trained[-500:])
+    gain = late - early
+    worst, best = int(gain.argmin()), int(gain.argmax())
+    if gain[best] < 3 or gain[worst] > 0.5 or late[worst] > late[best] - 6:
+        return None
+    return Finding(
+        code="SOURCE_LEFT_BEHIND",
+        severity="critical",
+        what=(f"Source {worst + 1} is never separated."),
+        why=(
+            f"Its SI-SDR went from {early[worst]:.1f} to {late[worst]:.1f} dB, that of source {best + 1} from "
+            f"{early[best]:.1f} "
+            f"to {late[best]:.1f} dB."
+        ),
+        advice="See whether its files are silent or belong to other mixtures.",
+        key="data.path",
+        steps=(int(series.of_step["step"][0]), series.last_step),
+        confidence=0.85,
+    )
+
+
+def foreign_targets(series: Series) -> Finding | None:
+    """Targets that have nothing in common with what comes out, from the first step on."""
+    trained = series.si_sdr[series.trained]
+    if not trained.shape[1] or len(trained) < 200:
+        return None
+    early, late = middle(trained[:100]), middle(trained[-100:])
+    if not (early < -15 and late < -15):
+        return None
+    return Finding(
+        code="FOREIGN_TARGETS",
+        severity="critical",
+        what="The targets have nothing in common with the mixtures.",
+        why=(
+            f"The median SI-SDR was {early:.1f} dB over the first hundred steps and {late:.1f} over the last; an "
+            "output that is the "
+            "mixture itself would have about 0."
+        ),
+        advice="See that each target belongs to its mixture: names, order and start of the files.",
+        key="data.path",
+        steps=(int(series.of_step["step"][0]), series.last_step),
+        confidence=0.9,
+    )
+
+
+def _by_source(values: Floats) -> Floats:
+    return np.array([middle(column) for column in values.T])

@@ -1,0 +1,97 @@
+"""Rules on time and memory."""
+
+import numpy as np
+
+from unbraid.health.finding import Finding
+from unbraid.health.rolling import middle
+from unbraid.health.series import Series
+
+
+def loader_bound(series: Series) -> Finding | None:
+    """Steps that wait for data."""
+    wait, work = (series.of_step[name][-300:] for name in ("data_seconds", "seconds"))
+    if len(series) < 350 or not np.nansum(work) > 0:
+        return None
+    share = float(np.nansum(wait) / (np.nansum(wait) + np.nansum(work)))
+    if share < 0.3:
+        return None
+    steps = series.of_step["step"][-300:]
+    return Finding(
+        code="LOADER_BOUND",
+        severity="warning",
+        what="Training waits for data.",
+        why=(
+            f"{share:.0%} of the last {len(steps)} steps was waiting for the batch ({middle(wait):.3f} of "
+            f"{middle(wait + work):.3f} s)."
+        ),
+        advice="Take more workers, or put the recordings on a faster disk, in their training rate.",
+        key="data.workers",
+        steps=(int(steps[0]), int(steps[-1])),
+        confidence=0.95,
+    )
+
+
+def slow_rank(series: Series) -> Finding | None:
+    """A process that the others wait for."""
+    found = [event for event in series.events if event.get("code") == "SLOW_RANK"]
+    if not found:
+        return None
+    event = found[-1]
+    return Finding(
+        code="SLOW_RANK",
+        severity="warning",
+        what=(f"The other processes wait for process {event.get('rank', '?')}."),
+        why=str(event.get("message", "")),
+        advice="See what else runs on its machine, and where its data lie.",
+        key="",
+        steps=(int(found[0].get("step", 0)), int(event.get("step", 0))),
+        confidence=0.9,
+    )
+
+
+def slowing_down(series: Series) -> Finding | None:
+    """Steps that take ever longer."""
+    seconds = (series.of_step["seconds"] + series.of_step["data_seconds"])[series.trained]
+    if len(seconds) < 1000:
+        return None
+    early, halfway, late = middle(seconds[50:250]), middle(seconds[len(seconds) // 2 :][:200]), middle(seconds[-200:])
+    if not (late > 1.5 * early and late > 1.1 * halfway > 1.1 * early):
+        return None
+    return Finding(
+        code="SLOWING_DOWN",
+        severity="warning",
+        what="Steps take ever longer.",
+        why=(f"A step took {early:.3f} s at first, {halfway:.3f} halfway and {late:.3f} now (medians of 200)."),
+        advice="See what else runs on the machine, and whether it gets hot or swaps.",
+        key="",
+        steps=(int(series.of_step["step"][0]), series.last_step),
+        confidence=0.7,
+    )
+
+
+def memory_creeps(series: Series) -> Finding | None:
+    """Memory that grows in every part of the run: something is kept that should not be."""
+    memory, steps = series.of_step["peak_memory_bytes"], series.of_step["step"]
+    if len(memory) < 1000:
+        return None
+    marks = memory[np.linspace(len(memory) // 4, len(memory) - 1, 7).astype(int)] / 2**20
+    grown = np.diff(marks)
+    if not (grown > 0).all() or marks[-1] - marks[0] < max(200.0, 0.1 * marks[0]) or grown.max() > 0.6 * grown.sum():
+        return None
+    rate = (marks[-1] - marks[0]) / (steps[-1] - steps[len(steps) // 4])
+    return Finding(
+        code="MEMORY_CREEPS",
+        severity="warning",
+        what="Memory grows all the time.",
+        why=(
+            f"Its peak rose from {marks[0]:.0f} to {marks[-1]:.0f} MiB over the last three quarters, "
+            f"{1024 * rate:.0f} KiB a step."
+        ),
+        advice=(
+            "See whether a model, loss or data set of your own keeps tensors from step to step (use .detach() "
+            "or .item())."
+        ),
+        key="",
+        steps=(int(steps[len(steps) // 4]), int(steps[-1])),
+        confidence=0.8,
+    )

@@ -1,0 +1,91 @@
+"""RULES, by name: each reads the series of a run and returns a finding, or None."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from unbraid.health import faults, gradients, learning, outputs, pace
+from unbraid.health.finding import SEVERITIES, Finding
+from unbraid.health.series import Series, read_series
+
+Rule = Callable[[Series], Finding | None]
+
+RULES: dict[str, Rule] = {
+    rule.__name__: rule
+    for rule in (
+        faults.faults_in_a_row,
+        faults.bad_files,
+        faults.loss_spike,
+        faults.adam_remembers,
+        gradients.norm_spikes,
+        gradients.clip_is_the_rate,
+        gradients.learning_rate,
+        gradients.first_blocks,
+        gradients.loss_scale_sinks,
+        learning.oscillation,
+        learning.plateau,
+        learning.overfitting,
+        learning.easy_share,
+        learning.rate_never_moved,
+        learning.worse_than_mixture,
+        learning.not_shuffled,
+        outputs.dead_output,
+        outputs.collapsed_outputs,
+        outputs.output_is_mixture,
+        outputs.source_left_behind,
+        outputs.foreign_targets,
+        pace.loader_bound,
+        pace.slow_rank,
+        pace.slowing_down,
+        pace.memory_creeps,
+    )
+}
+
+
+def examine(series: Series, *, mute: Iterable[str] = ()) -> list[Finding]:
+    """What all rules find, worst first, and among equals the surest first.
+
+    Args:
+        series: The run.
+        mute: Codes that are not to be told.
+    """
+    silent = set(mute)
+    found = [finding for rule in RULES.values() if (finding := rule(series)) is not None]
+    told = [finding for finding in found if finding.code not in silent]
+    return sorted(told, key=lambda finding: (SEVERITIES.index(finding.severity), -finding.confidence))
+
+
+def status(findings: Iterable[Finding]) -> int:
+    """0 where nothing has to be done, 1 where there is a warning, 2 where something is critical."""
+    return max((STATUS[finding.severity] for finding in findings), default=0)
+
+
+STATUS = {"note": 0, "warning": 1, "critical": 2}
+
+
+def verdict(findings: Sequence[Finding]) -> str:
+    """In a few words: ``healthy``, or how many findings of which kind."""
+    counts = Counter[str](finding.severity for finding in findings)
+    if not counts["critical"] and not counts["warning"]:
+        return "healthy" + (f" ({_counted(counts['note'], 'note')})" if counts["note"] else "")
+    kinds = (("critical", "critical finding"), ("warning", "warning"), ("note", "note"))
+    return ", ".join(_counted(counts[kind], name) for kind, name in kinds if counts[kind])
+
+
+def _counted(count: int, name: str) -> str:
+    return f"{count} {name}{'s' if count != 1 else ''}"
+
+
+LOOKED_BACK = 5000
+"""Steps that a running training is judged by, so that a look costs no more late in a run than early."""
+
+
+def bulletin(path: Path) -> str:
+    """One line on a run that goes on, from its last steps; looking must never cost the run."""
+    try:
+        findings = examine(read_series(path, last=LOOKED_BACK))
+    except Exception as error:  # noqa: BLE001
+        return f"doctor: could not look ({type(error).__name__}: {error})"
+    worst = next((finding for finding in findings if STATUS[finding.severity]), None)
+    more = f": {worst.code}, {worst.what} {worst.advice}" if worst else ""
+    return f"doctor: {verdict(findings)}{more}"
