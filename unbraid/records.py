@@ -48,6 +48,8 @@ class ItemRecord:
         likeness: The largest correlation, by absolute value, of two outputs; 1 where they are the same sound.
         residual_db: Power of the mixture less the sum of the outputs over that of the mixture, in dB. A loss that
             ignores level leaves it open.
+        source_levels_db: Mean power of each source, in dB of full scale.
+        beside_db: Power of what the mixture holds beside the sources, over its own, in dB: noise, or a mistake.
     """
 
     item: ItemId
@@ -57,6 +59,8 @@ class ItemRecord:
     levels_db: tuple[float, ...]
     likeness: float | None
     residual_db: float | None
+    source_levels_db: tuple[float, ...] = ()
+    beside_db: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,7 +341,7 @@ def _item_id(row: Mapping[str, Any]) -> ItemId:
 
 
 def _item_record(row: dict[str, Any]) -> ItemRecord:
-    tuples = {name: tuple(row[name]) for name in ("order", "levels_db")}
+    tuples = {name: tuple(row.get(name, ())) for name in ("order", "levels_db", "source_levels_db")}
     return replace(_from_row(ItemRecord, row), item=_item_id(row["item"]), **tuples)
 
 

@@ -73,6 +73,8 @@ class Run:
                 "levels_db": [float(rng.normal(-25, 3)), float(rng.normal(-25, 3))],
                 "likeness": float(rng.uniform(0.1, 0.6)),
                 "residual_db": float(rng.normal(-15, 2)),
+                "source_levels_db": [float(rng.normal(-25, 3)), float(rng.normal(-27, 3))],
+                "beside_db": float(rng.normal(-140, 5)),
             }
             for i in range(4)
         ]

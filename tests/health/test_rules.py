@@ -144,6 +144,14 @@ def sick_targets(run):
     run.change(si_sdr=[-31.0, -28.0], loss=29.5)
 
 
+def sick_sum(run):
+    run.change_items(beside_db=-19.0)
+
+
+def sick_silence(run):
+    run.change_items(source_levels_db=[-24.0, -200.0])
+
+
 def sick_loader(run):
     run.change(data_seconds=0.2)
 
@@ -185,6 +193,8 @@ SICK = {
     "OUTPUT_IS_MIXTURE": [sick_separation],
     "SOURCE_LEFT_BEHIND": [sick_source],
     "FOREIGN_TARGETS": [sick_targets],
+    "FOREIGN_SUM": [sick_sum],
+    "SILENT_SOURCES": [sick_silence],
     "LOADER_BOUND": [sick_loader],
     "SLOW_RANK": [sick_rank],
     "SLOWING_DOWN": [sick_pace],

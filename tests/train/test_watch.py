@@ -1,5 +1,7 @@
 """What a step records is what happened."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -10,7 +12,7 @@ from unbraid.metrics import si_sdr
 from unbraid.records import append_record, read_steps
 from unbraid.robust.clip import FixedClip, NoClip
 from unbraid.train.step import train_step
-from unbraid.train.watch import EVERY_STEPS, blocks_of, is_sampled, item_details
+from unbraid.train.watch import EVERY_STEPS, blocks_of, is_sampled, item_details, item_truth
 
 
 def sampled_step(state, batch):
@@ -81,6 +83,9 @@ def test_each_example_of_a_sampled_step_is_recorded_with_what_the_model_made_of_
     assert {one.weight for one in record.items} == {1.0}
     for one, outputs in zip(record.items, estimate[:, :, 0], strict=True):
         assert one.levels_db == pytest.approx((10 * outputs.square().mean(-1).log10()).tolist(), abs=1e-3)
+    for one, sources in zip(record.items, batch.sources[:, :, 0], strict=True):
+        assert one.source_levels_db == pytest.approx((10 * sources.square().mean(-1).log10()).tolist(), abs=1e-3)
+        assert one.beside_db < -100
     append_record(tmp_path / "steps.jsonl", record)
     assert read_steps(tmp_path / "steps.jsonl") == [record]
 
@@ -103,6 +108,21 @@ def test_likeness_and_residual_have_their_known_values():
     _, likeness, residual = details(low, torch.zeros(800))
     assert likeness == 0
     assert residual == pytest.approx(-3.01, abs=0.01)
+
+
+def test_what_a_mixture_holds_beside_its_sources_is_told():
+    sources = torch.randn(3, 2, 1, 4000, generator=torch.Generator().manual_seed(0))
+    sources[1, 1] = 0
+    mixture = sources.sum(1)
+    mixture[2] *= 0.9
+
+    levels, beside = item_truth(mixture, sources).split([2, 1], 1)
+
+    assert levels[1, 1] == -200
+    assert levels[0].tolist() == pytest.approx([0, 0], abs=0.2)
+    assert (beside[:2] < -100).all()
+    assert beside[2].item() == pytest.approx(20 * math.log10(0.1 / 0.9), abs=1e-2)
+    assert item_truth(mixture.expand(-1, 2, -1), sources)[:, 2].isnan().all()
 
 
 def test_si_sdr_of_each_source_is_the_mean_over_the_examples_trained_on():

@@ -10,6 +10,7 @@ from unbraid.health.rolling import middle
 from unbraid.health.series import Floats, Series
 
 SILENT_DB, BELOW_LOUDEST_DB = -180.0, 80.0
+SILENT_SOURCE_DB = -100.0
 LAST_SAMPLES = 5
 
 
@@ -141,6 +142,52 @@ def foreign_targets(series: Series) -> Finding | None:
         advice="See that each target belongs to its mixture: names, order and start of the files.",
         key="data.path",
         steps=(int(series.of_step["step"][0]), series.last_step),
+        confidence=0.9,
+    )
+
+
+def silent_sources(series: Series) -> Finding | None:
+    """Examples in which a source is silent, where nobody asked for such."""
+    levels = [
+        item["source_levels_db"] for items in series.sampled.items for item in items if item.get("source_levels_db")
+    ]
+    if len(levels) < 20 or series.said("data.silent") == "keep" or series.said("loss.inactive_weight", 0):
+        return None
+    table = np.array([[np.nan if level is None else level for level in row] for row in levels])
+    silent = table < SILENT_SOURCE_DB
+    share, of_each = float(silent.any(1).mean()), silent.mean(0)
+    if share < 0.1:
+        return None
+    return Finding(
+        code="SILENT_SOURCES",
+        severity="warning",
+        what="In many examples a source is silent.",
+        why=(
+            f"In {share:.0%} of {len(table)} examples looked at; source {of_each.argmax() + 1} most often "
+            f"({of_each.max():.0%})."
+        ),
+        advice="See whether files are empty or excerpts miss the sound; silence is drawn anew by data.silent.",
+        key="data.silent",
+        steps=(int(series.sampled.step[0]), int(series.sampled.step[-1])),
+        confidence=0.95,
+    )
+
+
+def foreign_sum(series: Series) -> Finding | None:
+    """Sources that do not add up to the mixture, where no noise was asked for."""
+    beside = np.array(
+        [item["beside_db"] for items in series.sampled.items for item in items if item.get("beside_db") is not None]
+    )
+    if len(beside) < 20 or series.said("data.noise") or not middle(beside) > -30:
+        return None
+    return Finding(
+        code="FOREIGN_SUM",
+        severity="warning",
+        what="The sources do not add up to the mixture.",
+        why=f"What the mixture holds beside them is {middle(beside):.1f} dB of it (median of {len(beside)} examples).",
+        advice="See whether gain, start or files of the sources differ from those in the mixture; noise may be meant.",
+        key="data.path",
+        steps=(int(series.sampled.step[0]), int(series.sampled.step[-1])),
         confidence=0.9,
     )
 

@@ -34,6 +34,8 @@ RULES: dict[str, Rule] = {
         outputs.output_is_mixture,
         outputs.source_left_behind,
         outputs.foreign_targets,
+        outputs.foreign_sum,
+        outputs.silent_sources,
         pace.loader_bound,
         pace.slow_rank,
         pace.slowing_down,

@@ -21,7 +21,7 @@ from unbraid.train.buffers import KeptBuffers
 from unbraid.train.forward import losses_of
 from unbraid.train.parcel import sum_together
 from unbraid.train.state import TrainState
-from unbraid.train.watch import is_sampled, item_details
+from unbraid.train.watch import is_sampled, item_details, item_truth
 
 
 @dataclass
@@ -36,7 +36,8 @@ class Ran:
     order: Tensor | None = None  # (batch, source)
     si_sdr: Tensor | None = None  # (batch, source)
     sounding: Tensor | None = None  # (batch, source)
-    details: Tensor | None = None  # (batch, source + 2), in sampled steps
+    details: Tensor | None = None  # (batch, output + 2), in sampled steps
+    truth: Tensor | None = None  # (batch, source + 1), in sampled steps
 
 
 @dataclass
@@ -163,6 +164,7 @@ def _forward_backward(state: TrainState, batch: Batch, busy: Stopwatch, *, last:
         ran.order, ran.si_sdr, ran.sounding = assigned.order, assigned.si_sdr, assigned.sounding
     if sampled and estimate.dim() == 4:
         ran.details = item_details(estimate, batch.mixture)
+        ran.truth = item_truth(batch.mixture, batch.sources)
     return ran
 
 

@@ -208,10 +208,11 @@ def _closely(ran: Sequence[Ran]) -> dict[str, Tensor]:
     """What a sampled step tells of each of this rank's examples."""
     found: dict[str, Tensor] = {}
     for place, one in enumerate(ran):
-        if one.details is not None:
+        if one.details is not None and one.truth is not None:
             order = one.losses.new_zeros(len(one.losses), 0) if one.order is None else one.order
             found |= {f"item_losses_{place}": one.losses, f"item_weights_{place}": one.weights}
             found |= {f"item_orders_{place}": order, f"item_details_{place}": one.details}
+            found[f"item_truths_{place}"] = one.truth
     return found
 
 
@@ -268,8 +269,8 @@ def _item_records(ran: Sequence[Ran], values: dict[str, list[float]]) -> Iterato
         if one.details is None or not one.batch.items:
             continue
         losses, weights = values[f"item_losses_{place}"], values[f"item_weights_{place}"]
-        orders, details = (_rows(values[f"item_{name}_{place}"], len(losses)) for name in ("orders", "details"))
-        yield from map(item_record, one.batch.items, losses, weights, orders, details)
+        tables = [_rows(values[f"item_{name}_{place}"], len(losses)) for name in ("orders", "details", "truths")]
+        yield from map(item_record, one.batch.items, losses, weights, *tables)
 
 
 def _rows(values: list[float], n_rows: int) -> list[list[float]]:

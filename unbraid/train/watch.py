@@ -79,12 +79,31 @@ def item_details(estimate: Tensor, mixture: Tensor) -> Tensor:
     power = outputs.square().mean(-1)
     unit = outputs / (power.sqrt()[..., None] * outputs.shape[-1] ** 0.5 + SILENCE)
     others = (unit @ unit.mT).abs() * (1 - torch.eye(outputs.shape[1], device=outputs.device))
-    whole = mixture.float().flatten(1)
-    share = torch.full_like(power[:, 0], torch.nan)  # where the outputs have other channels than the mixture
-    if whole.shape == outputs[:, 0].shape:
-        share = (whole - outputs.sum(1)).square().mean(-1) / (whole.square().mean(-1) + SILENCE)
+    share = _share_beside(mixture, outputs.sum(1))
     columns = [_in_db(power), others.amax((1, 2))[:, None], _in_db(share)[:, None]]
     return torch.cat(columns, 1)
+
+
+def item_truth(mixture: Tensor, sources: Tensor) -> Tensor:
+    """Level of each source in dB, and what the mixture holds beside them over all of it, in dB.
+
+    Args:
+        mixture: ``(batch, channel, time)``.
+        sources: ``(batch, source, channel, time)``.
+
+    Returns:
+        ``(batch, source + 1)``; see `ItemRecord`.
+    """
+    parts = sources.detach().float().flatten(2)
+    return _in_db(torch.cat([parts.square().mean(-1), _share_beside(mixture, parts.sum(1))[:, None]], 1))
+
+
+def _share_beside(mixture: Tensor, total: Tensor) -> Tensor:
+    """Power of the mixture less a sum ``(batch, channel * time)`` over its own; NaN where that has other channels."""
+    whole = mixture.float().flatten(1)
+    if whole.shape != total.shape:
+        return torch.full_like(total[:, 0], torch.nan)
+    return (whole - total).square().mean(-1) / (whole.square().mean(-1) + SILENCE)
 
 
 def _in_db(power: Tensor) -> Tensor:
@@ -92,11 +111,13 @@ def _in_db(power: Tensor) -> Tensor:
 
 
 def item_record(
-    item: ItemId, loss: float, weight: float, order: Sequence[float], details: Sequence[float]
+    item: ItemId, loss: float, weight: float, order: Sequence[float], details: Sequence[float], truth: Sequence[float]
 ) -> ItemRecord:
-    """One example, with a row of `item_details`."""
+    """One example, with a row of `item_details` and one of `item_truth`."""
     *levels, likeness, residual = details
-    return ItemRecord(item, loss, weight, tuple(map(int, order)), tuple(levels), likeness, residual)
+    *of_sources, beside = truth
+    outputs = tuple(map(int, order)), tuple(levels)
+    return ItemRecord(item, loss, weight, *outputs, likeness, residual, tuple(of_sources), beside)
 
 
 def peak_memory(device: torch.device) -> int:
