@@ -86,16 +86,15 @@ def clip_is_the_rate(series: Series) -> Finding | None:
 def learning_rate(series: Series) -> Finding | None:
     """How far a step moves the weights, as a share of them: the norm of the gradient does not tell.
 
-    Around 1e-3 is usual with Adam. Above 6e-3 it is too much where validation says so as well; below 3e-5, at the full
-    learning rate, it is too little.
+    Around 1e-3 is usual with Adam. Above 6e-3 it is too much where validation says so as well; below 3e-5 it is too
+    little. What counts are the steps at half the highest learning rate or more: schedules begin and end with less.
     """
-    sampled, peak = series.sampled, highest(series.of_step["lr"])
-    n = max(5, len(sampled.step) // 3)
-    if len(sampled.step) < 5 or not sampled.blocks:
+    sampled, rate = series.sampled, highest(series.of_step["lr"])
+    at_full = np.isin(sampled.step, series.of_step["step"][series.of_step["lr"] >= 0.5 * rate])
+    if at_full.sum() < 5 or not sampled.blocks:
         return None
-    ratio = middle(np.array([middle(row) for row in sampled.ratios[-n:]]))
-    span = int(sampled.step[-n:][0]), int(sampled.step[-1])
-    rate = series.of_step["lr"][-1]
+    ratio = middle(np.array([middle(row) for row in sampled.ratios[at_full]]))
+    span = int(sampled.step[at_full][0]), int(sampled.step[at_full][-1])
     scores = series.of_validation["si_sdri"]
     learnt = highest(scores) >= 1 and scores[-1] > highest(scores) - 1
     figures = (
@@ -113,7 +112,7 @@ def learning_rate(series: Series) -> Finding | None:
             steps=span,
             confidence=0.9 if ratio > 2e-2 else 0.7,
         )
-    if ratio < 3e-5 and rate > 0.3 * peak:
+    if ratio < 3e-5:
         return Finding(
             code="LR_TOO_LOW",
             severity="warning",
