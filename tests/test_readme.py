@@ -160,6 +160,8 @@ def test_the_speeds_are_those_that_were_measured():
 
     losses = ", ".join(times(f"pit_{n}", "fp32") for n in (2, 3, 5, 8, 16))
     assert re.findall(r"^\| .* \| ([\d., ]+) \|$", README.split("## How fast")[1], flags=re.MULTILINE) == [
+        times("sepformer_step", "bf16 compiled"),
+        times("sepformer_step", "fp32"),
         times("sepformer_small_step", "bf16 compiled"),
         times("sepformer_small_step", "fp32 compiled"),
         times("conv_tasnet_step", "bf16 compiled", "best"),
@@ -167,9 +169,19 @@ def test_the_speeds_are_those_that_were_measured():
         times("conv_tasnet_step", "fp32"),
         times("dprnn_step", "bf16 compiled"),
         times("dprnn_step", "fp32 compiled"),
+        times("conv_tasnet_30s", "bf16 compiled", "best"),
+        times("conv_tasnet_30s", "fp32 compiled"),
+        times("dprnn_30s", "bf16"),
+        times("dprnn_30s", "fp32"),
         losses,
         f"{times('clip_and_adam', 'default')}, {times('clip_and_adam', 'default', 'best')}",
     ]
+    first_step = measured["sepformer_small_first_step"]["races"][0]["measured"]
+    seconds = [round(first_step[who]["median"]) for who in ("ours regions", "ours whole", "speechbrain whole")]
+    said = re.search(
+        r"came after (\d+) s by the\s+regions .* after (\d+) s as .* after (\d+) s \(once", README, re.DOTALL
+    )
+    assert [int(number) for number in said.groups()] == seconds
     assert {piece["date"] for piece in measured.values()} == {"2026-11-22"}
     assert {piece["threads"] for piece in measured.values()} == {1}
 
