@@ -57,6 +57,14 @@ def test_a_torn_line_is_counted_and_the_end_of_a_long_run_can_be_read_alone(tmp_
     assert (len(end), end.last_step, end.n_torn) == (100, 1000, 1)
 
 
+def test_a_recipe_that_is_torn_is_said_in_a_sentence(tmp_path, capsys):
+    path = write(Run(60), tmp_path / "run")
+    (path / "recipe.toml").write_text("[data\n")
+
+    assert main(["doctor", str(path)]) == 2
+    assert "recipe.toml cannot be read" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("make", [None, "empty"])
 def test_what_is_no_run_is_said_in_a_sentence(make, tmp_path, capsys):
     path = tmp_path / "run"

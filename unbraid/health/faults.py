@@ -40,7 +40,7 @@ def faults_in_a_row(series: Series) -> Finding | None:
     steps = series.of_step["step"]
     return Finding(
         code="FAULTS_IN_A_ROW",
-        severity=("critical" if still or n >= 10 else "warning"),
+        severity="critical" if still or n >= 10 else "warning",
         what=(f"{n} steps in a row were left out" + (", and it goes on." if still else ".")),
         why=(
             f"Steps {steps[first]:.0f} to {steps[last]:.0f}, most of them by {outcome.replace('_', ' ')}; "
@@ -76,7 +76,7 @@ def bad_files(series: Series) -> Finding | None:
     return Finding(
         code="BAD_FILES",
         severity="warning",
-        what=(f"There is something wrong with {listed}."),
+        what=f"There is something wrong with {listed}.",
         why=("; ".join(why).capitalize() + "." if not guilty else "; ".join(why) + "."),
         advice="Mend or remove them, or name them as left out.",
         key="data.exclude",
@@ -109,8 +109,8 @@ def loss_spike(series: Series) -> Finding | None:
     fate = {True: "It came back", False: "It has not come back", None: "Whether it comes back is not known yet"}[back]
     return Finding(
         code="LOSS_SPIKE",
-        severity=("critical" if back is False else "warning"),
-        what=(f"The loss jumped by {peak:.1f} dB at step {steps[first]:.0f}. {fate}."),
+        severity="critical" if back is False else "warning",
+        what=f"The loss jumped by {peak:.1f} dB at step {steps[first]:.0f}. {fate}.",
         why=(
             f"It was {median[first]:.1f} dB before, give or take {spread[first]:.1f}, and up to "
             f"{highest(level[first : last + 1]):.1f} dB "

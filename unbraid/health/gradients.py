@@ -28,7 +28,7 @@ def norm_spikes(series: Series) -> Finding | None:
     return Finding(
         code="NORM_SPIKES",
         severity="warning",
-        what=(f"The gradient was {10 ** above[worst]:.0f} times as long as usual at step {steps[worst]:.0f}."),
+        what=f"The gradient was {10 ** above[worst]:.0f} times as long as usual at step {steps[worst]:.0f}.",
         why=(
             f"{len(spikes)} steps had ten times the usual norm or more, up to {max(often)} within {RECENT} steps; "
             "a norm of "
@@ -61,7 +61,7 @@ def clip_is_the_rate(series: Series) -> Finding | None:
             severity="note",
             what="Nearly every gradient is clipped: the clip is your learning rate.",
             why=figures,
-            advice=(f"Raise the limit to about {2 * norm:.2g}, or let it follow the gradients (autoclip)."),
+            advice=f"Raise the limit to about {2 * norm:.2g}, or let it follow the gradients (autoclip).",
             key="clip.max_norm",
             steps=span,
             confidence=0.9,
@@ -107,7 +107,7 @@ def learning_rate(series: Series) -> Finding | None:
             severity="critical",
             what="The learning rate is too high.",
             why=(figures + _scores(scores)),
-            advice=(f"Divide it by {max(3.0, ratio / 2e-3):.0f}: about {rate / max(3.0, ratio / 2e-3):.1g}."),
+            advice=f"Divide it by {max(3.0, ratio / 2e-3):.0f}: about {rate / max(3.0, ratio / 2e-3):.1g}.",
             key="optim.lr",
             steps=span,
             confidence=0.9 if ratio > 2e-2 else 0.7,
@@ -118,7 +118,7 @@ def learning_rate(series: Series) -> Finding | None:
             severity="warning",
             what="The learning rate is too low.",
             why=(figures + _scores(scores)),
-            advice=(f"Multiply it by {min(1000.0, 5e-4 / max(ratio, 1e-9)):.0f}, in a few steps."),
+            advice=f"Multiply it by {min(1000.0, 5e-4 / max(ratio, 1e-9)):.0f}, in a few steps.",
             key="optim.lr",
             steps=span,
             confidence=0.8,
@@ -154,7 +154,7 @@ def first_blocks(series: Series) -> Finding | None:
     return Finding(
         code=("GRADIENTS_VANISH" if vanishing else "GRADIENTS_EXPLODE"),
         severity="warning",
-        what=(f"Gradients {'vanish' if vanishing else 'explode'} on their way to the first blocks of {stack}."),
+        what=f"Gradients {'vanish' if vanishing else 'explode'} on their way to the first blocks of {stack}.",
         why=(
             f"The first of {n} blocks has {10**ratio:.1e} times the gradient of the last (median of the last samples)."
         ),
@@ -177,9 +177,9 @@ def loss_scale_sinks(series: Series) -> Finding | None:
     overflows = int((series.outcome == "loss_scale").sum())
     return Finding(
         code="LOSS_SCALE_SINKS",
-        severity=("critical" if scale[-1] < 4 else "warning"),
+        severity="critical" if scale[-1] < 4 else "warning",
         what="fp16 overflows again and again.",
-        why=(f"The loss scale sank from {top:g} to {scale[-1]:g} in {overflows} overflows."),
+        why=f"The loss scale sank from {top:g} to {scale[-1]:g} in {overflows} overflows.",
         advice="Take bf16, which has the range of fp32.",
         key="train.precision",
         steps=(int(steps[np.flatnonzero(scale == top)[-1]]), int(steps[-1])),

@@ -40,7 +40,7 @@ def dead_output(series: Series) -> Finding | None:
     return Finding(
         code="DEAD_OUTPUT",
         severity="critical",
-        what=(f"Output {listed} of the model is silent whatever the mixture."),
+        what=f"Output {listed} of the model is silent whatever the mixture.",
         why=(
             f"In the last {len(levels)} examples looked at its level was {table[:, dead].max():.0f} dB at most, "
             "the loudest "
@@ -88,7 +88,7 @@ def output_is_mixture(series: Series) -> Finding | None:
         code="OUTPUT_IS_MIXTURE",
         severity="warning",
         what="Nothing is separated yet: the outputs are as good as the mixture itself.",
-        why=(f"SI-SDRi was {', '.join(f'{score:+.2f}' for score in scores[-3:])} dB in the last three validations."),
+        why=f"SI-SDRi was {', '.join(f'{score:+.2f}' for score in scores[-3:])} dB in the last three validations.",
         advice="See that the learning rate is neither too low nor too high, and that the loss takes the best order.",
         key="optim.lr",
         steps=(int(steps[-3]), int(steps[-1])),
@@ -109,7 +109,7 @@ def source_left_behind(series: Series) -> Finding | None:
     return Finding(
         code="SOURCE_LEFT_BEHIND",
         severity="critical",
-        what=(f"Source {worst + 1} is never separated."),
+        what=f"Source {worst + 1} is never separated.",
         why=(
             f"Its SI-SDR went from {early[worst]:.1f} to {late[worst]:.1f} dB, that of source {best + 1} from "
             f"{early[best]:.1f} "

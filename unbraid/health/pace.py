@@ -40,7 +40,7 @@ def slow_rank(series: Series) -> Finding | None:
     return Finding(
         code="SLOW_RANK",
         severity="warning",
-        what=(f"The other processes wait for process {event.get('rank', '?')}."),
+        what=f"The other processes wait for process {event.get('rank', '?')}.",
         why=str(event.get("message", "")),
         advice="See what else runs on its machine, and where its data lie.",
         key="",
@@ -61,7 +61,7 @@ def slowing_down(series: Series) -> Finding | None:
         code="SLOWING_DOWN",
         severity="warning",
         what="Steps take ever longer.",
-        why=(f"A step took {early:.3f} s at first, {halfway:.3f} halfway and {late:.3f} now (medians of 200)."),
+        why=f"A step took {early:.3f} s at first, {halfway:.3f} halfway and {late:.3f} now (medians of 200).",
         advice="See what else runs on the machine, and whether it gets hot or swaps.",
         key="",
         steps=(int(series.of_step["step"][0]), series.last_step),

@@ -120,7 +120,7 @@ def read_series(path: Path, *, last: int | None = None) -> Series:
         last: Read no more than about so many of its last steps; all if None.
 
     Raises:
-        CheckpointError: If it is no run directory.
+        CheckpointError: If it is no run directory, or its recipe cannot be read.
     """
     run = RunDirectory(path)
     if not path.is_dir():
@@ -130,7 +130,10 @@ def read_series(path: Path, *, last: int | None = None) -> Series:
     steps, n_torn = read_rows(run.steps, last)
     validations, n_more = read_rows(run.validation)
     events, n_most = read_rows(run.events)
-    recipe = tomllib.loads(run.recipe.read_text(encoding="utf-8")) if run.recipe.exists() else {}
+    try:
+        recipe = tomllib.loads(run.recipe.read_text(encoding="utf-8")) if run.recipe.exists() else {}
+    except ValueError as error:
+        raise CheckpointError(f"{run.recipe} cannot be read ({error}); mend it, or move it away.") from error
     return series_of(steps, validations, events, recipe, n_torn=n_torn + n_more + n_most)
 
 
