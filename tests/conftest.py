@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import soundfile
+import torch
 from hypothesis import settings
 
 settings.register_profile("unbraid", deadline=None, max_examples=50, derandomize=True)
@@ -73,3 +74,12 @@ def recipe_file(tmp_path, speaker_folder):
         return file
 
     return make
+
+
+@pytest.fixture
+def two_threads():
+    """The least with which what the compiler gets wrong between threads can be seen."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)

@@ -191,15 +191,6 @@ def test_a_low_and_a_high_tone_are_told_apart_after_a_few_steps(name):
     assert loss.item() < 0.1 * tones.square().mean().item()
 
 
-@pytest.fixture
-def two_threads():
-    """The least with which what the compiler gets wrong between threads can be seen."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the compiler of torch sets off warnings of torch
 @pytest.mark.parametrize("name", COMPILED)

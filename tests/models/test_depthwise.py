@@ -27,14 +27,6 @@ def test_products_with_banded_matrices_are_a_depthwise_convolution(kernel_size, 
     torch.testing.assert_close(convolution(features), expected.transpose(1, 2))
 
 
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the compiler of torch sets off warnings of torch
 def test_compiled_for_two_threads_the_long_convolution_has_the_same_gradient(two_threads):
