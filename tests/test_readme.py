@@ -182,6 +182,17 @@ def test_the_speeds_are_those_that_were_measured():
         r"came after (\d+) s by the\s+regions .* after (\d+) s as .* after (\d+) s \(once", README, re.DOTALL
     )
     assert [int(number) for number in said.groups()] == seconds
+    memory = measured["sepformer_memory"]["races"][0]["measured"]
+    names = (
+        "ours fp32",
+        "speechbrain fp32",
+        "ours bf16",
+        "speechbrain bf16",
+        "ours fp32 checkpoint",
+        "ours bf16 checkpoint",
+    )
+    sentence = README[README.index("Beside weights and optimizer") : README.index("The first compiled step")]
+    assert re.findall(r"\d+\.\d", sentence) == [f"{memory[name]['median'] / 2**30:.1f}" for name in names]
     assert {piece["date"] for piece in measured.values()} == {"2026-11-22"}
     assert {piece["threads"] for piece in measured.values()} == {1}
 
