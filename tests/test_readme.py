@@ -173,6 +173,8 @@ def test_the_speeds_are_those_that_were_measured():
         times("conv_tasnet_30s", "fp32 compiled"),
         times("dprnn_30s", "bf16"),
         times("dprnn_30s", "fp32"),
+        times("bs_roformer_30s", "bf16 compiled"),
+        times("bs_roformer_30s", "fp32 compiled"),
         losses,
         f"{times('clip_and_adam', 'default')}, {times('clip_and_adam', 'default', 'best')}",
     ]
