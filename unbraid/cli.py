@@ -125,7 +125,8 @@ def doctor(args: argparse.Namespace) -> int:
         print(json.dumps(found, indent=1))
         return status(findings)
     told = findings if args.all else findings[:ADVICES]
-    print(f"{args.run}: {series.last_step} steps, {verdict(findings)}.")
+    torn = f" {series.n_torn} lines of its records could not be read." if series.n_torn else ""
+    print(f"{args.run}: {series.last_step} steps, {verdict(findings)}.{torn}")
     for finding in told:
         print(f"\n{finding.severity.upper()} {finding.code}, steps {finding.steps[0]} to {finding.steps[1]}")
         print(f"  {finding.what} {finding.why}")

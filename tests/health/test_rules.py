@@ -33,7 +33,7 @@ def sick_file_behind_faults(run):
 
 
 def sick_spike(run):
-    run.change(1000, 1004, loss=40.0)
+    run.change(1000, 1010, loss=40.0)
 
 
 def sick_memory_of_adam(run):
@@ -58,7 +58,10 @@ def sick_rate_high(run):
 
 
 def sick_rate_low(run):
+    run.recipe["optim"]["lr"] = 1e-6
     run.change_blocks(update_ratio=1e-3).change(lr=1e-6)
+    for row in run.validations:
+        row["si_sdri"] = -0.4
 
 
 def sick_vanishing(run):
@@ -100,6 +103,84 @@ def sick_overfitting(run):
         row["loss"] = run.validations[3]["loss"] + 0.4 * (place + 1)
 
 
+def healthy_hard_examples(run):
+    rng = np.random.default_rng(5)
+    run.change(loss=lambda _: float(rng.normal(-2, 3) if rng.random() < 0.03 else rng.normal(-17, 2.5)))
+
+
+def healthy_end_of_a_cosine(run):
+    share = len(run.steps) / 10
+    run.change(-int(share), None, lr=1e-7)
+    for row in run.steps[-int(share) :]:
+        for block in row.get("blocks", {}).values():
+            block["update_ratio"] = 1e-7
+
+
+def healthy_fine_tuning(run):
+    run.recipe["optim"]["lr"] = 1e-6
+    run.change_blocks(update_ratio=1e-3).change(lr=1e-6)
+
+
+def healthy_silent_stem(run):
+    run.change(si_sdr=lambda row: [row["si_sdr"][0], None])
+
+
+def healthy_stem_that_comes_late(run):
+    run.change(1, 200, si_sdr=lambda row: [row["si_sdr"][0], None])
+
+
+def healthy_large_batches(run):
+    rng = np.random.default_rng(6)
+    run.change(loss=lambda row: float(1 - 4 * np.log10(1 + row["step"] / 100) + rng.normal(0, 0.2)))
+
+
+def healthy_loss_of_ones_own(run):
+    run.recipe["loss"]["name"] = "my_file:my_loss"
+
+
+def healthy_small_loss(run):
+    run.recipe["loss"]["name"] = "l1"
+    run.change(loss=lambda row: 0.01 * 10 ** (row["loss"] / 20))
+    for row in run.validations:
+        row["loss"] = 0.01 * 10 ** (row["loss"] / 20)
+
+
+def healthy_wait_for_a_validation(run):
+    run.recipe["validate"] = {"every_steps": 5000}
+    run.validations.clear()
+    run.change(lr=1e-3)
+
+
+def healthy_noise_of_validation(run):
+    rng = np.random.default_rng(7)
+    for row in run.validations:
+        row["loss"] += float(rng.normal(0, 0.4))
+
+
+def healthy_slower_machine(run):
+    run.change(1400, None, seconds=0.2)
+
+
+def healthy_noise_in_every_example(run):
+    for item in (item for row in run.steps for item in row.get("items", ())):
+        item["item"]["files"].append("babble.wav")
+    for step in (100, 400):
+        nonfinite(run, step, step)
+        files = [f"a-{step}.wav", f"b-{step}.wav", "babble.wav"]
+        run.events.append({"code": "STEP_SKIPPED_NONFINITE_LOSS", "step": step, "files": files})
+
+
+def healthy_frozen_block(run):
+    for row in run.steps:
+        if "blocks" in row:
+            row["blocks"]["blocks.0"] = {"grad_norm": 0.0, "update_ratio": 0.0}
+
+
+def healthy_but_unscored(run):
+    for row in run.validations:
+        row.update(loss=None, si_sdr=None, si_sdri=None)
+
+
 def sick_easy(run):
     run.change(n_easy=3, n_trained=1)
 
@@ -110,6 +191,7 @@ def sick_schedule(run):
 
 
 def sick_unvalidated(run):
+    run.recipe["validate"] = {"every_steps": 0}
     run.validations.clear()
     run.change(lr=1e-3)
 
@@ -184,7 +266,7 @@ SICK = {
     "OSCILLATION": [sick_oscillation],
     "PLATEAU": [sick_plateau],
     "OVERFITTING": [sick_overfitting],
-    "MOSTLY_EASY": [sick_easy],
+    "MOSTLY_FILTERED": [sick_easy],
     "RATE_NEVER_MOVED": [sick_schedule, sick_unvalidated],
     "WORSE_THAN_MIXTURE": [sick_validation],
     "NOT_SHUFFLED": [sick_order],
@@ -205,6 +287,54 @@ SICK = {
 @pytest.mark.parametrize("seed", range(20))
 def test_nothing_is_found_in_a_healthy_run(seed):
     assert codes(Run(seed=seed)) == []
+
+
+HEALTHY = [make for name, make in list(globals().items()) if name.startswith("healthy_")]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("make", HEALTHY)
+def test_nothing_is_found_in_a_healthy_run_that_is_not_the_usual_one(make, seed):
+    run = Run(seed=seed)
+    make(run)
+
+    assert codes(run) == []
+
+
+def test_of_the_end_of_a_long_run_nothing_is_said_that_takes_the_beginning_to_know():
+    run = Run(6000, every=500)
+    run.change(3001, None, seconds=0.3)
+    run.steps = run.steps[-2000:]
+    for row in run.validations[4:]:
+        row["loss"] = run.validations[3]["loss"]
+
+    assert codes(run) == []
+
+
+def test_faults_that_no_file_is_behind_are_the_learning_rates():
+    weights, file = Run(300), Run(300)
+    for run in (weights, file):
+        nonfinite(run, 281, 300)
+        run.events += [{"code": "STEP_SKIPPED_NONFINITE_LOSS", "step": k, "files": []} for k in range(281, 301)]
+    file.events[-1]["files"] = ["bad.wav"]
+
+    keys = [next(f.key for f in examine(run.series()) if f.code == "FAULTS_IN_A_ROW") for run in (weights, file)]
+
+    assert keys == ["optim.lr", "data.exclude"]
+
+
+def test_odd_records_hide_nothing_and_break_nothing(monkeypatch):
+    run = Run()
+    sick_output(run)
+    run.events += [{"code": "SLOW_RANK", "step": None}, {"code": "STEP_RESCUED"}]
+    run.steps.append({"outcome": "trained"})
+    run.steps[99]["items"][0]["levels_db"] = [-20.0]
+    run.steps[149]["blocks"]["decoder"] = None
+    run.recipe["clip"] = "fixed"
+    assert codes(run)[0] == "DEAD_OUTPUT"
+
+    monkeypatch.setitem(RULES, "loader_bound", lambda _series: 1 / 0)
+    assert codes(run) == ["DEAD_OUTPUT", "RULE_FAILED"]
 
 
 @pytest.mark.parametrize("n_steps", [1, 5, 30, 120, 500, 999])
@@ -251,15 +381,16 @@ def test_a_run_that_has_just_begun_or_has_nothing_but_faults_is_looked_at_withou
 
 
 def test_a_spike_is_said_to_have_come_back_or_not():
-    back, gone, open_end = Run(), Run(), Run()
-    back.change(1000, 1004, loss=40.0)
+    back, gone, open_end, past = Run(), Run(), Run(), Run(4000)
+    back.change(1000, 1010, loss=40.0)
     gone.change(1000, None, loss=40.0)
-    open_end.change(1996, None, loss=40.0)
+    open_end.change(1990, None, loss=40.0)
+    past.change(1000, 1010, loss=40.0)
 
-    spikes = [next(f for f in examine(run.series()) if f.code == "LOSS_SPIKE") for run in (back, gone, open_end)]
+    spikes = [next(f for f in examine(run.series()) if f.code == "LOSS_SPIKE") for run in (back, gone, open_end, past)]
 
-    assert [spike.severity for spike in spikes] == ["warning", "critical", "warning"]
-    assert ["It came back" in spike.what for spike in spikes] == [True, False, False]
+    assert [spike.severity for spike in spikes] == ["warning", "critical", "warning", "note"]
+    assert ["It came back" in spike.what for spike in spikes] == [True, False, False, True]
     assert "not known yet" in spikes[2].what
 
 

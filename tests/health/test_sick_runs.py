@@ -108,6 +108,11 @@ def batches_become(monkeypatch):
     return change
 
 
+def worst(found):
+    """What is told first."""
+    return next(iter(found), None)
+
+
 @pytest.mark.slow
 def test_a_run_with_nothing_wrong_is_healthy(doctored):
     assert doctored("train.max_steps=600") == {}
@@ -115,12 +120,12 @@ def test_a_run_with_nothing_wrong_is_healthy(doctored):
 
 @pytest.mark.slow
 def test_a_learning_rate_a_hundred_times_too_high(doctored):
-    assert "LR_TOO_HIGH" in doctored("optim.lr=0.2")
+    assert worst(doctored("optim.lr=0.2")) == "LR_TOO_HIGH"
 
 
 @pytest.mark.slow
 def test_a_learning_rate_a_thousand_times_too_low(doctored):
-    assert "LR_TOO_LOW" in doctored("optim.lr=2e-6")
+    assert worst(doctored("optim.lr=2e-6")) == "LR_TOO_LOW"
 
 
 @pytest.mark.slow
@@ -138,12 +143,12 @@ def test_files_with_a_nan(doctored):
 
 @pytest.mark.slow
 def test_an_output_layer_that_is_dead(doctored):
-    assert "DEAD_OUTPUT" in doctored(model='name = "my_models:DeadOutput"')
+    assert worst(doctored(model='name = "my_models:DeadOutput"')) == "DEAD_OUTPUT"
 
 
 @pytest.mark.slow
 def test_outputs_that_are_the_same(doctored):
-    assert "OUTPUTS_ALIKE" in doctored(model='name = "my_models:AlikeOutputs"')
+    assert worst(doctored(model='name = "my_models:AlikeOutputs"')) == "OUTPUTS_ALIKE"
 
 
 @pytest.mark.slow
@@ -151,26 +156,26 @@ def test_a_loader_that_sleeps(doctored, monkeypatch):
     read = mixtures.read_excerpt
 
     def slowly(*given, **named):
-        time.sleep(0.004)
+        time.sleep(0.04)
         return read(*given, **named)
 
     monkeypatch.setattr(mixtures, "read_excerpt", slowly)
 
-    assert "LOADER_BOUND" in doctored()
+    assert worst(doctored("data.batch_size=1")) == "LOADER_BOUND"
 
 
 @pytest.mark.slow
 def test_targets_of_another_mixture(doctored, batches_become):
     batches_become(lambda batch: replace(batch, sources=batch.sources.roll(1, 0)))
 
-    assert "FOREIGN_TARGETS" in doctored()
+    assert worst(doctored()) == "FOREIGN_TARGETS"
 
 
 @pytest.mark.slow
 def test_sources_that_do_not_add_up_to_the_mixture(doctored, batches_become):
     batches_become(lambda batch: replace(batch, mixture=0.8 * batch.mixture))
 
-    assert "FOREIGN_SUM" in doctored()
+    assert worst(doctored()) == "FOREIGN_SUM"
 
 
 @pytest.mark.slow
@@ -181,4 +186,4 @@ def test_one_silent_source_in_each_example(doctored, batches_become):
 
     batches_become(silenced)
 
-    assert "SILENT_SOURCES" in doctored()
+    assert worst(doctored()) == "SILENT_SOURCES"

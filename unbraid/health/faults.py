@@ -21,6 +21,17 @@ ADVICE = {
     "over_limit": ("Lower the learning rate, or raise the limit if the loss is meant to be so large.", "optim.lr"),
     "out_of_memory": ("Take shorter excerpts or a smaller batch.", "data.excerpt_seconds"),
 }
+OF_EXAMPLES = (
+    "STEP_RESCUED",
+    "STEP_SKIPPED_NONFINITE_LOSS",
+    "STEP_SKIPPED_OVER_LIMIT",
+    "STEP_SKIPPED_NONFINITE_GRADIENT",
+)
+"""Events whose files are those of the bad examples."""
+
+SUSTAINED = 9
+"""Steps that must be high together: a single batch may be hard."""
+
 ADAM_BETA2 = {"adam": 0.999, "adamw": 0.999, "schedule_free": 0.999}
 
 
@@ -38,6 +49,12 @@ def faults_in_a_row(series: Series) -> Finding | None:
     still = last == len(series) - 1
     advice, key = ADVICE.get(outcome, ADVICE["nonfinite_loss"])
     steps = series.of_step["step"]
+    named = any(event.get("files") for event in series.events if steps[first] <= event["step"] <= steps[last])
+    if still and outcome.startswith("nonfinite") and not named:
+        advice, key = (
+            "No file is behind them, so that the weights are: begin again with a lower learning rate.",
+            "optim.lr",
+        )
     return Finding(
         code="FAULTS_IN_A_ROW",
         severity="critical" if still or n >= 10 else "warning",
@@ -54,62 +71,75 @@ def faults_in_a_row(series: Series) -> Finding | None:
 
 
 def bad_files(series: Series) -> Finding | None:
-    """Files that were set aside, or that stand behind several faults."""
+    """Files that stand behind several faults, or that were set aside.
+
+    A file that half of all examples hold, as a single noise, says nothing by being there.
+    """
     behind: dict[str, set[int]] = {}
     aside: dict[str, int] = {}
     for event in series.events:
-        code, step = str(event.get("code", "")), int(event.get("step", 0))
+        code, step = str(event.get("code", "")), int(event["step"])
         for file in event.get("files") or ():
             if code.startswith("AUDIO_"):
                 aside[file] = step
-            elif code.startswith("STEP_"):
+            elif code in OF_EXAMPLES:
                 behind.setdefault(file, set()).add(step)
-    most = max(map(len, behind.values()), default=0)
-    guilty = {file: steps for file, steps in behind.items() if len(steps) >= max(2, 0.6 * most)}
+    usual_files = _held_by_half(series)
+    suspects = {file: steps for file, steps in behind.items() if file not in usual_files and len(steps) > 1}
+    most = max(map(len, suspects.values()), default=0)
+    guilty = {file: steps for file, steps in suspects.items() if len(steps) >= 0.6 * most}
     if not guilty and not aside:
         return None
     named = [*sorted(guilty, key=lambda file: -len(guilty[file])), *(file for file in aside if file not in guilty)]
     steps = sorted({*aside.values(), *(step for found in guilty.values() for step in found)})
-    listed = ", ".join(named[:3]) + f" and {len(named) - 3} more" * (len(named) > 3)
-    why = [f"{len(aside)} were set aside as they could not be used"] if aside else []
-    why += [f"{named[0]} was in {most} steps that were left out"] if guilty else []
+    more = f" and {len(named) - 3} more" if len(named) > 3 else ""
+    why = [f"{named[0]} was in {most} steps with a fault"] if guilty else []
+    why += [f"{len(aside)} could not be used and were set aside"] if aside else []
     return Finding(
         code="BAD_FILES",
-        severity="warning",
-        what=f"There is something wrong with {listed}.",
-        why=("; ".join(why).capitalize() + "." if not guilty else "; ".join(why) + "."),
+        severity="warning" if guilty else "note",
+        what=f"There is something wrong with {', '.join(named[:3])}{more}.",
+        why="; ".join(why) + ".",
         advice="Mend or remove them, or name them as left out.",
         key="data.exclude",
         steps=(steps[0], steps[-1]),
-        confidence=1.0 if aside else 0.8,
+        confidence=0.8 if guilty else 1.0,
     )
 
 
-def loss_spike(series: Series) -> Finding | None:
-    """The loss far above what was usual just before, and whether it came back.
+def _held_by_half(series: Series) -> set[str]:
+    """Files in half or more of the examples looked at."""
+    held = [set(item.get("item", {}).get("files", ())) for items in series.sampled.items for item in items]
+    counts = Counter(file for files in held for file in files)
+    return {file for file, n in counts.items() if n >= 0.5 * len(held)}
 
-    Above the median of the last hundred steps by 6 dB, and by six times their median distance from it; a single step
-    counts from 10 and ten on, as one batch may be hard.
+
+def loss_spike(series: Series) -> Finding | None:
+    """The loss far above what was usual just before for several steps, and whether it came back.
+
+    The median of nine steps above that of the hundred before by 6 dB, and by six times their median distance from it.
+    One that came back and is long past is no more than a note.
     """
     trained = np.flatnonzero(series.trained)
     if len(trained) < 50:
         return None
     level, steps = series.level()[trained], series.of_step["step"][trained]
     median, spread = usual(level)
-    above = level - median
-    marked = above > np.maximum(6.0, 6 * spread)
-    again = np.convolve(marked, np.ones(19), mode="same") > 1  # another one within nine steps
-    found = episodes(marked & (again | (above > np.maximum(10.0, 10 * spread))), gap=50)
+    padded = np.concatenate([level, np.full(SUSTAINED, np.nan)])
+    ahead = usual(padded, n_before=SUSTAINED, at_least=SUSTAINED // 2 + 1)[0][SUSTAINED:]
+    above = np.where(np.isfinite(ahead), ahead - median, -np.inf)
+    found = episodes(above > np.maximum(6.0, 6 * spread), gap=50)
     if not found:
         return None
     first, last = max(found, key=lambda episode: (episode[1] - episode[0], highest(above[episode[0] : episode[1] + 1])))
     peak = highest(above[first : last + 1])
-    after = level[last + 1 : last + 101]
+    after = level[last + SUSTAINED : last + SUSTAINED + 100]
     back = bool(middle(after) - median[first] < max(1.0, 2 * spread[first])) if len(after) >= 20 else None
+    past = bool(back) and steps[-1] - steps[last] > 1000
     fate = {True: "It came back", False: "It has not come back", None: "Whether it comes back is not known yet"}[back]
     return Finding(
         code="LOSS_SPIKE",
-        severity="critical" if back is False else "warning",
+        severity="critical" if back is False else "note" if past else "warning",
         what=f"The loss jumped by {peak:.1f} dB at step {steps[first]:.0f}. {fate}.",
         why=(
             f"It was {median[first]:.1f} dB before, give or take {spread[first]:.1f}, and up to "
@@ -117,11 +147,11 @@ def loss_spike(series: Series) -> Finding | None:
             f"in steps {steps[first]:.0f} to {steps[last]:.0f}; {len(found)} such episodes in all."
         ),
         advice=(
-            "Go back to a checkpoint before it with a lower learning rate."
+            "Begin a new run from a checkpoint before it (model.init), with a lower learning rate."
             if back is False
-            else "If it comes again, lower the learning rate or clip by what is usual (autoclip)."
+            else "If it comes again, lower the learning rate."
         ),
-        key=("optim.lr" if back is False else "clip.name"),
+        key="optim.lr",
         steps=(int(steps[first]), int(steps[last])),
         confidence=0.9 if last > first else 0.6,
     )
@@ -142,15 +172,17 @@ def adam_remembers(series: Series) -> Finding | None:
     norm, steps = series.of_step["norm_after"][trained], series.of_step["step"][trained]
     median, _ = usual(norm)
     share = (1 - beta2) * np.square(norm / np.maximum(median, 1e-30))
-    share = np.where(np.isfinite(share), share, 0.0)
-    place = int(share.argmax())
+    share = np.where(np.isfinite(share) & (steps > 100), share, 0.0)  # before that Adam's own correction rules
+    left_of_each = np.log(np.maximum(share, 1.0)) / -math.log(beta2) - (series.last_step - steps)
+    remembered = np.where(left_of_each > 0, share, 0.0)
+    place = int(remembered.argmax()) if remembered.max() >= 3 else int(share.argmax())
     if share[place] < 3:  # steps half as long
         return None
     shorter, n_steps = math.sqrt(1 + share[place]), math.ceil(math.log(share[place]) / -math.log(beta2))
     left = int(steps[place]) + n_steps - series.last_step
     return Finding(
         code="ADAM_REMEMBERS",
-        severity="warning",
+        severity="warning" if left > 0 else "note",
         what=(
             f"One gradient made Adam's steps {shorter:.1f} times as short"
             + (f", for {left} more steps." if left > 0 else f" for {n_steps} steps.")
@@ -160,7 +192,7 @@ def adam_remembers(series: Series) -> Finding | None:
             "times the usual "
             f"{median[place]:.3g}; with beta2 = {beta2:g} its square fades in {n_steps} steps."
         ),
-        advice="Clip closer to what is usual: autoclip does, or a lower max_norm.",
+        advice="Clip closer to what is usual: autoclip with a lower percentile, or fixed with a lower max_norm.",
         key="clip.name",
         steps=(int(steps[place]), int(steps[place]) + n_steps),
         confidence=0.9,

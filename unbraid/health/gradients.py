@@ -9,6 +9,8 @@ from unbraid.health.rolling import highest, middle, usual
 from unbraid.health.series import Floats, Series
 
 RECENT = 1000
+LIKE_ADAM = ("adam", "adamw", "muon", "schedule_free")
+"""Optimizers whose steps have the size of the learning rate, whatever the gradient's."""
 
 
 def norm_spikes(series: Series) -> Finding | None:
@@ -25,16 +27,22 @@ def norm_spikes(series: Series) -> Finding | None:
     worst = spikes[above[spikes].argmax()]
     if max(often) < 3 and above[worst] < 2:
         return None
+    got = series.of_step["norm_after"][trained]
+    cut = bool((got[spikes] <= 3 * middle(got)).all())
     return Finding(
         code="NORM_SPIKES",
-        severity="warning",
+        severity="note" if cut else "warning",
         what=f"The gradient was {10 ** above[worst]:.0f} times as long as usual at step {steps[worst]:.0f}.",
         why=(
             f"{len(spikes)} steps had ten times the usual norm or more, up to {max(often)} within {RECENT} steps; "
             "a norm of "
             f"{10 ** size[worst]:.3g} where {10 ** median[worst]:.3g} was usual."
         ),
-        advice="Clip by what is usual (autoclip); if they come with the same files, look at those.",
+        advice=(
+            "They were clipped; if they come with the same files, look at those."
+            if cut
+            else "Clip closer to what is usual; if they come with the same files, look at those."
+        ),
         key="clip.name",
         steps=(int(steps[spikes[0]]), int(steps[spikes[-1]])),
         confidence=0.8,
@@ -86,17 +94,19 @@ def clip_is_the_rate(series: Series) -> Finding | None:
 def learning_rate(series: Series) -> Finding | None:
     """How far a step moves the weights, as a share of them: the norm of the gradient does not tell.
 
-    Around 1e-3 is usual with Adam. Above 6e-3 it is too much where validation says so as well; below 3e-5 it is too
-    little. What counts are the steps at half the highest learning rate or more: schedules begin and end with less.
+    Around 1e-3 is usual with Adam and its like. Above 6e-3 it is too much where validation says so as well, below 3e-5
+    too little where validation gains nothing. What counts are the steps at the full learning rate.
     """
-    sampled, rate = series.sampled, highest(series.of_step["lr"])
-    at_full = np.isin(sampled.step, series.of_step["step"][series.of_step["lr"] >= 0.5 * rate])
-    if at_full.sum() < 5 or not sampled.blocks:
+    sampled, full = series.sampled, series.of_step["step"][series.at_full_rate]
+    at_full = np.isin(sampled.step, full)
+    if at_full.sum() < 5 or not sampled.blocks or series.said("optim.name", "adam") not in LIKE_ADAM:
         return None
     ratio = middle(np.array([middle(row) for row in sampled.ratios[at_full]]))
     span = int(sampled.step[at_full][0]), int(sampled.step[at_full][-1])
-    scores = series.of_validation["si_sdri"]
-    learnt = highest(scores) >= 1 and scores[-1] > highest(scores) - 1
+    rate = highest(series.of_step["lr"])
+    scores = series.of_validation["si_sdri"][np.isfinite(series.of_validation["si_sdri"])]
+    learnt = len(scores) > 0 and scores.max() >= 1 and scores[-1] > scores.max() - 1
+    gains = len(scores) > 1 and scores[-1] > max(0.0, scores[0] + 0.3)
     figures = (
         f"A step moves the weights by {ratio:.1e} of themselves (median over blocks, steps {span[0]} to {span[1]}); "
         "around 1e-3 is usual."
@@ -112,7 +122,7 @@ def learning_rate(series: Series) -> Finding | None:
             steps=span,
             confidence=0.9 if ratio > 2e-2 else 0.7,
         )
-    if ratio < 3e-5:
+    if ratio < 3e-5 and not gains and not learnt:
         return Finding(
             code="LR_TOO_LOW",
             severity="warning",
@@ -144,8 +154,9 @@ def first_blocks(series: Series) -> Finding | None:
     for stack, places in stacks.items():
         if len(places) >= 3:
             first, last = norms[:, places[0]], norms[:, places[-1]]
-            ratio = middle(np.log10(np.maximum(first, 1e-30) / np.maximum(last, 1e-30)))
-            if abs(ratio) > abs(worst[0]):
+            moved = (first > 0) & (last > 0)  # a block that is not trained has none
+            ratio = middle(np.log10(first[moved] / last[moved]))
+            if np.isfinite(ratio) and abs(ratio) > abs(worst[0]):
                 worst = ratio, stack, len(places)
     ratio, stack, n = worst
     if abs(ratio) < 3:
@@ -162,7 +173,7 @@ def first_blocks(series: Series) -> Finding | None:
             "Put a norm or a residual connection between the blocks, or take fewer; adaptive clipping acts "
             "block by block."
         ),
-        key="transform.name",
+        key="",
         steps=(int(sampled.step[-10:][0]), int(sampled.step[-1])),
         confidence=0.8,
     )

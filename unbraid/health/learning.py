@@ -1,15 +1,16 @@
 """Rules on what is learnt: curves of training and validation, schedule, filters, order of the data."""
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from unbraid.health.finding import Finding
-from unbraid.health.rolling import highest, lowest, middle, usual, where_lowest
+from unbraid.health.rolling import highest, lowest, middle, where_lowest
 from unbraid.health.series import Floats, Series
 
 
 def oscillation(series: Series) -> Finding | None:
     """Validation that goes up and down by more than it gains."""
-    loss, steps = series.of_validation["loss"][-10:], series.of_validation["step"][-10:]
+    loss, steps = series.level(series.of_validation["loss"])[-10:], series.of_validation["step"][-10:]
     moves = np.diff(loss)
     if len(moves) < 5 or not np.isfinite(moves).all():
         return None
@@ -34,15 +35,15 @@ def oscillation(series: Series) -> Finding | None:
 
 def plateau(series: Series) -> Finding | None:
     """Neither training nor validation has moved for the last two fifths of the run, at a learning rate that could."""
-    loss, steps = series.of_validation["loss"], series.of_validation["step"]
+    loss, steps = series.level(series.of_validation["loss"]), series.of_validation["step"]
     lr = series.of_step["lr"]
     best = where_lowest(loss)
-    if best is None or len(loss) < 8 or not lr[-1] >= 0.2 * highest(lr):
+    if best is None or len(loss) < 8 or not series.whole or not lr[-1] >= 0.2 * highest(lr):
         return None
     since = steps[best]
     level = series.level()[series.trained]
     before, after = (middle(part) for part in np.array_split(level[-2 * (len(level) // 5) :], 2))
-    if since > 0.6 * series.last_step or after < before - 0.1 or _overfits(series) is not None:
+    if since > 0.6 * series.last_step or not after >= before - 0.1 or _overfits(series) is not None:
         return None
     return Finding(
         code="PLATEAU",
@@ -53,8 +54,8 @@ def plateau(series: Series) -> Finding | None:
             f"{before:.2f} to "
             f"{after:.2f} dB over the last two fifths, at a learning rate of {lr[-1]:.1e}."
         ),
-        advice="Lower the learning rate (the schedule plateau does), or take a larger model.",
-        key="schedule.name",
+        advice="Lower the learning rate, take a larger model, or stop here.",
+        key="optim.lr",
         steps=(int(since), series.last_step),
         confidence=0.7,
     )
@@ -81,19 +82,25 @@ def overfitting(series: Series) -> Finding | None:
 
 
 def _overfits(series: Series) -> tuple[int, float, float] | None:
-    """The step of the best validation, how much worse it got since, and how much better training."""
-    loss, steps = series.of_validation["loss"], series.of_validation["step"]
-    place = where_lowest(loss)
-    if place is None or len(loss) < 5:
+    """The step of the best validation, how much worse it got since, and how much better training.
+
+    Validations are held against each other as medians of three, as the best of many is best by chance.
+    """
+    loss, steps = series.level(series.of_validation["loss"]), series.of_validation["step"]
+    if len(loss) < 7 or not series.whole:
         return None
-    later = loss[place + 1 :]
+    smooth = np.array([middle(loss[place : place + 3]) for place in range(len(loss) - 2)])
+    place = where_lowest(smooth)
+    if place is None or place + 3 > len(smooth) - 1:
+        return None
     level, at = series.level()[series.trained], series.of_step["step"][series.trained]
-    n = max(50, len(level) // 10)
-    before, after = middle(level[(at > steps[place] - n) & (at <= steps[place])]), middle(level[-n:])
-    worse, better = middle(later[-3:]) - loss[place], before - after
-    if len(later) < 3 or not worse > 0.5 or not better > 0.3:
+    best, n = steps[place + 1], max(50, len(level) // 10)
+    before, after = middle(level[(at > best - n) & (at <= best)]), middle(level[-n:])
+    worse, better = smooth[-1] - smooth[place], before - after
+    swing = middle(np.abs(np.diff(loss)))
+    if not worse > max(0.5, 2 * swing) or not better > 0.3:
         return None
-    return int(steps[place]), float(worse), float(better)
+    return int(best), float(worse), float(better)
 
 
 def easy_share(series: Series) -> Finding | None:
@@ -103,42 +110,40 @@ def easy_share(series: Series) -> Finding | None:
         return None
     steps = series.of_step["step"][-1000:]
     return Finding(
-        code="MOSTLY_EASY",
+        code="MOSTLY_FILTERED",
         severity="warning",
-        what="Most examples are left out as too easy.",
+        what="Most examples are left out by a filter.",
         why=f"Of {easy + trained:.0f} examples in the last {len(steps)} steps, {easy:.0f} had no weight.",
-        advice="Lower the filter's threshold, or make mixtures harder (noise, more talkers).",
-        key="filter.threshold_db",
+        advice="Make the filters less strict, or mixtures harder (noise, more talkers).",
+        key="filter",
         steps=(int(steps[0]), int(steps[-1])),
         confidence=0.95,
     )
 
 
 def rate_never_moved(series: Series) -> Finding | None:
-    """A schedule that has changed nothing although validation has long stopped getting better."""
-    lr, name = series.of_step["lr"], str(series.said("schedule.name", "plateau"))
-    loss, steps = series.of_validation["loss"], series.of_validation["step"]
-    if name == "constant" or len(series) < 500 or not highest(lr) <= lowest(lr):
+    """The schedule plateau, where it cannot act, or has not although validation has long stopped getting better."""
+    if series.said("schedule.name", "plateau") != "plateau" or not series.whole:
         return None
-    if len(loss) == 0:
-        if name != "plateau" or len(series) < 2000:
-            return None
-        why = f"The schedule plateau waits for validations, and there was none in {len(series)} steps."
+    loss, steps, lr = (series.of_validation[name] for name in ("loss", "step", "lr"))
+    best, patience = where_lowest(loss), series.said("schedule.patience", 2)
+    first, last = int(series.of_step["step"][0]), series.last_step
+    if len(loss) == 0 and len(series) >= 2000 and series.said("validate.every_steps", 1) == 0:
+        why = f"The schedule waits for validations, and there was none in {len(series)} steps."
         advice, key = "Validate every so many steps.", "validate.every_steps"
+    elif best is not None and len(loss) - 1 - best > 2 * (patience + 1) and highest(lr) <= lowest(lr):
+        why = f"It is {lr[-1]:.1e} all the time, and validation was best at step {steps[best]:.0f} of {last}."
+        advice, key = "Lower the schedule's patience, or its cooldown.", "schedule.patience"
     else:
-        since = steps[where_lowest(loss) or 0]
-        if len(loss) < 6 or since > 0.5 * series.last_step:
-            return None
-        why = f"It is {lr[-1]:.1e} since step 1, and validation was best at step {since:.0f} of {series.last_step}."
-        advice, key = "Lower the schedule's patience, or validate more often.", "schedule.patience"
+        return None
     return Finding(
         code="RATE_NEVER_MOVED",
         severity="warning",
-        what=f"The schedule {name} has never changed the learning rate.",
+        what="The schedule plateau has never changed the learning rate.",
         why=why,
         advice=advice,
         key=key,
-        steps=(int(series.of_step["step"][0]), series.last_step),
+        steps=(first, last),
         confidence=0.8,
     )
 
@@ -146,7 +151,7 @@ def rate_never_moved(series: Series) -> Finding | None:
 def worse_than_mixture(series: Series) -> Finding | None:
     """What comes out is further from the sources than what went in."""
     scores, steps = series.of_validation["si_sdri"], series.of_validation["step"]
-    if len(scores) < 2 or steps[-1] < 500 or not (scores[-2:] < -0.5).all():
+    if len(scores) < 2 or steps[-1] < 500 or not (scores[-2:] < -0.5).all() or not series.trains_signals:
         return None
     return Finding(
         code="WORSE_THAN_MIXTURE",
@@ -162,10 +167,12 @@ def worse_than_mixture(series: Series) -> Finding | None:
 
 def not_shuffled(series: Series) -> Finding | None:
     """Losses of neighbouring steps that go up and down together: neighbours are alike, as in data in order."""
-    trained = np.flatnonzero(series.trained)[-5000:]
+    trained = np.flatnonzero(series.trained)[200:][-5000:]
     level = series.level()[trained]
-    median, _ = usual(level, n_before=60)
-    rest = (level - median)[np.isfinite(median) & np.isfinite(level)]
+    if len(level) < 500:
+        return None
+    around = sliding_window_view(level, 2 * AROUND + 1)
+    rest = (level[AROUND:-AROUND] - np.median(around, axis=1))[np.isfinite(around).all(1)]
     if len(rest) < 400:
         return None
     likeness = _autocorrelation(rest)
@@ -185,6 +192,10 @@ def not_shuffled(series: Series) -> Finding | None:
         steps=(int(series.of_step["step"][trained[0]]), int(series.of_step["step"][trained[-1]])),
         confidence=0.7,
     )
+
+
+AROUND = 20
+"""Steps on either side that make up the trend."""
 
 
 def _autocorrelation(values: Floats) -> float:

@@ -7,7 +7,7 @@ import numpy as np
 
 from unbraid.health.finding import Finding
 from unbraid.health.rolling import middle
-from unbraid.health.series import Floats, Series
+from unbraid.health.series import Floats, Series, rows_of
 
 SILENT_DB, BELOW_LOUDEST_DB = -180.0, 80.0
 SILENT_SOURCE_DB = -100.0
@@ -29,7 +29,7 @@ def dead_output(series: Series) -> Finding | None:
     levels = [item["levels_db"] for item in _last_items(series) if item.get("levels_db")]
     if len(series.sampled.step) < 3 or len(levels) < 3 or series.said("loss.inactive_weight", 0):
         return None
-    table = np.array([[np.nan if level is None else level for level in row] for row in levels])
+    table = rows_of(levels)
     floor = np.maximum(SILENT_DB, table.max(1, keepdims=True) - BELOW_LOUDEST_DB)
     dead = (
         np.flatnonzero((table <= floor).all(0)) if table.shape[1] > 1 else np.flatnonzero((table <= SILENT_DB).all(0))
@@ -59,11 +59,12 @@ def dead_output(series: Series) -> Finding | None:
 def collapsed_outputs(series: Series) -> Finding | None:
     """Outputs that are the same sound."""
     likeness = np.array([item["likeness"] for item in _last_items(series) if item.get("likeness") is not None])
-    if len(series.sampled.step) < LAST_SAMPLES or series.last_step < 300 or not middle(likeness) > 0.99:
+    n_full = int(series.at_full_rate.sum())
+    if len(series.sampled.step) < LAST_SAMPLES or n_full < 300 or not middle(likeness) > 0.99:
         return None
     return Finding(
         code="OUTPUTS_ALIKE",
-        severity="critical",
+        severity="critical" if n_full > 2000 else "warning",
         what="The outputs are the same sound.",
         why=(
             f"In the last {len(likeness)} examples looked at, two outputs had a correlation of "
@@ -82,7 +83,7 @@ def collapsed_outputs(series: Series) -> Finding | None:
 def output_is_mixture(series: Series) -> Finding | None:
     """Nothing is separated: the outputs are as far from the sources as the mixture is."""
     scores, steps = series.of_validation["si_sdri"], series.of_validation["step"]
-    if len(scores) < 3 or steps[-1] < 500 or not (np.abs(scores[-3:]) < 0.3).all():
+    if len(scores) < 3 or steps[-1] < 500 or not (np.abs(scores[-3:]) < 0.3).all() or not series.trains_signals:
         return None
     return Finding(
         code="OUTPUT_IS_MIXTURE",
@@ -99,11 +100,14 @@ def output_is_mixture(series: Series) -> Finding | None:
 def source_left_behind(series: Series) -> Finding | None:
     """One source that got no better while another did."""
     trained = series.si_sdr[series.trained]
-    if trained.shape[1] < 2 or len(trained) < 600:
+    if trained.shape[1] < 2 or len(trained) < 600 or not series.whole:
         return None
     early, late = _by_source(trained[:200]), _by_source(trained[-500:])
     gain = late - early
-    worst, best = int(gain.argmin()), int(gain.argmax())
+    known = np.flatnonzero(np.isfinite(gain))  # of a source that never sounds nothing is known
+    if len(known) < 2:
+        return None
+    worst, best = int(known[gain[known].argmin()]), int(known[gain[known].argmax()])
     if gain[best] < 3 or gain[worst] > 0.5 or late[worst] > late[best] - 6:
         return None
     return Finding(
@@ -125,10 +129,11 @@ def source_left_behind(series: Series) -> Finding | None:
 def foreign_targets(series: Series) -> Finding | None:
     """Targets that have nothing in common with what comes out, from the first step on."""
     trained = series.si_sdr[series.trained]
-    if not trained.shape[1] or len(trained) < 200:
+    if not trained.shape[1] or series.at_full_rate.sum() < 300 or not series.whole:
         return None
     early, late = middle(trained[:100]), middle(trained[-100:])
-    if not (early < -15 and late < -15):
+    moved = series.sampled.ratios[np.isfinite(series.sampled.ratios)]
+    if not (early < -15 and late < -15) or (len(moved) and np.median(moved) < 1e-4):
         return None
     return Finding(
         code="FOREIGN_TARGETS",
@@ -153,7 +158,7 @@ def silent_sources(series: Series) -> Finding | None:
     ]
     if len(levels) < 20 or series.said("data.silent") == "keep" or series.said("loss.inactive_weight", 0):
         return None
-    table = np.array([[np.nan if level is None else level for level in row] for row in levels])
+    table = rows_of(levels)
     silent = table < SILENT_SOURCE_DB
     share, of_each = float(silent.any(1).mean()), silent.mean(0)
     if share < 0.1:
@@ -166,8 +171,8 @@ def silent_sources(series: Series) -> Finding | None:
             f"In {share:.0%} of {len(table)} examples looked at; source {of_each.argmax() + 1} most often "
             f"({of_each.max():.0%})."
         ),
-        advice="See whether files are empty or excerpts miss the sound; silence is drawn anew by data.silent.",
-        key="data.silent",
+        advice="See whether files are empty, or belong to other mixtures.",
+        key="data.path",
         steps=(int(series.sampled.step[0]), int(series.sampled.step[-1])),
         confidence=0.95,
     )

@@ -40,7 +40,7 @@ def slow_rank(series: Series) -> Finding | None:
     return Finding(
         code="SLOW_RANK",
         severity="warning",
-        what=f"The other processes wait for process {event.get('rank', '?')}.",
+        what=f"The other processes waited for process {event.get('rank', '?')}.",
         why=str(event.get("message", "")),
         advice="See what else runs on its machine, and where its data lie.",
         key="",
@@ -52,10 +52,10 @@ def slow_rank(series: Series) -> Finding | None:
 def slowing_down(series: Series) -> Finding | None:
     """Steps that take ever longer."""
     seconds = (series.of_step["seconds"] + series.of_step["data_seconds"])[series.trained]
-    if len(seconds) < 1000:
+    if len(seconds) < 1000 or not series.whole:
         return None
     early, halfway, late = middle(seconds[50:250]), middle(seconds[len(seconds) // 2 :][:200]), middle(seconds[-200:])
-    if not (late > 1.5 * early and late > 1.1 * halfway > 1.1 * early):
+    if not (late > 1.5 * early and late > 1.1 * halfway and halfway > 1.1 * early):
         return None
     return Finding(
         code="SLOWING_DOWN",
@@ -72,7 +72,7 @@ def slowing_down(series: Series) -> Finding | None:
 def memory_creeps(series: Series) -> Finding | None:
     """Memory that grows in every part of the run: something is kept that should not be."""
     memory, steps = series.of_step["peak_memory_bytes"], series.of_step["step"]
-    if len(memory) < 1000:
+    if len(memory) < 1000 or not series.whole:
         return None
     marks = memory[np.linspace(len(memory) // 4, len(memory) - 1, 7).astype(int)] / 2**20
     grown = np.diff(marks)

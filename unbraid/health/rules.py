@@ -52,9 +52,26 @@ def examine(series: Series, *, mute: Iterable[str] = ()) -> list[Finding]:
         mute: Codes that are not to be told.
     """
     silent = set(mute)
-    found = [finding for rule in RULES.values() if (finding := rule(series)) is not None]
+    found = [finding for name, rule in RULES.items() if (finding := _asked(name, rule, series)) is not None]
     told = [finding for finding in found if finding.code not in silent]
     return sorted(told, key=lambda finding: (SEVERITIES.index(finding.severity), -finding.confidence))
+
+
+def _asked(name: str, rule: Rule, series: Series) -> Finding | None:
+    """What a rule finds; one that breaks on odd records must not hide what the others find."""
+    try:
+        return rule(series)
+    except Exception as error:  # noqa: BLE001
+        return Finding(
+            code="RULE_FAILED",
+            severity="note",
+            what=f"The rule {name} could not be asked.",
+            why=f"{type(error).__name__}: {error}.",
+            advice="Look at the run's records: something in them is not as it is written by a run.",
+            key="",
+            steps=(0, series.last_step),
+            confidence=1.0,
+        )
 
 
 def status(findings: Iterable[Finding]) -> int:

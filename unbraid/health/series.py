@@ -95,6 +95,23 @@ class Series:
         return self.outcome == "trained"
 
     @property
+    def whole(self) -> bool:
+        """Whether it goes back to the first step, so that early and late can be held against each other."""
+        return len(self) > 0 and bool(self.of_step["step"][0] <= 1)
+
+    @property
+    def trains_signals(self) -> bool:
+        """Whether the loss is one of signals, so that SI-SDR is what it should raise."""
+        return self.said("loss.name", "neg_si_sdr") not in ("deep_clustering", "whitened_kmeans")
+
+    @property
+    def at_full_rate(self) -> npt.NDArray[np.bool_]:
+        """The trained steps at half the recipe's learning rate or more, as schedules begin and end low, ``(step,)``."""
+        lr = self.of_step["lr"]
+        top = self.said("optim.lr") or (np.nanmax(lr) if np.isfinite(lr).any() else np.nan)
+        return self.trained & (lr >= 0.5 * float(top))
+
+    @property
     def last_step(self) -> int:
         """The number of the last step; 0 where there is none."""
         return int(self.of_step["step"][-1]) if len(self) else 0
@@ -102,14 +119,19 @@ class Series:
     def said(self, key: str, otherwise: Any = None) -> Any:
         """What the recipe has under a key such as ``optim.lr``."""
         table, _, name = key.partition(".")
-        return self.recipe.get(table, {}).get(name, otherwise)
+        found = self.recipe.get(table)
+        return found.get(name, otherwise) if isinstance(found, Mapping) else otherwise
 
-    def level(self) -> Floats:
-        """The loss in dB, ``(step,)``: as it is where it is in dB, else ten times its logarithm."""
-        loss = self.of_step["loss"]
-        if self.said("loss.name", "neg_si_sdr") in DB_LOSSES:
-            return loss
-        return 10 * np.log10(np.where(loss > 0, loss, np.nan))
+    def level(self, loss: Floats | None = None) -> Floats:
+        """Losses as they can be compared: in dB as they are, else ten times their logarithm; the run's own if None.
+
+        A loss of one's own that is ever 0 or below is taken as it is.
+        """
+        own = self.of_step["loss"]
+        given = own if loss is None else loss
+        if self.said("loss.name", "neg_si_sdr") in DB_LOSSES or (own <= 0).any():
+            return given
+        return 10 * np.log10(np.where(given > 0, given, np.nan))
 
 
 def read_series(path: Path, *, last: int | None = None) -> Series:
@@ -128,8 +150,8 @@ def read_series(path: Path, *, last: int | None = None) -> Series:
     if not run.steps.exists():
         raise CheckpointError(f"{path} holds no {run.steps.name}: it is no run directory, or its run never began.")
     steps, n_torn = read_rows(run.steps, last)
-    validations, n_more = read_rows(run.validation)
-    events, n_most = read_rows(run.events)
+    validations, n_more = read_rows(run.validation, last)
+    events, n_most = read_rows(run.events, last)
     try:
         recipe = tomllib.loads(run.recipe.read_text(encoding="utf-8")) if run.recipe.exists() else {}
     except ValueError as error:
@@ -145,7 +167,10 @@ def series_of(
     *,
     n_torn: int = 0,
 ) -> Series:
-    """Rows of a run directory's files as arrays."""
+    """Rows of a run directory's files as arrays; rows without a number of their step are left out."""
+    steps, validations, events = (
+        [row for row in rows if isinstance(row.get("step"), int)] for rows in (steps, validations, events)
+    )
     sampled = [row for row in steps if row.get("blocks") or row.get("items")]
     blocks = tuple(next((row["blocks"] for row in sampled if row.get("blocks")), {}))
     n_sources = max((len(row.get("si_sdr") or ()) for row in steps), default=0)
@@ -182,8 +207,9 @@ def _number(row: Mapping[str, Any], name: str) -> float:
         return math.nan
 
 
-def rows_of(values: Sequence[Sequence[Any]], width: int) -> Floats:
-    """Lists of numbers as an array as wide as asked for; NaN where one is missing."""
+def rows_of(values: Sequence[Sequence[Any]], width: int | None = None) -> Floats:
+    """Lists of numbers as an array as wide as asked for, or as the longest; NaN where one is missing."""
+    width = max(map(len, values), default=0) if width is None else width
     table = np.full((len(values), width), np.nan)
     for place, row in enumerate(values):
         table[place, : len(row)] = [math.nan if value is None else value for value in row]
@@ -192,4 +218,4 @@ def rows_of(values: Sequence[Sequence[Any]], width: int) -> Floats:
 
 def _of_blocks(rows: Sequence[Mapping[str, Any]], blocks: Sequence[str], name: str) -> Floats:
     of_rows = [row.get("blocks") or {} for row in rows]
-    return rows_of([[_number(found.get(block, {}), name) for block in blocks] for found in of_rows], len(blocks))
+    return rows_of([[_number(found.get(block) or {}, name) for block in blocks] for found in of_rows], len(blocks))
