@@ -143,7 +143,7 @@ def test_files_with_a_nan(doctored):
 
 @pytest.mark.slow
 def test_an_output_layer_that_is_dead(doctored):
-    assert worst(doctored(model='name = "my_models:DeadOutput"')) == "DEAD_OUTPUT"
+    assert list(doctored(model='name = "my_models:DeadOutput"')) == ["DEAD_OUTPUT"]
 
 
 @pytest.mark.slow

@@ -143,8 +143,8 @@ def loss_spike(series: Series) -> Finding | None:
         what=f"The loss jumped by {peak:.1f} dB at step {steps[first]:.0f}. {fate}.",
         why=(
             f"It was {median[first]:.1f} dB before, give or take {spread[first]:.1f}, and up to "
-            f"{highest(level[first : last + 1]):.1f} dB "
-            f"in steps {steps[first]:.0f} to {steps[last]:.0f}; {len(found)} such episodes in all."
+            f"{highest(level[first : last + 1]):.1f} dB in steps {steps[first]:.0f} to {steps[last]:.0f}; "
+            f"{len(found)} such episodes in all."
         ),
         advice=(
             "Begin a new run from a checkpoint before it (model.init), with a lower learning rate."
@@ -189,8 +189,7 @@ def adam_remembers(series: Series) -> Finding | None:
         ),
         why=(
             f"At step {steps[place]:.0f} it got a norm of {norm[place]:.3g}, {norm[place] / median[place]:.0f} "
-            "times the usual "
-            f"{median[place]:.3g}; with beta2 = {beta2:g} its square fades in {n_steps} steps."
+            f"times the usual {median[place]:.3g}; with beta2 = {beta2:g} its square fades in {n_steps} steps."
         ),
         advice="Clip closer to what is usual: autoclip with a lower percentile, or fixed with a lower max_norm.",
         key="clip.name",

@@ -35,8 +35,7 @@ def norm_spikes(series: Series) -> Finding | None:
         what=f"The gradient was {10 ** above[worst]:.0f} times as long as usual at step {steps[worst]:.0f}.",
         why=(
             f"{len(spikes)} steps had ten times the usual norm or more, up to {max(often)} within {RECENT} steps; "
-            "a norm of "
-            f"{10 ** size[worst]:.3g} where {10 ** median[worst]:.3g} was usual."
+            f"a norm of {10 ** size[worst]:.3g} where {10 ** median[worst]:.3g} was usual."
         ),
         advice=(
             "They were clipped; if they come with the same files, look at those."
@@ -60,42 +59,31 @@ def clip_is_the_rate(series: Series) -> Finding | None:
     share = float(clipped[np.isfinite(clipped)].mean())
     limit, norm = middle(series.of_step["limit"][trained]), middle(series.of_step["grad_norm"][trained])
     span = int(series.of_step["step"][trained[0]]), int(series.of_step["step"][trained[-1]])
-    figures = (
-        f"{share:.1%} of the last {len(trained)} gradients were clipped to {limit:g}; their median norm is {norm:.3g}."
+    if 0.001 <= share <= 0.9:
+        return None
+    always = share > 0.9
+    how = "Raise the limit" if always else "If it is to catch spikes, lower the limit"
+    return Finding(
+        code="CLIP_IS_THE_RATE" if always else "CLIP_IDLE",
+        severity="note",
+        what="Nearly every gradient is clipped: the clip is your learning rate." if always else "The clip never acts.",
+        why=(
+            f"{share:.1%} of the last {len(trained)} gradients were clipped to {limit:g}; "
+            f"their median norm is {norm:.3g}."
+        ),
+        advice=f"{how} to about {2 * norm:.2g}, or let it follow the gradients (autoclip).",
+        key="clip.max_norm",
+        steps=span,
+        confidence=0.9,
     )
-    if share > 0.9:
-        return Finding(
-            code="CLIP_IS_THE_RATE",
-            severity="note",
-            what="Nearly every gradient is clipped: the clip is your learning rate.",
-            why=figures,
-            advice=f"Raise the limit to about {2 * norm:.2g}, or let it follow the gradients (autoclip).",
-            key="clip.max_norm",
-            steps=span,
-            confidence=0.9,
-        )
-    if share < 0.001:
-        return Finding(
-            code="CLIP_IDLE",
-            severity="note",
-            what="The clip never acts.",
-            why=figures,
-            advice=(
-                f"Lower the limit to about {2 * norm:.2g} if it is to catch spikes, or let it follow the "
-                "gradients (autoclip)."
-            ),
-            key="clip.max_norm",
-            steps=span,
-            confidence=0.9,
-        )
-    return None
 
 
 def learning_rate(series: Series) -> Finding | None:
     """How far a step moves the weights, as a share of them: the norm of the gradient does not tell.
 
-    Around 1e-3 is usual with Adam and its like. Above 6e-3 it is too much where validation says so as well, below 3e-5
-    too little where validation gains nothing. What counts are the steps at the full learning rate.
+    Around 1e-3 is usual with Adam and its like: 2e-3 in a run that went well, 1e-2 at thirty times its learning rate.
+    Above 5e-3 it is too much where validation says so as well, below 3e-5 too little where validation gains nothing.
+    What counts are the steps at the full learning rate.
     """
     sampled, full = series.sampled, series.of_step["step"][series.at_full_rate]
     at_full = np.isin(sampled.step, full)
@@ -111,7 +99,7 @@ def learning_rate(series: Series) -> Finding | None:
         f"A step moves the weights by {ratio:.1e} of themselves (median over blocks, steps {span[0]} to {span[1]}); "
         "around 1e-3 is usual."
     )
-    if ratio > 2e-2 or (ratio > 6e-3 and len(scores) and not learnt):
+    if ratio > 2e-2 or (ratio > 5e-3 and len(scores) and not learnt):
         return Finding(
             code="LR_TOO_HIGH",
             severity="critical",

@@ -51,8 +51,7 @@ def plateau(series: Series) -> Finding | None:
         what="The run no longer learns anything.",
         why=(
             f"Validation was best at step {since:.0f} of {series.last_step}, and the training loss went from "
-            f"{before:.2f} to "
-            f"{after:.2f} dB over the last two fifths, at a learning rate of {lr[-1]:.1e}."
+            f"{before:.2f} to {after:.2f} dB over the last two fifths, at a learning rate of {lr[-1]:.1e}."
         ),
         advice="Lower the learning rate, take a larger model, or stop here.",
         key="optim.lr",
@@ -184,8 +183,7 @@ def not_shuffled(series: Series) -> Finding | None:
         what="Neighbouring steps are alike: the data seem to come in order.",
         why=(
             f"What is left of the loss without its trend has a correlation of {likeness:.2f} from step to step, "
-            "where shuffled "
-            "data have none."
+            "where shuffled data have none."
         ),
         advice="Shuffle the data set.",
         key="data.name",

@@ -6,10 +6,12 @@ from typing import Any
 import numpy as np
 
 from unbraid.health.finding import Finding
-from unbraid.health.rolling import middle
+from unbraid.health.rolling import highest, middle
 from unbraid.health.series import Floats, Series, rows_of
 
 SILENT_DB, BELOW_LOUDEST_DB = -180.0, 80.0
+"""An output counts as silent below either: a loss that ignores level lets all of them be faint."""
+
 SILENT_SOURCE_DB = -100.0
 LAST_SAMPLES = 5
 
@@ -31,9 +33,7 @@ def dead_output(series: Series) -> Finding | None:
         return None
     table = rows_of(levels)
     floor = np.maximum(SILENT_DB, table.max(1, keepdims=True) - BELOW_LOUDEST_DB)
-    dead = (
-        np.flatnonzero((table <= floor).all(0)) if table.shape[1] > 1 else np.flatnonzero((table <= SILENT_DB).all(0))
-    )
+    dead = np.flatnonzero((table < floor).all(0))
     if not len(dead):
         return None
     listed = " and ".join(str(place + 1) for place in dead)
@@ -43,13 +43,9 @@ def dead_output(series: Series) -> Finding | None:
         what=f"Output {listed} of the model is silent whatever the mixture.",
         why=(
             f"In the last {len(levels)} examples looked at its level was {table[:, dead].max():.0f} dB at most, "
-            "the loudest "
-            f"output's {table.max():.0f} dB."
+            f"the loudest output's {table.max():.0f} dB."
         ),
-        advice=(
-            "Begin again with another seed or a lower learning rate, or take a loss that minds level: SI-SDR "
-            "has no gradient there."
-        ),
+        advice="Begin again with another seed or a lower learning rate: a loss of ratios has no gradient at silence.",
         key="data.seed",
         steps=_span(series),
         confidence=0.95,
@@ -116,8 +112,7 @@ def source_left_behind(series: Series) -> Finding | None:
         what=f"Source {worst + 1} is never separated.",
         why=(
             f"Its SI-SDR went from {early[worst]:.1f} to {late[worst]:.1f} dB, that of source {best + 1} from "
-            f"{early[best]:.1f} "
-            f"to {late[best]:.1f} dB."
+            f"{early[best]:.1f} to {late[best]:.1f} dB."
         ),
         advice="See whether its files are silent or belong to other mixtures.",
         key="data.path",
@@ -131,7 +126,7 @@ def foreign_targets(series: Series) -> Finding | None:
     trained = series.si_sdr[series.trained]
     if not trained.shape[1] or series.at_full_rate.sum() < 300 or not series.whole:
         return None
-    early, late = middle(trained[:100]), middle(trained[-100:])
+    early, late = (highest(_by_source(part)) for part in (trained[:100], trained[-100:]))
     moved = series.sampled.ratios[np.isfinite(series.sampled.ratios)]
     if not (early < -15 and late < -15) or (len(moved) and np.median(moved) < 1e-4):
         return None
@@ -140,9 +135,8 @@ def foreign_targets(series: Series) -> Finding | None:
         severity="critical",
         what="The targets have nothing in common with the mixtures.",
         why=(
-            f"The median SI-SDR was {early:.1f} dB over the first hundred steps and {late:.1f} over the last; an "
-            "output that is the "
-            "mixture itself would have about 0."
+            f"The best source had a median SI-SDR of {early:.1f} dB over the first hundred steps and {late:.1f} over the "
+            "last; an output that is the mixture itself would have about 0."
         ),
         advice="See that each target belongs to its mixture: names, order and start of the files.",
         key="data.path",

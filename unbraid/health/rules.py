@@ -8,6 +8,7 @@ from unbraid.health import faults, gradients, learning, outputs, pace
 from unbraid.health.finding import SEVERITIES, Finding
 from unbraid.health.series import Series, read_series
 
+STATUS = {severity: status for status, severity in enumerate(reversed(SEVERITIES))}
 Rule = Callable[[Series], Finding | None]
 
 RULES: dict[str, Rule] = {
@@ -77,9 +78,6 @@ def _asked(name: str, rule: Rule, series: Series) -> Finding | None:
 def status(findings: Iterable[Finding]) -> int:
     """0 where nothing has to be done, 1 where there is a warning, 2 where something is critical."""
     return max((STATUS[finding.severity] for finding in findings), default=0)
-
-
-STATUS = {"note": 0, "warning": 1, "critical": 2}
 
 
 def verdict(findings: Sequence[Finding]) -> str:

@@ -23,7 +23,6 @@ LEFT_ALONE = ("trained", "all_easy", "loss_scale")
 
 NUMBERS = (
     "step",
-    "epoch",
     "loss",
     "grad_norm",
     "limit",
@@ -32,14 +31,12 @@ NUMBERS = (
     "loss_scale",
     "n_trained",
     "n_easy",
-    "n_bad",
     "clipped",
     "seconds",
     "data_seconds",
-    "elapsed_seconds",
     "peak_memory_bytes",
 )
-SCORES = ("step", "loss", "si_sdr", "si_sdri", "lr")
+SCORES = ("step", "loss", "si_sdri", "lr")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from unbraid.health.outputs import BELOW_LOUDEST_DB, SILENT_DB
 from unbraid.records import ItemRecord
 
 
@@ -68,7 +69,7 @@ class Pace:
 class DeadOutputs:
     """Outputs that stay silent whatever the mixture: SI-SDR has no gradient there, so they never come back alone."""
 
-    SILENT_DB, BELOW_LOUDEST_DB, IN_A_ROW = -180.0, 80.0, 3
+    IN_A_ROW = 3
 
     def __init__(self) -> None:
         self.in_a_row: dict[int, int] = {}
@@ -87,4 +88,4 @@ class DeadOutputs:
 
     def _silence(self, item: ItemRecord) -> float:
         """Below which level an output counts as silent: a loss that ignores level lets all of them be faint."""
-        return max(self.SILENT_DB, max(item.levels_db) - self.BELOW_LOUDEST_DB)
+        return max(SILENT_DB, max(item.levels_db) - BELOW_LOUDEST_DB)
