@@ -130,13 +130,15 @@ def foreign_targets(series: Series) -> Finding | None:
     moved = series.sampled.ratios[np.isfinite(series.sampled.ratios)]
     if not (early < -15 and late < -15) or (len(moved) and np.median(moved) < 1e-4):
         return None
+    if dead_output(series) is not None:  # which has nothing in common with any target either
+        return None
     return Finding(
         code="FOREIGN_TARGETS",
         severity="critical",
         what="The targets have nothing in common with the mixtures.",
         why=(
-            f"The best source had a median SI-SDR of {early:.1f} dB over the first hundred steps and {late:.1f} over the "
-            "last; an output that is the mixture itself would have about 0."
+            f"The best source had a median SI-SDR of {early:.1f} dB over the first hundred steps and {late:.1f} over "
+            "the last; an output that is the mixture itself would have about 0."
         ),
         advice="See that each target belongs to its mixture: names, order and start of the files.",
         key="data.path",
