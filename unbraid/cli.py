@@ -140,6 +140,24 @@ ADVICES = 3
 """So many at most, worst first: who is told everything does nothing."""
 
 
+def dashboard(args: argparse.Namespace) -> int:
+    """Show runs on a live page in the browser, on this machine alone."""
+    from unbraid.web.server import serve
+
+    if args.open_to:
+        print(f"Whoever reaches {args.open_to} and has the link can read and hear these runs; it travels unencrypted.")
+    serve(args.runs, address=args.open_to or "127.0.0.1", port=args.port)
+    return 0
+
+
+def report(args: argparse.Namespace) -> int:
+    """Write a run as one file to send, print or keep: curves, findings, sound; it opens with no network."""
+    from unbraid.web.report import write_report
+
+    print(write_report(args.run, args.out or args.run / "report.html"))
+    return 0
+
+
 def replay(args: argparse.Namespace) -> int:
     """Run a bad step again: which example, which layer, and in which precision it goes away."""
     from unbraid.replay import replay as run_again
@@ -249,6 +267,18 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--mute", action="append", default=[], metavar="CODE", help="leave out what has this code")
     command.add_argument("--last", type=_positive(int), metavar="N", help="look at about the last N steps alone")
 
+    command = add("dashboard", dashboard)
+    command.add_argument(
+        "runs", type=Path, nargs="*", default=[Path("runs")], help="run directories, or folders (runs)"
+    )
+    command.add_argument("--port", type=_port, help="where to listen (8642, or any that is free)")
+    open_help = "listen at another address than 127.0.0.1: whoever reaches it and has the link can read these runs"
+    command.add_argument("--open-to", metavar="ADDRESS", help=open_help)
+
+    command = add("report", report)
+    command.add_argument("run", type=Path, help="a run directory, during the run or after it")
+    command.add_argument("-o", "--out", type=Path, help="HTML file to write (report.html in the run directory)")
+
     command = add("replay", replay)
     command.add_argument("incident", type=Path, help="a folder in the incidents of a run directory")
     _add_trust(command)
@@ -263,6 +293,13 @@ def _positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
 
     convert.__name__ = "number above 0"
     return convert
+
+
+def _port(text: str) -> int:
+    port = int(text)
+    if not 0 <= port <= 65535:
+        raise argparse.ArgumentTypeError(f"port {text} must be from 0, for any that is free, to 65535")
+    return port
 
 
 def _add_set(command: argparse.ArgumentParser, example: str = "optim.lr=3e-4") -> None:

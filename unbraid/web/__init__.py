@@ -1,0 +1,1 @@
+"""A run seen in a browser: the live page, and the report in one file; no torch."""

@@ -1,0 +1,200 @@
+"""A file of JSON lines that is followed while it grows, and a run directory as such files."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unbraid.records import RunDirectory
+from unbraid.web.buckets import Buckets, Thinned, of_each_step
+from unbraid.web.columns import COLUMNS, columns
+
+Row = dict[str, Any]
+AT_A_TIME = 2**20
+"""Bytes read at once: some tens of milliseconds of work, so that a page never waits long for an answer."""
+
+MARK = 64
+"""Bytes before the place reached that are compared, to see that the file is still the one that was read."""
+
+EXACT_STEPS = 20_000
+"""Windows of so many steps are read again from the file where buckets hold more than one step each."""
+
+EVENTS_KEPT = 2000
+
+
+class Lines:
+    """The rows of a file of JSON lines, each read once, as they come.
+
+    A file that was cut back and written again (a run that went back to a checkpoint) is noticed, and read anew.
+
+    Args:
+        path: The file; it may not be there yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.offset, self.n_torn, self._before = path, 0, 0, b""
+
+    @property
+    def size(self) -> int:
+        """Bytes in the file."""
+        try:
+            return self.path.stat().st_size
+        except OSError:
+            return 0
+
+    def was_cut(self) -> bool:
+        """Whether what was read is no longer there; then everything begins anew."""
+        if self.size >= self.offset and self._mark(self.offset) == self._before:
+            return False
+        self.offset, self.n_torn, self._before = 0, 0, b""
+        return True
+
+    def next(self, n_bytes: int = AT_A_TIME) -> tuple[list[Row], list[int]]:
+        """The next rows, and where the line of each begins; none where nothing new is complete."""
+        begin = self.offset
+        if self.size <= begin:
+            return [], []
+        with self.path.open("rb") as file:
+            file.seek(begin)
+            block = file.read(n_bytes)
+            while not block.endswith(b"\n") and (more := file.readline()):
+                block += more
+        whole = block[: block.rfind(b"\n") + 1]
+        self.offset += len(whole)
+        self._before = self._mark(self.offset)
+        rows, places = [], []
+        for line in whole.splitlines(keepends=True):
+            row = _parsed(line)
+            if row is None:
+                self.n_torn += 1
+            else:
+                rows.append(row)
+                places.append(begin)
+            begin += len(line)
+        return rows, places
+
+    def _mark(self, offset: int) -> bytes:
+        if not offset:
+            return b""
+        with self.path.open("rb") as file:
+            file.seek(max(0, offset - MARK))
+            return file.read(min(MARK, offset))
+
+
+def _parsed(line: bytes) -> Row | None:
+    """A row that says which step it is of, or None."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+class Followed:
+    """A run directory, read as it grows.
+
+    Args:
+        path: Its folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.run = RunDirectory(path)
+        self.files = {name: Lines(getattr(self.run, name)) for name in ("steps", "validation", "events")}
+        self._forget("steps", "validation", "events")
+        self.last_row: Row = {}
+
+    def _forget(self, *names: str) -> None:
+        if "steps" in names:
+            self.buckets, self.n_steps, self.last_row = Buckets(len(COLUMNS)), 0, {}
+        if "validation" in names:
+            self.validations: list[Row] = []
+        if "events" in names:
+            self.events: list[Row] = []
+            self.n_events = 0
+
+    @property
+    def unread_bytes(self) -> int:
+        """What of the steps is still to be read."""
+        return max(0, self.files["steps"].size - self.files["steps"].offset)
+
+    @property
+    def n_torn(self) -> int:
+        """Lines that could not be read."""
+        return sum(file.n_torn for file in self.files.values())
+
+    @property
+    def last_step(self) -> int:
+        """The number of the last step; 0 where there is none."""
+        return int(self.last_row.get("step", 0))
+
+    def advance(self) -> bool:
+        """Read some more of each file; whether there was any."""
+        changed = False
+        for name, file in self.files.items():
+            if file.was_cut():
+                self._forget(name)
+                changed = True
+            rows, places = file.next()
+            if rows:
+                getattr(self, f"_add_{name}")(rows, places)
+                changed = True
+        return changed
+
+    def _add_steps(self, rows: list[Row], places: list[int]) -> None:
+        numbers = np.array([row["step"] for row in rows], np.int64)
+        self.buckets.append(numbers, np.array(places, np.int64), columns(rows))
+        self.n_steps += len(rows)
+        self.last_row = rows[-1]
+
+    def _add_validation(self, rows: list[Row], places: list[int]) -> None:
+        self.validations += rows
+
+    def _add_events(self, rows: list[Row], places: list[int]) -> None:
+        self.events = [*self.events, *rows][-EVENTS_KEPT:]
+        self.n_events += len(rows)
+
+    def thinned(self, first: int, last: int, n_most: int) -> Thinned:
+        """Steps from one to another in at most so many buckets, as finely as a window of that size can be shown."""
+        if self.buckets.width == 1 or last - first > EXACT_STEPS:
+            return self.buckets.thinned(first, last, n_most)
+        rows = list(self._rows_between(first, last))
+        return of_each_step([row["step"] for row in rows], columns(rows), n_most=n_most)
+
+    def _rows_between(self, first: int, last: int) -> Iterator[Row]:
+        with self.run.steps.open("rb") as file:
+            file.seek(self.buckets.offset_before(first))
+            end = self.files["steps"].offset
+            while file.tell() < end and (line := file.readline()):
+                row = _parsed(line)
+                if row is None or row["step"] < first:
+                    continue
+                if row["step"] > last:
+                    return
+                yield row
+
+
+def runs_in(paths: list[Path], *, depth: int = 3) -> list[Path]:
+    """The run directories among some folders and below them, in the order given and by name; links are not followed."""
+    found: dict[Path, None] = {}
+    for path in paths:
+        for run in _runs_below(path, depth):
+            found[run] = None
+    return list(found)
+
+
+def _runs_below(path: Path, depth: int) -> Iterator[Path]:
+    run = RunDirectory(path)
+    if run.steps.exists() or run.recipe.exists():
+        yield path
+        return
+    if depth == 0 or not path.is_dir():
+        return
+    try:
+        below = sorted(entry.path for entry in os.scandir(path) if entry.is_dir(follow_symlinks=False))
+    except OSError:
+        return
+    for name in below:
+        yield from _runs_below(Path(name), depth - 1)

@@ -1,0 +1,117 @@
+"""The report: a run as one file, to be sent, printed and opened anywhere, with no network."""
+
+import base64
+import hashlib
+import json
+import re
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from unbraid.audio import read_audio
+from unbraid.errors import AudioError, CheckpointError, UserError
+from unbraid.records import RunDirectory, write_atomically
+from unbraid.web.charts import chart, scores
+from unbraid.web.facts import about, events, judged, overview
+from unbraid.web.follow import Followed
+from unbraid.web.server import STATIC, page
+from unbraid.web.sounds import all_sounds, as_mp3, examples, picture, worst_of_evaluation
+
+BUCKETS = 500
+N_EXAMPLES = 8
+SOUND_BYTES = 1_200_000
+"""What sounds and spectrograms may take together, as they stand in the file; the rest are named and left out."""
+
+
+def write_report(path: Path, out: Path) -> Path:
+    """Write a run as one HTML file.
+
+    Args:
+        path: Its run directory.
+        out: The file to write.
+
+    Returns:
+        The file.
+
+    Raises:
+        UserError: If it is no run directory, or the file cannot be written.
+    """
+    run = RunDirectory(path)
+    if not path.is_dir() or not (run.steps.exists() or run.recipe.exists()):
+        raise CheckpointError(f"{path} is no run directory: it holds neither {run.steps.name} nor {run.recipe.name}.")
+    if out.is_dir():
+        raise UserError(f"{out} is a folder; name the file to write, such as {out / 'report.html'}.")
+    text = _whole(page(), _contents(path))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(out, text)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error.strerror}); name another file.") from error
+    return out
+
+
+def _contents(path: Path) -> dict[str, Any]:
+    """All that the page would ask a server for."""
+    run = Followed(path)
+    while run.advance():
+        pass
+    listed = overview(path)
+    drawn = chart(run.thinned(0, run.last_step, BUCKETS)) | {"scores": scores(run.validations, n_most=BUCKETS)}
+    drawn |= {"last_step": run.last_step, "n_torn": run.n_torn, "unread_bytes": 0}
+    heard, worst = examples(path), worst_of_evaluation(path)
+    items = [{**item, "at": item["at"][-1:]} for item in heard["items"][:N_EXAMPLES]]
+    if not items:
+        worst = worst[:N_EXAMPLES]
+    sounds, pictures = _embedded(path, items + worst)
+    last = {key: value for key, value in run.last_row.items() if key not in ("blocks", "items", "bad_items")}
+    details = {"id": listed["id"], "last": last, "events": events(run.events, run.n_events)}
+    return {
+        "made": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "run": listed,
+        "series": drawn,
+        "judged": judged(path),
+        "details": details | about(path) | {"examples": heard | {"items": items}, "worst": worst},
+        "sounds": sounds,
+        "pictures": pictures,
+    }
+
+
+def _embedded(path: Path, items: list[dict[str, Any]]) -> tuple[dict[str, str], dict[str, str]]:
+    """Sounds and pictures of some items as addresses that hold them, as many as there is room for."""
+    sounds: dict[str, str] = {}
+    pictures: dict[str, str] = {}
+    room = SOUND_BYTES
+    for name in all_sounds(items):
+        try:
+            found = _embed("image/webp", picture(path / name)), _embed("audio/mpeg", as_mp3(*read_audio(path / name)))
+        except AudioError:
+            continue
+        if (room := room - sum(map(len, found))) < 0:
+            break
+        pictures[name], sounds[name] = found
+    return sounds, pictures
+
+
+def _embed(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _whole(html: str, contents: dict[str, Any]) -> str:
+    """The page with its styles, scripts and contents inside it; no other script may run, and nothing is loaded."""
+    allowed: dict[str, list[str]] = {"style": [], "script": []}
+
+    def inside(tag: str, name: str) -> str:
+        text = (STATIC / name).read_text(encoding="utf-8").replace("</script", "<\\/script")
+        allowed[tag].append(f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'")
+        return f"<{tag}>{text}</{tag}>"
+
+    data = json.dumps(contents, allow_nan=False, default=str).replace("<", "\\u003c")
+    html = re.sub(r'<link rel="stylesheet" href="/static/([\w.]+)">', lambda found: inside("style", found[1]), html)
+    html = re.sub(r'<script src="/static/([\w.]+)"></script>', lambda found: inside("script", found[1]), html)
+    policy = f"default-src 'none'; script-src {' '.join(allowed['script'])}; style-src {' '.join(allowed['style'])}; "
+    policy += "img-src data:; media-src data:; base-uri 'none'; form-action 'none'"
+    head = f'<meta http-equiv="content-security-policy" content="{policy}">'
+    holder = f'<script type="application/json" id="report-data">{data}</script>'
+    return html.replace('<meta charset="utf-8">', f'<meta charset="utf-8">\n{head}', 1).replace(
+        "<noscript>", f"{holder}\n<noscript>", 1
+    )

@@ -1,0 +1,122 @@
+"use strict";
+// What stands beside the curves: the run in a sentence, its health, incidents, recipe and environment.
+
+function lead() {
+  const run = known(state.chosen[0]);
+  const place = document.getElementById("lead");
+  if (!run || !place) return;
+  const details = state.details[run.id] || {};
+  const last = details.last || {};
+  const series = state.series[run.id];
+  const facts = [
+    ["step", run.max_steps ? `${whole(run.step)} of ${whole(run.max_steps)}` : whole(run.step)],
+    ["time", duration(run.elapsed_seconds)],
+    ["SI-SDR improvement", typeof run.si_sdri === "number" ? `${decibels(run.si_sdri)} (best ${decibels(run.best_si_sdri)})` : "not validated yet"],
+    ["learning rate", typeof last.lr === "number" ? digits(last.lr) : "none"],
+  ];
+  const sentence = [STATES[run.state] || run.state, remaining(run), source.isReport ? `report of ${source.made}` : ""].filter(Boolean).join("; ");
+  const notes = [run.problem, state.failed, series && series.n_torn ? `${series.n_torn} lines of its records could not be read.` : "",
+    series && series.unread_bytes > 2 ** 20 ? `Still reading: ${whole(series.unread_bytes / 2 ** 20)} MiB of its steps are left.` : "",
+    run.state === "empty" ? "It has written no step yet; curves appear with the first." : ""].filter(Boolean);
+  place.replaceChildren(make("h1", {}, run.name), make("p", { className: "lead" }, `${sentence.charAt(0).toUpperCase()}${sentence.slice(1)}.`),
+    make("ul", { className: "facts" }, facts.map(([name, value]) => make("li", {}, make("span", { className: "soft" }, `${name} `), make("b", {}, value)))),
+    ...notes.map((note) => make("p", { className: "lead" }, note)));
+  document.title = `${run.name}: ${stateOf(run)} \u00b7 unbraid`;
+}
+
+function health() {
+  const place = document.getElementById("health");
+  const found = state.judged[state.chosen[0]];
+  if (!place) return;
+  const title = make("h2", {}, "Health");
+  if (!found) {
+    place.replaceChildren(title, make("p", { className: "soft" }, "The doctor is looking."));
+    return;
+  }
+  if (found.problem) {
+    place.replaceChildren(title, make("p", { className: "soft" }, found.problem));
+    return;
+  }
+  const said = found.verdict.charAt(0).toUpperCase() + found.verdict.slice(1);
+  const whole_ = found.looked_back ? `, by its last ${whole(found.looked_back)} steps` : "";
+  const shown = found.findings.map((finding) => make("li", { className: `card finding ${finding.severity}` },
+    make("button", { type: "button", onclick: () => jump(finding.steps) }, `Show steps ${whole(finding.steps[0])} to ${whole(finding.steps[1])}`),
+    make("span", { className: "kind" }, finding.severity), make("b", {}, finding.what),
+    make("p", { className: "soft small" }, finding.why),
+    make("p", { className: "small" }, finding.advice, finding.key ? " " : "", finding.key ? make("code", {}, finding.key) : null)));
+  const few = shown.slice(0, 3), rest = shown.slice(3);
+  place.replaceChildren(title, make("p", { className: `lead ${found.findings.some((f) => f.severity !== "note") ? "" : "healthy"}` }, `${said}${whole_}.`),
+    make("ul", { className: "findings" }, few),
+    rest.length ? make("details", {}, make("summary", {}, `${rest.length} more`), make("ul", { className: "findings" }, rest)) : "");
+}
+
+function jump(steps) {
+  const [first, last] = steps;
+  const around = Math.max(20, Math.round(0.25 * (last - first)));
+  state.marked = [first, last];
+  room.zoom([Math.max(0, first - around), last + around]);
+  document.getElementById("curves").scrollIntoView({ behavior: "smooth" });
+}
+
+function besides() {
+  const id = state.chosen[0];
+  const details = state.details[id];
+  if (!details || !document.getElementById("sound")) return;
+  const playing = [...document.querySelectorAll("#sound audio")].some((sound) => !sound.paused);
+  const heardBefore = JSON.stringify([id, details.examples, details.worst]);
+  if (!playing && besides.heard !== heardBefore) {
+    document.getElementById("sound").replaceWith(soundSection(source, id, details));
+    besides.heard = heardBefore;
+  } else if (!document.getElementById("sound").childElementCount) {
+    document.getElementById("sound").replaceWith(soundSection(source, id, details));
+  }
+  document.getElementById("incidents").replaceChildren(...incidentParts(details));
+  document.getElementById("recipe").replaceChildren(...recipeParts(details));
+}
+
+function incidentParts(details) {
+  const { incidents, events } = details;
+  const parts = [make("h2", {}, "Incidents and events")];
+  if (incidents.length) {
+    parts.push(make("div", { className: "card scroll" }, make("table", {}, make("thead", {}, make("tr", {}, ["step", "what", "files", "to run it again"].map((word) => make("th", {}, word)))),
+      make("tbody", {}, incidents.map((one) => make("tr", {}, make("td", { className: "number" }, one.step === null ? "" : whole(one.step)),
+        make("td", {}, REASONS[one.outcome] || one.outcome || "", one.verdict ? make("div", { className: "soft" }, one.verdict) : null),
+        make("td", {}, one.files.map((file) => make("div", {}, make("code", {}, file)))), make("td", {}, make("code", {}, one.command))))))));
+  }
+  if (!events.n) {
+    parts.push(make("p", { className: "soft" }, "Nothing out of the ordinary was recorded."));
+    return parts;
+  }
+  const rows = events.newest.map((one) => make("tr", {}, make("td", { className: "number" }, one.step === null ? "" : whole(one.step)), make("td", {}, make("code", {}, one.code || "")),
+    make("td", {}, one.message || "", (one.files || []).map((file) => make("div", {}, make("code", {}, file))))));
+  const table = (some) => make("div", { className: "scroll" }, make("table", {}, make("tbody", {}, some)));
+  parts.push(make("p", { className: "lead" }, `${whole(events.n)} events; the newest first.`), table(rows.slice(0, 8)));
+  if (rows.length > 8) parts.push(make("details", {}, make("summary", {}, `${rows.length - 8} more`), table(rows.slice(8))));
+  return parts;
+}
+
+function recipeParts(details) {
+  const others = state.chosen.slice(1).filter((id) => state.details[id]);
+  const all = [details, ...others.map((id) => state.details[id])];
+  const names = [state.chosen[0], ...others].map((id) => (known(id) || {}).name || "");
+  const { best, last } = details.checkpoints;
+  const saved = [best && `best: ${best}`, last && `last: ${last}`].filter(Boolean).join("; ");
+  return [make("h2", {}, "Recipe and environment"),
+    make("p", { className: "lead" }, saved ? `Checkpoints: ${saved}.` : "No checkpoint was saved yet."),
+    make("div", { className: "two" }, keysCard("Recipe", all.map((one) => one.recipe), names), keysCard("Environment", all.map((one) => one.environment), names))];
+}
+
+// Keys and their values, of one run or of several side by side: then what differs comes first.
+function keysCard(title, tables, names) {
+  const keys = [...new Set(tables.flatMap(Object.keys))].sort();
+  const differs = (key) => tables.some((table) => table[key] !== tables[0][key]);
+  const row = (key) => make("tr", { className: differs(key) ? "differs" : "" }, make("td", {}, make("code", {}, key)),
+    tables.map((table) => make("td", {}, table[key] === undefined ? "not there" : table[key])));
+  const head = () => make("thead", {}, make("tr", {}, ["", ...names].map((name) => make("th", {}, name))));
+  const body = (some) => make("div", { className: "scroll" }, make("table", {}, tables.length > 1 && head(), make("tbody", {}, some.map(row))));
+  if (!keys.length) return make("div", { className: "card" }, make("h3", {}, title), make("p", { className: "soft" }, "It is not there."));
+  if (tables.length === 1) return make("div", { className: "card" }, make("h3", {}, title), body(keys));
+  const differing = keys.filter(differs), alike = keys.filter((key) => !differs(key));
+  return make("div", { className: "card" }, make("h3", {}, `${title}: ${differing.length ? "what differs" : "no difference"}`),
+    differing.length > 0 && body(differing), make("details", {}, make("summary", {}, `${alike.length} keys alike`), body(alike)));
+}
