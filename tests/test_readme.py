@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -75,7 +76,19 @@ def run_as_written(line, folder):
     if kind is None and "replay" in words:
         leave_an_incident(folder / words[2])
     environment = os.environ | {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    if "dashboard" in words:  # shows its page until somebody ends it
+        return ended_after_its_link([*words, "--port", "0"], folder, environment)
     return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def ended_after_its_link(words, folder, environment):
+    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(words, cwd=folder, env=environment, **piped) as process:
+        link = process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        told, complained = process.communicate(timeout=60)
+    assert "http://127.0.0.1:" in link
+    return subprocess.CompletedProcess(words, process.returncode, link + told, complained)
 
 
 @pytest.mark.slow

@@ -71,6 +71,8 @@ def serve(paths: Sequence[Path], *, address: str = "127.0.0.1", port: int | None
     )
     try:
         _Server(config, library).run(sockets=[listening])
+    except KeyboardInterrupt:
+        pass  # the way to end it
     finally:
         library.closing.set()
         watching.join(timeout=5)
@@ -92,7 +94,9 @@ class _Server(uvicorn.Server):
 def _listen(address: str, port: int | None) -> socket.socket:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     for wanted in (PORT, 0) if port is None else (port,):
-        listening = socket.socket(family, socket.SOCK_STREAM)
+        listening = socket.socket(
+            family, socket.SOCK_STREAM, socket.IPPROTO_TCP
+        )  # said, so that answers are not held up
         if sys.platform != "win32":
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
