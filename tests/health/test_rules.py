@@ -7,6 +7,7 @@ import pytest
 import tomli_w
 from made_up import Run
 
+from unbraid.health.faults import ADVICE
 from unbraid.health.finding import CODES
 from unbraid.health.rules import RULES, examine, status, verdict
 from unbraid.recipe import load_recipe
@@ -452,6 +453,7 @@ def test_every_code_that_can_be_muted_is_one_that_is_told():
 TAKEN = {
     "clip.max_norm": "12",
     "clip.name": "autoclip",
+    "data.excerpt_seconds": "2.0",
     "data.exclude": "['a.wav']",
     "data.name": "speakers",
     "data.path": "a",
@@ -476,9 +478,10 @@ def test_the_key_that_a_finding_names_is_one_that_can_be_set(code, make_sick, tm
         tables[name] = tables.get(name, {}) | table
     (tmp_path / "recipe.toml").write_text(tomli_w.dumps(tables))
 
-    keys = {finding.key for finding in examine(run.series()) if finding.key}
+    findings = examine(run.series())
 
-    for key in keys:
+    assert code in {finding.code for finding in findings}
+    for key in {finding.key for finding in findings if finding.key} | {advice.key for advice in ADVICE.values()}:
         load_recipe(tmp_path / "recipe.toml", [f"{key}={TAKEN[key]}"])
 
 

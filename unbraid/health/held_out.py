@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from unbraid.health.columns import rows_of
+from unbraid.health.columns import numbers, rows_of
 from unbraid.health.finding import Finding
 from unbraid.health.outputs import collapsed_outputs, output_is_mixture
 from unbraid.health.series import Series
@@ -88,8 +88,9 @@ def permutation_flips(series: Series) -> Finding | None:
     judged = (separated[1:] > SEPARATED_DB) & (separated[:-1] > SEPARATED_DB)
     changed = (orders[1:] != orders[:-1]).any(2) & judged
     at_random = 1 - 1 / math.factorial(orders.shape[2])
-    gain = np.nanmean(separated[N_ORDERS // 2 :]) - np.nanmean(separated[: N_ORDERS // 2]) if judged.any() else 0.0
-    if judged.sum(1).min() < 10 or gain > 0.3:
+    scores = numbers(rows, "si_sdri")
+    gain = scores[N_ORDERS // 2 :].mean() - scores[: N_ORDERS // 2].mean()
+    if judged.sum(1).min() < 10 or not gain <= 0.3:
         return None
     share = float(np.median(changed.sum(1) / judged.sum(1)))
     if share < 0.5 * at_random or output_is_mixture(series) or collapsed_outputs(series):

@@ -148,7 +148,7 @@ def read_series(path: Path, *, last: int | None = None, thinned: bool = False) -
         raise CheckpointError(f"There is no run directory {path}.")
     if not run.steps.exists():
         raise CheckpointError(f"{path} holds no {run.steps.name}: it is no run directory, or its run never began.")
-    blocks = row_blocks(run.steps) if last is None else [read_rows(run.steps, last)]
+    end = None if last is None else read_rows(run.steps, last)
     validations, n_more = read_rows(run.validation)
     events, n_most = read_rows(run.events, last)
     others = (
@@ -158,10 +158,10 @@ def read_series(path: Path, *, last: int | None = None, thinned: bool = False) -
         _table(run.environment, json.loads),
         _table(run.data, json.loads),
     )
-    series = _series(blocks, *others, n_torn=n_more + n_most)
-    if last is None or not thinned or series.whole:
+    series = _series(row_blocks(run.steps) if end is None else [end], *others, n_torn=n_more + n_most)
+    if end is None or not thinned or series.whole:
         return series
-    return replace(series, thinned=_series([(_here_and_there(run.steps, blocks[0][0]), 0)], *others))
+    return replace(series, thinned=_series([(_here_and_there(run.steps, end[0]), 0)], *others))
 
 
 def _here_and_there(path: Path, end: Sequence[Row]) -> list[Row]:
