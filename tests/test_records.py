@@ -23,6 +23,7 @@ from unbraid.records import (
     read_rows,
     read_steps,
     read_validation,
+    row_blocks,
     write_atomically,
 )
 
@@ -62,6 +63,31 @@ def test_a_validation_comes_back_as_it_was(tmp_path):
     append_record(tmp_path / "validation.jsonl", record)
 
     assert same(read_validation(tmp_path / "validation.jsonl"), [record])
+
+
+def test_orders_and_items_of_a_validation_come_back_and_an_old_row_has_none(tmp_path):
+    record = ValidationRecord(
+        step=5, loss=-3.0, si_sdr=3.0, si_sdri=2.0, n_items=2, best=True, lr=1e-3, orders=((1, 0), (0, 1)),
+        item_si_sdri=(4.125, None),
+    )  # fmt: skip
+    append_record(tmp_path / "validation.jsonl", record)
+    row = strict_json((tmp_path / "validation.jsonl").read_text())
+    del row["orders"], row["item_si_sdri"]
+    (tmp_path / "old.jsonl").write_text(json.dumps(row))
+
+    assert read_validation(tmp_path / "validation.jsonl") == [record]
+    assert read_validation(tmp_path / "old.jsonl") == [replace(record, orders=(), item_si_sdri=())]
+
+
+def test_some_lines_can_be_read_from_the_beginning_or_from_any_byte_on(tmp_path):
+    path = tmp_path / "steps.jsonl"
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1, 101)))
+    size = path.stat().st_size
+
+    assert [row["step"] for row in read_rows(path, first=3)[0]] == [1, 2, 3]
+    assert [row["step"] for row in read_rows(path, first=2, begin=size // 2)[0]] == [52, 53]
+    assert [[row["step"] for row in rows] for rows, _ in row_blocks(path, first=5, size=2)] == [[1, 2], [3, 4], [5]]
+    assert [row for rows, _ in row_blocks(path, size=7) for row in rows] == read_rows(path)[0]
 
 
 def strict_json(text):

@@ -21,6 +21,7 @@ from unbraid.data import DATASETS
 from unbraid.data.folders import noises
 from unbraid.data.loader import Loaded, StepKeys, batches
 from unbraid.data.mixtures import Mixtures, mixtures
+from unbraid.data.overlap import overlap
 from unbraid.data.tracks import Track, with_splits
 from unbraid.draws import seeded_torch
 from unbraid.errors import CheckpointError, DataError, RecipeError, UserError
@@ -261,7 +262,7 @@ def _train(
     table = recipe_table(recipe)
     job = Job(run, recipe.train, recipe.validate, recipe.save, table, choices, n_files=len(corpus.train.tracks))
     if dist.is_main():
-        yield from _open_run(recipe, run, state, checkpoint, notes, choices, device)
+        yield from _open_run(recipe, run, corpus, state, checkpoint, notes, choices, device)
 
     def load(n_steps_done: int) -> Iterator[Loaded]:
         keys = StepKeys(
@@ -321,6 +322,7 @@ def _starting_point(
 def _open_run(
     recipe: Recipe,
     run: RunDirectory,
+    corpus: Corpus,
     state: TrainState,
     checkpoint: Checkpoint | None,
     notes: list[tuple[str, str]],
@@ -338,7 +340,8 @@ def _open_run(
     for log in run.logs:
         log.touch()
     write_atomically(run.recipe, to_toml(recipe))
-    write_atomically(run.environment, json.dumps(environment(choices, device), indent=1) + "\n")
+    _write_json(run.environment, environment(choices, device, loss_in_db=bool(getattr(state.loss, "in_db", False))))
+    _write_json(run.data, overlap(*(_not_excluded(split) for split in (corpus.train, corpus.valid))))
     events = [Event(code, state.step, 0, message) for code, message in notes]
     if checkpoint is not None:
         message = f"Went on from {checkpoint.path.name}."
@@ -348,8 +351,17 @@ def _open_run(
     return events
 
 
-def environment(choices: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Versions, device, threads and allow-listed settings; nothing else of the machine is recorded."""
+def _not_excluded(split: Mixtures) -> list[Track]:
+    excluded = set(split.settings.exclude)
+    return [track for track in split.tracks if str(track.path) not in excluded]
+
+
+def _write_json(path: Path, table: dict[str, Any]) -> None:
+    write_atomically(path, json.dumps(table, indent=1) + "\n")
+
+
+def environment(choices: dict[str, Any], device: torch.device, *, loss_in_db: bool) -> dict[str, Any]:
+    """Versions, device, threads, allow-listed settings and whether the loss is in dB; nothing else is recorded."""
     return {
         "unbraid": unbraid.__version__,
         "python": platform.python_version(),
@@ -358,5 +370,6 @@ def environment(choices: dict[str, Any], device: torch.device) -> dict[str, Any]
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "world_size": dist.world_size(),
         "chosen": choices,
+        "loss_in_db": loss_in_db,
         "settings": {name: os.environ[name] for name in _RECORDED_SETTINGS if name in os.environ},
     }

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,16 @@ from unbraid.errors import CheckpointError
 
 SCHEMA_VERSION = 2
 
-TIMING_FIELDS = frozenset({"seconds", "data_seconds", "examples_per_second", "elapsed_seconds", "peak_memory_bytes"})
+TIMING_FIELDS = frozenset(
+    {
+        "seconds",
+        "data_seconds",
+        "examples_per_second",
+        "elapsed_seconds",
+        "peak_memory_bytes",
+        "host_memory_bytes",
+    }
+)
 """What clock and system say: all else in ``steps.jsonl`` and ``validation.jsonl`` is the same in a resumed run."""
 
 
@@ -107,6 +117,7 @@ class StepRecord:
         examples_per_second: Examples through the model in this step over all of its wall time.
         elapsed_seconds: Wall time of the run so far, over all its resumptions.
         peak_memory_bytes: The most memory held so far: on the accelerator, or by this process where there is none.
+        host_memory_bytes: The most memory held so far by this process, beside an accelerator too.
     """
 
     step: int
@@ -132,6 +143,7 @@ class StepRecord:
     examples_per_second: float = 0.0
     elapsed_seconds: float = 0.0
     peak_memory_bytes: int = 0
+    host_memory_bytes: int = 0
 
     @property
     def trained(self) -> bool:
@@ -153,6 +165,8 @@ class ValidationRecord:
         lr: Learning rate after this validation (a plateau schedule may have lowered it).
         elapsed_seconds: Wall time of the run so far.
         seconds: Wall time of this validation.
+        orders: Which output was given to each source, for each item; empty where that is not searched for.
+        item_si_sdri: Improvement of each item over its mixture, in dB; None where it has no value.
     """
 
     step: int
@@ -164,6 +178,8 @@ class ValidationRecord:
     lr: float
     elapsed_seconds: float = 0.0
     seconds: float = 0.0
+    orders: tuple[tuple[int, ...], ...] = ()
+    item_si_sdri: tuple[float | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,8 +216,13 @@ class RunDirectory:
 
     @property
     def environment(self) -> Path:
-        """Versions, device, threads and what "auto" chose, JSON."""
+        """Versions, device, threads, what "auto" chose, and whether the loss is in dB, JSON."""
         return self.path / "environment.json"
+
+    @property
+    def data(self) -> Path:
+        """How many files and speakers are trained on and validated on, and which are in both, JSON."""
+        return self.path / "data.json"
 
     @property
     def lock(self) -> Path:
@@ -278,12 +299,16 @@ def append_record(path: Path, record: Any) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def read_rows(path: Path, last: int | None = None) -> tuple[list[dict[str, Any]], int]:
+def read_rows(
+    path: Path, last: int | None = None, *, first: int | None = None, begin: int = 0
+) -> tuple[list[dict[str, Any]], int]:
     """Read JSON lines; a line that cannot be read (the torn last one of a killed run) is counted, not raised.
 
     Args:
         path: The file; one that is not there is empty.
         last: Read no more than about so many lines of its end, so that a long file costs no more; all if None.
+        first: Read no more than so many lines; all if None.
+        begin: Byte to begin at; what is left of a line there is passed over.
 
     Returns:
         The rows, and how many lines were left out.
@@ -292,21 +317,36 @@ def read_rows(path: Path, last: int | None = None) -> tuple[list[dict[str, Any]]
     torn = 0
     if not path.exists():
         return rows, torn
+    if last is not None:
+        begin = max(begin, path.stat().st_size - last * _BYTES_A_LINE)
+    for some, n_torn in row_blocks(path, first=first, begin=begin):
+        rows += some
+        torn += n_torn
+    return rows if last is None else rows[-last:], torn
+
+
+def row_blocks(
+    path: Path, *, first: int | None = None, begin: int = 0, size: int = 4096
+) -> Iterator[tuple[list[dict[str, Any]], int]]:
+    """As `read_rows`, some lines at a time: the rows of each block, and how many of its lines were left out."""
+    if not path.exists():
+        return
     with path.open("rb") as file:
-        begin = 0 if last is None else max(0, path.stat().st_size - last * _BYTES_A_LINE)
         file.seek(begin)
         if begin:
             file.readline()  # the rest of a line
-        for line in file:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            if isinstance(row, dict):
-                rows.append(row)
-            else:
-                torn += 1
-    return rows if last is None else rows[-last:], torn
+        lines = islice(file, first)
+        while block := list(islice(lines, size)):
+            parsed = [_parsed(line) for line in block]
+            rows = [row for row in parsed if isinstance(row, dict)]
+            yield rows, len(parsed) - len(rows)
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
 
 
 _BYTES_A_LINE = 2000
@@ -333,6 +373,9 @@ def _from_row(kind: type[Any], row: dict[str, Any]) -> Any:
         values["si_sdr"] = tuple(values.get("si_sdr", ()))
         values["blocks"] = {name: _from_row(BlockRecord, block) for name, block in values.get("blocks", {}).items()}
         values["items"] = tuple(map(_item_record, values.get("items", ())))
+    if kind is ValidationRecord:
+        values["orders"] = tuple(map(tuple, values.get("orders", ())))
+        values["item_si_sdri"] = tuple(values.get("item_si_sdri", ()))
     return kind(**values)
 
 

@@ -20,6 +20,11 @@ class Run:
     def __init__(self, n_steps=2000, *, seed=0, every=200):
         rng = np.random.default_rng(seed)
         self.recipe = {table: dict(keys) for table, keys in RECIPE.items()}
+        self.environment = {"loss_in_db": True}
+        self.data = {
+            "splits": {"train": {"files": 300, "speakers": 30}, "valid": {"files": 40, "speakers": 4}},
+            "shared": dict.fromkeys(("n_files", "n_speakers", "n_copies"), 0) | {"files": [], "copies": []},
+        }
         self.events = []
         step = np.arange(1, n_steps + 1)
         loss = 1 - 4 * np.log10(1 + step / 100) + rng.normal(0, 1.5, n_steps)
@@ -53,6 +58,15 @@ class Run:
             for k in range(every, n_steps + 1, every)
             for gain in [float(4 * np.log10(1 + k / 100) - 1 + rng.normal(0, 0.05))]
         ]
+        self.add_items(np.random.default_rng([seed, 1]), lambda k: 0.5 / (1 + k / 200))
+
+    def add_items(self, rng, share_changed, n_items=30):
+        """Validated items, of which a share changes order from validation to validation."""
+        orders = rng.random(n_items) < 0.5
+        for row in self.validations:
+            orders ^= rng.random(n_items) < share_changed(row["step"])
+            row["orders"] = [[int(swapped), int(not swapped)] for swapped in orders]
+            row["item_si_sdri"] = [round(row["si_sdri"] + float(rng.normal(0, 1.5)), 3) for _ in orders]
 
     def _blocks(self, rng):
         return {
@@ -100,4 +114,4 @@ class Run:
         return self
 
     def series(self):
-        return series_of(self.steps, self.validations, self.events, self.recipe)
+        return series_of(self.steps, self.validations, self.events, self.recipe, self.environment, self.data)

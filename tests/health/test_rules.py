@@ -4,9 +4,13 @@ import math
 
 import numpy as np
 import pytest
+import tomli_w
 from made_up import Run
 
+from unbraid.health.faults import ADVICE
+from unbraid.health.finding import CODES
 from unbraid.health.rules import RULES, examine, status, verdict
+from unbraid.recipe import load_recipe
 
 
 def codes(run, **options):
@@ -250,6 +254,75 @@ def sick_memory(run):
     run.change(peak_memory_bytes=lambda row: 2**30 + row["step"] * 2**19)
 
 
+def sick_host_memory(run):
+    run.change(host_memory_bytes=lambda row: 2**30 + row["step"] * 2**19)
+
+
+def sick_flips(run):
+    for row in run.validations[3:]:
+        row["si_sdri"] = 3.0
+    run.add_items(np.random.default_rng(8), lambda _: 0.45)
+
+
+def healthy_flips_while_it_learns(run):
+    run.add_items(np.random.default_rng(8), lambda _: 0.45)
+
+
+def healthy_flips_at_the_end_of_a_schedule(run):
+    sick_flips(run)
+    for row in run.validations[4:]:
+        row["lr"] = 1e-4
+
+
+def healthy_items_that_do_not_matter(run):
+    sick_flips(run)
+    for row in run.validations:
+        row["item_si_sdri"] = [score if score > 3.5 else 0.4 for score in row["item_si_sdri"]]
+    first = run.validations[0]["orders"]
+    for row in run.validations:
+        pairs = zip(row["item_si_sdri"], first, row["orders"], strict=True)
+        row["orders"] = [settled if score > 1 else order for score, settled, order in pairs]
+
+
+def healthy_closed_set_of_speakers(run):
+    run.data["shared"] |= {"n_speakers": 4, "speakers": ["a", "b", "c", "d"]}
+
+
+def healthy_run_before_such_was_written(run):
+    run.environment, run.data = {}, {}
+    for row in run.validations:
+        del row["orders"], row["item_si_sdri"]
+
+
+def healthy_order_that_is_not_searched_for(run):
+    run.recipe["loss"]["assign"] = "fixed"
+    for row in run.validations:
+        row["orders"] = []
+
+
+def sick_nan_validations(run):
+    for row in run.validations[-3:]:
+        row.update(loss=None, loss_text="nan")
+
+
+def sick_one_nan_validation(run):
+    run.validations[4].update(loss=None, loss_text="inf")
+    run.validations[4]["item_si_sdri"][7] = None
+
+
+def sick_split(run):
+    run.data["shared"] |= {"n_files": 5, "files": ["a/0.wav"], "n_speakers": 2}
+
+
+def sick_copies(run):
+    run.data["shared"] |= {"n_copies": 3, "copies": [["a/0.wav", "b/other.wav"]]}
+
+
+def sick_ranks(run):
+    event = {"code": "RANKS_DIFFER", "step": 300, "rank": 0, "message": "They differ.", "evidence": {"first": "a.b"}}
+    run.events.append(event)
+
+
 SICK = {
     "FAULTS_IN_A_ROW": [sick_faults],
     "BAD_FILES": [sick_files, sick_file_behind_faults],
@@ -280,8 +353,24 @@ SICK = {
     "LOADER_BOUND": [sick_loader],
     "SLOW_RANK": [sick_rank],
     "SLOWING_DOWN": [sick_pace],
-    "MEMORY_CREEPS": [sick_memory],
+    "MEMORY_CREEPS": [sick_memory, sick_host_memory],
+    "PERMUTATION_FLIPS": [sick_flips],
+    "VALIDATION_NOT_FINITE": [sick_nan_validations, sick_one_nan_validation],
+    "VALIDATION_IN_TRAINING": [sick_split, sick_copies],
+    "RANKS_DIFFER": [sick_ranks],
 }
+
+
+OF_WHOLE_RUNS = {
+    "FOREIGN_TARGETS",
+    "MEMORY_CREEPS",
+    "OVERFITTING",
+    "PLATEAU",
+    "RATE_NEVER_MOVED",
+    "SLOWING_DOWN",
+    "SOURCE_LEFT_BEHIND",
+}
+"""What takes the beginning of a run to know."""
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -355,6 +444,45 @@ def test_what_is_wrong_is_called_by_its_name(code, make_sick):
     assert 0 < finding.confidence <= 1
     assert all(text.endswith(".") and "nan" not in text for text in (finding.what, finding.why, finding.advice))
     assert code not in codes(run, mute=[code])
+
+
+def test_every_code_that_can_be_muted_is_one_that_is_told():
+    assert {*SICK, "RULE_FAILED"} == set(CODES)
+
+
+TAKEN = {
+    "clip.max_norm": "12",
+    "clip.name": "autoclip",
+    "data.excerpt_seconds": "2.0",
+    "data.exclude": "['a.wav']",
+    "data.name": "speakers",
+    "data.path": "a",
+    "data.seed": "1",
+    "data.workers": "4",
+    "filter": "[]",
+    "loss.assign": "permutation",
+    "loss.name": "neg_snr",
+    "optim.lr": "1e-4",
+    "schedule.patience": "1",
+    "train.precision": "bf16",
+    "validate.every_steps": "500",
+}
+
+
+@pytest.mark.parametrize(("code", "make_sick"), [(code, one) for code, several in SICK.items() for one in several])
+def test_the_key_that_a_finding_names_is_one_that_can_be_set(code, make_sick, tmp_path):
+    run = Run()
+    make_sick(run)
+    tables = {"data": {"path": "x"}, "train": {"max_steps": 9}, "model": {"name": "conv_tasnet"}}
+    for name, table in run.recipe.items():
+        tables[name] = tables.get(name, {}) | table
+    (tmp_path / "recipe.toml").write_text(tomli_w.dumps(tables))
+
+    findings = examine(run.series())
+
+    assert code in {finding.code for finding in findings}
+    for key in {finding.key for finding in findings if finding.key} | {advice.key for advice in ADVICE.values()}:
+        load_recipe(tmp_path / "recipe.toml", [f"{key}={TAKEN[key]}"])
 
 
 def test_every_rule_has_a_run_in_which_it_fires():

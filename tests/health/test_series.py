@@ -6,10 +6,13 @@ import sys
 
 import numpy as np
 import pytest
+import test_rules
 from made_up import Run
 
+from unbraid import records
 from unbraid.cli import main
 from unbraid.errors import CheckpointError
+from unbraid.health.columns import Columns
 from unbraid.health.rules import bulletin, examine
 from unbraid.health.series import DB_LOSSES, read_series
 from unbraid.losses import IN_DB, LOSSES
@@ -20,10 +23,13 @@ def write(run, path):
     path.mkdir()
     for name, rows in (("steps", run.steps), ("validation", run.validations), ("events", run.events)):
         (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    recipe = recipe_from_table(
-        {"train": {"max_steps": 9}, "data": {"path": "x"}, "schedule": run.recipe["schedule"]}, path
-    )
+    tables = {"train": {}, "data": {}} | run.recipe
+    tables["train"] = {"max_steps": 9} | tables["train"]
+    tables["data"] = {"path": "x"} | tables["data"]
+    recipe = recipe_from_table(tables, path)
     (path / "recipe.toml").write_text(to_toml(recipe))
+    (path / "environment.json").write_text(json.dumps(run.environment))
+    (path / "data.json").write_text(json.dumps(run.data))
     return path
 
 
@@ -42,6 +48,9 @@ def test_what_is_read_is_what_was_written(tmp_path):
     assert np.isnan(series.si_sdr[6]).all()
     assert series.sampled.norms.shape == series.sampled.ratios.shape == (6, 6)
     assert series.of_validation["step"].tolist() == [200]
+    assert series.validations == run.validations
+    assert series.data == run.data
+    assert series.loss_in_db
     assert series.said("clip.name") == "fixed"
     assert series.said("clip.nothing", 3) == 3
 
@@ -57,12 +66,55 @@ def test_a_torn_line_is_counted_and_the_end_of_a_long_run_can_be_read_alone(tmp_
     assert (len(end), end.last_step, end.n_torn) == (100, 1000, 1)
 
 
-def test_a_recipe_that_is_torn_is_said_in_a_sentence(tmp_path, capsys):
+@pytest.mark.parametrize("file", ["recipe.toml", "environment.json", "data.json"])
+@pytest.mark.parametrize("text", ["[data\n", "[]"])
+def test_a_file_that_is_torn_is_said_in_a_sentence(file, text, tmp_path, capsys):
     path = write(Run(60), tmp_path / "run")
-    (path / "recipe.toml").write_text("[data\n")
+    (path / file).write_text(text)
 
     assert main(["doctor", str(path)]) == 2
-    assert "recipe.toml cannot be read" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"{file} cannot be read" in said
+    assert said.count("\n") == 1
+
+
+def test_whether_a_loss_is_in_db_is_what_the_run_says_and_else_its_name(tmp_path):
+    run = Run(60)
+    run.recipe["loss"]["name"] = "my_file:my_loss"
+    assert run.series().loss_in_db
+    run.environment = {}
+    assert not run.series().loss_in_db
+    run.recipe["loss"]["name"] = "neg_snr"
+    assert run.series().loss_in_db
+    run.environment = {"loss_in_db": False}  # with inactive_weight, say
+    assert not run.series().loss_in_db
+
+
+def test_what_is_kept_of_a_long_run_is_spread_over_it_and_holds_all_of_its_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("unbraid.health.columns._Evenly.LIMIT", 8)
+    monkeypatch.setattr("unbraid.health.columns._Evenly.N_LAST", 3)
+
+    sampled = read_series(write(Run(2000), tmp_path / "run")).sampled
+
+    assert sampled.step.tolist() == [50, 450, 850, 1250, 1650, 1900, 1950, 2000]
+    assert len(sampled.items) == len(sampled.norms) == len(sampled.ratios) == 8
+    assert np.isfinite(sampled.norms).all()
+
+
+def test_rows_taken_up_in_blocks_are_what_they_are_together(tmp_path):
+    run = Run(1000)
+    run.change(301, 310, si_sdr=[], outcome="nonfinite_gradient", grad_norm=None, grad_norm_text="inf")
+    apart, together = Columns(), Columns()
+    for first in range(0, 1000, 70):
+        apart.add(run.steps[first : first + 70], 1)
+    together.add(run.steps)
+
+    for one, other in zip(apart.take()[:3], together.take()[:3], strict=True):
+        if isinstance(one, dict):
+            assert all(np.array_equal(one[name], other[name], equal_nan=True) for name in other)
+        else:
+            assert np.array_equal(one, other, equal_nan=one.dtype.kind == "f")
+    assert apart.n_torn == 15
 
 
 @pytest.mark.parametrize("make", [None, "empty"])
@@ -119,6 +171,16 @@ def test_three_things_are_told_at_most_worst_first(tmp_path, capsys):
     assert capsys.readouterr().out == f"{healthy}: 2000 steps, healthy.\n"
 
 
+def test_a_code_that_does_not_exist_cannot_be_muted(tmp_path, capsys):
+    path = write(Run(60), tmp_path / "run")
+
+    assert main(["doctor", str(path), "--mute", "dead_outputs"]) == 2
+
+    said = capsys.readouterr().err
+    assert said.startswith("unbraid: 'dead_outputs' cannot be muted")
+    assert said.endswith("Did you mean 'DEAD_OUTPUT'?\n")
+
+
 def test_for_scripts_there_is_json(tmp_path, capsys):
     path = sick(tmp_path)
 
@@ -139,3 +201,50 @@ def test_a_bulletin_is_one_line_and_never_costs_the_run(tmp_path, monkeypatch):
     assert "\n" not in bulletin(path)
     monkeypatch.setattr("unbraid.health.rules.examine", lambda _series: 1 / 0)
     assert bulletin(path) == "doctor: could not look (ZeroDivisionError: division by zero)"
+
+
+@pytest.mark.parametrize(
+    "make_sick",
+    [
+        test_rules.sick_overfitting,
+        test_rules.sick_plateau,
+        test_rules.sick_memory,
+        test_rules.sick_pace,
+        test_rules.sick_source,
+        test_rules.sick_targets,
+        test_rules.sick_unvalidated,
+    ],
+)
+def test_what_only_a_whole_run_can_show_is_seen_late_in_it_too(make_sick, tmp_path):
+    run = Run(8000, every=800)
+    make_sick(run)
+    path = write(run, tmp_path / "run")
+
+    looked_at, all_of_it = (read_series(path, **how) for how in ({"last": 1500, "thinned": True}, {}))
+
+    found = {finding.code for finding in examine(all_of_it)}
+    assert found
+    assert {finding.code for finding in examine(looked_at)} >= found & test_rules.OF_WHOLE_RUNS
+    assert found & test_rules.OF_WHOLE_RUNS
+
+
+@pytest.mark.parametrize("make", [lambda _: None, *test_rules.HEALTHY])
+def test_nothing_is_found_in_some_steps_of_a_healthy_run(make, tmp_path):
+    run = Run(4000, every=400)
+    make(run)
+
+    assert examine(read_series(write(run, tmp_path / "run"), last=1000, thinned=True)) == []
+
+
+def test_a_look_costs_no_more_late_in_a_run_than_early(tmp_path, monkeypatch):
+    paths = [write(Run(n_steps, every=n_steps // 4), tmp_path / str(n_steps)) for n_steps in (4000, 16000)]
+    monkeypatch.setattr("unbraid.health.rules.LOOKED_BACK", 500)
+    parse, counts = records._parsed, []
+
+    for path in paths:
+        lines = []
+        monkeypatch.setattr(records, "_parsed", lambda line, lines=lines: lines.append(1) or parse(line))
+        assert bulletin(path) == "doctor: healthy"
+        counts.append(len(lines))
+
+    assert counts[1] <= counts[0] < 6500

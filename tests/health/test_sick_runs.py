@@ -1,11 +1,13 @@
 """Runs that are sick for real: trained as users train, each with one thing wrong, and called by its name."""
 
+import shutil
 import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import soundfile
+from conftest import talker
 
 from unbraid.assemble import train
 from unbraid.data import loader, mixtures
@@ -89,6 +91,17 @@ def doctored(tmp_path, speaker_folder):
 
     make.folder = folder
     return make
+
+
+def manifest(folder, splits):
+    """A table of the folder's files, each in the splits that are named for its speaker."""
+    rows = [
+        f"{path.relative_to(folder).as_posix()},{path.parent.name},{split}"
+        for path in sorted(folder.rglob("*.wav"))
+        for split in splits(int(path.parent.name[-2:]), path)
+    ]
+    (folder / "table.csv").write_text("\n".join(["path,speaker,split", *rows]) + "\n")
+    return f"data.path={folder / 'table.csv'}"
 
 
 @pytest.fixture
@@ -187,3 +200,45 @@ def test_one_silent_source_in_each_example(doctored, batches_become):
     batches_become(silenced)
 
     assert worst(doctored()) == "SILENT_SOURCES"
+
+
+@pytest.mark.slow
+def test_files_that_are_trained_on_and_validated_on(doctored):
+    table = manifest(doctored.folder, lambda speaker, _: ("train", "valid") if speaker < 4 else ("train",))
+
+    found = doctored(table)
+
+    assert worst(found) == "VALIDATION_IN_TRAINING"
+    assert found["VALIDATION_IN_TRAINING"].what.startswith("12 of 12 recordings")
+    assert "speaker-00" in found["VALIDATION_IN_TRAINING"].why
+
+
+@pytest.mark.slow
+def test_recordings_that_are_validated_on_under_another_name(doctored):
+    folder = doctored.folder
+    for speaker in range(4):
+        for path in (folder / f"speaker-{speaker:02d}").glob("*.wav"):
+            copy = folder / f"other-{speaker:02d}" / f"take-{path.name}"
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copy(path, copy)
+    table = manifest(folder, lambda _, path: ("valid",) if path.parent.name.startswith("other") else ("train",))
+
+    found = doctored(table)
+
+    assert worst(found) == "VALIDATION_IN_TRAINING"
+    assert "12 are copies under other names" in found["VALIDATION_IN_TRAINING"].why
+
+
+@pytest.mark.slow
+def test_data_that_are_not_shuffled(doctored, monkeypatch):
+    """File by file as they lie in their folders: every other speaker is half noise, and harder."""
+    rng = np.random.default_rng(0)
+    for speaker in range(12):
+        for utterance in range(24):
+            noise = 0.03 * (speaker % 2) * rng.standard_normal(12000).astype(np.float32)
+            path = doctored.folder / f"speaker-{speaker:02d}" / f"{utterance:02d}.wav"
+            soundfile.write(path, talker(speaker, utterance) + noise, 8000, subtype="FLOAT")
+    table = manifest(doctored.folder, lambda speaker, _: ("valid",) if speaker < 2 else ("train",))
+    monkeypatch.setattr(mixtures, "_order", lambda _seed, _purpose, _epoch, n_tracks: np.arange(n_tracks))
+
+    assert worst(doctored(table, "train.max_steps=900")) == "NOT_SHUFFLED"

@@ -104,6 +104,7 @@ def test_weights_that_drift_apart_end_the_run_within_the_interval_and_are_named(
     for seen in ranks:
         assert seen["drift"]["steps"] == 40
         assert "do not hold the same weights (first in 2.weight)" in seen["drift"]["ended"]
+    assert ranks[0]["drift"]["events"] == [["RANKS_DIFFER", 0, {"first": "2.weight"}]]
 
 
 def test_the_slow_rank_and_its_slow_section_are_named_once(ranks):
@@ -155,5 +156,7 @@ def test_torchrun_trains_as_one_process_does_and_either_goes_on_with_the_others_
     assert len(losses["two"]) == len(losses["mixed"]) == 6
     assert losses["two"] == pytest.approx(losses["one"], abs=1e-4)
     assert losses["mixed"] == pytest.approx(losses["one"], abs=1e-4)
-    scores = [read_rows(RunDirectory(path).validation)[0][-1]["si_sdr"] for path in (two, one)]
-    assert scores[0] == pytest.approx(scores[1], abs=1e-3)
+    rows = [read_rows(RunDirectory(path).validation)[0][-1] for path in (two, one)]
+    assert rows[0]["si_sdr"] == pytest.approx(rows[1]["si_sdr"], abs=1e-3)
+    assert rows[0]["orders"] == rows[1]["orders"]
+    assert rows[0]["item_si_sdri"] == pytest.approx(rows[1]["item_si_sdri"], abs=2e-3)

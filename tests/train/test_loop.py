@@ -49,7 +49,12 @@ def test_a_run_leaves_everything_the_design_names(recipe_file, tmp_path):
     assert {record.outcome for record in steps} == {"trained"}
     assert [row["step"] for row in read_rows(run.validation)[0]] == [3, 6]
     assert (run.checkpoints / "last").read_text().strip() == "step-000006"
-    assert json.loads(run.environment.read_text())["chosen"]["precision"] == "fp32"
+    environment = json.loads(run.environment.read_text())
+    assert (environment["chosen"]["precision"], environment["loss_in_db"]) == ("fp32", True)
+    assert json.loads(run.data.read_text())["splits"] == {
+        "train": {"files": 8, "speakers": 4},
+        "valid": {"files": 4, "speakers": 2},
+    }
     assert load_recipe(run.recipe).optim.options["lr"] == 1e-3
 
 

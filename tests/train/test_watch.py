@@ -9,10 +9,11 @@ from toys import TwoFilters, make_batch, make_state, squared_error
 
 from unbraid.data.batch import Batch
 from unbraid.metrics import si_sdr
+from unbraid.models import MODELS
 from unbraid.records import append_record, read_steps
 from unbraid.robust.clip import FixedClip, NoClip
 from unbraid.train.step import train_step
-from unbraid.train.watch import EVERY_STEPS, blocks_of, is_sampled, item_details, item_truth
+from unbraid.train.watch import EVERY_STEPS, MAX_BLOCKS, blocks_of, is_sampled, item_details, item_truth
 
 
 def sampled_step(state, batch):
@@ -39,6 +40,52 @@ def test_blocks_are_named_up_to_their_first_number():
 
     assert list(blocks) == ["encoder", "stack.blocks.0", "stack.blocks.1"]
     assert sum(map(len, blocks.values())) == len(list(model.parameters()))
+
+
+class Deep(nn.Module):
+    """Stacks within stacks, layers of a recurrent one, a sequence of unlike layers, and a frozen one."""
+
+    def __init__(self, n_outer=2, n_inner=3):
+        super().__init__()
+        self.encoder = nn.ModuleDict({"filters": nn.Conv1d(1, 4, 3)})
+        self.dual = nn.ModuleList(
+            nn.ModuleDict({"intra": nn.ModuleList(nn.Linear(2, 2) for _ in range(n_inner)), "norm": nn.LayerNorm(2)})
+            for _ in range(n_outer)
+        )
+        self.head = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.PReLU()))
+        self.rnn = nn.LSTM(2, 2, num_layers=2, bidirectional=True)
+
+
+def test_stacks_within_stacks_and_layers_of_an_lstm_are_blocks_of_their_own():
+    model = Deep()
+
+    blocks = blocks_of(model)
+
+    assert list(blocks) == [
+        "encoder",
+        *[f"dual.{outer}{inner}" for outer in (0, 1) for inner in (".intra.0", ".intra.1", ".intra.2", "")],
+        "head.0",
+        "rnn.l0",
+        "rnn.l0_reverse",
+        "rnn.l1",
+        "rnn.l1_reverse",
+    ]
+    assert {id(p) for block in blocks.values() for p in block} == set(map(id, model.parameters()))
+    assert [len(blocks[name]) for name in ("dual.0.intra.1", "dual.0", "head.0", "rnn.l1")] == [2, 2, 3, 4]
+
+
+def test_a_model_with_too_many_blocks_is_looked_at_in_coarser_ones():
+    blocks = blocks_of(Deep(n_outer=3, n_inner=30))
+
+    assert list(blocks) == ["encoder", "dual.0", "dual.1", "dual.2", "head.0", "rnn"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_no_model_of_ours_has_more_blocks_than_a_record_should_hold(name):
+    with torch.device("meta"):
+        model = MODELS[name](**({"n_sources": 2} if name != "bs_roformer" else {}))
+
+    assert 1 < len(blocks_of(model)) <= MAX_BLOCKS
 
 
 @pytest.mark.parametrize("clipper", [NoClip(), FixedClip(max_norm=1e-3)])
@@ -155,7 +202,9 @@ def test_a_step_is_clipped_where_its_gradient_was_longer_than_the_limit(max_norm
 
 
 def test_memory_is_recorded():
-    assert train_step(make_state(), make_batch()).peak_memory_bytes > 10**7
+    record = train_step(make_state(), make_batch())
+
+    assert min(record.peak_memory_bytes, record.host_memory_bytes) > 10**7
 
 
 def test_a_frozen_block_has_no_norm():

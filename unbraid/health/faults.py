@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from typing import NamedTuple
 
 import numpy as np
 
@@ -9,18 +10,29 @@ from unbraid.health.finding import Finding
 from unbraid.health.rolling import episodes, highest, middle, usual
 from unbraid.health.series import LEFT_ALONE, Series
 
+
+class Advice(NamedTuple):
+    """What to do, in one sentence, and the recipe's key that it is done with."""
+
+    words: str
+    key: str
+
+
 ADVICE = {
-    "nonfinite_loss": (
-        "Replay the incident to see which example or layer it is, and leave its file out.",
-        "data.exclude",
+    "nonfinite_loss": Advice(
+        "Replay the incident to see which example or layer it is, and leave its file out.", "data.exclude"
     ),
-    "nonfinite_gradient": (
-        "Replay the incident: it names the layer, and the precision in which it goes away.",
-        "train.precision",
+    "nonfinite_gradient": Advice(
+        "Replay the incident: it names the layer, and the precision in which it goes away.", "train.precision"
     ),
-    "over_limit": ("Lower the learning rate, or raise the limit if the loss is meant to be so large.", "optim.lr"),
-    "out_of_memory": ("Take shorter excerpts or a smaller batch.", "data.excerpt_seconds"),
+    "over_limit": Advice(
+        "Lower the learning rate, or raise the limit if the loss is meant to be so large.", "optim.lr"
+    ),
+    "out_of_memory": Advice("Take shorter excerpts, a smaller batch or a smaller model.", "data.excerpt_seconds"),
+    "loss_scale": Advice('Take bf16, which has the range of fp32 (train.precision = "bf16").', "train.precision"),
 }
+"""What to do where steps are left out, by their outcome."""
+
 OF_EXAMPLES = (
     "STEP_RESCUED",
     "STEP_SKIPPED_NONFINITE_LOSS",
@@ -195,4 +207,25 @@ def adam_remembers(series: Series) -> Finding | None:
         key="clip.name",
         steps=(int(steps[place]), int(steps[place]) + n_steps),
         confidence=0.9,
+    )
+
+
+def ranks_differ(series: Series) -> Finding | None:
+    """Processes that came to hold different weights."""
+    found = [event for event in series.events if event.get("code") == "RANKS_DIFFER"]
+    if not found:
+        return None
+    step, first = int(found[-1]["step"]), found[-1].get("evidence", {}).get("first", "unknown")
+    return Finding(
+        code="RANKS_DIFFER",
+        severity="critical",
+        what="The processes do not hold the same weights.",
+        why=f"At step {step} they differed, first in {first}; the run ended there.",
+        advice=(
+            "Go on from the last checkpoint (--resume); a model that changes its weights outside of the optimizer, or "
+            "draws numbers of its own on each process, makes them differ."
+        ),
+        key="",
+        steps=(int(found[0]["step"]), step),
+        confidence=1.0,
     )

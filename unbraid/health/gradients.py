@@ -1,12 +1,16 @@
 """Rules on gradients: norms, clipping, the learning rate by what it does to the weights, fp16's scale."""
 
 import re
+from collections import defaultdict
+from collections.abc import Sequence
 
 import numpy as np
 
+from unbraid.health.columns import Floats
+from unbraid.health.faults import ADVICE
 from unbraid.health.finding import Finding
 from unbraid.health.rolling import highest, middle, usual
-from unbraid.health.series import Floats, Series
+from unbraid.health.series import Series
 
 RECENT = 1000
 LIKE_ADAM = ("adam", "adamw", "muon", "schedule_free")
@@ -133,19 +137,15 @@ def first_blocks(series: Series) -> Finding | None:
     sampled = series.sampled
     if len(sampled.step) < 5:
         return None
-    stacks: dict[str, list[int]] = {}
-    for place, name in enumerate(sampled.blocks):
-        if found := re.match(r"(.*?)\.?(\d+)$", name):
-            stacks.setdefault(found[1], []).append(place)
-    norms = sampled.norms[-10:]
+    squares = np.square(sampled.norms[-10:])
     worst: tuple[float, str, int] = (0.0, "", 0)
-    for stack, places in stacks.items():
-        if len(places) >= 3:
-            first, last = norms[:, places[0]], norms[:, places[-1]]
+    for stack, layers in _stacks(sampled.blocks).items():
+        if len(layers) >= 3:
+            first, last = (np.sqrt(squares[:, layers[number]].sum(1)) for number in (min(layers), max(layers)))
             moved = (first > 0) & (last > 0)  # a block that is not trained has none
             ratio = middle(np.log10(first[moved] / last[moved]))
             if np.isfinite(ratio) and abs(ratio) > abs(worst[0]):
-                worst = ratio, stack, len(places)
+                worst = ratio, stack, len(layers)
     ratio, stack, n = worst
     if abs(ratio) < 3:
         return None
@@ -167,6 +167,21 @@ def first_blocks(series: Series) -> Finding | None:
     )
 
 
+def _stacks(blocks: Sequence[str]) -> dict[str, dict[int, list[int]]]:
+    """Layers that follow each other: the places of the blocks in each of them, by the stack's name and their number.
+
+    A block in a stack inside another belongs to both; the two directions of a recurrent layer are stacks of their own.
+    """
+    stacks: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for place, name in enumerate(blocks):
+        words = name.split(".")
+        for depth, word in enumerate(words):
+            if found := re.match(r"(.*?)(\d+)(_reverse)?$", word):
+                stack = ".".join([*words[:depth], found[1] + (found[3] or "")]).rstrip(".")
+                stacks[stack][int(found[2])].append(place)
+    return stacks
+
+
 def loss_scale_sinks(series: Series) -> Finding | None:
     """fp16's scale going down and down: something overflows at any scale."""
     scale, steps = series.of_step["loss_scale"], series.of_step["step"]
@@ -179,8 +194,8 @@ def loss_scale_sinks(series: Series) -> Finding | None:
         severity="critical" if scale[-1] < 4 else "warning",
         what="fp16 overflows again and again.",
         why=f"The loss scale sank from {top:g} to {scale[-1]:g} in {overflows} overflows.",
-        advice="Take bf16, which has the range of fp32.",
-        key="train.precision",
+        advice=ADVICE["loss_scale"].words,
+        key=ADVICE["loss_scale"].key,
         steps=(int(steps[np.flatnonzero(scale == top)[-1]]), int(steps[-1])),
         confidence=0.95,
     )

@@ -3,9 +3,10 @@
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
+from unbraid.health.columns import Floats
 from unbraid.health.finding import Finding
 from unbraid.health.rolling import highest, lowest, middle, where_lowest
-from unbraid.health.series import Floats, Series
+from unbraid.health.series import Series
 
 
 def oscillation(series: Series) -> Finding | None:
@@ -35,14 +36,15 @@ def oscillation(series: Series) -> Finding | None:
 
 def plateau(series: Series) -> Finding | None:
     """Neither training nor validation has moved for the last two fifths of the run, at a learning rate that could."""
-    loss, steps = series.level(series.of_validation["loss"]), series.of_validation["step"]
-    lr = series.of_step["lr"]
+    course = series.course
+    loss, steps = course.level(course.of_validation["loss"]), course.of_validation["step"]
+    lr = course.of_step["lr"]
     best = where_lowest(loss)
     if best is None or len(loss) < 8 or not series.whole or not lr[-1] >= 0.2 * highest(lr):
         return None
     since = steps[best]
-    level = series.level()[series.trained]
-    before, after = (middle(part) for part in np.array_split(level[-2 * (len(level) // 5) :], 2))
+    level, share = course.level()[course.trained], course.of_step["step"][course.trained] / course.last_step
+    before, after = middle(level[(share > 0.6) & (share <= 0.8)]), middle(level[share > 0.8])
     if since > 0.6 * series.last_step or not after >= before - 0.1 or _overfits(series) is not None:
         return None
     return Finding(
@@ -85,16 +87,17 @@ def _overfits(series: Series) -> tuple[int, float, float] | None:
 
     Validations are held against each other as medians of three, as the best of many is best by chance.
     """
-    loss, steps = series.level(series.of_validation["loss"]), series.of_validation["step"]
+    course = series.course
+    loss, steps = course.level(course.of_validation["loss"]), course.of_validation["step"]
     if len(loss) < 7 or not series.whole:
         return None
     smooth = np.array([middle(loss[place : place + 3]) for place in range(len(loss) - 2)])
     place = where_lowest(smooth)
     if place is None or place + 3 > len(smooth) - 1:
         return None
-    level, at = series.level()[series.trained], series.of_step["step"][series.trained]
-    best, n = steps[place + 1], max(50, len(level) // 10)
-    before, after = middle(level[(at > best - n) & (at <= best)]), middle(level[-n:])
+    level, at = course.level()[course.trained], course.of_step["step"][course.trained]
+    best, n = steps[place + 1], max(50, course.last_step // 10)
+    before, after = middle(level[(at > best - n) & (at <= best)]), middle(level[at > course.last_step - n])
     worse, better = smooth[-1] - smooth[place], before - after
     swing = middle(np.abs(np.diff(loss)))
     if not worse > max(0.5, 2 * swing) or not better > 0.3:
@@ -126,9 +129,9 @@ def rate_never_moved(series: Series) -> Finding | None:
         return None
     loss, steps, lr = (series.of_validation[name] for name in ("loss", "step", "lr"))
     best, patience = where_lowest(loss), series.said("schedule.patience", 2)
-    first, last = int(series.of_step["step"][0]), series.last_step
-    if len(loss) == 0 and len(series) >= 2000 and series.said("validate.every_steps", 1) == 0:
-        why = f"The schedule waits for validations, and there was none in {len(series)} steps."
+    first, last = int(series.course.of_step["step"][0]), series.last_step
+    if len(loss) == 0 and last >= 2000 and series.said("validate.every_steps", 1) == 0:
+        why = f"The schedule waits for validations, and there was none in {last} steps."
         advice, key = "Validate every so many steps.", "validate.every_steps"
     elif best is not None and len(loss) - 1 - best > 2 * (patience + 1) and highest(lr) <= lowest(lr):
         why = f"It is {lr[-1]:.1e} all the time, and validation was best at step {steps[best]:.0f} of {last}."

@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 
+from unbraid.health.columns import Floats, rows_of
 from unbraid.health.finding import Finding
 from unbraid.health.rolling import highest, middle
-from unbraid.health.series import Floats, Series, rows_of
+from unbraid.health.series import Series
 
 SILENT_DB, BELOW_LOUDEST_DB = -180.0, 80.0
 """An output counts as silent below either: a loss that ignores level lets all of them be faint."""
@@ -95,7 +96,8 @@ def output_is_mixture(series: Series) -> Finding | None:
 
 def source_left_behind(series: Series) -> Finding | None:
     """One source that got no better while another did."""
-    trained = series.si_sdr[series.trained]
+    course = series.course
+    trained = course.si_sdr[course.trained]
     if trained.shape[1] < 2 or len(trained) < 600 or not series.whole:
         return None
     early, late = _by_source(trained[:200]), _by_source(trained[-500:])
@@ -116,14 +118,15 @@ def source_left_behind(series: Series) -> Finding | None:
         ),
         advice="See whether its files are silent or belong to other mixtures.",
         key="data.path",
-        steps=(int(series.of_step["step"][0]), series.last_step),
+        steps=(int(course.of_step["step"][0]), series.last_step),
         confidence=0.85,
     )
 
 
 def foreign_targets(series: Series) -> Finding | None:
     """Targets that have nothing in common with what comes out, from the first step on."""
-    trained = series.si_sdr[series.trained]
+    course = series.course
+    trained = course.si_sdr[course.trained]
     if not trained.shape[1] or series.at_full_rate.sum() < 300 or not series.whole:
         return None
     early, late = (highest(_by_source(part)) for part in (trained[:100], trained[-100:]))
@@ -142,7 +145,7 @@ def foreign_targets(series: Series) -> Finding | None:
         ),
         advice="See that each target belongs to its mixture: names, order and start of the files.",
         key="data.path",
-        steps=(int(series.of_step["step"][0]), series.last_step),
+        steps=(int(course.of_step["step"][0]), series.last_step),
         confidence=0.9,
     )
 

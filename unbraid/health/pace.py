@@ -51,10 +51,12 @@ def slow_rank(series: Series) -> Finding | None:
 
 def slowing_down(series: Series) -> Finding | None:
     """Steps that take ever longer."""
-    seconds = (series.of_step["seconds"] + series.of_step["data_seconds"])[series.trained]
+    course = series.course
+    seconds = (course.of_step["seconds"] + course.of_step["data_seconds"])[course.trained]
     if len(seconds) < 1000 or not series.whole:
         return None
-    early, halfway, late = middle(seconds[50:250]), middle(seconds[len(seconds) // 2 :][:200]), middle(seconds[-200:])
+    half = int(np.searchsorted(course.of_step["step"][course.trained], series.last_step / 2))
+    early, halfway, late = middle(seconds[50:250]), middle(seconds[half:][:200]), middle(seconds[-200:])
     if not (late > 1.5 * early and late > 1.1 * halfway and halfway > 1.1 * early):
         return None
     return Finding(
@@ -64,25 +66,31 @@ def slowing_down(series: Series) -> Finding | None:
         why=f"A step took {early:.3f} s at first, {halfway:.3f} halfway and {late:.3f} now (medians of 200).",
         advice="See what else runs on the machine, and whether it gets hot or swaps.",
         key="",
-        steps=(int(series.of_step["step"][0]), series.last_step),
+        steps=(int(course.of_step["step"][0]), series.last_step),
         confidence=0.7,
     )
 
 
 def memory_creeps(series: Series) -> Finding | None:
-    """Memory that grows in every part of the run: something is kept that should not be."""
-    memory, steps = series.of_step["peak_memory_bytes"], series.of_step["step"]
-    if len(memory) < 1000 or not series.whole:
+    """Memory that grows in every part of the run, on the accelerator or the host: something is kept."""
+    if series.last_step < 1000 or not series.whole:
         return None
-    marks = memory[np.linspace(len(memory) // 4, len(memory) - 1, 7).astype(int)] / 2**20
+    places = {"peak_memory_bytes": "Memory", "host_memory_bytes": "The host's memory"}
+    return next((found for name in places if (found := _creeps(series, name, places[name])) is not None), None)
+
+
+def _creeps(series: Series, column: str, called: str) -> Finding | None:
+    memory, steps = series.course.of_step[column], series.course.of_step["step"]
+    quarter = steps[-1] / 4
+    marks = memory[np.searchsorted(steps, np.linspace(quarter, steps[-1], 7))] / 2**20
     grown = np.diff(marks)
     if not (grown > 0).all() or marks[-1] - marks[0] < max(200.0, 0.1 * marks[0]) or grown.max() > 0.6 * grown.sum():
         return None
-    rate = (marks[-1] - marks[0]) / (steps[-1] - steps[len(steps) // 4])
+    rate = (marks[-1] - marks[0]) / (steps[-1] - quarter)
     return Finding(
         code="MEMORY_CREEPS",
         severity="warning",
-        what="Memory grows all the time.",
+        what=f"{called} grows all the time.",
         why=(
             f"Its peak rose from {marks[0]:.0f} to {marks[-1]:.0f} MiB over the last three quarters, "
             f"{1024 * rate:.0f} KiB a step."
@@ -92,6 +100,6 @@ def memory_creeps(series: Series) -> Finding | None:
             "or .item())."
         ),
         key="",
-        steps=(int(steps[len(steps) // 4]), int(steps[-1])),
+        steps=(int(quarter), int(steps[-1])),
         confidence=0.8,
     )

@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from unbraid.health.series import Floats
+from unbraid.health.columns import Floats
 
 AT_A_TIME = 20_000
 
@@ -26,11 +26,19 @@ def usual(values: Floats, *, n_before: int = 100, at_least: int = 30) -> tuple[F
         some = windows[begin : begin + AT_A_TIME]
         known = np.isfinite(some).sum(1) >= at_least
         if known.any():
-            median = np.nanmedian(some[known], axis=1)
+            median = _medians(some[known])
             place = begin + np.flatnonzero(known)
             medians[place] = median
-            spreads[place] = np.nanmedian(np.abs(some[known] - median[:, None]), axis=1)
+            spreads[place] = _medians(np.abs(some[known] - median[:, None]))
     return medians, spreads
+
+
+def _medians(rows: Floats) -> Floats:
+    """The median of what is not NaN in each row; sorting is several times as fast as `numpy.nanmedian`."""
+    ordered = np.sort(rows, axis=1)  # NaN comes last
+    count = np.isfinite(ordered).sum(1)
+    middles = np.stack([(count - 1) // 2, count // 2], axis=1)
+    return np.take_along_axis(ordered, middles, axis=1).mean(1)
 
 
 def middle(values: Floats) -> float:

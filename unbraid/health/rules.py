@@ -4,8 +4,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from unbraid.health import faults, gradients, learning, outputs, pace
-from unbraid.health.finding import SEVERITIES, Finding
+from unbraid.errors import UserError, nearest
+from unbraid.health import faults, gradients, held_out, learning, outputs, pace
+from unbraid.health.finding import CODES, SEVERITIES, Finding
 from unbraid.health.series import Series, read_series
 
 STATUS = {severity: status for status, severity in enumerate(reversed(SEVERITIES))}
@@ -18,6 +19,7 @@ RULES: dict[str, Rule] = {
         faults.bad_files,
         faults.loss_spike,
         faults.adam_remembers,
+        faults.ranks_differ,
         gradients.norm_spikes,
         gradients.clip_is_the_rate,
         gradients.learning_rate,
@@ -30,6 +32,9 @@ RULES: dict[str, Rule] = {
         learning.rate_never_moved,
         learning.worse_than_mixture,
         learning.not_shuffled,
+        held_out.validation_not_finite,
+        held_out.validation_in_training,
+        held_out.permutation_flips,
         outputs.dead_output,
         outputs.collapsed_outputs,
         outputs.output_is_mixture,
@@ -51,8 +56,16 @@ def examine(series: Series, *, mute: Iterable[str] = ()) -> list[Finding]:
     Args:
         series: The run.
         mute: Codes that are not to be told.
+
+    Raises:
+        UserError: If there is no such code.
     """
     silent = set(mute)
+    for code in silent.difference(CODES):
+        listed = ", ".join(CODES)
+        raise UserError(
+            f"{code!r} cannot be muted, as no finding has that code; there are {listed}." + nearest(code.upper(), CODES)
+        )
     found = [finding for name, rule in RULES.items() if (finding := _asked(name, rule, series)) is not None]
     told = [finding for finding in found if finding.code not in silent]
     return sorted(told, key=lambda finding: (SEVERITIES.index(finding.severity), -finding.confidence))
@@ -98,9 +111,9 @@ LOOKED_BACK = 5000
 
 
 def bulletin(path: Path) -> str:
-    """One line on a run that goes on, from its last steps; looking must never cost the run."""
+    """One line on a run that goes on, from its last steps and some of all; looking must never cost the run."""
     try:
-        findings = examine(read_series(path, last=LOOKED_BACK))
+        findings = examine(read_series(path, last=LOOKED_BACK, thinned=True))
     except Exception as error:  # noqa: BLE001
         return f"doctor: could not look ({type(error).__name__}: {error})"
     worst = next((finding for finding in findings if STATUS[finding.severity]), None)

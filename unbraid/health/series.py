@@ -1,9 +1,9 @@
 """A run directory's records as arrays over steps; no torch."""
 
-import math
+import json
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,51 +11,16 @@ import numpy as np
 import numpy.typing as npt
 
 from unbraid.errors import CheckpointError
-from unbraid.records import RunDirectory, read_rows
-
-Floats = npt.NDArray[np.float64]
+from unbraid.health.columns import Columns, Floats, Row, Sampled, numbers
+from unbraid.records import RunDirectory, read_rows, row_blocks
 
 DB_LOSSES = ("neg_sa_sdr", "neg_si_sdr", "neg_snr", "neg_thresholded_snr")
-"""The losses of ours that are in dB, by name: the same as `unbraid.losses.IN_DB`, which would bring torch along."""
+"""The losses of ours that are in dB, by name: for runs that have not written down whether theirs is."""
 
 LEFT_ALONE = ("trained", "all_easy", "loss_scale")
 """Outcomes of a step that are no fault of example or model."""
 
-NUMBERS = (
-    "step",
-    "loss",
-    "grad_norm",
-    "limit",
-    "norm_after",
-    "lr",
-    "loss_scale",
-    "n_trained",
-    "n_easy",
-    "clipped",
-    "seconds",
-    "data_seconds",
-    "peak_memory_bytes",
-)
 SCORES = ("step", "loss", "si_sdri", "lr")
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """The steps that were looked at closely.
-
-    Attributes:
-        step: ``(sample,)``.
-        blocks: Names of the model's blocks, in its order.
-        norms: Of each block's gradient, ``(sample, block)``.
-        ratios: Of each block's update to its weights, ``(sample, block)``.
-        items: The examples of each sampled step, as `unbraid.records.ItemRecord` has them.
-    """
-
-    step: Floats
-    blocks: tuple[str, ...]
-    norms: Floats
-    ratios: Floats
-    items: Sequence[Sequence[Mapping[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -68,9 +33,13 @@ class Series:
         si_sdr: Of each source, ``(step, source)``.
         sampled: The steps that were looked at closely.
         of_validation: The numbers of `unbraid.records.ValidationRecord`, by name, ``(validation,)``.
+        validations: The last of them, as `unbraid.records.ValidationRecord` has them.
         events: As `unbraid.records.Event` has them.
         recipe: The resolved recipe.
+        environment: As the run directory has it.
+        data: As the run directory has it.
         n_torn: Lines that could not be read.
+        thinned: Of a run whose end alone was read, some steps of all of it.
     """
 
     of_step: Mapping[str, Floats]
@@ -78,9 +47,13 @@ class Series:
     si_sdr: Floats
     sampled: Sampled
     of_validation: Mapping[str, Floats]
-    events: Sequence[Mapping[str, Any]] = ()
-    recipe: Mapping[str, Any] = field(default_factory=dict)
+    validations: Sequence[Row] = ()
+    events: Sequence[Row] = ()
+    recipe: Row = field(default_factory=dict)
+    environment: Row = field(default_factory=dict)
+    data: Row = field(default_factory=dict)
     n_torn: int = 0
+    thinned: "Series | None" = None
 
     def __len__(self) -> int:
         """Steps."""
@@ -92,9 +65,18 @@ class Series:
         return self.outcome == "trained"
 
     @property
+    def course(self) -> "Series":
+        """The run from its first step on, so that early and late can be held against each other; some steps of it.
+
+        Its first `N_HEAD` steps and its last ones are all there.
+        """
+        return self.thinned or self
+
+    @property
     def whole(self) -> bool:
-        """Whether it goes back to the first step, so that early and late can be held against each other."""
-        return len(self) > 0 and bool(self.of_step["step"][0] <= 1)
+        """Whether `course` goes back to the first step."""
+        course = self.course
+        return len(course) > 0 and bool(course.of_step["step"][0] <= 1)
 
     @property
     def trains_signals(self) -> bool:
@@ -105,8 +87,13 @@ class Series:
     def at_full_rate(self) -> npt.NDArray[np.bool_]:
         """The trained steps at half the recipe's learning rate or more, as schedules begin and end low, ``(step,)``."""
         lr = self.of_step["lr"]
-        top = self.said("optim.lr") or (np.nanmax(lr) if np.isfinite(lr).any() else np.nan)
-        return self.trained & (lr >= 0.5 * float(top))
+        return self.trained & (lr >= 0.5 * self.top_rate)
+
+    @property
+    def top_rate(self) -> float:
+        """The recipe's learning rate, or else the highest there was."""
+        lr = self.of_step["lr"]
+        return float(self.said("optim.lr") or (np.nanmax(lr) if np.isfinite(lr).any() else np.nan))
 
     @property
     def last_step(self) -> int:
@@ -119,6 +106,12 @@ class Series:
         found = self.recipe.get(table)
         return found.get(name, otherwise) if isinstance(found, Mapping) else otherwise
 
+    @property
+    def loss_in_db(self) -> bool:
+        """Whether the loss is in dB, as the run has written down; where it has not, as its name says."""
+        written = self.environment.get("loss_in_db")
+        return written if isinstance(written, bool) else self.said("loss.name", "neg_si_sdr") in DB_LOSSES
+
     def level(self, loss: Floats | None = None) -> Floats:
         """Losses as they can be compared: in dB as they are, else ten times their logarithm; the run's own if None.
 
@@ -126,93 +119,107 @@ class Series:
         """
         own = self.of_step["loss"]
         given = own if loss is None else loss
-        if self.said("loss.name", "neg_si_sdr") in DB_LOSSES or (own <= 0).any():
+        if self.loss_in_db or (own <= 0).any():
             return given
         return 10 * np.log10(np.where(given > 0, given, np.nan))
 
 
-def read_series(path: Path, *, last: int | None = None) -> Series:
-    """The records of a run, during it or after it.
+N_HEAD = 600
+N_WINDOWS, N_IN_WINDOW = 100, 30
+"""What is read of a run whose end alone is looked at: its first steps, and so many places of so many steps."""
+
+N_VALIDATIONS = 20
+"""So many of the last validations are kept with their items."""
+
+
+def read_series(path: Path, *, last: int | None = None, thinned: bool = False) -> Series:
+    """The records of a run, during it or after it; block by block, so that a million steps need little memory.
 
     Args:
         path: Its run directory.
         last: Read no more than about so many of its last steps; all if None.
+        thinned: Whether to read some steps of what lies before those, at a cost that does not grow with the run.
 
     Raises:
-        CheckpointError: If it is no run directory, or its recipe cannot be read.
+        CheckpointError: If it is no run directory, or a file of it cannot be read.
     """
     run = RunDirectory(path)
     if not path.is_dir():
         raise CheckpointError(f"There is no run directory {path}.")
     if not run.steps.exists():
         raise CheckpointError(f"{path} holds no {run.steps.name}: it is no run directory, or its run never began.")
-    steps, n_torn = read_rows(run.steps, last)
-    validations, n_more = read_rows(run.validation, last)
+    end = None if last is None else read_rows(run.steps, last)
+    validations, n_more = read_rows(run.validation)
     events, n_most = read_rows(run.events, last)
-    try:
-        recipe = tomllib.loads(run.recipe.read_text(encoding="utf-8")) if run.recipe.exists() else {}
-    except ValueError as error:
-        raise CheckpointError(f"{run.recipe} cannot be read ({error}); mend it, or move it away.") from error
-    return series_of(steps, validations, events, recipe, n_torn=n_torn + n_more + n_most)
+    others = (
+        validations,
+        events,
+        _table(run.recipe, tomllib.loads),
+        _table(run.environment, json.loads),
+        _table(run.data, json.loads),
+    )
+    series = _series(row_blocks(run.steps) if end is None else [end], *others, n_torn=n_more + n_most)
+    if end is None or not thinned or series.whole:
+        return series
+    return replace(series, thinned=_series([(_here_and_there(run.steps, end[0]), 0)], *others))
+
+
+def _here_and_there(path: Path, end: Sequence[Row]) -> list[Row]:
+    """The first steps of a run, some from places all over it, and its end."""
+    places = np.linspace(0, path.stat().st_size, N_WINDOWS, endpoint=False).astype(int)[1:]
+    some = [read_rows(path, first=N_HEAD)[0], *(read_rows(path, first=N_IN_WINDOW, begin=int(at))[0] for at in places)]
+    by_step = {row["step"]: row for rows in (*some, end) for row in rows if isinstance(row.get("step"), int)}
+    return [row for _, row in sorted(by_step.items())]
 
 
 def series_of(
-    steps: Sequence[Mapping[str, Any]],
-    validations: Sequence[Mapping[str, Any]],
-    events: Sequence[Mapping[str, Any]],
-    recipe: Mapping[str, Any],
+    steps: Sequence[Row],
+    validations: Sequence[Row],
+    events: Sequence[Row],
+    recipe: Row,
+    environment: Row | None = None,
+    data: Row | None = None,
+) -> Series:
+    """Rows of a run directory's files, and its small files, as `read_series` has them."""
+    return _series([(steps, 0)], validations, events, recipe, environment or {}, data or {})
+
+
+def _series(
+    blocks: Iterable[tuple[Sequence[Row], int]],
+    validations: Sequence[Row],
+    events: Sequence[Row],
+    recipe: Row,
+    environment: Row,
+    data: Row,
     *,
     n_torn: int = 0,
 ) -> Series:
-    """Rows of a run directory's files as arrays; rows without a number of their step are left out."""
-    steps, validations, events = (
-        [row for row in rows if isinstance(row.get("step"), int)] for rows in (steps, validations, events)
-    )
-    sampled = [row for row in steps if row.get("blocks") or row.get("items")]
-    blocks = tuple(next((row["blocks"] for row in sampled if row.get("blocks")), {}))
-    n_sources = max((len(row.get("si_sdr") or ()) for row in steps), default=0)
+    columns = Columns()
+    for rows, n_torn_here in blocks:
+        columns.add(rows, n_torn_here)
+    of_step, outcome, si_sdr, sampled = columns.take()
+    validations, events = ([row for row in rows if isinstance(row.get("step"), int)] for rows in (validations, events))
     return Series(
-        of_step={name: numbers(steps, name) for name in NUMBERS},
-        outcome=np.array([str(row.get("outcome", "")) for row in steps], dtype=np.str_),
-        si_sdr=rows_of([row.get("si_sdr") or () for row in steps], n_sources),
-        sampled=Sampled(
-            step=numbers(sampled, "step"),
-            blocks=blocks,
-            norms=_of_blocks(sampled, blocks, "grad_norm"),
-            ratios=_of_blocks(sampled, blocks, "update_ratio"),
-            items=[row.get("items") or [] for row in sampled],
-        ),
+        of_step=of_step,
+        outcome=outcome,
+        si_sdr=si_sdr,
+        sampled=sampled,
         of_validation={name: numbers(validations, name) for name in SCORES},
+        validations=validations[-N_VALIDATIONS:],
         events=events,
         recipe=recipe,
-        n_torn=n_torn,
+        environment=environment,
+        data=data,
+        n_torn=columns.n_torn + n_torn,
     )
 
 
-def numbers(rows: Iterable[Mapping[str, Any]], name: str) -> Floats:
-    """One number of each row; NaN where there is none, infinite where its text says so."""
-    return np.array([_number(row, name) for row in rows], dtype=np.float64)
-
-
-def _number(row: Mapping[str, Any], name: str) -> float:
-    value = row.get(name)
-    if value is None:
-        value = row.get(f"{name}_text", math.nan)
+def _table(path: Path, parse: Callable[[str], Any]) -> Row:
+    """A small file of the run directory; empty where there is none."""
     try:
-        return float(value)
-    except (TypeError, ValueError):
-        return math.nan
-
-
-def rows_of(values: Sequence[Sequence[Any]], width: int | None = None) -> Floats:
-    """Lists of numbers as an array as wide as asked for, or as the longest; NaN where one is missing."""
-    width = max(map(len, values), default=0) if width is None else width
-    table = np.full((len(values), width), np.nan)
-    for place, row in enumerate(values):
-        table[place, : len(row)] = [math.nan if value is None else value for value in row]
+        table = parse(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); mend it, or move it away.") from error
+    if not isinstance(table, Mapping):
+        raise CheckpointError(f"{path} cannot be read (it is no table); mend it, or move it away.")
     return table
-
-
-def _of_blocks(rows: Sequence[Mapping[str, Any]], blocks: Sequence[str], name: str) -> Floats:
-    of_rows = [row.get("blocks") or {} for row in rows]
-    return rows_of([[_number(found.get(block) or {}, name) for block in blocks] for found in of_rows], len(blocks))

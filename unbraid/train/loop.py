@@ -9,6 +9,7 @@ from typing import NamedTuple
 from unbraid import dist
 from unbraid.data.mixing import AudioFault
 from unbraid.errors import TrainingStopped, UserError
+from unbraid.health.faults import ADVICE
 from unbraid.records import Event, StepRecord, ValidationRecord
 from unbraid.train.checkpoint import cut_logs, newest_checkpoint, read_checkpoint, save_checkpoint
 from unbraid.train.logbook import Logbook, Told
@@ -22,13 +23,18 @@ from unbraid.train.verdicts import Pace
 
 
 class Scores(NamedTuple):
-    """Means over the validation examples of all ranks, and what was wrong with files on this one."""
+    """Means over the validation examples of all ranks, what was wrong with files on this one, and each example's own.
+
+    `orders` and `item_si_sdri` are as `ValidationRecord` has them.
+    """
 
     loss: float
     si_sdr: float
     si_sdri: float
     n_items: int
     faults: tuple[AudioFault, ...] = ()
+    orders: tuple[tuple[int, ...], ...] = ()
+    item_si_sdri: tuple[float | None, ...] = ()
 
 
 Validate = Callable[[TrainState], Scores]
@@ -61,6 +67,7 @@ def fit(
     try:
         yield from course.run()
     except UserError:
+        yield from course.log.take()
         raise
     except Exception as error:  # of somebody's own model or loss: told, and what was done is saved
         yield from course.saved_from(error)
@@ -225,8 +232,10 @@ class _Course:
         reason = record.outcome.replace("_", " ")
         blamed = f" {self.observer.verdict}".rstrip()
         if (fault := state.faults.verdict()) is not None:
-            advice = _ADVICE.get(record.outcome, f"{job.run.events} names the files behind it")
-            return f"Stopped at step {record.step}: {fault}, the last by {reason}; {advice}.{blamed}"
+            advice, key = ADVICE.get(record.outcome, ADVICE["nonfinite_loss"])
+            of_files = record.outcome not in ("loss_scale", "out_of_memory")
+            files = f" {job.run.events} names the files behind it." if of_files else ""
+            return f"Stopped at step {record.step}: {fault}, the last by {reason}. {advice} [{key}]{files}{blamed}"
         if job.train.on_bad_example == "stop" and record.outcome not in ("trained", "all_easy", "loss_scale"):
             return (
                 f'Stopped at step {record.step} by {reason}, as train.on_bad_example = "stop" asks; --resume goes on '
@@ -271,6 +280,9 @@ class _Course:
             TrainingStopped: If they do not.
         """
         if (name := dist.first_difference(self.state.bare_model)) is not None:
+            if dist.is_main():
+                message = f"The processes do not hold the same weights (first in {name})."
+                self.log.tell("RANKS_DIFFER", self.state.step, message, first=name)
             raise TrainingStopped(
                 f"At step {self.state.step} the processes do not hold the same weights (first in {name}); --resume "
                 "goes on from the last checkpoint, at which they did."
@@ -301,6 +313,8 @@ class _Course:
             lr=state.optimizer.param_groups[0]["initial_lr"] * state.schedule.factor(state.step, progress),
             elapsed_seconds=state.elapsed_seconds,
             seconds=perf_counter() - started,
+            orders=scores.orders,
+            item_si_sdri=scores.item_si_sdri,
         )
         if dist.is_main():
             self.log.append(job.run.validation, record)
@@ -331,13 +345,6 @@ class _Course:
             self.log.tell("CHECKPOINT_FAILED", state.step, message)
             return False
         return True
-
-
-_ADVICE = {
-    "loss_scale": 'set train.precision = "bf16"',
-    "out_of_memory": "lower data.excerpt_seconds, or take a smaller model",
-}
-"""What to do where most steps are left out for one reason; the files are looked at for all others."""
 
 
 class _UnderWay(NamedTuple):

@@ -27,7 +27,7 @@ from unbraid.train.attempt import (
 from unbraid.train.buffers import KeptBuffers
 from unbraid.train.parcel import Parcel
 from unbraid.train.state import TrainState
-from unbraid.train.watch import Watched, block_records, blocks_of, is_sampled, item_record, peak_memory
+from unbraid.train.watch import Watched, block_records, blocks_of, host_memory, is_sampled, item_record, peak_memory
 
 
 @dataclass
@@ -261,6 +261,7 @@ def _record(
         seconds=seconds,
         examples_per_second=n_real / seconds,
         peak_memory_bytes=peak_memory(state.device),
+        host_memory_bytes=host_memory(),
     )
 
 

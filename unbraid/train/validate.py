@@ -1,5 +1,6 @@
 """The validation pass: mean loss and SI-SDR improvement over the same mixtures every time."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -11,8 +12,8 @@ from unbraid.data.loader import FixedKeys, collate
 from unbraid.data.mixing import AudioFault
 from unbraid.data.mixtures import Mixtures
 from unbraid.infer import infer
-from unbraid.losses.pit import judge_by, order_as_targets
-from unbraid.metrics import mean_over_sounding, si_sdr
+from unbraid.losses.pit import judge_by, order_as_targets, output_order
+from unbraid.metrics import mean_over_sounding, reorder, si_sdr
 from unbraid.separation import Separation, sources_of
 from unbraid.train.forward import example_losses
 from unbraid.train.loop import Scores, Validate
@@ -33,22 +34,44 @@ def validation(dataset: Mixtures, *, n_items: int, batch_size: int, assign: str 
     @torch.no_grad()
     def validate(state: TrainState) -> Scores:
         sums, faults = torch.zeros(4, dtype=torch.float64), list[AudioFault]()
+        of_items = torch.zeros(n_items, 1 + dataset.settings.n_sources, dtype=torch.float64)
         for keys in FixedKeys(n_items, batch_size, rank=dist.rank(), world_size=dist.world_size()):
             loaded = collate([dataset[key] for key in keys])
             faults.extend(loaded.faults)
             batch = loaded.batch.to(state.device)
             output = _separate(state, batch)
             losses, _ = example_losses(state.loss, output, batch)
-            ordered = order_as_targets(sources_of(output), batch.sources, judge_by(assign), assign=assign)
-            after = mean_over_sounding(si_sdr(ordered, batch.sources), batch.sources)
+            estimate, order = _ordered(sources_of(output), batch.sources, assign)
+            after = mean_over_sounding(si_sdr(estimate, batch.sources), batch.sources)
             unprocessed = batch.mixture[:, None].expand_as(batch.sources)
             before = mean_over_sounding(si_sdr(unprocessed, batch.sources), batch.sources)
             sums[:3] += torch.stack([losses.sum(), after.sum(), (after - before).sum()]).double().cpu()
             sums[3] += len(losses)
+            places = [key.index for key in keys]
+            of_items[places, 0], of_items[places, 1:] = (after - before).double().cpu(), order.double().cpu()
         loss, total, improvement, count = dist.sum_over_ranks(sums.to(state.device)).tolist()
-        return Scores(loss / count, total / count, improvement / count, round(count), tuple(faults))
+        improvements, *orders = dist.sum_over_ranks(of_items.to(state.device)).T.tolist()
+        searched = assign == "permutation"
+        return Scores(
+            loss / count,
+            total / count,
+            improvement / count,
+            round(count),
+            faults=tuple(faults),
+            orders=tuple(tuple(map(int, order)) for order in zip(*orders, strict=True)) if searched else (),
+            item_si_sdri=tuple(round(value, 3) if math.isfinite(value) else None for value in improvements),
+        )
 
     return validate
+
+
+def _ordered(estimate: Tensor, target: Tensor, assign: str) -> tuple[Tensor, Tensor]:
+    """Estimates as they are held against the targets, and which each target was given, ``(batch, source)``."""
+    if assign == "mixit":  # a target is given a sum of them
+        summed = order_as_targets(estimate, target, judge_by(assign), assign=assign)
+        return summed, torch.zeros(target.shape[:2])
+    order = output_order(estimate, target, judge_by(assign), assign=assign)
+    return reorder(estimate, order), order
 
 
 def _separate(state: TrainState, batch: Batch) -> Tensor | Separation:

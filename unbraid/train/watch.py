@@ -1,7 +1,8 @@
 """What is looked at closely in some steps: blocks of the model, and single examples. All of it stays on the device."""
 
+import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +24,42 @@ def is_sampled(step: int) -> bool:
     return step % EVERY_STEPS == 0
 
 
+MAX_BLOCKS = 64
+"""A model with more blocks is looked at in coarser ones, down to its outermost stacks."""
+
+
 def blocks_of(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Parameters by the block they belong to: a name up to its first number, else its first word."""
+    """Parameters by the block they belong to, in the model's order.
+
+    A block is one of several layers alike, as deep inside as there are any, and each layer of an `nn.LSTM` and the like
+    (``lstm.l0``, ``lstm.l0_reverse``); what lies outside of all stacks goes by its first word.
+    """
+    modules = dict(model.named_modules())
+    found = [(_blocks_around(name, modules), parameter) for name, parameter in model.named_parameters()]
+    depth = max((len(names) for names, _ in found), default=1)
+    while depth > 1 and len({names[:depth][-1] for names, _ in found}) > MAX_BLOCKS:
+        depth -= 1
     blocks: dict[str, list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        words = name.split(".")
-        numbered = next((place for place, word in enumerate(words[:-1]) if word.isdigit()), 0)
-        blocks.setdefault(".".join(words[: numbered + 1]), []).append(parameter)
+    for names, parameter in found:
+        blocks.setdefault(names[:depth][-1], []).append(parameter)
     return blocks
+
+
+def _blocks_around(name: str, modules: Mapping[str, nn.Module]) -> list[str]:
+    """The blocks that a parameter lies in, the outermost first."""
+    *words, last = name.split(".")
+    numbered = [place for place, word in enumerate(words) if word.isdigit()]
+    names = [".".join(words[: place + 1]) for place in numbered[:1]] or [words[0] if words else last]
+    inner = [place for place in numbered[1:] if _are_alike(modules[".".join(words[:place])])]
+    names += [".".join(words[: place + 1]) for place in inner]
+    layer = re.search(r"_(l\d+(_reverse)?)$", last)
+    if layer and isinstance(modules[".".join(words)], nn.RNNBase):
+        names.append(".".join([*words, layer[1]]))
+    return names
+
+
+def _are_alike(stack: nn.Module) -> bool:
+    return len({type(child) for child in stack.children()}) == 1
 
 
 class Watched:
@@ -122,8 +151,11 @@ def item_record(
 
 def peak_memory(device: torch.device) -> int:
     """The most bytes held so far: on the accelerator, or by this process where there is none; 0 where nobody tells."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else host_memory()
+
+
+def host_memory() -> int:
+    """The most bytes held so far by this process; 0 where nobody tells."""
     if resource is None:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

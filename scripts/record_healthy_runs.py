@@ -1,0 +1,183 @@
+"""Healthy runs of 2,000 steps on real talkers, kept as small records that no rule of the doctor may find fault with.
+
+    OMP_NUM_THREADS=1 PYTHON scripts/record_healthy_runs.py SPEECH.csv tests/health/healthy [NAME ...]
+
+SPEECH.csv has the columns path, speaker and split; a file speakers.csv beside it, with speaker and gender, is needed by
+the run `stems`. Nothing of the recordings is kept but their names.
+"""
+
+import argparse
+import csv
+import gzip
+import json
+import math
+import shutil
+import sys
+import tempfile
+import time
+import tomllib
+from pathlib import Path
+
+import torch
+
+from unbraid.assemble import train
+from unbraid.audio import read_audio, write_audio
+from unbraid.data.folders import speakers
+from unbraid.dsp import resample
+from unbraid.health.columns import NUMBERS
+from unbraid.health.rules import examine
+from unbraid.health.series import read_series
+from unbraid.recipe import load_recipe
+from unbraid.records import RunDirectory, read_rows
+
+RECIPE = """
+[data]
+path = "{path}"
+excerpt_seconds = {seconds}
+batch_size = 4
+workers = 0
+[train]
+max_steps = 2000
+precision = "fp32"
+compile = "off"
+[validate]
+every_steps = 200
+n_items = 40
+[save]
+every_steps = 0
+"""
+
+CONV = """[model]
+name = "conv_tasnet"
+n_filters = 128
+kernel_size = 32
+bottleneck = 48
+hidden = 96
+skip = 48
+n_blocks = 5
+n_repeats = 2
+"""
+ADAM = '[optim]\nname = "adam"\nlr = 1e-3\n'
+COSINE = '[schedule]\nname = "cosine"\nwarmup_steps = 100\n'
+
+RUNS = {
+    "conv_tasnet": CONV + ADAM + '[loss]\nname = "neg_si_sdr"\n[clip]\nname = "fixed"\nmax_norm = 10.0\n',
+    "dprnn": ADAM
+    + '[loss]\nname = "neg_snr"\n[clip]\nname = "autoclip"\n[model]\nname = "dprnn"\nn_filters = 64\nkernel_size = 32\n'
+    + "bottleneck = 32\nhidden = 32\nchunk_size = 32\nn_blocks = 2\n",
+    "sepformer": '[optim]\nname = "adamw"\nlr = 5e-4\n'
+    + '[loss]\nname = "neg_thresholded_snr"\n[clip]\nname = "zclip"\n[model]\nname = "sepformer"\nn_filters = 64\n'
+    + "kernel_size = 32\nchunk_size = 32\nn_blocks = 1\nn_layers = 2\nn_heads = 4\nd_hidden = 128\n",
+    "sepreformer": COSINE
+    + '[optim]\nname = "adamw"\nlr = 1e-3\n[loss]\nname = "neg_si_sdr"\n[clip]\nname = "autoclip"\n[model]\n'
+    + 'name = "sepreformer"\nn_filters = 64\nstride = 16\nd_model = 32\nn_stages = 2\nn_heads = 4\n'
+    + "n_split_layers = 1\nn_rebuild_layers = 1\nlocal_kernel = 17\nlayer_scale = 0.5\n",
+    "tf_locoformer": COSINE
+    + ADAM
+    + '[loss]\nname = "neg_sa_sdr"\n[clip]\nname = "fixed"\nmax_norm = 10.0\n[model]\nname = "tf_locoformer"\n'
+    + "n_fft = 128\nhop_length = 64\nn_layers = 1\nd_model = 24\nd_hidden = 32\nkernel_size = 4\nd_attention = 32\n",
+    "bs_roformer": ADAM
+    + '[loss]\nname = "multi_resolution_l1"\n[clip]\nname = "autoclip"\n[model]\nname = "bs_roformer"\n'
+    + 'n_sources = 2\nn_channels = 1\nsample_rate = 8000\nn_fft = 256\nhop_length = 64\nbands = "mel"\nn_bands = 16\n'
+    + "n_blocks = 1\nd_model = 48\nn_heads = 4\nd_head = 12\nexpansion = 2\nmask_expansion = 2\n",
+    "blstm": ADAM
+    + '[loss]\nname = "l1"\n[clip]\nname = "autoclip"\n[model]\nname = "blstm"\nhidden = 64\nn_layers = 3\n',
+    "chimera": ADAM
+    + '[clip]\nname = "none"\n[model]\nname = "chimera"\nhidden = 64\nn_layers = 3\n[loss]\nname = "sum"\n'
+    + '[[loss.terms]]\nname = "deep_clustering"\n[[loss.terms]]\nname = "neg_snr"\nweight = 0.1\n',
+    "muon": CONV
+    + COSINE
+    + '[optim]\nname = "muon"\nlr = 1e-3\n[loss]\nname = "multi_resolution_stft"\n[clip]\nname = "autoclip"\n',
+    "stems": CONV
+    + ADAM
+    + '[loss]\nname = "neg_snr"\nassign = "fixed"\n[clip]\nname = "zclip"\n[[filter]]\nname = "threshold"\n',
+}
+OVERRIDES = {"stems": ["data.kinds=['f', 'm']", "train.ema=0.99"]}
+
+
+def main():
+    """Record what is named, or all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "healthy-runs", help="(%(default)s)")
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--seconds", type=float, default=1.0, help="of an excerpt (%(default)s)")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    table = at_8_khz(args.table, args.work / "speech")
+    for name in args.names or RUNS:
+        folder = args.work / name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        file = folder / "recipe.toml"
+        file.write_text(RECIPE.format(path=table.as_posix(), seconds=args.seconds) + RUNS[name])
+        began = time.perf_counter()
+        changes = [f"train.max_steps={args.steps}", *OVERRIDES.get(name, [])]
+        run = RunDirectory(folder / "run")
+        for _ in train(load_recipe(file, changes), run):
+            pass
+        seconds = (time.perf_counter() - began) / args.steps
+        path = write_small(run, args.out / f"{name}.jsonl.gz", leave_out=f"{table.parent.as_posix()}/")
+        told = [f"{one.severity} {one.code}: {one.what} {one.why}" for one in examine(read_series(run.path))]
+        scores = [round(row["si_sdri"], 2) for row in read_rows(run.validation)[0]]
+        print(
+            f"{name}: {seconds:.3f} s a step, {path.stat().st_size / 1000:.0f} kB, SI-SDRi {scores}", *told, sep="\n  "
+        )
+        sys.stdout.flush()
+
+
+def at_8_khz(table, folder):
+    """The recordings in the rate of training, so that reading them takes no time; the table of them."""
+    made = folder / "table.csv"
+    if made.exists():
+        return made
+    listed = table.parent / "speakers.csv"
+    rows = csv.DictReader(listed.open(encoding="utf-8")) if listed.exists() else []
+    kinds = {row["speaker"]: row["gender"] for row in rows}
+    lines = ["path,speaker,seconds,sample_rate,split,kind"]
+    for place, track in enumerate(speakers(table)):
+        audio, rate = read_audio(track.path)
+        audio, path = resample(audio, rate, 8000), folder / track.group / f"{place:04d}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_audio(path, audio, 8000)
+        row = (path.relative_to(folder).as_posix(), track.group, audio.shape[-1] / 8000, 8000, track.split)
+        lines.append(",".join(map(str, (*row, kinds.get(track.group, "")))))
+    made.write_text("\n".join(lines) + "\n")
+    return made
+
+
+KEPT = {*NUMBERS, *(f"{name}_text" for name in NUMBERS), "outcome", "si_sdr", "blocks", "items"}
+"""Of a step's row, what the doctor reads."""
+
+
+def write_small(run, path, *, leave_out):
+    """A run's records in one packed file of ``[kind, row]`` a line: five figures of each number, and no folders."""
+    environment = json.loads(run.environment.read_text())
+    lines = [
+        ["recipe", tomllib.loads(run.recipe.read_text())],
+        ["environment", {"loss_in_db": environment["loss_in_db"]}],
+        ["data", json.loads(run.data.read_text())],
+        *(["step", {name: value for name, value in row.items() if name in KEPT}] for row in read_rows(run.steps)[0]),
+        *(["validation", row] for row in read_rows(run.validation)[0]),
+        *(["event", row] for row in read_rows(run.events)[0]),
+    ]
+    text = "".join(json.dumps(rounded(line), separators=(",", ":")) + "\n" for line in lines)
+    text = text.replace(leave_out, "").replace(leave_out.rstrip("/"), "speech")
+    path.write_bytes(gzip.compress(text.encode(), 9, mtime=0))
+    return path
+
+
+def rounded(value):
+    """The same with five figures of each number that is no whole one."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}") if math.isfinite(value) else value
+    if isinstance(value, dict):
+        return {name: rounded(part) for name, part in value.items()}
+    return [rounded(part) for part in value] if isinstance(value, list) else value
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

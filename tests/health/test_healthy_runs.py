@@ -1,0 +1,55 @@
+"""Runs on real talkers in which nothing was wrong: the doctor finds nothing, not even a note.
+
+They were made by ``scripts/record_healthy_runs.py``, 2,000 steps each, each with another model, loss, optimizer,
+schedule or clipper.
+"""
+
+import gzip
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+from unbraid.health.rules import examine
+from unbraid.health.series import series_of
+
+RUNS = sorted((Path(__file__).parent / "healthy").glob("*.jsonl.gz"))
+
+
+def read(path):
+    kept = defaultdict(list)
+    for line in gzip.decompress(path.read_bytes()).decode().splitlines():
+        kind, row = json.loads(line)
+        kept[kind].append(row)
+    (recipe,), (environment,), (data,) = (kept[kind] for kind in ("recipe", "environment", "data"))
+    return series_of(kept["step"], kept["validation"], kept["event"], recipe, environment, data)
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.name.removesuffix(".jsonl.gz"))
+def test_nothing_is_found_in_a_run_on_real_talkers_in_which_nothing_was_wrong(path):
+    series = read(path)
+
+    assert series.whole
+    assert series.last_step == 2000
+    assert len(series.sampled.items[0]) == 4
+    assert len(series.of_validation["step"]) == 10
+    assert examine(series) == []
+
+
+def test_there_are_ten_of_all_sorts_and_they_are_small():
+    recipes = [read(path).recipe for path in RUNS]
+
+    assert len(RUNS) == 10
+    assert len({recipe["model"]["name"] for recipe in recipes}) >= 8
+    assert len({recipe["loss"]["name"] for recipe in recipes}) >= 7
+    assert {recipe["clip"]["name"] for recipe in recipes} == {"autoclip", "fixed", "none", "zclip"}
+    assert sum(path.stat().st_size for path in RUNS) < 2_000_000
+
+
+def test_they_tell_nothing_of_the_machine_they_were_made_on():
+    for path in RUNS:
+        text = gzip.decompress(path.read_bytes()).decode()
+        assert "/work" not in text
+        assert "/tmp" not in text
+        assert "/home" not in text

@@ -1,0 +1,68 @@
+"""The validation pass says what it was like for each item, in the items' order."""
+
+import pytest
+import torch
+from torch import nn
+from toys import make_state
+
+from unbraid.data.folders import speakers
+from unbraid.data.mixtures import DataSettings, Key, mixtures
+from unbraid.data.tracks import with_splits
+from unbraid.losses.pit import SeparationLoss
+from unbraid.losses.waveform import neg_snr
+from unbraid.metrics import si_sdr
+from unbraid.train.validate import validation
+
+N_ITEMS = 7
+
+
+@pytest.fixture
+def dataset(speaker_folder):
+    folder = speaker_folder()
+    tracks = with_splits(speakers(folder), n_sources=2)
+    return mixtures(tracks, DataSettings(path=folder, excerpt_seconds=0.5), "valid")
+
+
+def test_order_and_improvement_of_each_item_are_those_of_its_own_mixture(dataset):
+    state = make_state()
+    wanted_orders, wanted = [], []
+    for index in range(N_ITEMS):
+        audio = dataset[Key(0, index)].audio
+        mixture, sources = torch.from_numpy(audio.mixture)[None], torch.from_numpy(audio.sources)
+        with torch.no_grad():
+            outputs = state.model(mixture)[0]
+        scores = {order: si_sdr(outputs[list(order)], sources).mean().item() for order in ((0, 1), (1, 0))}
+        wanted_orders.append(max(scores, key=scores.get))
+        wanted.append(max(scores.values()) - si_sdr(mixture.expand_as(sources), sources).mean().item())
+
+    for batch_size in (3, N_ITEMS):
+        scores = validation(dataset, n_items=N_ITEMS, batch_size=batch_size)(state)
+
+        assert list(scores.orders) == wanted_orders
+        assert scores.item_si_sdri == pytest.approx(wanted, abs=2e-3)
+        assert sum(scores.item_si_sdri) / N_ITEMS == pytest.approx(scores.si_sdri, abs=2e-3)
+
+
+@pytest.mark.parametrize("assign", ["fixed", "mixit"])
+def test_where_no_order_is_searched_for_none_is_told(dataset, assign):
+    state = make_state(loss=SeparationLoss(neg_snr, assign=assign))
+
+    scores = validation(dataset, n_items=N_ITEMS, batch_size=4, assign=assign)(state)
+
+    assert scores.orders == ()
+    assert len(scores.item_si_sdri) == N_ITEMS
+
+
+def test_an_item_without_a_value_is_told_as_one(dataset):
+    class NanForLoudest(nn.Module):
+        def forward(self, mixture):
+            power = mixture.square().mean((1, 2), keepdim=True)
+            return torch.where(power == power.max(), torch.nan, mixture)[:, None].expand(-1, 2, -1, -1)
+
+    state = make_state()
+    state.model.forward = NanForLoudest().forward
+
+    scores = validation(dataset, n_items=N_ITEMS, batch_size=N_ITEMS)(state)
+
+    assert scores.item_si_sdri.count(None) == 1
+    assert scores.loss != scores.loss
