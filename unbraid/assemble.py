@@ -44,6 +44,7 @@ from unbraid.train.logbook import Told
 from unbraid.train.loop import fit
 from unbraid.train.optim import OPTIMIZERS, SCHEDULES
 from unbraid.train.settings import Job
+from unbraid.train.sound import drop_later
 from unbraid.train.state import TrainState
 from unbraid.train.stop import StopRequest
 from unbraid.train.validate import validation
@@ -57,6 +58,7 @@ _MAY_CHANGE = (
     "train.on_bad_example",
     "train.loss_upper_limit",
     "train.compare_every_steps",
+    "validate.save_audio",
     "save.",
     "data.workers",
     "data.exclude",
@@ -279,6 +281,8 @@ def _train(
         n_items=recipe.validate.n_items,
         batch_size=max(1, recipe.data.batch_size // (dist.world_size() * recipe.train.accumulate)),
         assign=recipe.assign,
+        listening=recipe.listening,
+        save_audio=recipe.validate.save_audio,
     )
     yield from fit(state, load, validate, job, stop)
 
@@ -335,6 +339,7 @@ def _open_run(
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     cut_logs(run, checkpoint.log_bytes if checkpoint else {})
     tidy(run, checkpoint)
+    drop_later(run.audio, state.step)
     for log in run.logs:
         log.touch()
     write_atomically(run.recipe, to_toml(recipe))

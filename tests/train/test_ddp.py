@@ -155,5 +155,10 @@ def test_torchrun_trains_as_one_process_does_and_either_goes_on_with_the_others_
     assert len(losses["two"]) == len(losses["mixed"]) == 6
     assert losses["two"] == pytest.approx(losses["one"], abs=1e-4)
     assert losses["mixed"] == pytest.approx(losses["one"], abs=1e-4)
+    heard = [sorted(file.relative_to(run / "audio") for file in (run / "audio").rglob("*.*")) for run in (two, one)]
+    assert heard[0] == heard[1]
+    assert Path("step-000006", "001-estimate-2.wav") in heard[0]  # of the second process
+    reference = Path("audio", "001-reference-1.wav")
+    assert (two / reference).read_bytes() == (one / reference).read_bytes()
     scores = [read_rows(RunDirectory(path).validation)[0][-1]["si_sdr"] for path in (two, one)]
     assert scores[0] == pytest.approx(scores[1], abs=1e-3)

@@ -14,6 +14,7 @@ from unbraid.train.checkpoint import cut_logs, newest_checkpoint, read_checkpoin
 from unbraid.train.logbook import Logbook, Told
 from unbraid.train.observer import Observer
 from unbraid.train.settings import Job, TrainSettings
+from unbraid.train.sound import Sound, drop_later
 from unbraid.train.source import Load, Source
 from unbraid.train.state import FaultWindow, TrainState, first_spoilt, judged_weights, set_learning_rate
 from unbraid.train.step import Launched, finish, launch
@@ -22,13 +23,14 @@ from unbraid.train.verdicts import Pace
 
 
 class Scores(NamedTuple):
-    """Means over the validation examples of all ranks, and what was wrong with files on this one."""
+    """Means over the validation examples of all ranks; on this one what was wrong with files, and sound."""
 
     loss: float
     si_sdr: float
     si_sdri: float
     n_items: int
     faults: tuple[AudioFault, ...] = ()
+    sounds: tuple[Sound, ...] = ()
 
 
 Validate = Callable[[TrainState], Scores]
@@ -258,6 +260,7 @@ class _Course:
         state.load_state_dict(checkpoint.state)
         if dist.is_main():
             cut_logs(run, checkpoint.log_bytes | {run.events.name: run.events.stat().st_size})
+            drop_later(run.audio, state.step)
             message = f"The model was not finite at step {step} (first in {where}); went back to {path.name}, from "
             message += "where its steps are done again."
             self.log.tell("WEIGHTS_NONFINITE", step, message, rank=rank)
@@ -304,6 +307,7 @@ class _Course:
         )
         if dist.is_main():
             self.log.append(job.run.validation, record)
+        self.observer.keep_sounds(scores.sounds)
         return record
 
     def _save(self) -> bool:
