@@ -5,7 +5,7 @@ import inspect
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from unbraid.recipe import Part, Recipe, differences, recipe_from_table, recipe_
 from unbraid.records import Event, RunDirectory, append_record, owned, write_atomically
 from unbraid.robust import CLIPPERS, FILTERS, TRANSFORMS
 from unbraid.robust.precision import Precision
+from unbraid.train.adapters import LOGGERS, Logger, open_loggers, pass_on
 from unbraid.train.average import Average
 from unbraid.train.checkpoint import (
     Checkpoint,
@@ -40,7 +41,7 @@ from unbraid.train.checkpoint import (
     read_checkpoint,
     tidy,
 )
-from unbraid.train.logbook import Told
+from unbraid.train.logbook import Logbook, Told
 from unbraid.train.loop import fit
 from unbraid.train.optim import OPTIMIZERS, SCHEDULES
 from unbraid.train.settings import Job
@@ -58,6 +59,7 @@ _MAY_CHANGE = (
     "train.on_bad_example",
     "train.loss_upper_limit",
     "train.compare_every_steps",
+    "train.also_log",
     "validate.save_audio",
     "save.",
     "data.workers",
@@ -245,7 +247,34 @@ def train(
 def _train(
     recipe: Recipe, run: RunDirectory, device: torch.device, *, resume: bool, stop: StopRequest | None
 ) -> Iterator[Told]:
+    makers = {name: find_part("train.also_log", Part(name), LOGGERS, recipe.folder) for name in recipe.train.also_log}
     checkpoint, notes = _starting_point(recipe, run, resume=resume)
+    loggers = _open_loggers(makers, recipe, run)
+    yield from pass_on(_go_on(recipe, run, device, checkpoint, notes, stop), loggers, Logbook(run))
+
+
+def _open_loggers(makers: dict[str, Callable[..., Logger]], recipe: Recipe, run: RunDirectory) -> dict[str, Logger]:
+    """The loggers of the main process; none on the others, which hear of it where one is refused."""
+    loggers, refused = dict[str, Logger](), None
+    if dist.is_main():
+        try:
+            loggers = open_loggers(makers, run, recipe_table(recipe))
+        except UserError as error:
+            refused = str(error)
+    if makers and (refused := dist.from_main_process(refused)) is not None:
+        raise UserError(refused)
+    return loggers
+
+
+def _go_on(
+    recipe: Recipe,
+    run: RunDirectory,
+    device: torch.device,
+    checkpoint: Checkpoint | None,
+    notes: list[tuple[str, str]],
+    stop: StopRequest | None,
+) -> Generator[Told, None, None]:
+    """From a checkpoint, or from the start, to the end."""
     corpus = build_corpus(recipe)
     model = build_model(recipe).to(device)
     if checkpoint is None and "init" in recipe.model.options:
