@@ -141,7 +141,7 @@ def draw_plots(run: RunDirectory, out: Path) -> list[Path]:
 def _plot_loss(figure: "Figure", curves: Curves) -> bool:
     axes, (step, loss) = figure.add_subplot(), curves.of_trained("loss")
     known = [(v.step, v.loss) for v in curves.validations if v.loss is not None and np.isfinite(v.loss)]
-    _draw_noisy(axes, step, loss, LOSS, "training")
+    _draw_noisy(axes, step, loss, LOSS, "training, ")
     if known:
         axes.plot(*zip(*known, strict=True), "o-", color=VALID, markersize=3, label="validation")
     seen = [*(np.percentile(loss, [0.5, 99.5]) if len(loss) else ()), *(value for _, value in known)]
@@ -185,8 +185,8 @@ def _plot_shares(figure: "Figure", curves: Curves) -> bool:
     edges = [*step[starts], step[-1] + 1]
     clipped = shares(curves.of_step["clipped"] == 1, curves.trained, starts)
     axes.stairs(100 * clipped, edges, baseline=None, color=LOSS, linewidth=1.2, label="clipped, of those trained")
-    for (reason, marked), color in zip(curves.left_out.items(), LEFT_OUT * len(curves.left_out), strict=False):
-        share = 100 * shares(marked, np.ones_like(marked), starts)
+    for place, (reason, marked) in enumerate(curves.left_out.items()):
+        share, color = 100 * shares(marked, np.ones_like(marked), starts), _color_of(reason, place)
         axes.stairs(share, edges, baseline=None, color=color, linewidth=1.2, label=f"left out: {_words(reason)}")
     axes.set(xlabel="step", ylabel="share of steps in %", ylim=(-2, 102))
     return True
@@ -221,14 +221,15 @@ def _plot_ratios(figure: "Figure", curves: Curves) -> bool:
 def _plot_pace(figure: "Figure", curves: Curves) -> bool:
     above, below = figure.subplots(2, 1, sharex=True)
     step, rate = curves.of_trained("examples_per_second")
-    _draw_noisy(above, step, rate, LOSS, "examples a second")
+    _draw_noisy(above, step, rate, LOSS)
     above.set(ylabel="examples a second")
     above.set_ylim(bottom=0)
     waited, busy = curves.of_step["data_seconds"], curves.of_step["seconds"]
     known = np.isfinite(waited + busy) & (waited + busy > 0)
     share = 100 * waited[known] / (waited + busy)[known]
-    _draw_noisy(below, curves.of_step["step"][known], share, VALID, "waiting for data")
-    below.set(xlabel="step", ylabel="% of the time\nwaiting for data", ylim=(-2, 102))
+    _draw_noisy(below, curves.of_step["step"][known], share, LOSS)
+    below.set(xlabel="step", ylabel="% of the time\nwaiting for data")
+    below.set_ylim(bottom=0)
     return bool(len(step) and known.any())
 
 
@@ -243,17 +244,17 @@ PLOTS: dict[str, Callable[["Figure", Curves], bool]] = {
 }
 """Each draws into an empty figure, and says whether there was something to draw."""
 
-LEFT_OUT = ("#d62728", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#17becf")
+LEFT_OUT = ("#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#17becf")
 THIN: dict[str, Any] = {"linewidth": 0.8, "markersize": 2}
 
 
-def _draw_noisy(axes: "Axes", step: Floats, values: Floats, color: str, name: str) -> None:
+def _draw_noisy(axes: "Axes", step: Floats, values: Floats, color: str, name: str = "") -> None:
     """Every value faintly, and their running mean."""
     if not len(step):
         return
     width = max(1, min(100, len(step) // 5))
     axes.plot(*thin(step, values), color=color, alpha=0.25, linewidth=0.6)
-    label = f"{name}, mean of {width} steps" if width > 1 else name
+    label = f"{name}mean of {width} steps" if width > 1 else f"{name}each step"
     axes.plot(*thin(step, running_mean(values, width)), color=color, linewidth=1.2, label=label)
 
 
@@ -265,8 +266,13 @@ def _mark_left_out(axes: "Axes", curves: Curves, n_most: int = 1500) -> None:
         column = ((steps - first) / max(1, last - first) * n_most).astype(int)
         seen = steps[np.unique(column, return_index=True)[1]]
         label = f"left out: {_words(reason)} ({len(steps)})"
-        color, height = LEFT_OUT[place % len(LEFT_OUT)], np.full(len(seen), 0.03 + 0.045 * place)
+        color, height = _color_of(reason, place), np.full(len(seen), 0.03 + 0.045 * place)
         axes.plot(seen, height, "|", color=color, label=label, transform=axes.get_xaxis_transform())
+
+
+def _color_of(reason: str, place: int) -> str:
+    """Grey for what is no fault."""
+    return "#777777" if reason == "all_easy" else LEFT_OUT[place % len(LEFT_OUT)]
 
 
 def _words(outcome: str) -> str:
