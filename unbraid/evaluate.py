@@ -82,7 +82,7 @@ def evaluate_checkpoint(
         n_items: How many mixtures.
         seconds: Length of each; that of the training where None.
         save_audio: Of how many the audio is written, into a folder beside the table.
-        save_worst: Of how many more it is written there, those that were improved least by SI-SDR.
+        save_worst: Of how many it is written there too, those whose SI-SDR was improved least.
         out: Table to write; ``evaluation.csv`` in the run directory where None.
         trust: Whether code that the checkpoint names may run.
         progress: Told how many are done, of how many.
