@@ -8,8 +8,11 @@ import sys
 import numpy as np
 import pytest
 import soundfile
+import torch
 
+from unbraid.audio import read_audio
 from unbraid.cli import main
+from unbraid.metrics import si_sdr
 
 
 def fails(capsys, *arguments):
@@ -194,6 +197,30 @@ def test_evaluate_writes_a_row_a_mixture_and_the_first_to_hear(trained, capsys):
     names = sorted(path.name for path in (trained / "evaluation-audio").iterdir())
     assert len(names) == 2 * 5
     assert names[0] == "000-estimate-1.wav"
+
+
+def test_evaluate_writes_the_worst_to_hear_beside_the_first_and_nothing_of_before(trained, capsys):
+    main(["evaluate", str(trained), "--n-items", "8", "--save-audio", "8"])
+    capsys.readouterr()
+
+    assert main(["evaluate", str(trained), "--n-items", "8", "--save-audio", "1", "--save-worst", "3"]) == 0
+
+    with (trained / "evaluation.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    worst = sorted(rows, key=lambda row: float(row["si_sdri"]))[:3]
+    folder = trained / "evaluation-audio"
+    heard = {path.name[:3] for path in folder.iterdir()}
+    assert heard == {"000", *(f"{int(row['index']):03d}" for row in worst)}
+    assert len(list(folder.iterdir())) == 5 * len(heard)
+    told = ", ".join(f"{int(row['index']):03d} {float(row['si_sdri']):+.2f} dB" for row in worst)
+    assert f"Worst first: {told}" in " ".join(capsys.readouterr().out.split())
+    for row in worst:
+        mixture, estimate, reference = (
+            torch.from_numpy(read_audio(folder / f"{int(row['index']):03d}-{name}.wav")[0])
+            for name in ("mixture", "estimate-1", "reference-1")
+        )
+        improvement = si_sdr(estimate, reference) - si_sdr(mixture, reference)
+        assert improvement.item() == pytest.approx(float(row["si_sdri_1"]), abs=1e-2)
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,19 @@
-"""The picture of a run."""
+"""The picture of a run, and the figures of its curves."""
+
+import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from made_up import BLOCKS, Run
+from matplotlib.figure import Figure
 
 from unbraid.cli import main
-from unbraid.plots import draw_run, running_mean, spectrogram_db
+from unbraid.curves import read_curves
+from unbraid.errors import UserError
+from unbraid.plots import PLOTS, draw_plots, draw_run, spectrogram_db
 from unbraid.records import RunDirectory
-
-
-def test_the_running_mean_begins_with_what_there_is():
-    assert running_mean(np.array([2.0, 4.0, 6.0, 8.0]), 2) == pytest.approx([2.0, 3.0, 5.0, 7.0])
 
 
 def test_a_tone_stands_at_its_frequency():
@@ -26,3 +30,113 @@ def test_a_run_and_its_sound_become_a_png(recipe_file, tmp_path, capsys):
     picture = draw_run(RunDirectory(run), run / "evaluation-audio", 0, tmp_path / "deep" / "run.png")
 
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def written(folder, made):
+    """A run directory of made-up records, in which steps 100 to 109 were left out as NaN and step 7 as all easy."""
+    folder.mkdir()
+    run = RunDirectory(folder)
+    for row in made.steps:
+        row["examples_per_second"] = 30.0
+    for row in made.steps[99:109]:
+        row |= {"outcome": "nonfinite_loss", "loss": None, "loss_text": "nan", "grad_norm": 1e9, "clipped": False}
+    made.steps[6:7] = [row | {"outcome": "all_easy", "loss": -500.0, "clipped": False} for row in made.steps[6:7]]
+    run.steps.write_text("".join(json.dumps(row) + "\n" for row in made.steps))
+    rows = [row | {"n_items": 5, "best": place == 1} for place, row in enumerate(made.validations)]
+    run.validation.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return run
+
+
+def drawn(run, name):
+    """A figure's lines, by their label; and its axes."""
+    figure = Figure()
+    assert PLOTS[name](figure, read_curves(run))
+    lines = {line.get_label(): line.get_xydata() for axes in figure.axes for line in axes.lines}
+    return lines, figure.axes
+
+
+def test_each_curve_of_a_run_becomes_a_png(tmp_path):
+    run = written(tmp_path / "run", Run(600))
+
+    files = draw_plots(run, tmp_path / "deep" / "plots")
+
+    assert [file.name for file in files] == [f"{name}.png" for name in PLOTS]
+    assert {file.read_bytes()[:8] for file in files} == {PNG}
+
+
+@pytest.mark.parametrize("name", ["loss", "gradient_norm"])
+def test_steps_that_were_left_out_are_marks_with_their_reason_and_no_values(tmp_path, name):
+    lines, (axes,) = drawn(written(tmp_path / "run", Run(600)), name)
+
+    assert lines["left out: nonfinite loss (10)"][:, 0].tolist() == list(range(100, 110))
+    assert lines["left out: all easy (1)"][:, 0].tolist() == [7]
+    values = [xy for label, xy in lines.items() if "left out" not in label and label != "limit"]
+    assert not {7, *range(100, 110)} & {int(step) for xy in values for step in xy[:, 0]}
+    assert axes.get_ylim()[0] > -100
+    assert axes.get_ylim()[1] < 1e4
+
+
+def test_validation_stands_beside_the_training_loss_and_the_best_is_marked(tmp_path):
+    made = Run(600)
+    run = written(tmp_path / "run", made)
+
+    assert drawn(run, "loss")[0]["validation"].tolist() == [[row["step"], row["loss"]] for row in made.validations]
+    best = made.validations[1]
+    label = f"lowest loss: {best['si_sdri']:.2f} dB at step 400"
+    assert drawn(run, "valid_si_sdri")[0][label].tolist() == [[400, best["si_sdri"]]]
+
+
+def test_shares_are_of_what_was_trained_or_of_all(tmp_path):
+    run = written(tmp_path / "run", Run(600))
+
+    _, (axes,) = drawn(run, "clipped_and_left_out")
+
+    shares = {patch.get_label(): patch.get_data().values for patch in axes.patches}
+    assert shares["left out: nonfinite loss"].tolist() == [0] * 9 + [10, 90] + [0] * 49
+    clipped = read_curves(run)
+    share = 100 * (clipped.of_step["clipped"] == 1)[10:20].mean()
+    assert shares["clipped, of those trained"][1] == pytest.approx(share)
+
+
+def test_every_block_has_its_curve_of_updates(tmp_path):
+    lines, _ = drawn(written(tmp_path / "run", Run(600)), "update_ratio")
+
+    assert [len(lines[block]) for block in BLOCKS] == [12] * len(BLOCKS)
+
+
+@pytest.mark.parametrize("n_steps", [1, 2, 7])
+def test_of_a_run_that_has_just_begun_there_is_drawn_what_there_is(tmp_path, n_steps):
+    run = written(tmp_path / "run", Run(n_steps))
+
+    names = [file.stem for file in draw_plots(run, tmp_path / "plots")]
+
+    assert names == ["loss", "gradient_norm", "clipped_and_left_out", "learning_rate", "pace"]
+
+
+def test_a_run_whose_every_step_was_left_out_has_its_marks(tmp_path):
+    made = Run(30)
+    run = written(tmp_path / "run", made)
+    rows = [row | {"outcome": "nonfinite_loss", "loss": None, "loss_text": "nan"} for row in made.steps]
+    run.steps.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    names = [file.stem for file in draw_plots(run, tmp_path / "plots")]
+
+    assert names == ["loss", "clipped_and_left_out", "learning_rate"]
+
+
+def test_a_run_without_a_step_is_one_sentence(tmp_path):
+    run = written(tmp_path / "run", Run(1))
+    run.steps.write_text("")
+
+    with pytest.raises(UserError, match="no steps yet; there is nothing to draw"):
+        draw_plots(run, tmp_path / "plots")
+    assert not (tmp_path / "plots").exists()
+
+
+def test_drawing_imports_no_torch():
+    script = "import sys, unbraid.plots; sys.exit('torch' in sys.modules)"
+
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

@@ -95,6 +95,7 @@ def test_a_resolved_recipe_reads_back_as_itself(path, write):
         ("[data\n", ["not valid TOML", "line 1"]),
         ("[data]\nlevel_db = nan\n" + ENDS, ["data.level_db", "finite"]),
         ("[data]\ngains_db = [-inf, 0.0]\n" + ENDS, ["data.gains_db", "finite"]),
+        ("[validate]\nsave_audio = -1\n" + ENDS, ["validate.save_audio = -1", "0 or more"]),
         ("[data]\nexcerpt_seconds = 1e-6\n" + ENDS, ["samples", "above 0"]),
         ("[data]\npath = ''\n" + ENDS, ["data.path", "--set data.path=PATH"]),
     ],

@@ -5,7 +5,7 @@ import inspect
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from unbraid.recipe import Part, Recipe, differences, recipe_from_table, recipe_
 from unbraid.records import Event, RunDirectory, append_record, owned, write_atomically
 from unbraid.robust import CLIPPERS, FILTERS, TRANSFORMS
 from unbraid.robust.precision import Precision
+from unbraid.train.adapters import LOGGERS, Logger, open_loggers, pass_on
 from unbraid.train.average import Average
 from unbraid.train.checkpoint import (
     Checkpoint,
@@ -41,10 +42,11 @@ from unbraid.train.checkpoint import (
     read_checkpoint,
     tidy,
 )
-from unbraid.train.logbook import Told
+from unbraid.train.logbook import Logbook, Told
 from unbraid.train.loop import fit
 from unbraid.train.optim import OPTIMIZERS, SCHEDULES
 from unbraid.train.settings import Job
+from unbraid.train.sound import drop_later
 from unbraid.train.state import TrainState
 from unbraid.train.stop import StopRequest
 from unbraid.train.validate import validation
@@ -58,6 +60,8 @@ _MAY_CHANGE = (
     "train.on_bad_example",
     "train.loss_upper_limit",
     "train.compare_every_steps",
+    "train.also_log",
+    "validate.save_audio",
     "save.",
     "data.workers",
     "data.exclude",
@@ -244,7 +248,34 @@ def train(
 def _train(
     recipe: Recipe, run: RunDirectory, device: torch.device, *, resume: bool, stop: StopRequest | None
 ) -> Iterator[Told]:
+    makers = {name: find_part("train.also_log", Part(name), LOGGERS, recipe.folder) for name in recipe.train.also_log}
     checkpoint, notes = _starting_point(recipe, run, resume=resume)
+    loggers = _open_loggers(makers, recipe, run)
+    yield from pass_on(_go_on(recipe, run, device, checkpoint, notes, stop), loggers, Logbook(run))
+
+
+def _open_loggers(makers: dict[str, Callable[..., Logger]], recipe: Recipe, run: RunDirectory) -> dict[str, Logger]:
+    """The loggers of the main process; none on the others, which hear of it where one is refused."""
+    loggers, refused = dict[str, Logger](), None
+    if dist.is_main():
+        try:
+            loggers = open_loggers(makers, run, recipe_table(recipe))
+        except UserError as error:
+            refused = str(error)
+    if makers and (refused := dist.from_main_process(refused)) is not None:
+        raise UserError(refused)
+    return loggers
+
+
+def _go_on(
+    recipe: Recipe,
+    run: RunDirectory,
+    device: torch.device,
+    checkpoint: Checkpoint | None,
+    notes: list[tuple[str, str]],
+    stop: StopRequest | None,
+) -> Generator[Told, None, None]:
+    """From a checkpoint, or from the start, to the end."""
     corpus = build_corpus(recipe)
     model = build_model(recipe).to(device)
     if checkpoint is None and "init" in recipe.model.options:
@@ -280,6 +311,8 @@ def _train(
         n_items=recipe.validate.n_items,
         batch_size=max(1, recipe.data.batch_size // (dist.world_size() * recipe.train.accumulate)),
         assign=recipe.assign,
+        listening=recipe.listening,
+        save_audio=recipe.validate.save_audio,
     )
     yield from fit(state, load, validate, job, stop)
 
@@ -337,6 +370,7 @@ def _open_run(
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     cut_logs(run, checkpoint.log_bytes if checkpoint else {})
     tidy(run, checkpoint)
+    drop_later(run.audio, state.step)
     for log in run.logs:
         log.touch()
     write_atomically(run.recipe, to_toml(recipe))

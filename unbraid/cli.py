@@ -54,9 +54,8 @@ def evaluate(args: argparse.Namespace) -> int:
     from unbraid.evaluate import evaluate_checkpoint
     from unbraid.screen import print_summaries, progress_bar
 
-    options = {
-        name: getattr(args, name) for name in ("data", "split", "n_items", "seconds", "save_audio", "out", "trust")
-    }
+    names = ("data", "split", "n_items", "seconds", "save_audio", "save_worst", "out", "trust")
+    options = {name: getattr(args, name) for name in names}
     with progress_bar("evaluating", args.n_items) as advance:
         found = evaluate_checkpoint(args.checkpoint, progress=lambda done, _: advance(done), **options)
     heard = {file for row in found.rows for file in row["files"].split(" + ")}
@@ -65,6 +64,8 @@ def evaluate(args: argparse.Namespace) -> int:
         title += "; outputs added up as suits each mixture best (assign = 'mixit')"
     print_summaries(found.summaries, title)
     print(f"A row for each mixture: {found.table}" + (f"; to hear: {found.audio}" if found.audio else ""))
+    if found.worst:
+        print("Worst first: " + ", ".join(f"{row['index']:03d} {row['si_sdri']:+.2f} dB" for row in found.worst))
     for message in found.bad_files.values():
         print(f"Left out: {message}")
     return 0
@@ -236,6 +237,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--n-items", type=_positive(int), default=200, help="how many mixtures (%(default)s)")
     command.add_argument("--seconds", type=_positive(float), help="length of a mixture (that of the training)")
     command.add_argument("--save-audio", type=_positive(int), default=0, metavar="N", help="write the first N to hear")
+    worst_help = "write the N of the lowest SI-SDRi to hear"
+    command.add_argument("--save-worst", type=_positive(int), default=0, metavar="N", help=worst_help)
     command.add_argument("-o", "--out", type=Path, help="table to write, .csv or .parquet (evaluation.csv in the run)")
     _add_trust(command)
 

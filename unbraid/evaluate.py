@@ -2,6 +2,7 @@
 
 import csv
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,18 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from unbraid.assemble import list_tracks, load_model
-from unbraid.audio import write_audio
 from unbraid.data.batch import Batch
-from unbraid.data.loader import FixedKeys, collate
+from unbraid.data.loader import Loaded, collate
 from unbraid.data.mixing import AudioFault
-from unbraid.data.mixtures import Mixtures, mixtures
+from unbraid.data.mixtures import Key, Mixtures, mixtures
 from unbraid.dsp import SILENCE
 from unbraid.errors import UserError
-from unbraid.infer import at_mixture_level, separate
+from unbraid.infer import separate
 from unbraid.losses.pit import judge_by, order_as_targets
 from unbraid.metrics import sdr, si_sdr
 from unbraid.recipe import Recipe
 from unbraid.train.checkpoint import find_checkpoint
+from unbraid.train.sound import write_estimates, write_given
 
 METRICS = ("si_sdr", "si_sdri", "sdr", "sdri")
 TABLE_SUFFIXES = (".csv", ".parquet")
@@ -48,7 +49,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate_checkpoint` found, and where it wrote it."""
+    """What `evaluate_checkpoint` found, and where it wrote it; the worst rows that were asked for, worst first."""
 
     rows: list[Row]
     summaries: dict[str, Summary]
@@ -56,6 +57,7 @@ class Evaluation:
     audio: Path | None
     recipe: Recipe
     bad_files: dict[str, str]
+    worst: Sequence[Row] = ()
 
 
 def evaluate_checkpoint(
@@ -66,6 +68,7 @@ def evaluate_checkpoint(
     n_items: int = 200,
     seconds: float | None = None,
     save_audio: int = 0,
+    save_worst: int = 0,
     out: Path | None = None,
     trust: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -79,6 +82,7 @@ def evaluate_checkpoint(
         n_items: How many mixtures.
         seconds: Length of each; that of the training where None.
         save_audio: Of how many the audio is written, into a folder beside the table.
+        save_worst: Of how many it is written there too, those whose SI-SDR was improved least.
         out: Table to write; ``evaluation.csv`` in the run directory where None.
         trust: Whether code that the checkpoint names may run.
         progress: Told how many are done, of how many.
@@ -95,7 +99,9 @@ def evaluate_checkpoint(
     recipe = replace(recipe, data=replace(recipe.data, **changes))
     tracks, noise = list_tracks(recipe, trust=trust)
     dataset = mixtures(tracks, recipe.data, split, noises=noise)
-    audio = table.with_suffix("").parent / f"{table.stem}-audio" if save_audio else None
+    audio = table.with_suffix("").parent / f"{table.stem}-audio" if save_audio or save_worst else None
+    if audio:
+        _remove_audio(audio)
     rows: list[Row] = []
     bad_files: dict[str, str] = {}
     for row, faults in evaluate(model, dataset, recipe, n_items=n_items, save_audio=save_audio, folder=audio):
@@ -104,7 +110,17 @@ def evaluate_checkpoint(
         if progress is not None:
             progress(len(rows), n_items)
     write_table(table, rows)
-    return Evaluation(rows, summarise(rows), table, audio, recipe, bad_files)
+    worst = worst_rows(rows)[:save_worst]
+    if audio:
+        for row in worst:
+            ordered, loaded = _separated(model, dataset, recipe, row["index"])  # made again: nobody keeps all of them
+            _save_audio(audio, ordered, loaded.batch, recipe)
+    return Evaluation(rows, summarise(rows), table, audio, recipe, bad_files, worst)
+
+
+def worst_rows(rows: Sequence[Row]) -> list[Row]:
+    """The rows that have an SI-SDR improvement, the smallest first."""
+    return sorted((row for row in rows if row["si_sdri"] is not None), key=lambda row: row["si_sdri"])
 
 
 def evaluate(
@@ -134,15 +150,21 @@ def evaluate(
     Yields:
         A row with ``index``, the metrics, and ``files``; and what was wrong with files drawn before these.
     """
-    for [key] in FixedKeys(n_items, 1):
-        loaded = collate([dataset[key]])
+    for index in range(n_items):
+        ordered, loaded = _separated(model, dataset, recipe, index)
         batch = loaded.batch
-        estimate = separate(model, batch.mixture).cpu()
-        ordered = order_as_targets(estimate, batch.sources, judge_by(recipe.assign), assign=recipe.assign)
-        row = {"index": key.index} | _scores(ordered, batch) | {"files": " + ".join(batch.items[0].files)}
+        row = {"index": index} | _scores(ordered, batch) | {"files": " + ".join(batch.items[0].files)}
         yield row, loaded.faults
-        if key.index < save_audio and folder is not None:
-            _save_audio(folder, key.index, ordered, batch, recipe)
+        if index < save_audio and folder is not None:
+            _save_audio(folder, ordered, batch, recipe)
+
+
+def _separated(model: nn.Module, dataset: Mixtures, recipe: Recipe, index: int) -> tuple[Tensor, Loaded]:
+    """Estimates of one mixture in the order of its sources, ``(1, source, channel, time)``, and the batch of it."""
+    loaded = collate([dataset[Key(0, index)]])
+    estimate = separate(model, loaded.batch.mixture).cpu()
+    sources = loaded.batch.sources
+    return order_as_targets(estimate, sources, judge_by(recipe.assign), assign=recipe.assign), loaded
 
 
 def _scores(ordered: Tensor, batch: Batch) -> Row:
@@ -161,15 +183,17 @@ def _scores(ordered: Tensor, batch: Batch) -> Row:
     return row
 
 
-def _save_audio(folder: Path, index: int, ordered: Tensor, batch: Batch, recipe: Recipe) -> None:
-    rate, stem, mixture = recipe.data.sample_rate, f"{index:03d}", batch.mixture[0].numpy()
-    estimates = ordered[0].numpy()
-    if recipe.leaves_level_open:
-        estimates = at_mixture_level(estimates, mixture, silent_below_db=recipe.silent_below_db)
-    write_audio(folder / f"{stem}-mixture.wav", mixture, rate)
-    for n, (estimate, source) in enumerate(zip(estimates, batch.sources[0].numpy(), strict=True), 1):
-        write_audio(folder / f"{stem}-estimate-{n}.wav", estimate, rate)
-        write_audio(folder / f"{stem}-reference-{n}.wav", source, rate)
+def _save_audio(folder: Path, ordered: Tensor, batch: Batch, recipe: Recipe) -> None:
+    sound = recipe.listening.sound(batch.items[0].index, batch.mixture[0], batch.sources[0], ordered[0])
+    write_given(folder, sound)
+    write_estimates(folder, sound)
+
+
+def _remove_audio(folder: Path) -> None:
+    """Remove what an evaluation before this wrote: what was another checkpoint's must not be taken for this one's."""
+    for path in folder.glob("*.wav"):
+        if re.fullmatch(r"\d{3,}-(mixture|(estimate|reference)-\d+)", path.stem):
+            path.unlink()
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Summary]:

@@ -1,6 +1,6 @@
-"""A run in one picture: curves of its records, spectrograms of its sound."""
+"""A run as pictures: all of it in one, with its sound; or a figure for each curve of its records."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,11 +8,14 @@ import numpy as np
 import numpy.typing as npt
 
 from unbraid.audio import Audio, read_audio
+from unbraid.curves import Curves, bin_starts, read_curves, running_mean, shares, thin
 from unbraid.errors import UserError
+from unbraid.health.series import Floats
 from unbraid.records import RunDirectory, StepRecord, read_steps, read_validation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 LOSS, NORM, LIMIT, VALID = "#1f77b4", "#555555", "#d62728", "#2ca02c"
 
@@ -84,14 +87,6 @@ def _draw_norm(axes: "Axes", steps: Sequence[StepRecord]) -> None:
     axes.legend(frameon=False)
 
 
-def running_mean(values: npt.NDArray[np.float64], width: int) -> npt.NDArray[np.float64]:
-    """Mean of each value and up to ``width - 1`` before it."""
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(0, ends - width)
-    return (sums[ends] - sums[starts]) / (ends - starts)
-
-
 def _draw_spectrograms(figure: Any, sounds: Sequence[tuple[str, Audio, int]]) -> None:
     n_sources = (len(sounds) - 1) // 2
     grid = figure.add_gridspec(2, n_sources + 1)
@@ -109,3 +104,176 @@ def spectrogram_db(signal: npt.NDArray[np.float32], n_fft: int = 256, hop_length
     padded = np.pad(signal.astype(np.float64), (0, max(0, n_fft - len(signal))))
     frames = np.lib.stride_tricks.sliding_window_view(padded, n_fft)[::hop_length] * np.hanning(n_fft)
     return 10 * np.log10(np.abs(np.fft.rfft(frames, axis=-1).T) ** 2 + 1e-12)
+
+
+def draw_plots(run: RunDirectory, out: Path) -> list[Path]:
+    """Draw each curve of a run as a PNG of its own; what the run has nothing of is left out.
+
+    A step that was left out is a mark with its reason, and in no mean.
+
+    Args:
+        run: A run directory, during the run or after it.
+        out: Folder for them.
+
+    Returns:
+        The files written.
+
+    Raises:
+        UserError: If there is nothing to draw, or matplotlib is missing.
+    """
+    check_matplotlib()
+    from matplotlib.figure import Figure
+
+    curves = read_curves(run)
+    out.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, draw in PLOTS.items():
+        figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+        if draw(figure, curves):
+            handles, labels = figure.axes[0].get_legend_handles_labels()
+            if labels:
+                figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize="small")
+            figure.savefig(out / f"{name}.png", dpi=200)
+            written.append(out / f"{name}.png")
+    return written
+
+
+def _plot_loss(figure: "Figure", curves: Curves) -> bool:
+    axes, (step, loss) = figure.add_subplot(), curves.of_trained("loss")
+    known = [(v.step, v.loss) for v in curves.validations if v.loss is not None and np.isfinite(v.loss)]
+    _draw_noisy(axes, step, loss, LOSS, "training, ")
+    if known:
+        axes.plot(*zip(*known, strict=True), "o-", color=VALID, markersize=3, label="validation")
+    seen = [*(np.percentile(loss, [0.5, 99.5]) if len(loss) else ()), *(value for _, value in known)]
+    if seen:
+        room = 0.05 * (max(seen) - min(seen)) + 1e-9
+        axes.set_ylim(min(seen) - 3 * room, max(seen) + room)
+    _mark_left_out(axes, curves)
+    axes.set(xlabel="step", ylabel="loss")
+    return bool(len(step) or known or curves.left_out)
+
+
+def _plot_valid(figure: "Figure", curves: Curves) -> bool:
+    axes = figure.add_subplot()
+    known = [v for v in curves.validations if v.si_sdri is not None and np.isfinite(v.si_sdri)]
+    axes.plot([v.step for v in known], [v.si_sdri for v in known], "o-", color=VALID, markersize=3)
+    if best := [v for v in known if v.best][-1:]:
+        label = f"lowest loss: {best[0].si_sdri:.2f} dB at step {best[0].step}"
+        axes.plot([best[0].step], [best[0].si_sdri], "*", color=LIMIT, markersize=10, label=label)
+    axes.axhline(0, color="black", linewidth=0.6)
+    axes.set(xlabel="step", ylabel="SI-SDR improvement in dB, validation")
+    return bool(known)
+
+
+def _plot_norm(figure: "Figure", curves: Curves) -> bool:
+    axes, (step, norm) = figure.add_subplot(), curves.of_trained("grad_norm")
+    step, norm = step[norm > 0], norm[norm > 0]
+    if not len(step):
+        return False
+    axes.semilogy(*thin(step, norm), color=NORM, alpha=0.6, linewidth=0.6, label="before clipping")
+    at, limit = curves.of_trained("limit")
+    if len(at):
+        axes.semilogy(*thin(at, limit), color=LIMIT, linewidth=1.2, label="limit")
+    _mark_left_out(axes, curves)
+    axes.set(xlabel="step", ylabel="gradient norm")
+    return True
+
+
+def _plot_shares(figure: "Figure", curves: Curves) -> bool:
+    axes, step = figure.add_subplot(), curves.of_step["step"]
+    starts = bin_starts(len(step), 60)
+    edges = [*step[starts], step[-1] + 1]
+    clipped = shares(curves.of_step["clipped"] == 1, curves.trained, starts)
+    axes.stairs(100 * clipped, edges, baseline=None, color=LOSS, linewidth=1.2, label="clipped, of those trained")
+    for place, (reason, marked) in enumerate(curves.left_out.items()):
+        share, color = 100 * shares(marked, np.ones_like(marked), starts), _color_of(reason, place)
+        axes.stairs(share, edges, baseline=None, color=color, linewidth=1.2, label=f"left out: {_words(reason)}")
+    axes.set(xlabel="step", ylabel="share of steps in %", ylim=(-2, 102))
+    return True
+
+
+def _plot_lr(figure: "Figure", curves: Curves) -> bool:
+    axes, lr = figure.add_subplot(), curves.of_step["lr"]
+    known = np.isfinite(lr)
+    axes.plot(*thin(curves.of_step["step"][known], lr[known]), color=LOSS)
+    axes.set(xlabel="step", ylabel="learning rate")
+    axes.set_ylim(bottom=0)
+    return bool(known.any())
+
+
+def _plot_ratios(figure: "Figure", curves: Curves) -> bool:
+    from matplotlib import colormaps
+
+    axes, n_blocks = figure.add_subplot(), len(curves.blocks)
+    ratios = np.where(curves.ratios > 0, curves.ratios, np.nan)  # 0 in a step that was left out
+    named = {*np.linspace(0, n_blocks - 1, min(n_blocks, 9)).astype(int).tolist()}
+    for place, name in enumerate(curves.blocks):
+        known = np.isfinite(ratios[:, place])
+        color, label = colormaps["viridis"](place / max(1, n_blocks - 1)), name if place in named else None
+        axes.semilogy(*thin(curves.sampled[known], ratios[known, place]), ".-", color=color, label=label, **THIN)
+    if not np.isfinite(ratios).any():
+        return False
+    axes.axhline(1e-3, color="black", linewidth=0.6, linestyle="--")
+    axes.set(xlabel="step", ylabel="update over weights, by block")
+    return True
+
+
+def _plot_pace(figure: "Figure", curves: Curves) -> bool:
+    above, below = figure.subplots(2, 1, sharex=True)
+    step, rate = curves.of_trained("examples_per_second")
+    _draw_noisy(above, step, rate, LOSS)
+    above.set(ylabel="examples a second")
+    above.set_ylim(bottom=0)
+    waited, busy = curves.of_step["data_seconds"], curves.of_step["seconds"]
+    known = np.isfinite(waited + busy) & (waited + busy > 0)
+    share = 100 * waited[known] / (waited + busy)[known]
+    _draw_noisy(below, curves.of_step["step"][known], share, LOSS)
+    below.set(xlabel="step", ylabel="% of the time\nwaiting for data")
+    below.set_ylim(bottom=0)
+    return bool(len(step) and known.any())
+
+
+PLOTS: dict[str, Callable[["Figure", Curves], bool]] = {
+    "loss": _plot_loss,
+    "valid_si_sdri": _plot_valid,
+    "gradient_norm": _plot_norm,
+    "clipped_and_left_out": _plot_shares,
+    "learning_rate": _plot_lr,
+    "update_ratio": _plot_ratios,
+    "pace": _plot_pace,
+}
+"""Each draws into an empty figure, and says whether there was something to draw."""
+
+LEFT_OUT = ("#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#17becf")
+THIN: dict[str, Any] = {"linewidth": 0.8, "markersize": 2}
+
+
+def _draw_noisy(axes: "Axes", step: Floats, values: Floats, color: str, name: str = "") -> None:
+    """Every value faintly, and their running mean."""
+    if not len(step):
+        return
+    width = max(1, min(100, len(step) // 5))
+    axes.plot(*thin(step, values), color=color, alpha=0.25, linewidth=0.6)
+    label = f"{name}mean of {width} steps" if width > 1 else f"{name}each step"
+    axes.plot(*thin(step, running_mean(values, width)), color=color, linewidth=1.2, label=label)
+
+
+def _mark_left_out(axes: "Axes", curves: Curves, n_most: int = 1500) -> None:
+    """A row of marks at the foot of the figure for each reason."""
+    first, last = curves.of_step["step"][[0, -1]]
+    for place, (reason, marked) in enumerate(curves.left_out.items()):
+        steps = curves.of_step["step"][marked]
+        column = ((steps - first) / max(1, last - first) * n_most).astype(int)
+        seen = steps[np.unique(column, return_index=True)[1]]
+        label = f"left out: {_words(reason)} ({len(steps)})"
+        color, height = _color_of(reason, place), np.full(len(seen), 0.03 + 0.045 * place)
+        axes.plot(seen, height, "|", color=color, label=label, transform=axes.get_xaxis_transform())
+
+
+def _color_of(reason: str, place: int) -> str:
+    """Grey for what is no fault."""
+    return "#777777" if reason == "all_easy" else LEFT_OUT[place % len(LEFT_OUT)]
+
+
+def _words(outcome: str) -> str:
+    return outcome.replace("_", " ")

@@ -17,6 +17,7 @@ from unbraid.robust import CLIPPERS
 from unbraid.schema import Table, as_type, assignment, checked
 from unbraid.train.optim import OPTIMIZERS, SCHEDULES
 from unbraid.train.settings import SaveSettings, TrainSettings, ValidateSettings
+from unbraid.train.sound import Listening
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,11 @@ class Recipe:
         losses = [LOSSES.get(part.name) for part, _ in self.loss_terms]
         of_sources = [loss for loss in losses if loss is None or "estimate" in asks_for(loss)]
         return bool(of_sources) and all(ignores_level(loss) for loss in of_sources)
+
+    @property
+    def listening(self) -> Listening:
+        """How the model's outputs become sound."""
+        return Listening(self.data.sample_rate, self.leaves_level_open, self.silent_below_db)
 
 
 _SETTINGS: dict[str, type[Any]] = {
@@ -291,6 +297,7 @@ def _check_ranges(recipe: Recipe) -> None:
         "train.max_steps": train.max_steps,
         "train.max_minutes": train.max_minutes,
         "validate.every_steps": recipe.validate.every_steps,
+        "validate.save_audio": recipe.validate.save_audio,
         "save.every_steps": recipe.save.every_steps,
         "save.incidents": recipe.save.incidents,
         "train.compare_every_steps": train.compare_every_steps,

@@ -255,6 +255,11 @@ class RunDirectory:
         return self.path / "incidents"
 
     @property
+    def audio(self) -> Path:
+        """The first validation examples to hear, and folders ``step-NNNNNN`` of what each validation made of them."""
+        return self.path / "audio"
+
+    @property
     def logs(self) -> tuple[Path, Path, Path]:
         """The files of JSON lines, which a resumed run cuts back to where its checkpoint stands."""
         return self.steps, self.validation, self.events

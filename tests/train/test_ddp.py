@@ -160,3 +160,8 @@ def test_torchrun_trains_as_one_process_does_and_either_goes_on_with_the_others_
     assert rows[0]["si_sdr"] == pytest.approx(rows[1]["si_sdr"], abs=1e-3)
     assert rows[0]["orders"] == rows[1]["orders"]
     assert rows[0]["item_si_sdri"] == pytest.approx(rows[1]["item_si_sdri"], abs=2e-3)
+    heard = [sorted(file.relative_to(run / "audio") for file in (run / "audio").rglob("*.*")) for run in (two, one)]
+    assert heard[0] == heard[1]
+    assert Path("step-000006", "001-estimate-2.wav") in heard[0]  # of the second process
+    reference = Path("audio", "001-reference-1.wav")
+    assert (two / reference).read_bytes() == (one / reference).read_bytes()

@@ -15,6 +15,7 @@ from unbraid.train.checkpoint import cut_logs, newest_checkpoint, read_checkpoin
 from unbraid.train.logbook import Logbook, Told
 from unbraid.train.observer import Observer
 from unbraid.train.settings import Job, TrainSettings
+from unbraid.train.sound import Sound, drop_later
 from unbraid.train.source import Load, Source
 from unbraid.train.state import FaultWindow, TrainState, first_spoilt, judged_weights, set_learning_rate
 from unbraid.train.step import Launched, finish, launch
@@ -23,9 +24,9 @@ from unbraid.train.verdicts import Pace
 
 
 class Scores(NamedTuple):
-    """Means over the validation examples of all ranks, what was wrong with files on this one, and each example's own.
+    """Means over the validation examples of all ranks; on this one what was wrong with files, and sound.
 
-    `orders` and `item_si_sdri` are as `ValidationRecord` has them.
+    `orders` and `item_si_sdri`, of each example on all ranks, are as `ValidationRecord` has them.
     """
 
     loss: float
@@ -33,6 +34,7 @@ class Scores(NamedTuple):
     si_sdri: float
     n_items: int
     faults: tuple[AudioFault, ...] = ()
+    sounds: tuple[Sound, ...] = ()
     orders: tuple[tuple[int, ...], ...] = ()
     item_si_sdri: tuple[float | None, ...] = ()
 
@@ -267,6 +269,7 @@ class _Course:
         state.load_state_dict(checkpoint.state)
         if dist.is_main():
             cut_logs(run, checkpoint.log_bytes | {run.events.name: run.events.stat().st_size})
+            drop_later(run.audio, state.step)
             message = f"The model was not finite at step {step} (first in {where}); went back to {path.name}, from "
             message += "where its steps are done again."
             self.log.tell("WEIGHTS_NONFINITE", step, message, rank=rank)
@@ -318,6 +321,7 @@ class _Course:
         )
         if dist.is_main():
             self.log.append(job.run.validation, record)
+        self.observer.keep_sounds(scores.sounds)
         return record
 
     def _save(self) -> bool:

@@ -4,10 +4,12 @@ from collections.abc import Sequence
 
 from unbraid import dist
 from unbraid.data.mixing import AudioFault
+from unbraid.errors import AudioError
 from unbraid.records import Event, StepRecord
 from unbraid.train.incident import incident_of, joined, own_code, write_incident
 from unbraid.train.logbook import Logbook
 from unbraid.train.settings import Job
+from unbraid.train.sound import Sound, save_sounds
 from unbraid.train.state import TrainState
 from unbraid.train.step import Launched
 from unbraid.train.verdicts import DeadOutputs, Pace
@@ -27,6 +29,7 @@ class Observer:
         self.pace, self.dead_outputs = Pace(dist.world_size()), DeadOutputs()
         self.n_pieces_told = state.n_pieces
         self.verdict = ""  # what is to blame for the last fault
+        self.unheard: set[str] = set()  # why sound was not kept
 
     def new(self, faults: Sequence[AudioFault]) -> list[AudioFault]:
         """Those of files that were not named before."""
@@ -131,3 +134,23 @@ class Observer:
                 "will stay so: begin again with another data.seed or a lower optim.lr, or take a loss that minds level."
             )
             self.log.tell("OUTPUT_DEAD", record.step, message, output=output)
+
+    def keep_sounds(self, sounds: Sequence[Sound]) -> None:
+        """Write the first validation examples of all ranks to hear; a refusal is told of once, and costs no run."""
+        if not self.job.validate.save_audio:
+            return
+        everyone = [sound for _, sound in dist.gather(sounds, self.state.device)]
+        if not dist.is_main():
+            return
+        if spoilt := [sound.index for sound in everyone if not sound.finite]:
+            self._tell_unheard("not finite", f"estimates of validation example {spoilt[0]} are not finite")
+        try:
+            save_sounds(self.job.run.audio, self.state.step, everyone)
+        except (AudioError, OSError) as error:
+            self._tell_unheard("not written", str(error).rstrip("."))
+
+    def _tell_unheard(self, kind: str, why: str) -> None:
+        if kind not in self.unheard:
+            self.unheard.add(kind)
+            message = f"Sound of the validation after step {self.state.step} was not kept: {why}. The run goes on."
+            self.log.tell("AUDIO_NOT_SAVED", self.state.step, message)

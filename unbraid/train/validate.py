@@ -17,10 +17,19 @@ from unbraid.metrics import mean_over_sounding, reorder, si_sdr
 from unbraid.separation import Separation, sources_of
 from unbraid.train.forward import example_losses
 from unbraid.train.loop import Scores, Validate
+from unbraid.train.sound import Listening, Sound, sounds_of
 from unbraid.train.state import TrainState
 
 
-def validation(dataset: Mixtures, *, n_items: int, batch_size: int, assign: str = "permutation") -> Validate:
+def validation(
+    dataset: Mixtures,
+    *,
+    n_items: int,
+    batch_size: int,
+    assign: str = "permutation",
+    listening: Listening | None = None,
+    save_audio: int = 0,
+) -> Validate:
     """A function that scores a state's model on the first ``n_items`` mixtures, shared out over the ranks.
 
     Args:
@@ -29,11 +38,13 @@ def validation(dataset: Mixtures, *, n_items: int, batch_size: int, assign: str 
         batch_size: How many go through the model together.
         assign: Whether SI-SDR is taken in the best order (``"permutation"``), in the model's own (``"fixed"``), or of
             the sums of outputs that make up each target (``"mixit"``).
+        listening: How outputs become sound; None where nobody listens.
+        save_audio: Of how many mixtures, the first ones, the sound is handed over.
     """
 
     @torch.no_grad()
     def validate(state: TrainState) -> Scores:
-        sums, faults = torch.zeros(4, dtype=torch.float64), list[AudioFault]()
+        sums, faults, sounds = torch.zeros(4, dtype=torch.float64), list[AudioFault](), list[Sound]()
         of_items = torch.zeros(n_items, 1 + dataset.settings.n_sources, dtype=torch.float64)
         for keys in FixedKeys(n_items, batch_size, rank=dist.rank(), world_size=dist.world_size()):
             loaded = collate([dataset[key] for key in keys])
@@ -42,13 +53,17 @@ def validation(dataset: Mixtures, *, n_items: int, batch_size: int, assign: str 
             output = _separate(state, batch)
             losses, _ = example_losses(state.loss, output, batch)
             estimate, order = _ordered(sources_of(output), batch.sources, assign)
-            after = mean_over_sounding(si_sdr(estimate, batch.sources), batch.sources)
+            ratios = si_sdr(estimate, batch.sources)
+            after = mean_over_sounding(ratios, batch.sources)
             unprocessed = batch.mixture[:, None].expand_as(batch.sources)
             before = mean_over_sounding(si_sdr(unprocessed, batch.sources), batch.sources)
             sums[:3] += torch.stack([losses.sum(), after.sum(), (after - before).sum()]).double().cpu()
             sums[3] += len(losses)
             places = [key.index for key in keys]
             of_items[places, 0], of_items[places, 1:] = (after - before).double().cpu(), order.double().cpu()
+            if listening is not None:
+                heard = [place for place, key in enumerate(keys) if key.index < save_audio]
+                sounds += sounds_of(listening, batch, estimate, heard, scores=(ratios, after - before))
         loss, total, improvement, count = dist.sum_over_ranks(sums.to(state.device)).tolist()
         improvements, *orders = dist.sum_over_ranks(of_items.to(state.device)).T.tolist()
         searched = assign == "permutation"
@@ -58,6 +73,7 @@ def validation(dataset: Mixtures, *, n_items: int, batch_size: int, assign: str 
             improvement / count,
             round(count),
             faults=tuple(faults),
+            sounds=tuple(sounds),
             orders=tuple(tuple(map(int, order)) for order in zip(*orders, strict=True)) if searched else (),
             item_si_sdri=tuple(round(value, 3) if math.isfinite(value) else None for value in improvements),
         )

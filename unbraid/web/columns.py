@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from unbraid.health.series import numbers
+from unbraid.health.columns import numbers
 from unbraid.web.buckets import Floats
 
 RECORDED = ("grad_norm", "limit", "norm_after", "lr", "seconds", "data_seconds", "examples_per_second")
