@@ -27,7 +27,7 @@ def test_make_demo_separates_talkers_it_has_never_heard(tmp_path):
     )
     assert ended.returncode == 0, ended.stderr[-3000:]
 
-    with (out / "evaluation.csv").open() as file:
+    with (out / "run" / "evaluation.csv").open() as file:
         rows = list(csv.DictReader(file))
     improvement = sum(float(row["si_sdri"]) for row in rows) / len(rows)
     assert len(rows) == 100
@@ -36,8 +36,11 @@ def test_make_demo_separates_talkers_it_has_never_heard(tmp_path):
         split_of = {row["speaker"]: row["split"] for row in csv.DictReader(file)}
     heard = {Path(file).parent.name for row in rows for file in row["files"].split(" + ")}
     assert {split_of[speaker] for speaker in heard} == {"test"}
-    assert len(list((out / "evaluation-audio").glob("*.wav"))) == 5 * 5
-    assert soundfile.info(out / "evaluation-audio" / "000-estimate-1.wav").samplerate == 8000
+    assert len(list((out / "run" / "evaluation-audio").glob("*.wav"))) >= 5 * 5
+    assert soundfile.info(out / "run" / "evaluation-audio" / "000-estimate-1.wav").samplerate == 8000
     assert (out / "demo.png").stat().st_size > 50_000
+    report = (out / "report.html").read_text()
+    assert len(report) < 2_000_000
+    assert report.count("data:audio/mpeg") >= 2 * 5
     assert re.search(r"training\s+\d+ %", ended.stdout)
     assert len(re.findall(r"^  \S.*  \S*unbraid \w", ended.stdout, flags=re.MULTILINE)) == 3

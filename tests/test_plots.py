@@ -1,6 +1,7 @@
 """The picture of a run, and the figures of its curves."""
 
 import json
+import resource
 import subprocess
 import sys
 
@@ -10,16 +11,10 @@ from made_up import BLOCKS, Run
 from matplotlib.figure import Figure
 
 from unbraid.cli import main
-from unbraid.curves import read_curves
 from unbraid.errors import UserError
-from unbraid.plots import PLOTS, draw_plots, draw_run, spectrogram_db
+from unbraid.health.series import read_series
+from unbraid.plots import PLOTS, draw_plots, draw_run
 from unbraid.records import RunDirectory
-
-
-def test_a_tone_stands_at_its_frequency():
-    tone = np.sin(2 * np.pi * 1000 * np.arange(4000) / 8000).astype(np.float32)
-
-    assert set(spectrogram_db(tone, n_fft=256).argmax(0)) == {1000 * 256 // 8000}
 
 
 def test_a_run_and_its_sound_become_a_png(recipe_file, tmp_path, capsys):
@@ -53,7 +48,7 @@ def written(folder, made):
 def drawn(run, name):
     """A figure's lines, by their label; and its axes."""
     figure = Figure()
-    assert PLOTS[name](figure, read_curves(run))
+    assert PLOTS[name](figure, read_series(run.path))
     lines = {line.get_label(): line.get_xydata() for axes in figure.axes for line in axes.lines}
     return lines, figure.axes
 
@@ -96,7 +91,7 @@ def test_shares_are_of_what_was_trained_or_of_all(tmp_path):
 
     shares = {patch.get_label(): patch.get_data().values for patch in axes.patches}
     assert shares["left out: nonfinite loss"].tolist() == [0] * 9 + [10, 90] + [0] * 49
-    clipped = read_curves(run)
+    clipped = read_series(run.path)
     share = 100 * (clipped.of_step["clipped"] == 1)[10:20].mean()
     assert shares["clipped, of those trained"][1] == pytest.approx(share)
 
@@ -140,3 +135,20 @@ def test_drawing_imports_no_torch():
     script = "import sys, unbraid.plots; sys.exit('torch' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+@pytest.mark.slow
+def test_a_million_steps_take_no_gigabyte(tmp_path):
+    run = written(tmp_path / "run", Run(10_000))
+    block = run.steps.read_bytes()
+    with run.steps.open("ab") as file:
+        for _ in range(99):
+            file.write(block)
+    script = (
+        "import sys; from pathlib import Path; from unbraid.plots import draw_plots; "
+        "from unbraid.records import RunDirectory; draw_plots(RunDirectory(Path(sys.argv[1])), Path(sys.argv[2]))"
+    )
+
+    subprocess.run([sys.executable, "-c", script, str(run.path), str(tmp_path / "plots")], check=True, timeout=240)
+
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 1_000_000  # kB, of the largest so far

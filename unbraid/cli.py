@@ -155,7 +155,14 @@ def report(args: argparse.Namespace) -> int:
     """Write a run as one file to send, print or keep: curves, findings, sound; it opens with no network."""
     from unbraid.web.report import write_report
 
-    print(write_report(args.run, args.out or args.run / "report.html"))
+    if args.plots:
+        from unbraid.plots import draw_plots
+        from unbraid.records import RunDirectory
+
+        for path in draw_plots(RunDirectory(args.run), args.plots):
+            print(path)
+    if args.out or not args.plots:
+        print(write_report(args.run, args.out or args.run / "report.html"))
     return 0
 
 
@@ -281,6 +288,7 @@ def parser() -> argparse.ArgumentParser:
     command = add("report", report)
     command.add_argument("run", type=Path, help="a run directory, during the run or after it")
     command.add_argument("-o", "--out", type=Path, help="HTML file to write (report.html in the run directory)")
+    command.add_argument("--plots", type=Path, metavar="FOLDER", help="draw each curve as a PNG for a paper instead")
 
     command = add("replay", replay)
     command.add_argument("incident", type=Path, help="a folder in the incidents of a run directory")

@@ -1,4 +1,4 @@
-"""unbraid demo: talkers made on the spot, training, evaluation, separated sound, a picture, and what to try next."""
+"""unbraid demo: talkers made on the spot, training, evaluation, separated sound, a picture, a report, what next."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,8 +13,9 @@ from unbraid.recipe import load_recipe
 from unbraid.records import RunDirectory
 from unbraid.screen import program, progress_bar, show_training
 from unbraid.train.stop import stop_on_signals
+from unbraid.web.report import write_report
 
-N_TEST_ITEMS, N_AUDIO = 100, 5
+N_TEST_ITEMS, N_AUDIO, N_WORST = 100, 5, 3
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class DemoResult:
     sample_rate: int
     audio: Path
     picture: Path
+    report: Path
 
 
 def run_demo(recipe_path: Path, out: Path, *, overrides: Sequence[str] = ()) -> DemoResult | int:
@@ -62,12 +64,13 @@ def run_demo(recipe_path: Path, out: Path, *, overrides: Sequence[str] = ()) -> 
             run.path,
             n_items=N_TEST_ITEMS,
             save_audio=N_AUDIO,
-            out=out / "evaluation.csv",
+            save_worst=N_WORST,
             progress=lambda done, _: advance(done),
         )
     assert found.audio is not None
     picture = draw_run(run, found.audio, 0, out / "demo.png")
-    return DemoResult(run, found.summaries, len(found.rows), recipe.data.sample_rate, found.audio, picture)
+    report = write_report(run.path, out / "report.html")
+    return DemoResult(run, found.summaries, len(found.rows), recipe.data.sample_rate, found.audio, picture, report)
 
 
 def what_next(result: DemoResult) -> list[str]:
@@ -75,7 +78,7 @@ def what_next(result: DemoResult) -> list[str]:
     run, out, unbraid = result.run.path, result.run.path.parent, program()
     return [
         f"Listen:  {result.audio}: 000-mixture.wav, then 000-estimate-1.wav and 000-estimate-2.wav",
-        f"Look:    {result.picture}",
+        f"Look:    {result.picture}, and all of it, with sound, in a browser: {result.report}",
         "Try next:",
         f"  your own sound       {unbraid} separate MIXTURE.wav -m {run} -o separated",
         f"  your own recordings  {unbraid} train conv_tasnet_small --set data.path=FOLDER_OF_SPEAKERS",

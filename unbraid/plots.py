@@ -8,10 +8,12 @@ import numpy as np
 import numpy.typing as npt
 
 from unbraid.audio import Audio, read_audio
-from unbraid.curves import Curves, bin_starts, read_curves, running_mean, shares, thin
+from unbraid.curves import bin_starts, running_mean, shares, thin
 from unbraid.errors import UserError
-from unbraid.health.series import Floats
+from unbraid.health.columns import Floats
+from unbraid.health.series import Series, read_series
 from unbraid.records import RunDirectory, StepRecord, read_steps, read_validation
+from unbraid.spectrum import spectrogram_db
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -99,13 +101,6 @@ def _draw_spectrograms(figure: Any, sounds: Sequence[tuple[str, Audio, int]]) ->
         axes.set(title=title, xlabel="s", ylabel="kHz")
 
 
-def spectrogram_db(signal: npt.NDArray[np.float32], n_fft: int = 256, hop_length: int = 64) -> npt.NDArray[np.float64]:
-    """Power of Hann-windowed frames in dB, ``(freq, frame)``."""
-    padded = np.pad(signal.astype(np.float64), (0, max(0, n_fft - len(signal))))
-    frames = np.lib.stride_tricks.sliding_window_view(padded, n_fft)[::hop_length] * np.hanning(n_fft)
-    return 10 * np.log10(np.abs(np.fft.rfft(frames, axis=-1).T) ** 2 + 1e-12)
-
-
 def draw_plots(run: RunDirectory, out: Path) -> list[Path]:
     """Draw each curve of a run as a PNG of its own; what the run has nothing of is left out.
 
@@ -124,7 +119,9 @@ def draw_plots(run: RunDirectory, out: Path) -> list[Path]:
     check_matplotlib()
     from matplotlib.figure import Figure
 
-    curves = read_curves(run)
+    curves = read_series(run.path)
+    if not len(curves):
+        raise UserError(f"{run.path} has no steps yet; there is nothing to draw.")
     out.mkdir(parents=True, exist_ok=True)
     written = []
     for name, draw in PLOTS.items():
@@ -138,34 +135,41 @@ def draw_plots(run: RunDirectory, out: Path) -> list[Path]:
     return written
 
 
-def _plot_loss(figure: "Figure", curves: Curves) -> bool:
+def _plot_loss(figure: "Figure", curves: Series) -> bool:
     axes, (step, loss) = figure.add_subplot(), curves.of_trained("loss")
-    known = [(v.step, v.loss) for v in curves.validations if v.loss is not None and np.isfinite(v.loss)]
+    at, validated = _validated(curves, "loss")
     _draw_noisy(axes, step, loss, LOSS, "training, ")
-    if known:
-        axes.plot(*zip(*known, strict=True), "o-", color=VALID, markersize=3, label="validation")
-    seen = [*(np.percentile(loss, [0.5, 99.5]) if len(loss) else ()), *(value for _, value in known)]
+    if len(at):
+        axes.plot(at, validated, "o-", color=VALID, markersize=3, label="validation")
+    seen = [*(np.percentile(loss, [0.5, 99.5]) if len(loss) else ()), *validated]
     if seen:
         room = 0.05 * (max(seen) - min(seen)) + 1e-9
         axes.set_ylim(min(seen) - 3 * room, max(seen) + room)
     _mark_left_out(axes, curves)
     axes.set(xlabel="step", ylabel="loss")
-    return bool(len(step) or known or curves.left_out)
+    return bool(len(step) or len(at) or curves.left_out)
 
 
-def _plot_valid(figure: "Figure", curves: Curves) -> bool:
-    axes = figure.add_subplot()
-    known = [v for v in curves.validations if v.si_sdri is not None and np.isfinite(v.si_sdri)]
-    axes.plot([v.step for v in known], [v.si_sdri for v in known], "o-", color=VALID, markersize=3)
-    if best := [v for v in known if v.best][-1:]:
-        label = f"lowest loss: {best[0].si_sdri:.2f} dB at step {best[0].step}"
-        axes.plot([best[0].step], [best[0].si_sdri], "*", color=LIMIT, markersize=10, label=label)
+def _plot_valid(figure: "Figure", curves: Series) -> bool:
+    axes, (at, gain) = figure.add_subplot(), _validated(curves, "si_sdri")
+    axes.plot(at, gain, "o-", color=VALID, markersize=3)
+    best_at, best = _validated(curves, "si_sdri", of=curves.of_validation["best"] == 1)
+    if len(best):
+        label = f"lowest loss: {best[-1]:.2f} dB at step {best_at[-1]:.0f}"
+        axes.plot(best_at[-1:], best[-1:], "*", color=LIMIT, markersize=10, label=label)
     axes.axhline(0, color="black", linewidth=0.6)
     axes.set(xlabel="step", ylabel="SI-SDR improvement in dB, validation")
-    return bool(known)
+    return len(at) > 0
 
 
-def _plot_norm(figure: "Figure", curves: Curves) -> bool:
+def _validated(curves: Series, name: str, *, of: npt.NDArray[np.bool_] | None = None) -> tuple[Floats, Floats]:
+    """Step and value of the validations, or of some of them, whose value is finite, each ``(n,)``."""
+    values = curves.of_validation[name]
+    known = np.isfinite(values) if of is None else np.isfinite(values) & of
+    return curves.of_validation["step"][known], values[known]
+
+
+def _plot_norm(figure: "Figure", curves: Series) -> bool:
     axes, (step, norm) = figure.add_subplot(), curves.of_trained("grad_norm")
     step, norm = step[norm > 0], norm[norm > 0]
     if not len(step):
@@ -179,7 +183,7 @@ def _plot_norm(figure: "Figure", curves: Curves) -> bool:
     return True
 
 
-def _plot_shares(figure: "Figure", curves: Curves) -> bool:
+def _plot_shares(figure: "Figure", curves: Series) -> bool:
     axes, step = figure.add_subplot(), curves.of_step["step"]
     starts = bin_starts(len(step), 60)
     edges = [*step[starts], step[-1] + 1]
@@ -192,7 +196,7 @@ def _plot_shares(figure: "Figure", curves: Curves) -> bool:
     return True
 
 
-def _plot_lr(figure: "Figure", curves: Curves) -> bool:
+def _plot_lr(figure: "Figure", curves: Series) -> bool:
     axes, lr = figure.add_subplot(), curves.of_step["lr"]
     known = np.isfinite(lr)
     axes.plot(*thin(curves.of_step["step"][known], lr[known]), color=LOSS)
@@ -201,16 +205,16 @@ def _plot_lr(figure: "Figure", curves: Curves) -> bool:
     return bool(known.any())
 
 
-def _plot_ratios(figure: "Figure", curves: Curves) -> bool:
+def _plot_ratios(figure: "Figure", curves: Series) -> bool:
     from matplotlib import colormaps
 
-    axes, n_blocks = figure.add_subplot(), len(curves.blocks)
-    ratios = np.where(curves.ratios > 0, curves.ratios, np.nan)  # 0 in a step that was left out
+    axes, n_blocks = figure.add_subplot(), len(curves.sampled.blocks)
+    ratios = np.where(curves.sampled.ratios > 0, curves.sampled.ratios, np.nan)  # 0 in a step that was left out
     named = {*np.linspace(0, n_blocks - 1, min(n_blocks, 9)).astype(int).tolist()}
-    for place, name in enumerate(curves.blocks):
+    for place, name in enumerate(curves.sampled.blocks):
         known = np.isfinite(ratios[:, place])
         color, label = colormaps["viridis"](place / max(1, n_blocks - 1)), name if place in named else None
-        axes.semilogy(*thin(curves.sampled[known], ratios[known, place]), ".-", color=color, label=label, **THIN)
+        axes.semilogy(*thin(curves.sampled.step[known], ratios[known, place]), ".-", color=color, label=label, **THIN)
     if not np.isfinite(ratios).any():
         return False
     axes.axhline(1e-3, color="black", linewidth=0.6, linestyle="--")
@@ -218,7 +222,7 @@ def _plot_ratios(figure: "Figure", curves: Curves) -> bool:
     return True
 
 
-def _plot_pace(figure: "Figure", curves: Curves) -> bool:
+def _plot_pace(figure: "Figure", curves: Series) -> bool:
     above, below = figure.subplots(2, 1, sharex=True)
     step, rate = curves.of_trained("examples_per_second")
     _draw_noisy(above, step, rate, LOSS)
@@ -233,7 +237,7 @@ def _plot_pace(figure: "Figure", curves: Curves) -> bool:
     return bool(len(step) and known.any())
 
 
-PLOTS: dict[str, Callable[["Figure", Curves], bool]] = {
+PLOTS: dict[str, Callable[["Figure", Series], bool]] = {
     "loss": _plot_loss,
     "valid_si_sdri": _plot_valid,
     "gradient_norm": _plot_norm,
@@ -258,7 +262,7 @@ def _draw_noisy(axes: "Axes", step: Floats, values: Floats, color: str, name: st
     axes.plot(*thin(step, running_mean(values, width)), color=color, linewidth=1.2, label=label)
 
 
-def _mark_left_out(axes: "Axes", curves: Curves, n_most: int = 1500) -> None:
+def _mark_left_out(axes: "Axes", curves: Series, n_most: int = 1500) -> None:
     """A row of marks at the foot of the figure for each reason."""
     first, last = curves.of_step["step"][[0, -1]]
     for place, (reason, marked) in enumerate(curves.left_out.items()):

@@ -248,3 +248,17 @@ def test_a_look_costs_no_more_late_in_a_run_than_early(tmp_path, monkeypatch):
         counts.append(len(lines))
 
     assert counts[1] <= counts[0] < 6500
+
+
+def test_a_step_that_was_left_out_is_in_no_curve_of_what_was_trained():
+    made = Run(10)
+    for place, outcome in ((3, "nonfinite_loss"), (4, "all_easy")):
+        made.steps[place].update(outcome=outcome, loss=-500.0)
+
+    series = made.series()
+
+    assert series.of_trained("loss")[0].tolist() == [1, 2, 3, 6, 7, 8, 9, 10]
+    assert {reason: np.flatnonzero(marked).tolist() for reason, marked in series.left_out.items()} == {
+        "nonfinite_loss": [3],
+        "all_easy": [4],
+    }

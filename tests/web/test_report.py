@@ -113,3 +113,12 @@ def test_a_mistake_is_one_sentence(run, tmp_path, capsys, what):
     told = capsys.readouterr().err
     assert told.count("\n") == 1
     assert str(tmp_path if what == "folder" else tmp_path / what) in told
+
+
+def test_plots_for_a_paper_are_written_by_the_same_command(run, tmp_path, capsys):
+    assert main(["report", str(run), "--plots", str(tmp_path / "plots")]) == 0
+
+    told = capsys.readouterr().out.split()
+    assert str(tmp_path / "plots" / "loss.png") in told
+    assert not (run / "report.html").exists()
+    assert all(path.endswith(".png") for path in told)

@@ -25,6 +25,7 @@ NUMBERS = (
     "clipped",
     "seconds",
     "data_seconds",
+    "examples_per_second",
     "peak_memory_bytes",
     "host_memory_bytes",
 )
@@ -120,7 +121,7 @@ def numbers(rows: Sequence[Row], name: str) -> Floats:
         values = np.empty(0)
     if values.shape != (len(rows),):
         return np.array([_number(row, name) for row in rows], dtype=np.float64)
-    for place in np.flatnonzero(np.isnan(values)):
+    for place in np.flatnonzero(np.isnan(values)).tolist():
         values[place] = _number(rows[place], name)
     return values
 

@@ -20,7 +20,7 @@ DB_LOSSES = ("neg_sa_sdr", "neg_si_sdr", "neg_snr", "neg_thresholded_snr")
 LEFT_ALONE = ("trained", "all_easy", "loss_scale")
 """Outcomes of a step that are no fault of example or model."""
 
-SCORES = ("step", "loss", "si_sdri", "lr")
+SCORES = ("step", "loss", "si_sdri", "lr", "best")
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,18 @@ class Series:
     def trained(self) -> npt.NDArray[np.bool_]:
         """Whether the weights moved, ``(step,)``."""
         return self.outcome == "trained"
+
+    @property
+    def left_out(self) -> dict[str, npt.NDArray[np.bool_]]:
+        """Whether a step was left out for a reason, ``(step,)``, by the reason, in the order in which they came."""
+        reasons, first = np.unique(self.outcome, return_index=True)
+        return {str(reasons[at]): self.outcome == reasons[at] for at in first.argsort() if reasons[at] != "trained"}
+
+    def of_trained(self, name: str) -> tuple[Floats, Floats]:
+        """Step and value of the trained steps whose value is finite, each ``(n,)``."""
+        values = self.of_step[name]
+        known = self.trained & np.isfinite(values)
+        return self.of_step["step"][known], values[known]
 
     @property
     def course(self) -> "Series":

@@ -20,10 +20,10 @@ Facts = dict[str, Any]
 QUIET_SECONDS = 60.0
 """A run that has written no step for so long, and for five of its steps, is said to stand still."""
 
-WHOLE_BYTES = 100 * 2**20
-"""Records up to this size are judged whole; of longer ones the last steps are, so that a look stays short."""
+WHOLE_BYTES = 30 * 2**20
+"""Records up to this size are judged whole; of longer ones the last steps and some of all, so that a look is short."""
 
-LOOKED_BACK = 20_000
+LOOKED_BACK = 10_000
 EVENTS_SHOWN = 300
 
 
@@ -165,7 +165,7 @@ def judged(path: Path) -> Facts:
     run = RunDirectory(path)
     try:
         whole = not run.steps.exists() or run.steps.stat().st_size <= WHOLE_BYTES
-        findings = examine(read_series(path, last=None if whole else LOOKED_BACK))
+        findings = examine(read_series(path, last=None if whole else LOOKED_BACK, thinned=not whole))
     except UserError as error:
         return {"verdict": "", "problem": str(error), "findings": [], "looked_back": None}
     return {

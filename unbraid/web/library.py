@@ -103,7 +103,7 @@ class Library:
 
     def progress(self, name: str) -> dict[str, Any]:
         """How far a followed run is, and how much of it is still to be read."""
-        run = self.followed[name]
+        run = self.followed[name] if name in self.followed else self.follow(name)
         counts = {"n_validations": len(run.validations), "n_events": run.n_events, "n_torn": run.n_torn}
         return {"id": name, "last_step": run.last_step, "unread_bytes": run.unread_bytes} | counts
 

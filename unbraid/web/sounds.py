@@ -14,10 +14,12 @@ from PIL import Image
 
 from unbraid.audio import SUFFIXES, Audio, probe_audio, read_audio
 from unbraid.errors import AudioError
+from unbraid.spectrum import spectrogram_db
 
 N_WORST = 10
 PICTURE_HEIGHT, PICTURE_WIDTH = 128, 360
 RANGE_DB = 70.0
+WINDOW_SECONDS = 0.032
 LONGEST_SECONDS = 30.0
 """Of longer sounds the picture shows the beginning."""
 
@@ -148,17 +150,9 @@ def picture(path: Path, like: Path | None = None) -> bytes:
 
 def _level(path: Path) -> npt.NDArray[np.float64]:
     rate = probe_audio(path).sample_rate
-    audio, _ = read_audio(path, 0.0, LONGEST_SECONDS)
-    return spectrogram_db(audio.mean(0), rate)
-
-
-def spectrogram_db(signal: npt.NDArray[np.float32], rate: int) -> npt.NDArray[np.float64]:
-    """Power of Hann-windowed frames of 32 ms in dB, ``(freq, frame)``."""
-    n_fft = max(32, 2 ** round(math.log2(0.032 * rate)))
-    hop = max(1, len(signal) // PICTURE_WIDTH, n_fft // 8)
-    padded = np.pad(np.nan_to_num(signal.astype(np.float64)), (0, max(0, n_fft - len(signal))))
-    frames = np.lib.stride_tricks.sliding_window_view(padded, n_fft)[::hop] * np.hanning(n_fft)
-    return 10 * np.log10(np.abs(np.fft.rfft(frames, axis=-1).T) ** 2 + 1e-10)
+    signal = np.nan_to_num(read_audio(path, 0.0, LONGEST_SECONDS)[0].mean(0))
+    n_fft = max(32, 2 ** round(math.log2(WINDOW_SECONDS * rate)))
+    return spectrogram_db(signal, n_fft, max(1, len(signal) // PICTURE_WIDTH, n_fft // 8))
 
 
 _STOPS = (

@@ -38,7 +38,7 @@ function health() {
     return;
   }
   const said = found.verdict.charAt(0).toUpperCase() + found.verdict.slice(1);
-  const whole_ = found.looked_back ? `, by its last ${whole(found.looked_back)} steps` : "";
+  const whole_ = found.looked_back ? `, by its last ${whole(found.looked_back)} steps and some of all` : "";
   const shown = found.findings.map((finding) => make("li", { className: `card finding ${finding.severity}` },
     make("button", { type: "button", onclick: () => jump(finding.steps) }, `Show steps ${whole(finding.steps[0])} to ${whole(finding.steps[1])}`),
     make("span", { className: "kind" }, finding.severity), make("b", {}, finding.what),
