@@ -14,6 +14,7 @@ from PIL import Image
 
 from unbraid.audio import SUFFIXES, Audio, probe_audio, read_audio
 from unbraid.errors import AudioError
+from unbraid.records import RunDirectory
 from unbraid.spectrum import spectrogram_db
 
 N_WORST = 10
@@ -33,7 +34,7 @@ def examples(run: Path) -> dict[str, Any]:
         ``steps``, those that estimates were kept of; and ``items``, each with its index, the sounds that are the same
         all along, and for each step its estimates and scores. Sounds are paths relative to the run directory.
     """
-    folder = run / "audio"
+    folder = RunDirectory(run).audio
     steps = sorted(int(path.parent.name.removeprefix("step-")) for path in folder.glob("step-*/scores.json"))
     scored = {step: _scores(folder / f"step-{step:06d}" / "scores.json") for step in steps}
     indices = sorted({index for found in scored.values() for index in found})
