@@ -56,6 +56,9 @@ def test_a_run_is_drawn_judged_and_heard(folder):
         comes_true(page, "document.querySelector('#sound img').naturalWidth === 360")
         page.locator("#sound select").first.select_option("0")
         assert "+3.00 dB" in page.locator("#sound article").first.inner_text()
+        page.locator("#blocks summary").click()
+        assert page.locator("#blocks tbody tr").count() == 6
+        assert "blocks.3" in page.inner_text("#blocks")
         assert page.faults == []
         assert foreign(page, served) == []
 

@@ -160,6 +160,24 @@ def events(rows: Sequence[Mapping[str, Any]], n_all: int) -> Facts:
     }
 
 
+def of_last_steps(last: Mapping[str, Any], sampled: Mapping[str, Any]) -> Facts:
+    """The last step without its details, and the blocks of the last step that was looked at closely.
+
+    Args:
+        last: Row of the last step.
+        sampled: Row of the last that holds blocks.
+    """
+    blocks = sampled.get("blocks")
+    named = blocks.items() if isinstance(blocks, Mapping) else ()
+    rows = [
+        {"name": name, "grad_norm": block.get("grad_norm"), "update_ratio": block.get("update_ratio")}
+        for name, block in named
+        if isinstance(block, Mapping)
+    ]
+    plain = {key: value for key, value in last.items() if key not in ("blocks", "items", "bad_items")}
+    return {"last": plain, "blocks": {"step": sampled.get("step"), "rows": rows}}
+
+
 def judged(path: Path) -> Facts:
     """What the doctor says of a run, worst first; a sentence instead where there is nothing to judge."""
     run = RunDirectory(path)

@@ -104,11 +104,12 @@ class Followed:
         self.run = RunDirectory(path)
         self.files = {name: Lines(getattr(self.run, name)) for name in ("steps", "validation", "events")}
         self._forget("steps", "validation", "events")
-        self.last_row: Row = {}
 
     def _forget(self, *names: str) -> None:
         if "steps" in names:
-            self.buckets, self.n_steps, self.last_row = Buckets(len(COLUMNS)), 0, {}
+            self.buckets, self.n_steps = Buckets(len(COLUMNS)), 0
+            self.last_row: Row = {}
+            self.last_sampled: Row = {}  # of the steps that were looked at closely
         if "validation" in names:
             self.validations: list[Row] = []
         if "events" in names:
@@ -148,6 +149,7 @@ class Followed:
         self.buckets.append(numbers, np.array(places, np.int64), columns(rows))
         self.n_steps += len(rows)
         self.last_row = rows[-1]
+        self.last_sampled = next((row for row in reversed(rows) if row.get("blocks")), self.last_sampled)
 
     def _add_validation(self, rows: list[Row], places: list[int]) -> None:
         self.validations += rows

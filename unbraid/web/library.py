@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from unbraid.web.charts import chart, scores
-from unbraid.web.facts import about, events, judged, overview, run_id
+from unbraid.web.facts import about, events, judged, of_last_steps, overview, run_id
 from unbraid.web.follow import Followed, runs_in
 from unbraid.web.sounds import examples, worst_of_evaluation
 
@@ -117,9 +117,9 @@ class Library:
         path = run.run.path
         with self.lock:
             told = events(run.events, run.n_events)
-            last = {key: value for key, value in run.last_row.items() if key not in ("blocks", "items", "bad_items")}
+            last = of_last_steps(run.last_row, run.last_sampled)
         heard = {"examples": examples(path), "worst": worst_of_evaluation(path)}
-        return {"id": name, "last": last, "events": told} | about(path) | heard
+        return {"id": name, "events": told} | last | about(path) | heard
 
     def judged(self, name: str) -> dict[str, Any]:
         """What the doctor says of a run; the same as before where nothing has changed, or only just.

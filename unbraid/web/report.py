@@ -12,7 +12,7 @@ from unbraid.audio import read_audio
 from unbraid.errors import AudioError, CheckpointError, UserError
 from unbraid.records import RunDirectory, write_atomically
 from unbraid.web.charts import chart, scores
-from unbraid.web.facts import about, events, judged, overview
+from unbraid.web.facts import about, events, judged, of_last_steps, overview
 from unbraid.web.follow import Followed
 from unbraid.web.server import STATIC, page
 from unbraid.web.sounds import all_sounds, as_mp3, examples, picture, worst_of_evaluation
@@ -63,8 +63,8 @@ def _contents(path: Path) -> dict[str, Any]:
     if not items:
         worst = worst[:N_EXAMPLES]
     sounds, pictures = _embedded(path, items + worst)
-    last = {key: value for key, value in run.last_row.items() if key not in ("blocks", "items", "bad_items")}
-    details = {"id": listed["id"], "last": last, "events": events(run.events, run.n_events)}
+    details = {"id": listed["id"], "events": events(run.events, run.n_events)}
+    details |= of_last_steps(run.last_row, run.last_sampled)
     return {
         "made": datetime.now(UTC).strftime("%Y-%m-%d"),
         "run": listed,

@@ -70,6 +70,10 @@ function besides() {
   } else if (!document.getElementById("sound").childElementCount) {
     document.getElementById("sound").replaceWith(soundSection(source, id, details));
   }
+  const blocks = document.getElementById("blocks");
+  const open = blocks.firstElementChild && blocks.firstElementChild.open;
+  blocks.replaceChildren(...(details.blocks.rows.length ? [blocksCard(details.blocks)] : []));
+  if (open && blocks.firstElementChild) blocks.firstElementChild.open = true;
   document.getElementById("incidents").replaceChildren(...incidentParts(details));
   document.getElementById("recipe").replaceChildren(...recipeParts(details));
 }
@@ -119,4 +123,22 @@ function keysCard(title, tables, names) {
   const differing = keys.filter(differs), alike = keys.filter((key) => !differs(key));
   return make("div", { className: "card" }, make("h3", {}, `${title}: ${differing.length ? "what differs" : "no difference"}`),
     differing.length > 0 && body(differing), make("details", {}, make("summary", {}, `${alike.length} keys alike`), body(alike)));
+}
+
+// The blocks of the model in the last step that was looked at closely, each with its gradient and its update as bars.
+function blocksCard(blocks) {
+  const known = (name) => blocks.rows.map((row) => row[name]).filter((value) => value > 0).map(Math.log10);
+  const range = Object.fromEntries(["grad_norm", "update_ratio"].map((name) => [name, [Math.min(...known(name)), Math.max(...known(name))]]));
+  const bar = (row, name) => {
+    const [low, high] = range[name];
+    const share = row[name] > 0 ? 0.06 + (0.94 * (Math.log10(row[name]) - low)) / (high - low || 1) : 0;
+    const inner = make("span", { className: "fill" });
+    inner.style.width = `${(100 * share).toFixed(1)}%`;
+    return make("td", {}, make("span", { className: "bars" }, inner), make("span", { className: "value" }, digits(row[name])));
+  };
+  const head = make("thead", {}, make("tr", {}, ["", "gradient norm", "update over weight"].map((word) => make("th", {}, word))));
+  const rows = blocks.rows.map((row) => make("tr", {}, make("td", {}, make("code", {}, row.name)), bar(row, "grad_norm"), bar(row, "update_ratio")));
+  return make("details", { className: "card blocks" }, make("summary", {}, `The ${rows.length} blocks of the model at step ${whole(blocks.step)}`),
+    make("p", { className: "say" }, "Bars are on a log scale from the smallest to the largest; first blocks far below the last are gradients that vanish."),
+    make("div", { className: "scroll" }, make("table", {}, head, make("tbody", {}, rows))));
 }

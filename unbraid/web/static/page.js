@@ -119,7 +119,7 @@ function build() {
   main.replaceChildren(
     make("div", { id: "lead" }),
     make("section", { id: "health" }),
-    make("section", { id: "curves" }, make("h2", {}, "Curves"), make("div", { className: "bar", id: "bar" }), make("div", { className: "curves" }, charts.map((chart) => chart.box))),
+    make("section", { id: "curves" }, make("h2", {}, "Curves"), make("div", { className: "bar", id: "bar" }), make("div", { className: "curves" }, charts.map((chart) => chart.box)), make("div", { id: "blocks" })),
     make("section", { id: "sound" }), make("section", { id: "incidents" }), make("section", { id: "recipe" }));
   lead();
   health();
