@@ -33,10 +33,10 @@ from unbraid.losses.pit import SeparationLoss
 from unbraid.losses.waveform import neg_si_sdr
 from unbraid.robust.clip import FixedClip
 from unbraid.robust.guard import guarded_step
+from unbraid.robust.precision import best_precision
 from unbraid.train.optim import OPTIMIZERS
 
 ROOT = Path(__file__).parents[1]
-PRECISIONS = ("fp32", "bf16")
 SMALL = {"n_blocks": 1, "n_layers": 2}
 
 QUICK: dict[str, dict[str, Any]] = {
@@ -79,15 +79,23 @@ class Race(NamedTuple):
 Races = Iterator[Race]
 
 
+def precisions(device: torch.device) -> list[str]:
+    """fp32, and bf16 where it is multiplied natively: elsewhere nobody trains in it."""
+    return list(dict.fromkeys(["fp32", best_precision(device)]))
+
+
 def network_races(work: Work, setting: Setting, *, train: bool) -> Races:
     """A training step, or a forward without gradients: ours in each precision, compiled or not, against all peers."""
     work, device = setting.sized(work), setting.device
     batch, peer = work.batch(device), PEERS[work.model]
-    for precision in PRECISIONS:
+    for precision in precisions(device):
         torch._dynamo.reset()
         torch.manual_seed(0)
         ours = [precision, *([f"{precision} compiled"] if setting.compiles else [])]
-        contestants = [*(Contestant("ours", how) for how in ours), *(Contestant(peer.who, how) for how in PRECISIONS)]
+        contestants = [
+            *(Contestant("ours", how) for how in ours),
+            *(Contestant(peer.who, how) for how in precisions(device)),
+        ]
         calls, parameters = dict[Contestant, Call](), dict[str, int]()
         for one in contestants:
             model = build(work, device, ours=one.is_ours, compiled="compiled" in one.how)
@@ -167,9 +175,11 @@ def torch_update(parameters: list[nn.Parameter], how: str) -> Call:
 def memory_races(setting: Setting) -> Races:
     """The most that a SepFormer step needs beyond weights and optimizer state, each in a fresh process."""
     work = setting.sized(Work("sepformer", {}, 1, 4.0))
-    asked = [(Contestant(who, how), {}) for who in ("ours", PEERS[work.model].who) for how in PRECISIONS]
+    asked = [
+        (Contestant(who, how), {}) for who in ("ours", PEERS[work.model].who) for how in precisions(setting.device)
+    ]
     if offers(work, "checkpoint"):
-        asked += [(Contestant("ours", f"{how} checkpoint"), {"checkpoint": True}) for how in PRECISIONS]
+        asked += [(Contestant("ours", f"{how} checkpoint"), {"checkpoint": True}) for how in precisions(setting.device)]
     measured: Measured = {}
     for one, options in asked:
         task = fresh_task(one, work, setting) | {"precision": one.how.split()[0], "options": options}
@@ -217,7 +227,7 @@ def pieces() -> dict[str, Piece]:
     conv_tasnet, dprnn = Work("conv_tasnet", {}, 2, 3.0), Work("dprnn", {}, 2, 3.0)
     music = Work("bs_roformer", {"n_blocks": 1}, 1, 30.0, sample_rate=44100, n_channels=2, n_sources=1)
     steps = {"sepformer_small": small, "sepformer": sepformer, "conv_tasnet": conv_tasnet, "dprnn": dprnn}
-    files = {name: steps[name]._replace(batch_size=1, seconds=30.0) for name in ("sepformer", "conv_tasnet", "dprnn")}
+    files = {name: work._replace(batch_size=1, seconds=30.0) for name, work in steps.items()}
 
     def of(work: Work, races: Callable[..., Races], unit: str = "seconds", **options: Any) -> Piece:
         return Piece(partial(races, work, **options), (PEERS[work.model].who,), work.model, unit)
