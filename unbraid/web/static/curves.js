@@ -147,7 +147,7 @@ class Chart {
           values: (_, marks) => marks.map((mark) => (chart.strip || mark === null ? "" : digits(mark))) },
       ],
       legend: { show: false },
-      cursor: { sync: { key: "steps", scales: ["x", null] }, drag: { x: true, y: false, setScale: false }, points: { show: !chart.strip },
+      cursor: { y: false, sync: { key: "steps", scales: ["x", null] }, drag: { x: true, y: false, setScale: false }, points: { show: !chart.strip },
         bind: { dblclick: () => () => room.zoom(null) } },
       hooks: {
         drawClear: [(plot) => mark(plot, room.marked(), room.colour("--warning"))],
@@ -172,15 +172,14 @@ class Chart {
     }
     const step = plot.posToVal(left, "x");
     if (this.chart.strip) {
-      this.read.textContent = this.runs.map((run) => stripWords(run, step)).join("; ");
+      this.read.textContent = this.runs.map((run) => (this.runs.length > 1 ? `${run.name}, ` : "") + stripWords(run, step)).join("; ");
       return;
     }
     const parts = [];
     for (const row of this.rows) {
       if (row.silent) continue;
-      const at = nearest(row.x, step);
-      const value = at === -1 ? null : (row.exact || row.y)[at];
-      if (value === null || value === undefined) continue;
+      const value = valueAt(row, step);
+      if (value === null) continue;
       const who = this.runs.length > 1 ? `${row.run.name} ` : "";
       parts.push(`${who}${row.name ? `${row.name} ` : ""}${digits(value)}`);
     }
@@ -211,6 +210,17 @@ function nearest(x, step) {
     else high = middle;
   }
   return low > 0 && step - x[low - 1] < x[low] - step ? low - 1 : low;
+}
+
+// The value known nearest to a step: some are known at every 50th alone.
+function valueAt(row, step) {
+  if (!row.known) {
+    const values = row.exact || row.y;
+    const places = row.x.map((_, at) => at).filter((at) => values[at] !== null && values[at] !== undefined);
+    row.known = { x: places.map((at) => row.x[at]), y: places.map((at) => values[at]) };
+  }
+  const at = nearest(row.known.x, step);
+  return at < 0 ? null : row.known.y[at];
 }
 
 function mark(plot, marked, colour) {
