@@ -155,11 +155,12 @@ def _plot_loss(figure: "Figure", curves: Curves) -> bool:
 
 def _plot_valid(figure: "Figure", curves: Curves) -> bool:
     axes = figure.add_subplot()
-    known = [v for v in curves.validations if v.si_sdri is not None and np.isfinite(v.si_sdri)]
-    axes.plot([v.step for v in known], [v.si_sdri for v in known], "o-", color=VALID, markersize=3)
-    if best := [v for v in known if v.best][-1:]:
-        label = f"lowest loss: {best[0].si_sdri:.2f} dB at step {best[0].step}"
-        axes.plot([best[0].step], [best[0].si_sdri], "*", color=LIMIT, markersize=10, label=label)
+    of_validation = [(v.step, v.si_sdri, v.best) for v in curves.validations if v.si_sdri is not None]
+    known = [(step, gain, best) for step, gain, best in of_validation if np.isfinite(gain)]
+    axes.plot([step for step, _, _ in known], [gain for _, gain, _ in known], "o-", color=VALID, markersize=3)
+    for step, gain, _ in [row for row in known if row[2]][-1:]:
+        label = f"lowest loss: {gain:.2f} dB at step {step}"
+        axes.plot([step], [gain], "*", color=LIMIT, markersize=10, label=label)
     axes.axhline(0, color="black", linewidth=0.6)
     axes.set(xlabel="step", ylabel="SI-SDR improvement in dB, validation")
     return bool(known)
