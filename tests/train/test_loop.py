@@ -184,7 +184,10 @@ def test_a_last_checkpoint_that_cannot_be_written_ends_the_run_with_a_word(recip
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    assert [event["code"] for event in read_rows(tmp_path / "run" / "events.jsonl")[0]] == ["AUDIO_NOT_SAVED", "CHECKPOINT_FAILED"]
+    assert [event["code"] for event in read_rows(tmp_path / "run" / "events.jsonl")[0]] == [
+        "AUDIO_NOT_SAVED",
+        "CHECKPOINT_FAILED",
+    ]
     assert (tmp_path / "run" / "checkpoints" / "last").read_text().strip() == "step-000004"
 
 
