@@ -45,6 +45,7 @@ def raises(run, recipe):
 
 class RefusesToClose(Hears):
     def close(self):
+        super().close()
         raise OSError("the line is cut")
 
 def nan_at_third(estimate, target):

@@ -6,8 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from unbraid.audio import read_audio
 from unbraid.records import RunDirectory, read_rows
 
 pytestmark = pytest.mark.ddp
@@ -164,4 +166,4 @@ def test_torchrun_trains_as_one_process_does_and_either_goes_on_with_the_others_
     assert heard[0] == heard[1]
     assert Path("step-000006", "001-estimate-2.wav") in heard[0]  # of the second process
     reference = Path("audio", "001-reference-1.wav")
-    assert (two / reference).read_bytes() == (one / reference).read_bytes()
+    assert np.array_equal(read_audio(two / reference)[0], read_audio(one / reference)[0])

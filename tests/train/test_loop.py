@@ -171,7 +171,7 @@ def test_a_checkpoint_that_cannot_be_written_is_told_and_the_run_goes_on(recipe_
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
 
     events = read_rows(tmp_path / "run" / "events.jsonl")[0]
-    assert [event["code"] for event in events] == ["CHECKPOINT_FAILED"]
+    assert [event["code"] for event in events] == ["AUDIO_NOT_SAVED", "CHECKPOINT_FAILED"]
     assert [record.step for record in records if isinstance(record, StepRecord)] == [1, 2, 3, 4, 5, 6]
 
 
@@ -189,7 +189,10 @@ def test_a_last_checkpoint_that_cannot_be_written_ends_the_run_with_a_word(recip
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    assert [event["code"] for event in read_rows(tmp_path / "run" / "events.jsonl")[0]] == ["CHECKPOINT_FAILED"]
+    assert [event["code"] for event in read_rows(tmp_path / "run" / "events.jsonl")[0]] == [
+        "AUDIO_NOT_SAVED",
+        "CHECKPOINT_FAILED",
+    ]
     assert (tmp_path / "run" / "checkpoints" / "last").read_text().strip() == "step-000004"
 
 

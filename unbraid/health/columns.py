@@ -117,7 +117,7 @@ def numbers(rows: Sequence[Row], name: str) -> Floats:
     """One number of each row; NaN where there is none, infinite where its text says so."""
     try:
         values = np.array([row.get(name) for row in rows], dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         values = np.empty(0)
     if values.shape != (len(rows),):
         return np.array([_number(row, name) for row in rows], dtype=np.float64)
@@ -134,7 +134,7 @@ def _number(row: Row, name: str) -> float:
 def _float(value: Any) -> float:
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return math.nan
 
 

@@ -1,5 +1,6 @@
 """Series to what the page draws: thinned to what a screen can show, as JSON."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,8 @@ from unbraid.web.columns import COLUMNS, LEFT_OUT
 SPREAD = ("loss", "grad_norm", "norm_after", "si_sdr")
 """Columns whose least and greatest value are drawn beside their mean."""
 
-SCORES = ("step", "loss", "si_sdr", "si_sdri", "lr", "best")
+SCORES = ("step", "loss", "si_sdr", "si_sdri", "best")
+"""What is kept of a validation."""
 
 
 def chart(thinned: Thinned) -> dict[str, Any]:
@@ -22,11 +24,11 @@ def chart(thinned: Thinned) -> dict[str, Any]:
 
     Returns:
         ``steps`` and ``n_steps`` of each bucket; ``mean`` of each column; ``low`` and ``high`` of those in `SPREAD`;
-        and how many steps were left out in each bucket, by reason, in ``left_out``. Null where nothing is known.
+        and in ``left_out`` how many steps of each bucket were left out, by reason, or done without bad examples. Null where nothing is known.
     """
     place = {name: number for number, name in enumerate(COLUMNS)}
-    known = [name for name in COLUMNS if name not in LEFT_OUT and np.isfinite(thinned.mean[place[name]]).any()]
-    counts = {name: thinned.total[place[name]] for name in LEFT_OUT}
+    known = [name for name in COLUMNS if name not in (*LEFT_OUT, "rescued") and np.isfinite(thinned.mean[place[name]]).any()]
+    counts = {name: thinned.total[place[name]] for name in ("rescued", *LEFT_OUT)}
     return {
         "steps": thinned.steps.tolist(),
         "n_steps": thinned.n_steps.tolist(),
@@ -44,6 +46,13 @@ def plain(values: Floats) -> list[float | None]:
     scale = 10.0 ** np.clip(4 - np.floor(np.log10(safe)), -30, 30)
     rounded = np.round(np.where(finite, values, 0.0) * scale) / scale
     return [value if known else None for value, known in zip(rounded.tolist(), finite.tolist(), strict=True)]
+
+
+def finite(value: Any) -> float | None:
+    """A number that JSON can hold; None for anything else."""
+    if not isinstance(value, (int, float)):
+        return None
+    return value if -sys.float_info.max <= value <= sys.float_info.max else None
 
 
 def scores(rows: Sequence[Mapping[str, Any]], *, n_most: int = 2000) -> dict[str, list[Any]]:

@@ -19,9 +19,7 @@ COLUMNS = (
     "clipped",
     "update_ratio",
     "memory_bytes",
-    "elapsed_seconds",
-    "n_easy",
-    "n_bad",
+    "rescued",
     *LEFT_OUT,
 )
 
@@ -34,17 +32,18 @@ def columns(rows: Sequence[Mapping[str, Any]]) -> Floats:
     """
     outcomes = [row.get("outcome") for row in rows]
     trained = np.array([outcome == "trained" for outcome in outcomes])
-    found = {name: numbers(rows, name) for name in (*RECORDED, "elapsed_seconds", "n_easy", "n_bad")}
+    found = {name: numbers(rows, name) for name in RECORDED}
     found["memory_bytes"] = numbers(rows, "peak_memory_bytes")
     found |= {name: np.where(trained, numbers(rows, name), np.nan) for name in ("loss", "clipped")}
     found["si_sdr"] = np.where(trained, [_mean(row.get("si_sdr")) for row in rows], np.nan)
     found["update_ratio"] = np.array([_update_ratio(row.get("blocks")) for row in rows], dtype=float)
+    found["rescued"] = (trained & (numbers(rows, "n_bad") > 0)).astype(float)
     found |= {name: np.array([outcome == name for outcome in outcomes], dtype=float) for name in LEFT_OUT}
     return np.stack([found[name] for name in COLUMNS])
 
 
 def _mean(values: Any) -> float:
-    known = [value for value in values or () if isinstance(value, (int, float))]
+    known = [value for value in values if isinstance(value, (int, float))] if isinstance(values, list) else []
     return sum(known) / len(known) if known else np.nan
 
 
@@ -53,5 +52,5 @@ def _update_ratio(blocks: Any) -> float:
     if not isinstance(blocks, Mapping):
         return np.nan
     ratios = [block.get("update_ratio") for block in blocks.values() if isinstance(block, Mapping)]
-    known = sorted(ratio for ratio in ratios if isinstance(ratio, (int, float)))
+    known = [ratio for ratio in ratios if isinstance(ratio, (int, float))]
     return float(np.median(known)) if known else np.nan

@@ -10,6 +10,7 @@ import numpy as np
 
 from unbraid.records import RunDirectory
 from unbraid.web.buckets import Buckets, Thinned, of_each_step
+from unbraid.web.charts import SCORES, finite
 from unbraid.web.columns import COLUMNS, columns
 
 Row = dict[str, Any]
@@ -19,7 +20,10 @@ AT_A_TIME = 2**20
 MARK = 64
 """Bytes before the place reached that are compared, to see that the file is still the one that was read."""
 
-EXACT_STEPS = 20_000
+LONGEST = 16 * 2**20
+"""Bytes of a line at most; what goes on without an end beyond that is no record."""
+
+EXACT_STEPS = 2000
 """Windows of so many steps are read again from the file where buckets hold more than one step each."""
 
 EVENTS_KEPT = 2000
@@ -36,6 +40,7 @@ class Lines:
 
     def __init__(self, path: Path) -> None:
         self.path, self.offset, self.n_torn, self._before = path, 0, 0, b""
+        self._waits_at = -1  # the size at which the last line was not whole
 
     @property
     def size(self) -> int:
@@ -45,24 +50,31 @@ class Lines:
         except OSError:
             return 0
 
+    @property
+    def unread(self) -> int:
+        """Bytes still to be read; a last line that is not whole waits for its end."""
+        size = self.size
+        return 0 if size == self._waits_at else max(0, size - self.offset)
+
     def was_cut(self) -> bool:
         """Whether what was read is no longer there; then everything begins anew."""
         if self.size >= self.offset and self._mark(self.offset) == self._before:
             return False
-        self.offset, self.n_torn, self._before = 0, 0, b""
+        self.offset, self.n_torn, self._before, self._waits_at = 0, 0, b"", -1
         return True
 
     def next(self, n_bytes: int = AT_A_TIME) -> tuple[list[Row], list[int]]:
         """The next rows, and where the line of each begins; none where nothing new is complete."""
         begin = self.offset
-        if self.size <= begin:
+        if not self.unread:
             return [], []
         with self.path.open("rb") as file:
             file.seek(begin)
             block = file.read(n_bytes)
-            while not block.endswith(b"\n") and (more := file.readline()):
-                block += more
-        whole = block[: block.rfind(b"\n") + 1]
+            if not block.endswith(b"\n"):
+                block += file.readline(LONGEST)
+        whole = block[: block.rfind(b"\n") + 1] or (block if len(block) >= LONGEST else b"")
+        self._waits_at = -1 if whole else begin + len(block)
         self.offset += len(whole)
         self._before = self._mark(self.offset)
         rows, places = [], []
@@ -85,12 +97,13 @@ class Lines:
 
 
 def _parsed(line: bytes) -> Row | None:
-    """A row that says which step it is of, or None."""
+    """A row that says which step it is of, or None; what is not finite in it is None."""
     try:
-        row = json.loads(line)
-    except ValueError:
+        row = json.loads(line, parse_constant=lambda _: None)
+    except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+    step = row.get("step") if isinstance(row, dict) else None
+    return row if isinstance(step, int) and not isinstance(step, bool) and 0 <= step < 2**52 else None
 
 
 class Followed:
@@ -119,7 +132,7 @@ class Followed:
     @property
     def unread_bytes(self) -> int:
         """What of the steps is still to be read."""
-        return max(0, self.files["steps"].size - self.files["steps"].offset)
+        return self.files["steps"].unread
 
     @property
     def n_torn(self) -> int:
@@ -135,13 +148,14 @@ class Followed:
         """Read some more of each file; whether there was any."""
         changed = False
         for name, file in self.files.items():
+            before = file.offset
             if file.was_cut():
                 self._forget(name)
                 changed = True
             rows, places = file.next()
             if rows:
                 getattr(self, f"_add_{name}")(rows, places)
-                changed = True
+            changed = changed or file.offset != before
         return changed
 
     def _add_steps(self, rows: list[Row], places: list[int]) -> None:
@@ -152,7 +166,7 @@ class Followed:
         self.last_sampled = next((row for row in reversed(rows) if row.get("blocks")), self.last_sampled)
 
     def _add_validation(self, rows: list[Row], places: list[int]) -> None:
-        self.validations += rows
+        self.validations += [{name: finite(row.get(name)) for name in SCORES} for row in rows]
 
     def _add_events(self, rows: list[Row], places: list[int]) -> None:
         self.events = [*self.events, *rows][-EVENTS_KEPT:]
