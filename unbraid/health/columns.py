@@ -120,7 +120,7 @@ def numbers(rows: Sequence[Row], name: str) -> Floats:
         values = np.empty(0)
     if values.shape != (len(rows),):
         return np.array([_number(row, name) for row in rows], dtype=np.float64)
-    for place in np.flatnonzero(np.isnan(values)):
+    for place in np.flatnonzero(np.isnan(values)).tolist():
         values[place] = _number(rows[place], name)
     return values
 
