@@ -120,8 +120,10 @@ def numbers(rows: Sequence[Row], name: str) -> Floats:
         values = np.empty(0)
     if values.shape != (len(rows),):
         return np.array([_number(row, name) for row in rows], dtype=np.float64)
+    text = f"{name}_text"
     for place in np.flatnonzero(np.isnan(values)).tolist():
-        values[place] = _number(rows[place], name)
+        if text in rows[place]:
+            values[place] = _float(rows[place][text])
     return values
 
 
