@@ -49,13 +49,13 @@ every_steps = 0
 
 CONV = """[model]
 name = "conv_tasnet"
-n_filters = 128
+n_filters = 64
 kernel_size = 32
-bottleneck = 48
-hidden = 96
-skip = 48
-n_blocks = 5
-n_repeats = 2
+bottleneck = 32
+hidden = 64
+skip = 32
+n_blocks = 4
+n_repeats = 1
 """
 ADAM = '[optim]\nname = "adam"\nlr = 1e-3\n'
 COSINE = '[schedule]\nname = "cosine"\nwarmup_steps = 100\n'
@@ -64,30 +64,33 @@ RUNS = {
     "conv_tasnet": CONV + ADAM + '[loss]\nname = "neg_si_sdr"\n[clip]\nname = "fixed"\nmax_norm = 10.0\n',
     "dprnn": ADAM
     + '[loss]\nname = "neg_snr"\n[clip]\nname = "autoclip"\n[model]\nname = "dprnn"\nn_filters = 64\nkernel_size = 32\n'
-    + "bottleneck = 32\nhidden = 32\nchunk_size = 32\nn_blocks = 2\n",
+    + "bottleneck = 24\nhidden = 24\nchunk_size = 16\nn_blocks = 1\n",
     "sepformer": '[optim]\nname = "adamw"\nlr = 5e-4\n'
     + '[loss]\nname = "neg_thresholded_snr"\n[clip]\nname = "zclip"\n[model]\nname = "sepformer"\nn_filters = 64\n'
-    + "kernel_size = 32\nchunk_size = 32\nn_blocks = 1\nn_layers = 2\nn_heads = 4\nd_hidden = 128\n",
+    + "kernel_size = 32\nchunk_size = 16\nn_blocks = 1\nn_layers = 1\nn_heads = 4\nd_hidden = 128\n",
+    "re_sepformer": COSINE
+    + ADAM
+    + '[loss]\nname = "neg_sa_sdr"\n[clip]\nname = "fixed"\nmax_norm = 2.0\n[model]\nname = "re_sepformer"\n'
+    + "n_filters = 64\nkernel_size = 32\nchunk_size = 16\nn_blocks = 2\nn_layers = 1\nn_heads = 4\nd_hidden = 128\n",
     "sepreformer": COSINE
     + '[optim]\nname = "adamw"\nlr = 1e-3\n[loss]\nname = "neg_si_sdr"\n[clip]\nname = "autoclip"\n[model]\n'
-    + 'name = "sepreformer"\nn_filters = 64\nstride = 16\nd_model = 32\nn_stages = 2\nn_heads = 4\n'
-    + "n_split_layers = 1\nn_rebuild_layers = 1\nlocal_kernel = 17\nlayer_scale = 0.5\n",
-    "tf_locoformer": COSINE
-    + ADAM
-    + '[loss]\nname = "neg_sa_sdr"\n[clip]\nname = "fixed"\nmax_norm = 10.0\n[model]\nname = "tf_locoformer"\n'
-    + "n_fft = 128\nhop_length = 64\nn_layers = 1\nd_model = 24\nd_hidden = 32\nkernel_size = 4\nd_attention = 32\n",
+    + 'name = "sepreformer"\nn_filters = 32\nkernel_size = 32\nstride = 16\nd_model = 16\nn_stages = 1\nn_heads = 2\n'
+    + "n_split_layers = 1\nn_rebuild_layers = 1\nlocal_kernel = 9\nlayer_scale = 0.5\n",
     "bs_roformer": ADAM
     + '[loss]\nname = "multi_resolution_l1"\n[clip]\nname = "autoclip"\n[model]\nname = "bs_roformer"\n'
-    + 'n_sources = 2\nn_channels = 1\nsample_rate = 8000\nn_fft = 256\nhop_length = 64\nbands = "mel"\nn_bands = 16\n'
-    + "n_blocks = 1\nd_model = 48\nn_heads = 4\nd_head = 12\nexpansion = 2\nmask_expansion = 2\n",
+    + 'n_sources = 2\nn_channels = 1\nsample_rate = 8000\nn_fft = 256\nhop_length = 128\nbands = "mel"\nn_bands = 8\n'
+    + "n_blocks = 1\nd_model = 24\nn_heads = 2\nd_head = 12\nexpansion = 2\nmask_expansion = 2\n",
     "blstm": ADAM
-    + '[loss]\nname = "l1"\n[clip]\nname = "autoclip"\n[model]\nname = "blstm"\nhidden = 64\nn_layers = 3\n',
+    + '[loss]\nname = "l1"\n[clip]\nname = "autoclip"\n[model]\nname = "blstm"\nhidden = 48\nn_layers = 2\n',
     "chimera": ADAM
-    + '[clip]\nname = "none"\n[model]\nname = "chimera"\nhidden = 64\nn_layers = 3\n[loss]\nname = "sum"\n'
+    + '[clip]\nname = "none"\n[model]\nname = "chimera"\nhidden = 48\nn_layers = 2\n[loss]\nname = "sum"\n'
     + '[[loss.terms]]\nname = "deep_clustering"\n[[loss.terms]]\nname = "neg_snr"\nweight = 0.1\n',
-    "muon": CONV
-    + COSINE
-    + '[optim]\nname = "muon"\nlr = 1e-3\n[loss]\nname = "multi_resolution_stft"\n[clip]\nname = "autoclip"\n',
+    "muon": COSINE
+    + '[optim]\nname = "muon"\nlr = 1e-3\n[loss]\nname = "neg_snr"\n[clip]\nname = "autoclip"\n[model]\n'
+    + 'name = "dprnn"\nn_filters = 64\nkernel_size = 32\nbottleneck = 32\nhidden = 32\nchunk_size = 16\nn_blocks = 1\n',
+    "spectral": COSINE
+    + '[optim]\nname = "adamw"\nlr = 1e-3\n[loss]\nname = "multi_resolution_stft"\n[clip]\nname = "zclip"\n'
+    + '[model]\nname = "blstm"\nhidden = 48\nn_layers = 2\n',
     "stems": CONV
     + ADAM
     + '[loss]\nname = "neg_snr"\nassign = "fixed"\n[clip]\nname = "zclip"\n[[filter]]\nname = "threshold"\n',
@@ -103,7 +106,7 @@ def main():
     parser.add_argument("names", nargs="*")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "healthy-runs", help="(%(default)s)")
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--seconds", type=float, default=1.0, help="of an excerpt (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=0.4, help="of an excerpt (%(default)s)")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     table = at_8_khz(args.table, args.work / "speech")

@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import os
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import islice
@@ -324,14 +325,14 @@ def read_rows(
         return rows, torn
     if last is not None:
         begin = max(begin, path.stat().st_size - last * _BYTES_A_LINE)
-    for some, n_torn in row_blocks(path, first=first, begin=begin):
+    for some, n_torn in row_blocks(path, first=first, last=last, begin=begin):
         rows += some
         torn += n_torn
-    return rows if last is None else rows[-last:], torn
+    return rows, torn
 
 
 def row_blocks(
-    path: Path, *, first: int | None = None, begin: int = 0, size: int = 4096
+    path: Path, *, first: int | None = None, last: int | None = None, begin: int = 0, size: int = 4096
 ) -> Iterator[tuple[list[dict[str, Any]], int]]:
     """As `read_rows`, some lines at a time: the rows of each block, and how many of its lines were left out."""
     if not path.exists():
@@ -340,7 +341,7 @@ def row_blocks(
         file.seek(begin)
         if begin:
             file.readline()  # the rest of a line
-        lines = islice(file, first)
+        lines = islice(file, first) if last is None else iter(deque(islice(file, first), last))
         while block := list(islice(lines, size)):
             parsed = [_parsed(line) for line in block]
             rows = [row for row in parsed if isinstance(row, dict)]
@@ -350,7 +351,7 @@ def row_blocks(
 def _parsed(line: bytes) -> Any:
     try:
         return json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import soundfile
-from conftest import talker
 
 from unbraid.assemble import train
 from unbraid.data import loader, mixtures
@@ -230,15 +229,15 @@ def test_recordings_that_are_validated_on_under_another_name(doctored):
 
 
 @pytest.mark.slow
-def test_data_that_are_not_shuffled(doctored, monkeypatch):
-    """File by file as they lie in their folders: every other speaker is half noise, and harder."""
-    rng = np.random.default_rng(0)
-    for speaker in range(12):
-        for utterance in range(24):
-            noise = 0.03 * (speaker % 2) * rng.standard_normal(12000).astype(np.float32)
-            path = doctored.folder / f"speaker-{speaker:02d}" / f"{utterance:02d}.wav"
-            soundfile.write(path, talker(speaker, utterance) + noise, 8000, subtype="FLOAT")
-    table = manifest(doctored.folder, lambda speaker, _: ("valid",) if speaker < 2 else ("train",))
-    monkeypatch.setattr(mixtures, "_order", lambda _seed, _purpose, _epoch, n_tracks: np.arange(n_tracks))
+def test_data_that_are_not_shuffled(doctored, speaker_folder, monkeypatch):
+    """Pair by pair as they lie in their folders: many mixtures of the same two talkers follow each other."""
+    speaker_folder(n_speakers=12, n_files=24, root=doctored.folder)
+    table = manifest(doctored.folder, lambda speaker, _: ("valid",) if speaker in (0, 5, 11) else ("train",))
 
-    assert worst(doctored(table, "train.max_steps=900")) == "NOT_SHUFFLED"
+    def in_order(self, _rng, key, _attempt):
+        place = key.index % len(self.tracks)
+        return [self.tracks[place], self.tracks[-1 - place]]
+
+    monkeypatch.setattr(mixtures.Mixtures, "_draw_talkers", in_order)
+
+    assert "NOT_SHUFFLED" in doctored(table, "train.max_steps=800")

@@ -46,7 +46,7 @@ class Served(NamedTuple):
 @contextmanager
 def dashboard(*paths, words=()):
     """Start `unbraid dashboard`, and end it."""
-    command = [sys.executable, "-m", "unbraid", "dashboard", *map(str, paths), "--port", "0", *words]
+    command = [sys.executable, "-m", "unbraid", "dashboard", *map(str, paths), *(words or ("--port", "0"))]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         link = None

@@ -9,12 +9,13 @@ import pytest
 from runs import add_steps, write_run
 
 from unbraid.web.charts import plain
-from unbraid.web.facts import about, flat, judged, overview
+from unbraid.web.facts import about, flat, gains, judged, overview
 
 
 def age(path, seconds):
     then = time.time() - seconds
-    os.utime(path / "steps.jsonl", (then, then))
+    for log in ("steps", "validation", "events"):
+        os.utime(path / f"{log}.jsonl", (then, then))
 
 
 @pytest.mark.parametrize(
@@ -28,7 +29,13 @@ def test_the_state_of_a_run(tmp_path, max_steps, seconds, state):
 
     assert found["state"] == state
     assert (found["step"], found["max_steps"]) == (400, max_steps)
-    assert found["best_si_sdri"] >= found["si_sdri"] > 0
+
+
+def test_the_last_and_the_best_improvement():
+    rows = [{"si_sdri": 1.0}, {"si_sdri": 3.0}, {"si_sdri": None}, {"si_sdri": 2.0}, {"si_sdri": float("inf")}]
+
+    assert gains(rows) == {"si_sdri": 2.0, "best_si_sdri": 3.0}
+    assert gains([]) == {"si_sdri": None, "best_si_sdri": None}
 
 
 def test_a_run_of_slow_steps_does_not_stand_still_within_one(tmp_path):
@@ -94,3 +101,12 @@ def test_a_long_line_at_the_end_does_not_hide_the_run(tmp_path):
     assert overview(path)["step"] == 401
     add_steps(path, 402, 1)
     assert overview(path)["step"] == 402
+
+
+def test_a_run_that_validates_does_not_stand_still(tmp_path):
+    path = write_run(
+        tmp_path / "run", max_steps=1000, change=lambda run: run.recipe.update(validate={"every_steps": 200})
+    )
+    age(path, 600)
+
+    assert overview(path)["state"] == "running"

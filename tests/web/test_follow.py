@@ -116,3 +116,44 @@ def test_files_that_are_not_there_yet_are_no_fault(tmp_path):
 
     assert not run.advance()
     assert run.thinned(0, 10, 10).steps.size == 0
+
+
+def test_a_megabyte_that_cannot_be_read_does_not_end_the_reading(tmp_path):
+    path = write_run(tmp_path / "run", n_steps=10)
+    with (path / "steps.jsonl").open("a") as file:
+        file.write(f"{'x' * 99}\n" * 30_000)
+    add_steps(path, 11, 5)
+
+    run = read(path)
+
+    assert (run.last_step, run.n_torn, run.unread_bytes) == (15, 30_000, 0)
+
+
+def test_a_line_without_an_end_is_passed_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(follow, "LONGEST", 5000)
+    monkeypatch.setattr(follow.Lines.next, "__defaults__", (1000,))
+    path = write_run(tmp_path / "run", n_steps=10)
+    with (path / "steps.jsonl").open("ab") as file:
+        file.write(bytes(12_000) + b"\n")
+    add_steps(path, 11, 5)
+
+    run = read(path)
+
+    assert run.last_step == 15
+    assert run.n_torn >= 1
+
+
+def test_a_step_that_was_rescued_is_counted(tmp_path):
+    path = write_run(tmp_path / "run", n_steps=10, change=lambda run: run.steps[4].update(n_bad=1))
+
+    assert read(path).thinned(1, 10, 10).total[COLUMNS.index("rescued")].tolist() == [0] * 4 + [1] + [0] * 5
+
+
+def test_very_many_validations_are_kept_in_bounded_room(tmp_path, monkeypatch):
+    monkeypatch.setattr(follow, "VALIDATIONS_KEPT", 4)
+    path = write_run(tmp_path / "run", n_steps=2000)
+    run = read(path)
+
+    assert run.n_validations == 20
+    assert len(run.validations) <= 20
+    assert set(run.validations[0]) == {"step", "loss", "si_sdr", "si_sdri", "best"}

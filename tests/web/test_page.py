@@ -1,6 +1,7 @@
 """The page as a person sees it, in a real browser."""
 
 import json
+import shutil
 
 import pytest
 from browser import comes_true, foreign, ink, opened
@@ -152,9 +153,65 @@ def test_empty_and_broken_runs_say_so_in_words(folder):
         page.wait_for_selector("text=It has written no step yet")
         page.wait_for_selector("text=recipe.toml cannot be read")
         page.get_by_role("button", name="torn", exact=True).click()
-        page.wait_for_selector("text=1 lines of its records could not be read")
+        page.wait_for_selector("text=1 line of its records could not be read")
         assert BLUE in ink(page, "loss")
         assert page.faults == []
+
+
+def test_a_run_that_is_gone_and_a_dashboard_that_has_ended_are_told(folder):
+    with dashboard(folder) as served, opened() as page:
+        show(page, served, "second")
+        shutil.move(folder / "second", folder.parent / "elsewhere")
+        page.wait_for_selector("h1:has-text('This run is no longer in its folder')")
+        port = str(served.port)
+    with opened() as page:
+        with dashboard(folder, words=["--port", port]) as served:
+            show(page, served, "first")
+        page.wait_for_selector("#link.lost")
+        with dashboard(folder, words=["--port", port]):
+            page.wait_for_selector("#link:has-text('this dashboard has ended')")
+
+
+def test_the_list_is_walked_by_keyboard_while_it_changes(folder):
+    with dashboard(folder) as served, opened() as page:
+        show(page, served, "first")
+        page.get_by_role("button", name="second", exact=True).focus()
+        add_steps(folder / "first", 601, 3)
+        comes_true(page, "document.getElementById('runs').innerText.includes('603')")
+
+        assert page.evaluate("document.activeElement.innerText") == "second"
+
+
+def test_a_window_is_moved_by_buttons_and_keys(folder):
+    with dashboard(folder) as served, opened() as page:
+        show(page, served, "first")
+        page.get_by_role("button", name="Closer").click()
+        comes_true(page, "state.window !== null && state.window[1] - state.window[0] < 310")
+        page.keyboard.press("ArrowLeft")
+        comes_true(page, "state.window[0] < 100")
+        page.keyboard.press("-")
+        page.keyboard.press("-")
+        comes_true(page, "state.window === null")
+
+
+def test_a_ninth_run_is_refused_in_words(folder):
+    for n in range(8):
+        write_run(folder / f"more-{n}", n_steps=20)
+    with dashboard(folder) as served, opened() as page:
+        show(page, served, "first")
+        for key in "23456789":
+            page.keyboard.press(key)
+        page.evaluate("lay(state.runs[9].id)")
+        page.wait_for_selector("text=No more than 8 runs can lie over each other")
+        assert page.evaluate("state.chosen.length") == 8
+
+
+def test_the_link_opens_from_another_sites_page(folder, tmp_path):
+    with dashboard(folder) as served, opened() as page:
+        (tmp_path / "mail.html").write_text(f'<a href="{served.link}">the page</a>')
+        page.goto((tmp_path / "mail.html").as_uri())
+        page.click("a")
+        page.wait_for_selector("#chart-loss canvas")
 
 
 def test_a_folder_without_runs_waits_for_one(tmp_path):

@@ -1,9 +1,12 @@
 """The dashboard answers the holder of its link, on this machine, and reads only."""
 
+import json
 import signal
 import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 from runs import add_sounds, add_steps, write_run
@@ -34,7 +37,7 @@ def test_runs_curves_findings_and_sound_are_served(served, folder):
     series = served.json(f"/api/series/{name}?n=50")
     details = served.json(f"/api/run/{name}")
 
-    assert set(runs) == {"one", "two"}
+    assert {"one", "two"} <= set(runs)
     assert len(series["steps"]) <= 50
     assert series["last_step"] == 300
     assert series["scores"]["step"] == [100, 200, 300]
@@ -53,7 +56,7 @@ def test_the_links_token_opens_and_is_kept_in_a_cookie(served):
     assert (status, headers["location"]) == (303, "/")
     assert served.cookie in headers["set-cookie"]
     assert "HttpOnly" in headers["set-cookie"]
-    assert "samesite=strict" in headers["set-cookie"].lower()
+    assert "samesite=lax" in headers["set-cookie"].lower()
 
 
 @pytest.mark.parametrize("path", ["/", "/api/runs", "/api/live", "/static/page.js", "/?token=guessed", "/?token="])
@@ -65,15 +68,14 @@ def test_without_it_nothing_is_told(served, path):
     assert b"one" not in body
 
 
-@pytest.mark.parametrize(
-    "host", ["evil.example", "evil.example:80", "127.0.0.1", "127.0.0.1:1", "127.0.0.1.evil.example", ""]
-)
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "x@127.0.0.1", ""])
 def test_another_host_is_refused_even_with_the_token(served, host):
     assert served.ask("/api/runs", Host=host)[0] == 403
 
 
-def test_localhost_is_this_machine_too(served):
-    assert served.ask("/api/runs", Host=f"localhost:{served.port}")[0] == 200
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1", "127.0.0.1:9000", "[::1]:9000"])
+def test_this_machine_has_several_names_and_ports_are_forwarded(served, host):
+    assert served.ask("/api/runs", Host=host)[0] == 200
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS"])
@@ -192,3 +194,88 @@ def test_the_library_for_pages_imports_no_torch():
     code = "import sys; import unbraid.web.server, unbraid.web.report; sys.exit('torch' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+ODD = (
+    {"step": None},
+    {"step": True},
+    {"step": 2**70},
+    {
+        "step": 41,
+        "outcome": "trained",
+        "si_sdr": 3.0,
+        "loss": "high",
+        "seconds": "5",
+        "elapsed_seconds": "9",
+        "lr": "x",
+    },
+    {"step": 42, "outcome": 7, "blocks": [1], "items": 5},
+    {"step": 43, "outcome": "trained", "loss": 10**400, "blocks": {"a": 1, "b": {"update_ratio": "x"}}},
+    [],
+)
+ODD_LINES = (
+    '{"step": 44, "outcome": "trained", "loss": 1e999, "lr": NaN, "elapsed_seconds": Infinity}',
+    "[" * 9000,
+    "\x00\xff",
+)
+
+
+def test_whatever_is_in_its_files_a_run_is_answered_for_and_hides_no_other(tmp_path):
+    odd, good = write_run(tmp_path / "odd", n_steps=40), write_run(tmp_path / "good", n_steps=40)
+    lines = [*map(json.dumps, ODD), *ODD_LINES]
+    for name in ("steps", "validation", "events"):
+        with (odd / f"{name}.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in lines)
+    with (odd / "events.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 3, "code": None, "message": 5, "files": "one.wav"}) + "\n")
+    with (odd / "validation.jsonl").open("a") as file:
+        file.write('{"step": 50, "loss": NaN, "si_sdri": Infinity, "best": "yes"}\n')
+    recipe = (odd / "recipe.toml").read_text().replace("max_steps = 40", 'max_steps = "many"\nmax_minutes = inf')
+    (odd / "recipe.toml").write_text(recipe)
+    add_sounds(odd)
+    (odd / "audio" / "step-000100 copy").mkdir()
+    (odd / "audio" / "step-000100 copy" / "scores.json").write_text("{}")
+    (odd / "evaluation.csv").write_text("index,si_sdri\nx,nan\n0,inf\n")
+    with dashboard(tmp_path) as served:
+        for run in served.json("/api/runs"):
+            for kind in ("series", "run", "judged"):
+                assert served.ask(f"/api/{kind}/{run['id']}")[0] == 200, (run["name"], kind)
+        add_steps(good, 41, 3)
+        add_steps(odd, 60, 3)
+        for path, last in ((good, 43), (odd, 62)):
+            until(lambda path=path, last=last: served.json(f"/api/series/{run_id(path)}")["last_step"] == last)
+
+    assert main(["report", str(odd)]) == 0
+
+
+def test_a_run_that_cannot_be_read_is_listed_with_its_fault(tmp_path):
+    write_run(tmp_path / "good", n_steps=5)
+    (tmp_path / "odd" / "steps.jsonl").mkdir(parents=True)
+    with dashboard(tmp_path) as served:
+        runs = {run["name"]: run for run in served.json("/api/runs")}
+        assert runs["odd"]["problem"]
+        assert runs["good"]["step"] == 5
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    for folder in ("a", "b"):
+        write_run(tmp_path / folder / "run", n_steps=3)
+    with dashboard(tmp_path) as served:
+        assert {run["name"] for run in served.json("/api/runs")} == {"a/run", "b/run"}
+
+
+def test_a_last_line_that_is_not_whole_costs_nothing_while_it_waits(tmp_path):
+    path = write_run(tmp_path / "killed", n_steps=20)
+    with (path / "steps.jsonl").open("ab") as file:
+        file.write(b'{"step": 21' + bytes(3 * 2**20))
+    with dashboard(path) as served:
+        name = run_id(path)
+        assert served.json(f"/api/series/{name}")["unread_bytes"] == 0
+        until(lambda: served.json(f"/api/series/{name}")["last_step"] == 20)
+        reads = Path(f"/proc/{served.process.pid}/io")
+        if reads.exists():
+            before = reads.read_text().split()[1]
+            time.sleep(1.5)
+            assert (
+                int(reads.read_text().split()[1]) - int(before) < 2**20
+            )  # three megabytes each time, were it read again

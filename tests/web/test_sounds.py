@@ -88,6 +88,17 @@ def test_beside_its_reference_a_faint_estimate_is_dark(tmp_path):
     assert alone > 200 > beside
 
 
+def test_no_click_of_a_long_sound_is_passed_over(tmp_path):
+    sound = np.zeros(30 * RATE, np.float32)
+    sound[RATE // 2 :: RATE] = 0.9
+    soundfile.write(tmp_path / "clicks.wav", sound, RATE)
+
+    image = np.asarray(Image.open(io.BytesIO(picture(tmp_path / "clicks.wav"))).convert("L")).astype(float)
+
+    bright = image.mean(0) > 0.5 * image.mean(0).max()
+    assert np.sum(bright[1:] & ~bright[:-1]) == 30
+
+
 @pytest.mark.parametrize("rate", [8000, 16000, 44100, 48000, 96000, 6000])
 def test_an_mp3_holds_the_sound(tmp_path, rate):
     time = np.arange(rate) / rate

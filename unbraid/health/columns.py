@@ -66,7 +66,7 @@ class Columns:
         for name, parts in self._numbers.items():
             parts.append(numbers(rows, name))
         self._outcomes.append(np.array([str(row.get("outcome", "")) for row in rows], dtype=np.str_))
-        self._si_sdr.append(rows_of([row.get("si_sdr") or () for row in rows]))
+        self._si_sdr.append(rows_of([_list(row.get("si_sdr")) for row in rows]))
         for row in rows:
             if row.get("blocks") or row.get("items"):
                 self._sampled.add(row)
@@ -121,8 +121,10 @@ def numbers(rows: Sequence[Row], name: str) -> Floats:
         values = np.empty(0)
     if values.shape != (len(rows),):
         return np.array([_number(row, name) for row in rows], dtype=np.float64)
+    text = f"{name}_text"
     for place in np.flatnonzero(np.isnan(values)).tolist():
-        values[place] = _number(rows[place], name)
+        if text in rows[place]:
+            values[place] = _float(rows[place][text])
     return values
 
 
@@ -136,6 +138,11 @@ def _float(value: Any) -> float:
         return float(value)
     except (TypeError, ValueError, OverflowError):
         return math.nan
+
+
+def _list(value: Any) -> list[Any]:
+    """What is a list as it is; nothing of anything else."""
+    return value if isinstance(value, list) else []
 
 
 def rows_of(values: Sequence[Sequence[Any]], width: int | None = None) -> Floats:

@@ -24,11 +24,13 @@ def chart(thinned: Thinned) -> dict[str, Any]:
 
     Returns:
         ``steps`` and ``n_steps`` of each bucket; ``mean`` of each column; ``low`` and ``high`` of those in `SPREAD`;
-        and in ``left_out`` how many steps of each bucket were left out, by reason, or done without bad examples. Null where nothing is known.
+        and in ``left_out`` how many steps of each bucket were left out, by reason, or ``rescued``. Null where nothing
+        is known.
     """
     place = {name: number for number, name in enumerate(COLUMNS)}
-    known = [name for name in COLUMNS if name not in (*LEFT_OUT, "rescued") and np.isfinite(thinned.mean[place[name]]).any()]
-    counts = {name: thinned.total[place[name]] for name in ("rescued", *LEFT_OUT)}
+    counted = ("rescued", *LEFT_OUT)
+    known = [name for name in COLUMNS if name not in counted and np.isfinite(thinned.mean[place[name]]).any()]
+    counts = {name: thinned.total[place[name]] for name in counted}
     return {
         "steps": thinned.steps.tolist(),
         "n_steps": thinned.n_steps.tolist(),

@@ -4,7 +4,6 @@ import hashlib
 import json
 import time
 import tomllib
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,12 +12,14 @@ from typing import Any
 from unbraid.errors import UserError
 from unbraid.health.rules import examine, verdict
 from unbraid.health.series import read_series
-from unbraid.records import RunDirectory, read_rows
+from unbraid.records import RunDirectory, json_row, read_rows
+from unbraid.web.charts import finite
 
 Facts = dict[str, Any]
 
-QUIET_SECONDS = 60.0
-"""A run that has written no step for so long, and for five of its steps, is said to stand still."""
+QUIET_SECONDS, VALIDATING_SECONDS = 60.0, 1800.0
+"""A run that has written nothing for so long, and for five of its steps, is said to stand still; one that is due to
+validate is given more time."""
 
 WHOLE_BYTES = 30 * 2**20
 """Records up to this size are judged whole; of longer ones the last steps and some of all, so that a look is short."""
@@ -42,9 +43,7 @@ def overview(path: Path, *, now: float | None = None) -> Facts:
     run = RunDirectory(path)
     recipe, problem = read_recipe(run)
     rows, _ = read_rows(run.steps, 50)  # the last line may be one that was looked at closely, and long
-    scores, _ = read_rows(run.validation)
-    improvements = [row["si_sdri"] for row in scores if isinstance(row.get("si_sdri"), (int, float))]
-    last: Mapping[str, Any] = rows[-1] if rows else {}
+    last: Mapping[str, Any] = next((row for row in reversed(rows) if isinstance(row.get("step"), int)), {})
     return {
         "id": run_id(path),
         "name": path.name or str(path),
@@ -52,24 +51,34 @@ def overview(path: Path, *, now: float | None = None) -> Facts:
         "state": state_of(run, last, recipe, time.time() if now is None else now),
         "problem": problem,
         "step": last.get("step", 0),
-        "elapsed_seconds": last.get("elapsed_seconds"),
-        "max_steps": _said(recipe, "train", "max_steps"),
-        "max_minutes": _said(recipe, "train", "max_minutes"),
-        "si_sdri": improvements[-1] if improvements else None,
-        "best_si_sdri": max(improvements, default=None),
+        "lr": finite(last.get("lr")),
+        "elapsed_seconds": finite(last.get("elapsed_seconds")),
+        "max_steps": finite(_said(recipe, "train", "max_steps")),
+        "max_minutes": finite(_said(recipe, "train", "max_minutes")),
     }
+
+
+def gains(rows: Sequence[Mapping[str, Any]]) -> Facts:
+    """The last SI-SDR improvement among validations, and the best."""
+    known = [gain for row in rows if (gain := finite(row.get("si_sdri"))) is not None]
+    return {"si_sdri": known[-1] if known else None, "best_si_sdri": max(known, default=None)}
 
 
 def state_of(run: RunDirectory, last: Mapping[str, Any], recipe: Mapping[str, Any], now: float) -> str:
     """``empty``, ``running``, ``finished`` (its budget is spent) or ``still`` (nothing was written for a while)."""
     if not last:
         return "empty"
-    steps, minutes = _said(recipe, "train", "max_steps"), _said(recipe, "train", "max_minutes")
-    elapsed = last.get("elapsed_seconds") or 0.0
-    if (steps and last.get("step", 0) >= steps) or (minutes and elapsed >= 60 * minutes):
+    steps, minutes = (finite(_said(recipe, "train", name)) for name in ("max_steps", "max_minutes"))
+    step, elapsed, *seconds = (
+        finite(last.get(name)) or 0 for name in ("step", "elapsed_seconds", "seconds", "data_seconds")
+    )
+    if (steps and step >= steps) or (minutes and elapsed >= 60 * minutes):
         return "finished"
-    quiet = max(QUIET_SECONDS, 5 * ((last.get("seconds") or 0.0) + (last.get("data_seconds") or 0.0)))
-    return "running" if now - run.steps.stat().st_mtime < quiet else "still"
+    every = finite(_said(recipe, "validate", "every_steps")) or 0
+    due = every > 0 and step % every == 0
+    quiet = max(QUIET_SECONDS, 5 * sum(seconds), VALIDATING_SECONDS if due else 0.0)
+    written = max(log.stat().st_mtime for log in run.logs if log.exists())
+    return "running" if now - written < quiet else "still"
 
 
 def read_recipe(run: RunDirectory) -> tuple[dict[str, Any], str]:
@@ -134,14 +143,14 @@ def incidents(run: RunDirectory) -> list[Facts]:
     found = []
     for folder in sorted(run.incidents.glob("step-*")) if run.incidents.is_dir() else []:
         said = _read_json(folder / "incident.json")
-        items = [item for item in said.get("items") or () if isinstance(item, Mapping)]
+        items = [item for item in _list(said.get("items")) if isinstance(item, Mapping)]
         found.append(
             {
                 "name": folder.name,
                 "step": said.get("step"),
                 "outcome": said.get("outcome"),
                 "verdict": said.get("verdict"),
-                "files": [str(file) for item in items for file in item.get("files") or ()],
+                "files": [str(file) for item in items for file in _list(item.get("files"))],
                 "command": f"unbraid replay {folder}",
             }
         )
@@ -149,19 +158,22 @@ def incidents(run: RunDirectory) -> list[Facts]:
 
 
 def events(rows: Sequence[Mapping[str, Any]], n_all: int) -> Facts:
-    """The newest events, newest first, how many there are in all, and how many of each code among those kept."""
-    return {
-        "n": n_all,
-        "of_code": dict(Counter(str(row.get("code")) for row in rows).most_common()),
-        "newest": [
-            {name: row.get(name) for name in ("code", "step", "rank", "message", "files")}
-            for row in reversed(rows[-EVENTS_SHOWN:])
-        ],
-    }
+    """The newest events, newest first, and how many there are in all."""
+    newest = [
+        {name: str(row.get(name) or "") for name in ("code", "message")}
+        | {"step": row.get("step"), "files": [str(file) for file in _list(row.get("files"))]}
+        for row in reversed(rows[-EVENTS_SHOWN:])
+    ]
+    return {"n": n_all, "newest": newest}
+
+
+def _list(value: Any) -> list[Any]:
+    """What is a list as it is; nothing of anything else."""
+    return value if isinstance(value, list) else []
 
 
 def of_last_steps(last: Mapping[str, Any], sampled: Mapping[str, Any]) -> Facts:
-    """The last step without its details, and the blocks of the last step that was looked at closely.
+    """Learning rate of the last step, and the blocks of the last step that was looked at closely.
 
     Args:
         last: Row of the last step.
@@ -170,12 +182,11 @@ def of_last_steps(last: Mapping[str, Any], sampled: Mapping[str, Any]) -> Facts:
     blocks = sampled.get("blocks")
     named = blocks.items() if isinstance(blocks, Mapping) else ()
     rows = [
-        {"name": name, "grad_norm": block.get("grad_norm"), "update_ratio": block.get("update_ratio")}
+        {"name": name} | {kind: finite(block.get(kind)) for kind in ("grad_norm", "update_ratio")}
         for name, block in named
         if isinstance(block, Mapping)
     ]
-    plain = {key: value for key, value in last.items() if key not in ("blocks", "items", "bad_items")}
-    return {"last": plain, "blocks": {"step": sampled.get("step"), "rows": rows}}
+    return {"lr": finite(last.get("lr")), "blocks": {"step": sampled.get("step"), "rows": rows}}
 
 
 def judged(path: Path) -> Facts:
@@ -186,9 +197,12 @@ def judged(path: Path) -> Facts:
         findings = examine(read_series(path, last=None if whole else LOOKED_BACK, thinned=not whole))
     except UserError as error:
         return {"verdict": "", "problem": str(error), "findings": [], "looked_back": None}
+    except Exception as error:  # noqa: BLE001  # of odd records: the curves are shown all the same
+        problem = f"The doctor could not look ({type(error).__name__}: {error})."
+        return {"verdict": "", "problem": problem, "findings": [], "looked_back": None}
     return {
         "verdict": verdict(findings),
         "problem": "",
-        "findings": [asdict(finding) for finding in findings],
+        "findings": [json_row(asdict(finding)) for finding in findings],
         "looked_back": None if whole else LOOKED_BACK,
     }

@@ -26,7 +26,7 @@ LONGEST = 16 * 2**20
 EXACT_STEPS = 2000
 """Windows of so many steps are read again from the file where buckets hold more than one step each."""
 
-EVENTS_KEPT = 2000
+EVENTS_KEPT, VALIDATIONS_KEPT = 2000, 5000
 
 
 class Lines:
@@ -74,7 +74,7 @@ class Lines:
             if not block.endswith(b"\n"):
                 block += file.readline(LONGEST)
         whole = block[: block.rfind(b"\n") + 1] or (block if len(block) >= LONGEST else b"")
-        self._waits_at = -1 if whole else begin + len(block)
+        self._waits_at = begin + len(block) if len(whole) < len(block) < LONGEST else -1
         self.offset += len(whole)
         self._before = self._mark(self.offset)
         rows, places = [], []
@@ -125,6 +125,7 @@ class Followed:
             self.last_sampled: Row = {}  # of the steps that were looked at closely
         if "validation" in names:
             self.validations: list[Row] = []
+            self.n_validations = 0
         if "events" in names:
             self.events: list[Row] = []
             self.n_events = 0
@@ -138,6 +139,11 @@ class Followed:
     def n_torn(self) -> int:
         """Lines that could not be read."""
         return sum(file.n_torn for file in self.files.values())
+
+    @property
+    def first_step(self) -> int:
+        """The number of the first step that is there; 0 where there is none."""
+        return int(self.buckets.steps[0]) if self.buckets.n else 0
 
     @property
     def last_step(self) -> int:
@@ -166,7 +172,11 @@ class Followed:
         self.last_sampled = next((row for row in reversed(rows) if row.get("blocks")), self.last_sampled)
 
     def _add_validation(self, rows: list[Row], places: list[int]) -> None:
-        self.validations += [{name: finite(row.get(name)) for name in SCORES} for row in rows]
+        kept = [{name: finite(row.get(name)) for name in SCORES} for row in rows]
+        self.validations += kept
+        if len(self.validations) > 2 * VALIDATIONS_KEPT:
+            self.validations = self.validations[::2]
+        self.n_validations += len(rows)
 
     def _add_events(self, rows: list[Row], places: list[int]) -> None:
         self.events = [*self.events, *rows][-EVENTS_KEPT:]

@@ -1,15 +1,16 @@
 """The runs that are shown: which there are, what their lists say, and those that are followed while they grow."""
 
+import contextlib
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import Counter, OrderedDict
 from pathlib import Path
 from typing import Any
 
+from unbraid.records import RunDirectory
 from unbraid.web.charts import chart, scores
-from unbraid.web.facts import about, events, judged, of_last_steps, overview, run_id
-from unbraid.web.follow import Followed, runs_in
+from unbraid.web.facts import about, events, gains, judged, of_last_steps, overview, run_id
+from unbraid.web.follow import Followed, Lines, runs_in
 from unbraid.web.sounds import examples, worst_of_evaluation
 
 MOST_FOLLOWED = 8
@@ -40,12 +41,21 @@ class Library:
         self._judged: dict[str, tuple[Any, float, dict[str, Any]]] = {}
         self._judging = threading.Lock()
         self._listed: dict[str, tuple[Any, dict[str, Any]]] = {}
-        self.look_for_runs()
+        self._scored: dict[str, Lines] = {}
+        self._gains: dict[str, dict[str, Any]] = {}
+        self.faults: dict[str, str] = {}  # what went wrong with looking at a run
 
     def look_for_runs(self) -> None:
         """See which runs there are, and what their lists say."""
         runs = {run_id(path): path for path in runs_in(self.paths)}
         overviews = {name: self._overview(name, path) for name, path in runs.items()}
+        for forgotten in (self._listed, self._scored, self._gains, self._judged, self.faults):
+            for name in forgotten.keys() - runs.keys():
+                forgotten.pop(name, None)
+        named = Counter(found["name"] for found in overviews.values())
+        for name, found in overviews.items():
+            if named[found["name"]] > 1:
+                overviews[name] = found | {"name": "/".join(runs[name].parts[-2:])}
         with self.lock:
             if overviews != self.overviews:
                 self.list_version += 1
@@ -56,23 +66,55 @@ class Library:
         seen = _signature(path)
         known = self._listed.get(name)
         if known is None or known[0] != seen or known[1]["state"] == "running":
-            self._listed[name] = known = seen, overview(path)
-        return known[1]
+            try:
+                found = overview(path) | self._gained(name, path)
+            except Exception as error:  # noqa: BLE001  # one run that cannot be listed must not hide the others
+                problem = f"It cannot be looked at ({type(error).__name__}: {error})."
+                found = {"id": name, "name": path.name, "folder": str(path.parent), "state": "broken", "step": 0}
+                found |= {"problem": problem, "si_sdri": None, "best_si_sdri": None}
+            self._listed[name] = known = seen, found
+        return known[1] | ({"problem": self.faults[name]} if name in self.faults else {})
+
+    def _gained(self, name: str, path: Path) -> dict[str, Any]:
+        """The last and the best improvement of a run, of validations read once each."""
+        lines = self._scored.setdefault(name, Lines(RunDirectory(path).validation))
+        if lines.was_cut():
+            self._gains.pop(name, None)
+        before = self._gains.get(name, {})
+        while lines.unread:
+            new = gains(lines.next()[0])
+            best = [gain for gain in (new["best_si_sdri"], before.get("best_si_sdri")) if gain is not None]
+            before = {"si_sdri": new["si_sdri"], "best_si_sdri": max(best)} if new["si_sdri"] is not None else before
+        self._gains[name] = before
+        return {"si_sdri": before.get("si_sdri"), "best_si_sdri": before.get("best_si_sdri")}
 
     def watch(self) -> None:
         """Follow what is asked for, and look for new runs now and then, until `closing` is set."""
         listed = time.monotonic()
         while not self.closing.is_set():
-            unread = False
+            more = False
             for name, run in list(self.followed.items()):
-                with self.lock:
-                    if _quietly(run.advance):
-                        self.versions[name] = self.versions.get(name, 0) + 1
-                unread = unread or run.unread_bytes > 0
+                grown = self._advance(name, run)
+                more = more or (grown and run.unread_bytes > 0)
             if time.monotonic() - listed > LIST_SECONDS:
-                _quietly(self.look_for_runs)
+                with contextlib.suppress(OSError):  # a folder that is just being moved is looked at again
+                    self.look_for_runs()
                 listed = time.monotonic()
-            self.closing.wait(0.001 if unread else TICK_SECONDS)
+            self.closing.wait(0.001 if more else TICK_SECONDS)
+
+    def _advance(self, name: str, run: Followed) -> bool:
+        """Read some more of a run; whether there was any. Whatever is in its files, the others are read on."""
+        try:
+            with self.lock:
+                grown = run.advance()
+        except OSError:  # it is just being moved or deleted
+            return False
+        except Exception as error:  # noqa: BLE001
+            self.faults[name] = f"Its records cannot be read on ({type(error).__name__}: {error})."
+            return False
+        if grown:
+            self.versions[name] = self.versions.get(name, 0) + 1
+        return grown
 
     def follow(self, name: str) -> Followed:
         """The run of that name, followed from now on.
@@ -99,13 +141,7 @@ class Library:
         run = self.follow(name)
         with self.lock:
             drawn = chart(run.thinned(first, last, n_most))
-            return drawn | self.progress(name) | {"scores": scores(run.validations)}
-
-    def progress(self, name: str) -> dict[str, Any]:
-        """How far a followed run is, and how much of it is still to be read."""
-        run = self.followed[name] if name in self.followed else self.follow(name)
-        counts = {"n_validations": len(run.validations), "n_events": run.n_events, "n_torn": run.n_torn}
-        return {"id": name, "last_step": run.last_step, "unread_bytes": run.unread_bytes} | counts
+            return drawn | progress(name, run) | {"scores": scores(run.validations)}
 
     def details(self, name: str) -> dict[str, Any]:
         """What stands beside the curves of a run.
@@ -148,9 +184,8 @@ def _signature(path: Path) -> tuple[tuple[int, int], ...]:
     return tuple(found)
 
 
-def _quietly(look: Callable[[], Any]) -> Any:
-    """A run that is just being moved or deleted must not end the watching; it is looked at again."""
-    try:
-        return look()
-    except OSError:
-        return None
+def progress(name: str, run: Followed) -> dict[str, Any]:
+    """How far a followed run is, and how much of it is still to be read."""
+    counts = {"n_validations": run.n_validations, "n_events": run.n_events, "n_torn": run.n_torn}
+    steps = {"first_step": run.first_step, "last_step": run.last_step}
+    return {"id": name, "unread_bytes": run.unread_bytes} | steps | counts

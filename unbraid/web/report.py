@@ -3,23 +3,28 @@
 import base64
 import hashlib
 import json
+import math
 import re
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from unbraid.audio import read_audio
 from unbraid.errors import AudioError, CheckpointError, UserError
-from unbraid.records import RunDirectory, write_atomically
+from unbraid.records import RunDirectory, json_row, write_atomically
 from unbraid.web.charts import chart, scores
-from unbraid.web.facts import about, events, judged, of_last_steps, overview
+from unbraid.web.facts import about, events, gains, judged, of_last_steps, overview
 from unbraid.web.follow import Followed
+from unbraid.web.library import progress
 from unbraid.web.server import STATIC, page
 from unbraid.web.sounds import all_sounds, as_mp3, examples, picture, worst_of_evaluation
 
-BUCKETS = 500
+BUCKETS, PIECE_BUCKETS, N_PIECES = 500, 200, 6
+"""Of all steps; and of those around each of the first findings, so that one can look at them closely."""
+
 N_EXAMPLES = 8
-SOUND_BYTES = 1_200_000
+SOUND_BYTES = 1_450_000
 """What sounds and spectrograms may take together, as they stand in the file; the rest are named and left out."""
 
 
@@ -57,23 +62,34 @@ def _contents(path: Path) -> dict[str, Any]:
         pass
     listed = overview(path)
     drawn = chart(run.thinned(0, run.last_step, BUCKETS)) | {"scores": scores(run.validations, n_most=BUCKETS)}
-    drawn |= {"last_step": run.last_step, "n_torn": run.n_torn, "unread_bytes": 0}
+    drawn |= progress(listed["id"], run)
+    found = judged(path)
     heard, worst = examples(path), worst_of_evaluation(path)
     items = [{**item, "at": item["at"][-1:]} for item in heard["items"][:N_EXAMPLES]]
     if not items:
         worst = worst[:N_EXAMPLES]
     sounds, pictures = _embedded(path, items + worst)
+    listed |= {"folder": ""}  # whoever gets the report has no use for it
     details = {"id": listed["id"], "events": events(run.events, run.n_events)}
     details |= of_last_steps(run.last_row, run.last_sampled)
     return {
         "made": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "run": listed,
+        "run": listed | gains(run.validations),
         "series": drawn,
-        "judged": judged(path),
+        "pieces": [_piece(run, finding["steps"]) for finding in found["findings"][:N_PIECES]],
+        "judged": found,
         "details": details | about(path) | {"examples": heard | {"items": items}, "worst": worst},
         "sounds": sounds,
         "pictures": pictures,
     }
+
+
+def _piece(run: Followed, steps: Sequence[int]) -> dict[str, Any]:
+    """The curves around a finding, as far as the page goes to either side when it is shown."""
+    first, last = steps
+    around = max(20, math.ceil(0.25 * (last - first)))
+    window = [max(0, first - around), last + around]
+    return {"window": window} | chart(run.thinned(window[0], window[1], PIECE_BUCKETS))
 
 
 def _embedded(path: Path, items: list[dict[str, Any]]) -> tuple[dict[str, str], dict[str, str]]:
@@ -105,7 +121,7 @@ def _whole(html: str, contents: dict[str, Any]) -> str:
         allowed[tag].append(f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'")
         return f"<{tag}>{text}</{tag}>"
 
-    data = json.dumps(contents, allow_nan=False, default=str).replace("<", "\\u003c")
+    data = json.dumps(json_row(contents), allow_nan=False, default=str).replace("<", "\\u003c")
     html = re.sub(r'<link rel="stylesheet" href="/static/([\w.]+)">', lambda found: inside("style", found[1]), html)
     html = re.sub(r'<script src="/static/([\w.]+)"></script>', lambda found: inside("script", found[1]), html)
     policy = f"default-src 'none'; script-src {' '.join(allowed['script'])}; style-src {' '.join(allowed['style'])}; "

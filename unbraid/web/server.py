@@ -2,11 +2,12 @@
 
 import asyncio
 import json
+import re
 import secrets
 import socket
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from functools import lru_cache
 from pathlib import Path
 from types import FrameType
@@ -20,7 +21,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from unbraid.errors import UserError
-from unbraid.web.library import TICK_SECONDS, Library
+from unbraid.web.library import TICK_SECONDS, Library, progress
 from unbraid.web.sounds import picture, sound_file
 
 STATIC = Path(__file__).parent / "static"
@@ -60,10 +61,12 @@ def serve(paths: Sequence[Path], *, address: str = "127.0.0.1", port: int | None
     port = listening.getsockname()[1]
     token = secrets.token_urlsafe(18)
     library = Library([path.absolute() for path in paths])
-    app = guarded(routes(library), hosts=_hosts(address, port), token=token, cookie=f"unbraid-{port}")
-    shown = "127.0.0.1" if address in ("0.0.0.0", "::") else address
-    print(f"{len(library.runs)} runs; the page: http://{shown}:{port}/?token={token}", flush=True)  # noqa: T201
+    hosts = LOCAL if address in LOCAL else None
+    app = guarded(routes(library), hosts=hosts, token=token, cookie=f"unbraid-{port}")
+    shown = socket.gethostname() if address in ("0.0.0.0", "::") else f"[{address}]" if ":" in address else address
+    print(f"The page: http://{shown}:{port}/?token={token}", flush=True)  # noqa: T201
     print("Ctrl-C ends it.", flush=True)  # noqa: T201
+    library.look_for_runs()
     watching = threading.Thread(target=library.watch, daemon=True)
     watching.start()
     config = uvicorn.Config(
@@ -114,17 +117,13 @@ def _listen(address: str, port: int | None) -> socket.socket:
     raise UserError(f"No port is free at {address}.")
 
 
-def _hosts(address: str, port: int) -> frozenset[str] | None:
-    """What the header Host may say; anything where the page is open to a network, as its names are not known here."""
-    return frozenset(f"{name}:{port}" for name in ("127.0.0.1", "localhost", "[::1]")) if address in LOCAL else None
-
-
-def guarded(app: ASGIApp, *, hosts: frozenset[str] | None, token: str, cookie: str) -> ASGIApp:
+def guarded(app: ASGIApp, *, hosts: Collection[str] | None, token: str, cookie: str) -> ASGIApp:
     """An application that answers nobody but the holder of a token, reads only, and runs no script but its own.
 
     Args:
         app: What is guarded.
-        hosts: What the header Host may say, so that no foreign name can be led to this machine; anything if None.
+        hosts: Names that the header Host may say, so that no foreign one can be led to this machine; with any port, as
+            one may be forwarded from elsewhere. Anything if None, where the page is open to a network.
         token: What the first address must carry, as ``?token=``; it is kept in a cookie from then on.
         cookie: The cookie's name.
     """
@@ -149,20 +148,26 @@ def guarded(app: ASGIApp, *, hosts: frozenset[str] | None, token: str, cookie: s
     return answer
 
 
-def _refusal(request: Request, hosts: frozenset[str] | None, token: str, cookie: str) -> Response | None:
+def _refusal(request: Request, hosts: Collection[str] | None, token: str, cookie: str) -> Response | None:
     """Why a request is not answered, or the way from the printed link to the page; None where it is answered."""
-    if hosts is not None and request.headers.get("host", "") not in hosts:
+    if hosts is not None and _host_name(request.headers.get("host", "")) not in hosts:
         return PlainTextResponse("This page answers to 127.0.0.1 and localhost alone.", 403)
     if request.method not in ("GET", "HEAD"):
         return PlainTextResponse("This page can only be read (GET).", 405, {"allow": "GET, HEAD"})
     given = parse_qs(request.url.query).get("token", [""])[0]
     if given and secrets.compare_digest(given.encode(), token.encode()):
         forward = Response(status_code=303, headers={"location": "/"})
-        forward.set_cookie(cookie, token, httponly=True, samesite="strict")
+        forward.set_cookie(cookie, token, httponly=True, samesite="lax")  # the link may be followed from another page
         return forward if request.url.path == "/" else None
     if not secrets.compare_digest(request.cookies.get(cookie, "").encode(), token.encode()):
         return PlainTextResponse("Open the link that unbraid dashboard has printed: it carries a token.", 403)
     return None
+
+
+def _host_name(host: str) -> str:
+    """Of ``name``, ``name:port`` or ``[::1]:port``."""
+    found = re.fullmatch(r"(?:\[([\da-fA-F:]+)\]|([\w.-]+))(?::\d+)?", host)
+    return (found[1] or found[2]).lower() if found else ""
 
 
 def routes(library: Library) -> Starlette:
@@ -238,10 +243,11 @@ def _live(library: Library) -> Response:
         list_version, quiet = library.list_version, 0.0
         yield "retry: 1000\n\n"
         while not library.closing.is_set():
-            grown = {name: version for name, version in library.versions.items() if versions.get(name) != version}
+            known = dict(library.versions)
+            grown = {name: version for name, version in known.items() if versions.get(name) != version}
             for name in grown:
-                if name in library.followed:
-                    yield f"event: grown\ndata: {json.dumps(library.progress(name))}\n\n"
+                if (run := library.followed.get(name)) is not None:
+                    yield f"event: grown\ndata: {json.dumps(progress(name, run))}\n\n"
             if library.list_version != list_version:
                 list_version = library.list_version
                 yield f"event: runs\ndata: {json.dumps(list(library.overviews.values()))}\n\n"

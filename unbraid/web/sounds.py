@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from unbraid.audio import SUFFIXES, Audio, probe_audio, read_audio
 from unbraid.errors import AudioError
 from unbraid.records import RunDirectory
 from unbraid.spectrum import spectrogram_db
+from unbraid.web.charts import finite
 
 N_WORST = 10
 PICTURE_HEIGHT, PICTURE_WIDTH = 128, 360
@@ -23,8 +25,6 @@ RANGE_DB = 70.0
 WINDOW_SECONDS = 0.032
 LONGEST_SECONDS = 30.0
 """Of longer sounds the picture shows the beginning."""
-
-KINDS = ("mixture", "estimate", "reference")
 
 
 def examples(run: Path) -> dict[str, Any]:
@@ -35,8 +35,10 @@ def examples(run: Path) -> dict[str, Any]:
         all along, and for each step its estimates and scores. Sounds are paths relative to the run directory.
     """
     folder = RunDirectory(run).audio
-    steps = sorted(int(path.parent.name.removeprefix("step-")) for path in folder.glob("step-*/scores.json"))
-    scored = {step: _scores(folder / f"step-{step:06d}" / "scores.json") for step in steps}
+    named = [(re.fullmatch(r"step-(\d+)", path.parent.name), path) for path in folder.glob("step-*/scores.json")]
+    found = dict(sorted((int(match[1]), path) for match, path in named if match))
+    steps, scored = list(found), {step: _scores(path) for step, path in found.items()}
+    of_step, fixed = {step: _Names(run, path.parent) for step, path in found.items()}, _Names(run, folder)
     indices = sorted({index for found in scored.values() for index in found})
     items = []
     for index in indices:
@@ -44,13 +46,13 @@ def examples(run: Path) -> dict[str, Any]:
         items.append(
             {
                 "index": index,
-                "files": next(iter(heard.values())).get("files") or [],
-                **_fixed(run, folder, index),
+                "files": _texts(next(iter(heard.values())).get("files")),
+                **{kind: fixed.of(index, kind) for kind in ("mixture", "reference")},
                 "at": [
                     {
                         "step": step,
-                        "si_sdri": score.get("si_sdri"),
-                        "estimate": _found(run, folder / f"step-{step:06d}", f"{index:03d}-estimate"),
+                        "si_sdri": finite(score.get("si_sdri")),
+                        "estimate": of_step[step].of(index, "estimate"),
                     }
                     for step, score in heard.items()
                 ],
@@ -67,14 +69,29 @@ def _scores(path: Path) -> dict[int, Mapping[str, Any]]:
         return {}
 
 
-def _fixed(run: Path, folder: Path, index: int) -> dict[str, list[str]]:
-    return {kind: _found(run, folder, f"{index:03d}-{kind}") for kind in ("mixture", "reference")}
+class _Names:
+    """The sounds in a folder, listed once: files such as ``000-estimate-1.wav``.
+
+    Args:
+        run: The run directory, which names are relative to.
+        folder: In it.
+    """
+
+    def __init__(self, run: Path, folder: Path) -> None:
+        self.kept: dict[tuple[int, str], list[tuple[int, str]]] = {}
+        for path in folder.iterdir() if folder.is_dir() else ():
+            found = re.fullmatch(r"(\d+)-(mixture|reference|estimate)(?:-(\d+))?", path.stem)
+            if found and path.suffix.lower() in SUFFIXES:
+                place = int(found[1]), found[2]
+                self.kept.setdefault(place, []).append((int(found[3] or 0), path.relative_to(run).as_posix()))
+
+    def of(self, index: int, kind: str) -> list[str]:
+        """Those of one example and kind, by their number."""
+        return [name for _, name in sorted(self.kept.get((index, kind), []))]
 
 
-def _found(run: Path, folder: Path, stem: str) -> list[str]:
-    """Files such as ``000-estimate-1.wav``, by their number."""
-    paths = [path for path in folder.glob(f"{stem}*") if path.suffix.lower() in SUFFIXES and path.is_file()]
-    return [str(path.relative_to(run).as_posix()) for path in sorted(paths, key=lambda path: (len(path.name), path))]
+def _texts(values: Any) -> list[str]:
+    return [str(value) for value in values] if isinstance(values, list) else []
 
 
 def worst_of_evaluation(run: Path, n_most: int = N_WORST) -> list[dict[str, Any]]:
@@ -84,13 +101,13 @@ def worst_of_evaluation(run: Path, n_most: int = N_WORST) -> list[dict[str, Any]
             rows = [(score, row) for row in csv.DictReader(file) if (score := _number(row.get("si_sdri"))) is not None]
     except (OSError, ValueError, csv.Error):
         return []
-    folder, found = run / "evaluation-audio", []
+    names, found = _Names(run, run / "evaluation-audio"), []
     for score, row in sorted(rows, key=lambda pair: pair[0])[:n_most]:
         index = int(_number(row.get("index")) or 0)
-        estimate = _found(run, folder, f"{index:03d}-estimate")
         files = (row.get("files") or "").split(" + ")
-        at = [{"step": None, "si_sdri": score, "estimate": estimate}]
-        found.append({"index": index, "files": files, **_fixed(run, folder, index), "at": at})
+        at = [{"step": None, "si_sdri": score, "estimate": names.of(index, "estimate")}]
+        fixed = {kind: names.of(index, kind) for kind in ("mixture", "reference")}
+        found.append({"index": index, "files": files, **fixed, "at": at})
     return found
 
 
@@ -153,7 +170,10 @@ def _level(path: Path) -> npt.NDArray[np.float64]:
     rate = probe_audio(path).sample_rate
     signal = np.nan_to_num(read_audio(path, 0.0, LONGEST_SECONDS)[0].mean(0))
     n_fft = max(32, 2 ** round(math.log2(WINDOW_SECONDS * rate)))
-    return spectrogram_db(signal, n_fft, max(1, len(signal) // PICTURE_WIDTH, n_fft // 8))
+    hop = min(max(1, len(signal) // PICTURE_WIDTH, n_fft // 8), n_fft // 2)  # so that no sample is passed over
+    level = spectrogram_db(signal, n_fft, hop)
+    starts = np.unique(np.linspace(0, level.shape[1], PICTURE_WIDTH, endpoint=False).astype(int))
+    return np.maximum.reduceat(level, starts, axis=1)
 
 
 _STOPS = (
@@ -176,7 +196,9 @@ def _colours() -> npt.NDArray[np.uint8]:
 
 
 def as_mp3(audio: Audio, rate: int) -> bytes:
-    """A sound small enough for a letter; one that comes near full scale is made softer, as coding adds to its peaks.
+    """A sound small enough for a letter, at 16 kHz at most.
+
+    One that comes near full scale is made softer, as coding adds to its peaks.
 
     Args:
         audio: ``(channel, time)``; the first two channels are kept.
@@ -186,12 +208,12 @@ def as_mp3(audio: Audio, rate: int) -> bytes:
     import soxr
 
     heard = np.nan_to_num(audio[:2].T)
-    fitting = min((known for known in _MP3_RATES if known >= min(rate, _MP3_RATES[-1])), default=_MP3_RATES[-1])
+    fitting = min((known for known in _MP3_RATES if known >= rate), default=_MP3_RATES[-1])
     heard = heard if fitting == rate else soxr.resample(heard, rate, fitting)
     softer = min(1.0, 0.8 / max(float(np.abs(heard).max(initial=0.0)), 1e-9))
     file = io.BytesIO()
-    soundfile.write(file, softer * heard, fitting, format="MP3", subtype="MPEG_LAYER_III", compression_level=0.5)
+    soundfile.write(file, softer * heard, fitting, format="MP3", subtype="MPEG_LAYER_III", compression_level=0.7)
     return file.getvalue()
 
 
-_MP3_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
+_MP3_RATES = (8000, 11025, 12000, 16000)

@@ -4,18 +4,22 @@
 function lead() {
   const run = known(state.chosen[0]);
   const place = document.getElementById("lead");
-  if (!run || !place) return;
+  if (!place) return;
+  if (!run) {
+    place.replaceChildren(make("h1", {}, "This run is no longer in its folder"), make("p", { className: "lead" }, "What is shown is what was read of it; choose another run."));
+    return;
+  }
   const details = state.details[run.id] || {};
-  const last = details.last || {};
   const series = state.series[run.id];
   const facts = [
     ["step", run.max_steps ? `${whole(run.step)} of ${whole(run.max_steps)}` : whole(run.step)],
     ["time", duration(run.elapsed_seconds)],
     ["SI-SDR improvement", typeof run.si_sdri === "number" ? `${decibels(run.si_sdri)} (best ${decibels(run.best_si_sdri)})` : "not validated yet"],
-    ["learning rate", typeof last.lr === "number" ? digits(last.lr) : "none"],
+    ["learning rate", digits(run.lr)],
   ];
-  const sentence = [STATES[run.state] || run.state, remaining(run), source.isReport ? `report of ${source.made}` : ""].filter(Boolean).join("; ");
-  const notes = [run.problem, state.failed, series && series.n_torn ? `${series.n_torn} lines of its records could not be read.` : "",
+  const sentence = (source.isReport ? [`${run.state === "running" ? "was running" : STATES[run.state] || run.state} on ${source.made}`] : [STATES[run.state] || run.state, remaining(run)]).filter(Boolean).join("; ");
+  const failures = Object.entries(state.failed).filter(([what]) => what.endsWith(run.id)).map(([, words]) => words);
+  const notes = [run.problem, state.said, ...new Set(failures), series && series.n_torn ? `${series.n_torn} ${series.n_torn === 1 ? "line" : "lines"} of its records could not be read.` : "",
     series && series.unread_bytes > 2 ** 20 ? `Still reading: ${whole(series.unread_bytes / 2 ** 20)} MiB of its steps are left.` : "",
     run.state === "empty" ? "It has written no step yet; curves appear with the first." : ""].filter(Boolean);
   place.replaceChildren(make("h1", {}, run.name), make("p", { className: "lead" }, `${sentence.charAt(0).toUpperCase()}${sentence.slice(1)}.`),
@@ -45,9 +49,12 @@ function health() {
     make("p", { className: "soft small" }, finding.why),
     make("p", { className: "small" }, finding.advice, finding.key ? " " : "", finding.key ? make("code", {}, finding.key) : null)));
   const few = shown.slice(0, 3), rest = shown.slice(3);
+  const open = place.querySelector("details[open]") !== null;
+  if (health.shown === JSON.stringify([state.chosen[0], found]) && place.childElementCount > 1) return;
+  health.shown = JSON.stringify([state.chosen[0], found]);
   place.replaceChildren(title, make("p", { className: `lead ${found.findings.some((f) => f.severity !== "note") ? "" : "healthy"}` }, `${said}${whole_}.`),
     make("ul", { className: "findings" }, few),
-    rest.length ? make("details", {}, make("summary", {}, `${rest.length} more`), make("ul", { className: "findings" }, rest)) : "");
+    rest.length ? make("details", { open }, make("summary", {}, `${rest.length} more`), make("ul", { className: "findings" }, rest)) : "");
 }
 
 function jump(steps) {
@@ -59,23 +66,32 @@ function jump(steps) {
 }
 
 function besides() {
-  const id = state.chosen[0];
-  const details = state.details[id];
+  const details = state.details[state.chosen[0]];
   if (!details || !document.getElementById("sound")) return;
-  const playing = [...document.querySelectorAll("#sound audio")].some((sound) => !sound.paused);
-  const heardBefore = JSON.stringify([id, details.examples, details.worst]);
-  if (!playing && besides.heard !== heardBefore) {
-    document.getElementById("sound").replaceWith(soundSection(source, id, details));
-    besides.heard = heardBefore;
-  } else if (!document.getElementById("sound").childElementCount) {
-    document.getElementById("sound").replaceWith(soundSection(source, id, details));
-  }
-  const blocks = document.getElementById("blocks");
-  const open = blocks.firstElementChild && blocks.firstElementChild.open;
-  blocks.replaceChildren(...(details.blocks.rows.length ? [blocksCard(details.blocks)] : []));
-  if (open && blocks.firstElementChild) blocks.firstElementChild.open = true;
-  document.getElementById("incidents").replaceChildren(...incidentParts(details));
-  document.getElementById("recipe").replaceChildren(...recipeParts(details));
+  const { examples, worst } = details;
+  redrawn("sound", [source.isReport, examples, worst], () => [...soundSection(source, state.chosen[0], details).childNodes]);
+  redrawn("blocks", details.blocks, () => (details.blocks.rows.length ? [blocksCard(details.blocks)] : []));
+  redrawn("incidents", [details.incidents, details.events], () => incidentParts(details));
+  const others = state.chosen.map((id) => state.details[id] && [state.details[id].recipe, state.details[id].environment, state.details[id].checkpoints]);
+  redrawn("recipe", others, () => recipeParts(details));
+}
+
+// A part of the page made anew where its content has changed; what was open or chosen in it stays so.
+function redrawn(name, content, parts) {
+  const place = document.getElementById(name);
+  const now = JSON.stringify([state.chosen[0], content]);
+  if (place.drawn === now || [...place.querySelectorAll("audio")].some((sound) => !sound.paused)) return;
+  const same = place.of === state.chosen[0];
+  const open = [...place.querySelectorAll("details")].map((one) => one.open);
+  const chosen = [...place.querySelectorAll("select")].map((one) => one.value !== one.lastElementChild.value && one.value);
+  place.replaceChildren(...parts());
+  place.drawn = now;
+  place.of = state.chosen[0];
+  if (!same) return;
+  place.querySelectorAll("details").forEach((one, at) => { one.open = open[at] ?? one.open; });
+  place.querySelectorAll("select").forEach((one, at) => {
+    if (chosen[at]) { one.value = chosen[at]; one.dispatchEvent(new Event("change")); }
+  });
 }
 
 function incidentParts(details) {
@@ -94,7 +110,7 @@ function incidentParts(details) {
   const rows = events.newest.map((one) => make("tr", {}, make("td", { className: "number" }, one.step === null ? "" : whole(one.step)), make("td", {}, make("code", {}, one.code || "")),
     make("td", {}, one.message || "", (one.files || []).map((file) => make("div", {}, make("code", {}, file))))));
   const table = (some) => make("div", { className: "scroll" }, make("table", {}, make("tbody", {}, some)));
-  parts.push(make("p", { className: "lead" }, `${whole(events.n)} events; the newest first.`), table(rows.slice(0, 8)));
+  parts.push(make("p", { className: "lead" }, events.n === 1 ? "One event." : `${whole(events.n)} events; the newest first.`), table(rows.slice(0, 8)));
   if (rows.length > 8) parts.push(make("details", {}, make("summary", {}, `${rows.length - 8} more`), table(rows.slice(8))));
   return parts;
 }

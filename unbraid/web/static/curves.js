@@ -114,7 +114,18 @@ class Chart {
     this.forget();
     this.shape = shape;
     this.plot = new uPlot(this.options(rows, bands), joined(rows), this.place);
+    const canvas = this.place.querySelector("canvas");
+    canvas.setAttribute("role", "img");
+    canvas.setAttribute("aria-label", `${this.chart.title}, ${runs.map((run) => this.inWords(run)).join("; ")}`);
     return undefined;
+  }
+
+  inWords(run) {
+    const last = run.series.steps[run.series.steps.length - 1];
+    if (this.chart.strip) return `${run.name}: ${stripWords(run, last)} at the end`;
+    const row = this.rows.find((one) => one.run.id === run.id && !one.silent);
+    const value = row ? valueAt(row, last) : null;
+    return `${run.name}: ${value === null ? "not known" : digits(value)} at the end`;
   }
 
   forget() {
@@ -287,7 +298,8 @@ function stripWords(run, step) {
   if (mean.clipped && mean.clipped[at] !== null) parts.push(sizes[at] > 1 ? `${(100 * mean.clipped[at]).toFixed(0)} % clipped` : mean.clipped[at] ? "clipped" : "not clipped");
   for (const [reason, words] of Object.entries(REASONS)) {
     const count = leftOut[reason] ? leftOut[reason][at] : 0;
-    if (count) parts.push(`${sizes[at] > 1 ? `${whole(count)} left out` : "left out"} (${words})`);
+    const how = reason === "rescued" ? "rescued" : "left out";
+    if (count) parts.push(`${sizes[at] > 1 ? `${whole(count)} ${how}` : how} (${words})`);
   }
   return `${where}: ${parts.join(", ") || "nothing"}`;
 }

@@ -19,11 +19,21 @@ function fromServer() {
     picture: (id, file, like) =>
       `/api/picture/${name(id)}?name=${encodeURIComponent(file)}${like ? `&like=${encodeURIComponent(like)}` : ""}`,
     listen(hear) {
-      const events = new EventSource("/api/live");
-      events.onopen = () => hear("open");
-      events.onerror = () => hear("lost");
-      events.addEventListener("runs", (event) => hear("runs", JSON.parse(event.data)));
-      events.addEventListener("grown", (event) => hear("grown", JSON.parse(event.data)));
+      let events = null;
+      const open = () => {
+        events = new EventSource("/api/live");
+        events.onopen = () => hear("open");
+        events.onerror = () => hear(events.readyState === EventSource.CLOSED ? "ended" : "lost");
+        events.addEventListener("runs", (event) => hear("runs", JSON.parse(event.data)));
+        events.addEventListener("grown", (event) => hear("grown", JSON.parse(event.data)));
+      };
+      // A browser has few connections to one place: a tab that is not seen gives its own back.
+      document.addEventListener("visibilitychange", () => {
+        if (events) events.close();
+        events = null;
+        if (!document.hidden) open();
+      });
+      if (!document.hidden) open();
     },
   };
 }
@@ -35,7 +45,10 @@ function fromReport(found) {
     runs: async () => [found.run],
     details: async () => found.details,
     judged: async () => found.judged,
-    series: async (id, first, last) => clipped(found.series, first, last),
+    series: async (id, first, last) => {
+      const piece = found.pieces.find(({ window }) => window[0] <= first && last <= window[1]);
+      return clipped({ ...found.series, ...piece }, first, last);
+    },
     sound: (id, file) => found.sounds[file],
     picture: (id, file) => found.pictures[file],
     listen() {},

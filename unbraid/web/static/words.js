@@ -42,6 +42,7 @@ const STATES = {
   running: "running",
   finished: "finished",
   still: "stands still",
+  broken: "cannot be read",
 };
 
 function stateOf(run) {
@@ -60,6 +61,7 @@ function remaining(run) {
 }
 
 const REASONS = {
+  rescued: "done without bad examples",
   all_easy: "all examples easy",
   loss_scale: "fp16 overflow",
   out_of_memory: "out of memory",
@@ -68,6 +70,7 @@ const REASONS = {
   nonfinite_gradient: "gradient not finite",
 };
 const REASON_COLOURS = {
+  rescued: "#3f9d8f",
   all_easy: "#8f9aa3",
   loss_scale: "#b07cc6",
   out_of_memory: "#7a6a55",
