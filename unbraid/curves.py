@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,11 @@ import numpy.typing as npt
 
 from unbraid.errors import CheckpointError, UserError
 from unbraid.health.series import Floats, numbers, rows_of
-from unbraid.records import RunDirectory, ValidationRecord, read_validation
+from unbraid.records import RunDirectory, read_rows
 
 OF_STEP = ("step", "loss", "grad_norm", "limit", "clipped", "lr", "seconds", "data_seconds", "examples_per_second")
+
+OF_VALIDATION = ("step", "loss", "si_sdri", "best")
 
 ROWS_AT_A_TIME = 10_000
 
@@ -30,7 +32,7 @@ class Curves:
         sampled: The steps whose blocks were looked at, ``(sample,)``.
         blocks: Names of the model's blocks, in its order.
         ratios: Of each block's update to its weights, ``(sample, block)``.
-        validations: As they were recorded.
+        of_validation: The numbers of `unbraid.records.ValidationRecord` named in `OF_VALIDATION`, ``(validation,)``.
     """
 
     of_step: Mapping[str, Floats]
@@ -39,7 +41,7 @@ class Curves:
     sampled: Floats
     blocks: tuple[str, ...]
     ratios: Floats
-    validations: tuple[ValidationRecord, ...] = ()
+    of_validation: Mapping[str, Floats] = field(default_factory=dict)
 
     @property
     def trained(self) -> npt.NDArray[np.bool_]:
@@ -73,6 +75,7 @@ def read_curves(run: RunDirectory) -> Curves:
         raise UserError(f"{run.path} has no steps yet; there is nothing to draw.")
     blocks = next((piece.blocks for piece in pieces if piece.blocks), ())
     looked_at = [piece for piece in pieces if piece.blocks == blocks]
+    validations = [row for row in read_rows(run.validation)[0] if isinstance(row.get("step"), int)]
     return Curves(
         of_step={name: np.concatenate([piece.of_step[name] for piece in pieces]) for name in OF_STEP},
         outcome=np.concatenate([piece.outcome for piece in pieces]),
@@ -80,7 +83,7 @@ def read_curves(run: RunDirectory) -> Curves:
         sampled=np.concatenate([piece.sampled for piece in looked_at]),
         blocks=blocks,
         ratios=np.concatenate([piece.ratios for piece in looked_at]),
-        validations=tuple(read_validation(run.validation)),
+        of_validation={name: numbers(validations, name) for name in OF_VALIDATION},
     )
 
 

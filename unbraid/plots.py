@@ -140,30 +140,31 @@ def draw_plots(run: RunDirectory, out: Path) -> list[Path]:
 
 def _plot_loss(figure: "Figure", curves: Curves) -> bool:
     axes, (step, loss) = figure.add_subplot(), curves.of_trained("loss")
-    known = [(v.step, v.loss) for v in curves.validations if v.loss is not None and np.isfinite(v.loss)]
+    at, valid = curves.of_validation["step"], curves.of_validation["loss"]
+    known = np.isfinite(valid)
     _draw_noisy(axes, step, loss, LOSS, "training, ")
-    if known:
-        axes.plot(*zip(*known, strict=True), "o-", color=VALID, markersize=3, label="validation")
-    seen = [*(np.percentile(loss, [0.5, 99.5]) if len(loss) else ()), *(value for _, value in known)]
+    if known.any():
+        axes.plot(at[known], valid[known], "o-", color=VALID, markersize=3, label="validation")
+    seen = [*(np.percentile(loss, [0.5, 99.5]) if len(loss) else ()), *valid[known]]
     if seen:
         room = 0.05 * (max(seen) - min(seen)) + 1e-9
         axes.set_ylim(min(seen) - 3 * room, max(seen) + room)
     _mark_left_out(axes, curves)
     axes.set(xlabel="step", ylabel="loss")
-    return bool(len(step) or known or curves.left_out)
+    return bool(len(step) or known.any() or curves.left_out)
 
 
 def _plot_valid(figure: "Figure", curves: Curves) -> bool:
     axes = figure.add_subplot()
-    of_validation = [(v.step, v.si_sdri, v.best) for v in curves.validations if v.si_sdri is not None]
-    known = [(step, gain, best) for step, gain, best in of_validation if np.isfinite(gain)]
-    axes.plot([step for step, _, _ in known], [gain for _, gain, _ in known], "o-", color=VALID, markersize=3)
-    for step, gain, _ in [row for row in known if row[2]][-1:]:
-        label = f"lowest loss: {gain:.2f} dB at step {step}"
-        axes.plot([step], [gain], "*", color=LIMIT, markersize=10, label=label)
+    at, gain = curves.of_validation["step"], curves.of_validation["si_sdri"]
+    known = np.isfinite(gain)
+    axes.plot(at[known], gain[known], "o-", color=VALID, markersize=3)
+    for place in np.flatnonzero(known & (curves.of_validation["best"] == 1))[-1:]:
+        label = f"lowest loss: {gain[place]:.2f} dB at step {at[place]:.0f}"
+        axes.plot(at[place], gain[place], "*", color=LIMIT, markersize=10, label=label)
     axes.axhline(0, color="black", linewidth=0.6)
     axes.set(xlabel="step", ylabel="SI-SDR improvement in dB, validation")
-    return bool(known)
+    return bool(known.any())
 
 
 def _plot_norm(figure: "Figure", curves: Curves) -> bool:
