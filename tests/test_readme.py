@@ -210,3 +210,26 @@ def test_links_and_pictures_lead_somewhere():
 
     assert targets
     assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+def test_what_the_page_costs_is_what_was_measured():
+    measured = json.loads((ROOT / "benchmarks" / "results" / "dashboard.json").read_text())
+    asked = [spread for name, spread in measured.items() if name.endswith("_ms") and not name.startswith("told")]
+    text = " ".join(README.split())
+
+    assert measured["steps"] == 1_000_000
+    assert f"within {max(spread['median'] for spread in asked):.0f} ms" in text
+    assert f"at most {max(spread['largest'] for spread in asked):.0f})" in text
+    assert f"with {measured['memory_after_mib']} MiB held" in text
+    assert f"{measured['told_of_a_step_after_ms']['median'] / 1000:.2f} s after it was written" in text
+
+
+def test_the_lead_in_a_quarter_of_an_hour_is_what_was_measured():
+    measured = json.loads((ROOT / "benchmarks" / "results" / "learning.json").read_text())
+    text = " ".join(README.split())
+
+    for arm in ("ours", "asteroid"):
+        means = [measured["runs"][f"{arm} {seed}"]["si_sdri"]["mean"] for seed in (0, 1)]
+        assert " and ".join(map(str, means)) in text
+    for lead in measured["ahead_of_asteroid_db"].values():
+        assert f"{lead['mean']} ± {lead['half_95_over_mixtures']} dB ahead" in text
