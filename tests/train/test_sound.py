@@ -3,6 +3,7 @@
 import json
 import resource
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from unbraid.assemble import build_corpus, load_model, train
 from unbraid.audio import read_audio, write_audio
 from unbraid.data.batch import Batch
+from unbraid.data.loader import collate
 from unbraid.data.mixtures import Key
 from unbraid.errors import AudioError
 from unbraid.infer import at_mixture_level, separate
@@ -80,7 +82,9 @@ def test_what_is_heard_is_what_the_model_makes_of_the_validation_mixture_at_its_
     assert np.array_equal(read_audio(run.audio / "001-reference-2.wav")[0], made.sources[1])
     assert np.stack(heard) == pytest.approx(at_mixture_level(ordered[0].numpy(), made.mixture), abs=1e-5)
     item = scores_of(run, 6)["items"][1]
-    assert item["files"] == ["001-estimate-1.wav", "001-estimate-2.wav"]
+    drawn = build_corpus(recipe).valid[Key(0, 1)]
+    assert item["files"] == list(collate([drawn]).batch.items[0].files)
+    assert all(Path(file).is_file() for file in item["files"])
     assert item["si_sdr"] == pytest.approx(si_sdr(ordered, sources)[0, :, 0].tolist(), abs=1e-3)
     before = si_sdr(torch.from_numpy(made.mixture).expand_as(sources[0]), sources[0])[:, 0]
     assert item["si_sdri"] == pytest.approx((si_sdr(ordered, sources)[0, :, 0] - before).mean().item(), abs=1e-3)

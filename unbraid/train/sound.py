@@ -37,6 +37,7 @@ class Sound:
         estimates: In the order of the references, ``(source, channel, time)``.
         si_sdr: Of each estimate, in dB; NaN where the reference is silent.
         si_sdri: Mean improvement over the mixture, in dB.
+        files: The recordings it was mixed from.
     """
 
     index: int
@@ -46,6 +47,7 @@ class Sound:
     estimates: Audio
     si_sdr: tuple[float, ...] = ()
     si_sdri: float = math.nan
+    files: tuple[str, ...] = ()
 
     @property
     def finite(self) -> bool:
@@ -92,7 +94,8 @@ def sounds_of(
     found = []
     for place in places:
         sound = listening.sound(batch.items[place].index, batch.mixture[place], batch.sources[place], ordered[place])
-        found.append(replace(sound, si_sdr=tuple(of_sources[place]), si_sdri=float(improvements[place])))
+        scored = replace(sound, si_sdr=tuple(of_sources[place]), si_sdri=float(improvements[place]))
+        found.append(replace(scored, files=batch.items[place].files))
     return found
 
 
@@ -106,16 +109,14 @@ def write_given(folder: Path, sound: Sound) -> None:
         write_audio(folder / name, audio, sound.sample_rate)
 
 
-def write_estimates(folder: Path, sound: Sound) -> list[str]:
-    """Write ``NNN-estimate-K.wav``, and return their names.
+def write_estimates(folder: Path, sound: Sound) -> None:
+    """Write ``NNN-estimate-K.wav``.
 
     Raises:
         AudioError: As `write_audio`.
     """
-    names = [f"{sound.index:03d}-estimate-{n}.wav" for n in range(1, len(sound.estimates) + 1)]
-    for name, audio in zip(names, sound.estimates, strict=True):
-        write_audio(folder / name, audio, sound.sample_rate)
-    return names
+    for n, audio in enumerate(sound.estimates, 1):
+        write_audio(folder / f"{sound.index:03d}-estimate-{n}.wav", audio, sound.sample_rate)
 
 
 def save_sounds(folder: Path, step: int, sounds: Sequence[Sound]) -> None:
@@ -142,11 +143,10 @@ def save_sounds(folder: Path, step: int, sounds: Sequence[Sound]) -> None:
     here = folder / f"step-{step:06d}"
     shutil.rmtree(here, ignore_errors=True)
     try:
-        items = [
-            {"index": sound.index, "si_sdri": sound.si_sdri, "si_sdr": sound.si_sdr}
-            | {"files": write_estimates(here, sound)}
-            for sound in sounds
-        ]
+        for sound in sounds:
+            write_estimates(here, sound)
+        said = ("index", "si_sdri", "si_sdr", "files")
+        items = [{name: getattr(sound, name) for name in said} for sound in sounds]
         scores = {"step": step, "sample_rate": sounds[0].sample_rate, "items": items}
         write_atomically(here / SCORES, json.dumps(json_row(scores), indent=1, allow_nan=False) + "\n")
     except (AudioError, OSError):

@@ -149,7 +149,7 @@ class Chart {
       },
       series: [{}, ...rows.map((row) => ({
         stroke: row.colour, width: row.width, dash: row.dash, spanGaps: true, paths: row.bare ? () => null : undefined,
-        points: { show: Boolean(row.dots), size: 5, fill: row.colour, stroke: row.colour },
+        points: { show: Boolean(row.dots) || (!row.silent && row.y.filter((value) => value !== null && value !== undefined).length === 1), size: 5, fill: row.colour, stroke: row.colour },
       }))],
       bands,
       axes: [
