@@ -1,6 +1,5 @@
 """DPRNN: masks on a learned transform, from LSTMs over short chunks and across them."""
 
-from contextlib import nullcontext
 from typing import Literal
 
 import torch.nn.functional as F
@@ -8,7 +7,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from unbraid.models.chunks import cut, join_and_split, published_pads
-from unbraid.models.layers import MASKS, GlobalLayerNorm, LearnedDecoder, LearnedEncoder, mask_learned, with_range
+from unbraid.models.layers import MASKS, GlobalLayerNorm, LearnedDecoder, LearnedEncoder, lstm_range, mask_learned
 
 
 class Merge(nn.Module):
@@ -42,8 +41,8 @@ class Path(nn.Module):
         return self.merge(features, rearrange(found, "(b s) l c -> b s l c", s=n_chunks))
 
     def recur(self, features: Tensor) -> Tensor:
-        """The LSTM alone; on the CPU it has no fp16."""
-        with with_range(features.device) if features.device.type == "cpu" else nullcontext():
+        """The LSTM alone."""
+        with lstm_range(features.device):
             found: Tensor = self.lstm(features)[0]
         return found
 

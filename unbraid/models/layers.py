@@ -6,7 +6,7 @@ nothing has to be transposed.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -144,6 +144,21 @@ def with_range(device: torch.device) -> AbstractContextManager[Any]:
     """
     narrow = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.float16
     return torch.autocast(device.type, enabled=False) if narrow else nullcontext()
+
+
+def lstm_range(device: torch.device) -> AbstractContextManager[Any]:
+    """Float32 on a CPU whose LSTM has not what autocast would take: none has fp16, and bf16 needs AVX-512.
+
+    There oneDNN raises instead of taking a slower way.
+    """
+    dtype = torch.get_autocast_dtype(device.type)
+    lacks = dtype == torch.float16 or (dtype == torch.bfloat16 and not _cpu_lstm_has_bf16())
+    return torch.autocast(device.type, enabled=False) if device.type == "cpu" and lacks else nullcontext()
+
+
+@cache
+def _cpu_lstm_has_bf16() -> bool:
+    return not torch.backends.mkldnn.is_available() or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class LearnedEncoder(nn.Module):

@@ -1,6 +1,6 @@
 """BLSTM mask inference and Chimera: masks on the mixture's spectrum, and an embedding of its bins."""
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from unbraid.dsp import SILENCE, istft, stft
-from unbraid.models.layers import MASKS, GlobalLayerNorm, check_mixture
+from unbraid.models.layers import MASKS, GlobalLayerNorm, check_mixture, lstm_range
 from unbraid.separation import Separation
 
 FLOOR = 1e-8
@@ -166,11 +166,11 @@ def log_magnitude(spectrum: Tensor) -> Tensor:
 
 
 def lstm_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """Float32 on the CPU where autocast would take fp16, or where a gradient is wanted.
+    """As `lstm_range`; on the CPU float32 also where a gradient is wanted.
 
-    Its LSTM has no fp16, and its backward in bfloat16 takes 2 to 5 times as long as in float32; forward alone takes
-    half as long. On a GPU autocast decides.
+    Backward in bfloat16 takes 2 to 5 times as long there as in float32; forward alone takes half as long. On a GPU
+    autocast decides.
     """
-    dtype = torch.get_autocast_dtype(device.type)
-    wide = device.type == "cpu" and (dtype == torch.float16 or torch.is_grad_enabled())
-    return torch.autocast(device.type, enabled=False) if wide else nullcontext()
+    if device.type == "cpu" and torch.is_grad_enabled():
+        return torch.autocast(device.type, enabled=False)
+    return lstm_range(device)
