@@ -64,21 +64,22 @@ def serve(paths: Sequence[Path], *, address: str = "127.0.0.1", port: int | None
     hosts = LOCAL if address in LOCAL else None
     app = guarded(routes(library), hosts=hosts, token=token, cookie=f"unbraid-{port}")
     shown = socket.gethostname() if address in ("0.0.0.0", "::") else f"[{address}]" if ":" in address else address
-    print(f"The page: http://{shown}:{port}/?token={token}", flush=True)  # noqa: T201
-    print("Ctrl-C ends it.", flush=True)  # noqa: T201
-    library.look_for_runs()
-    watching = threading.Thread(target=library.watch, daemon=True)
-    watching.start()
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, timeout_graceful_shutdown=1, server_header=False
     )
+    watching = threading.Thread(target=library.watch, daemon=True)
     try:
+        print(f"The page: http://{shown}:{port}/?token={token}", flush=True)  # noqa: T201
+        print("Ctrl-C ends it.", flush=True)  # noqa: T201
+        library.look_for_runs()
+        watching.start()
         _Server(config, library).run(sockets=[listening])
     except KeyboardInterrupt:
         pass  # the way to end it
     finally:
         library.closing.set()
-        watching.join(timeout=5)
+        if watching.ident is not None:
+            watching.join(timeout=5)
 
 
 class _Server(uvicorn.Server):
