@@ -173,8 +173,8 @@ def sdr(estimate: Tensor, target: Tensor) -> Tensor:
 class Products(NamedTuple):
     """Means over time from which the ratio of two signals follows, for all pairs at once; they broadcast.
 
-    A difference of two powers is right to 0.01 dB up to about 50 dB in float32, and grows coarse above 60. That picks
-    the right order; for the value itself take the ratio of the chosen pairs.
+    A difference of two powers is right to 0.01 dB up to 35 to 50 dB in float32, by processor, and grows coarse above
+    60. That picks the right order; for the value itself take the ratio of the chosen pairs.
 
     Attributes:
         dot: Of the products, ``(..., estimate, target)``.
