@@ -37,8 +37,8 @@ from machine import processor
 from peers import AsOurs, asteroid_loss, missing
 from torch import nn
 
+from unbraid.arguments import find_recipe
 from unbraid.assemble import build_corpus, choose_device, list_tracks, load_model, train
-from unbraid.cli import find_recipe
 from unbraid.data.loader import StepKeys, batches
 from unbraid.data.mixtures import mixtures
 from unbraid.evaluate import evaluate

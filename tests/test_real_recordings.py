@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from unbraid.cli import main, recipes_folder
+from unbraid.arguments import recipes_folder
+from unbraid.cli import main
 from unbraid.data.folders import noises, speakers
 from unbraid.data.mixtures import DataSettings, Key, mixtures
 from unbraid.dsp import power_db

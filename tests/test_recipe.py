@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from unbraid.arguments import recipes_folder
 from unbraid.assemble import build_model, build_state
-from unbraid.cli import recipes_folder
 from unbraid.errors import RecipeError
 from unbraid.losses.waveform import l1, neg_thresholded_snr
 from unbraid.models.band_split import runs, uniform_bands

@@ -6,19 +6,24 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from unbraid import __version__
-from unbraid.errors import UserError, nearest
-
-EXIT_USER_ERROR = 2
-"""A user's mistake, or a run that a stop rule ended: one sentence on stderr."""
-
-EXIT_STOPPED = 128
-"""Plus the signal's number: the run was asked to stop, and has left a checkpoint to go on from."""
+from unbraid.arguments import (
+    EXIT_STOPPED,
+    EXIT_USER_ERROR,
+    Parser,
+    add_set,
+    add_trust,
+    find_recipe,
+    port_number,
+    positive,
+    recipes_folder,
+)
+from unbraid.errors import UserError
+from unbraid.lab.commands import add_lab
 
 
 def train(args: argparse.Namespace) -> int:
@@ -189,31 +194,6 @@ def demo(args: argparse.Namespace) -> int:
     return 0
 
 
-def find_recipe(path: Path) -> Path:
-    """A recipe by its path, or one of ours by its name."""
-    shipped = recipes_folder()
-    candidates = [path, shipped / path.name, shipped / f"{path.name}.toml"] if path.parent == Path() else [path]
-    found = next((candidate for candidate in candidates if candidate.is_file()), None)
-    if found is None:
-        names = sorted(recipe.stem for recipe in shipped.glob("*.toml"))
-        raise UserError(f"There is no recipe {path}; ours are {', '.join(names)}.{nearest(path.stem, names)}")
-    return found
-
-
-def recipes_folder() -> Path:
-    """Where the shipped recipes lie: inside an installed package, or at the top of a checkout."""
-    installed = Path(__file__).parent / "recipes"
-    return installed if installed.is_dir() else Path(__file__).parent.parent / "recipes"
-
-
-class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong, without the usage before it."""
-
-    def error(self, message: str) -> None:  # type: ignore[override]
-        """Print one line and end with status 2."""
-        self.exit(EXIT_USER_ERROR, f"unbraid: {message}. See: {self.prog} --help\n")
-
-
 def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
     top = Parser(prog="unbraid", description="Train networks that pull mixed sounds apart.", allow_abbrev=False)
@@ -228,11 +208,11 @@ def parser() -> argparse.ArgumentParser:
 
     command = add("demo", demo)
     command.add_argument("-o", "--out", type=Path, default=Path("runs/demo"), help="folder for all of it (%(default)s)")
-    _add_set(command)
+    add_set(command)
 
     command = add("train", train)
     command.add_argument("recipe", type=Path, help="a TOML file, or the name of one of ours")
-    _add_set(command)
+    add_set(command)
     run_help = "run directory (runs/NAME-OF-THE-RECIPE); behind torchrun write --run-dir, it takes --run for itself"
     command.add_argument("--run", "--run-dir", dest="run", type=Path, metavar="DIR", help=run_help)
     command.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the run directory")
@@ -241,33 +221,33 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("checkpoint", type=Path, help="a run directory or a checkpoint")
     command.add_argument("data", type=Path, nargs="?", help="speaker folder or manifest (that of the training)")
     command.add_argument("--split", default="test", choices=("train", "valid", "test"), help="(%(default)s)")
-    command.add_argument("--n-items", type=_positive(int), default=200, help="how many mixtures (%(default)s)")
-    command.add_argument("--seconds", type=_positive(float), help="length of a mixture (that of the training)")
-    command.add_argument("--save-audio", type=_positive(int), default=0, metavar="N", help="write the first N to hear")
+    command.add_argument("--n-items", type=positive(int), default=200, help="how many mixtures (%(default)s)")
+    command.add_argument("--seconds", type=positive(float), help="length of a mixture (that of the training)")
+    command.add_argument("--save-audio", type=positive(int), default=0, metavar="N", help="write the first N to hear")
     worst_help = "write the N of the lowest SI-SDRi to hear"
-    command.add_argument("--save-worst", type=_positive(int), default=0, metavar="N", help=worst_help)
+    command.add_argument("--save-worst", type=positive(int), default=0, metavar="N", help=worst_help)
     command.add_argument("-o", "--out", type=Path, help="table to write, .csv or .parquet (evaluation.csv in the run)")
-    _add_trust(command)
+    add_trust(command)
 
     command = add("separate", separate)
     command.add_argument("files", type=Path, nargs="+", help="audio of any rate and channel count, or folders of it")
     command.add_argument("-m", "--model", type=Path, required=True, help="a run directory or a checkpoint")
     command.add_argument("-o", "--out", type=Path, required=True, help="folder for NAME.source-N.wav")
-    _add_trust(command)
+    add_trust(command)
 
     command = add("import", import_foreign)
     command.add_argument("files", type=Path, nargs="+", help="weights and their YAML, or the folder that holds them")
     command.add_argument("-o", "--out", type=Path, required=True, help="run directory to make")
-    command.add_argument("--sample-rate", type=_positive(int), metavar="HZ", help="where the files do not say it")
-    _add_set(command, "model.n_heads=8, where the files do not say it")
+    command.add_argument("--sample-rate", type=positive(int), metavar="HZ", help="where the files do not say it")
+    add_set(command, "model.n_heads=8, where the files do not say it")
 
     command = add("bench", bench)
     command.add_argument(
         "recipe", type=Path, nargs="?", default=Path("conv_tasnet_small"), help="as for train (%(default)s)"
     )
-    _add_set(command)
+    add_set(command)
     seconds_help = "of steps for each variant, beside its first (%(default)s)"
-    command.add_argument("--seconds", type=_positive(float), default=5.0, help=seconds_help)
+    command.add_argument("--seconds", type=positive(float), default=5.0, help=seconds_help)
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
     command = add("doctor", doctor)
@@ -275,13 +255,13 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--all", action="store_true", help=f"tell everything, not the {ADVICES} worst alone")
     command.add_argument("--json", action="store_true", help="print JSON")
     command.add_argument("--mute", action="append", default=[], metavar="CODE", help="leave out what has this code")
-    command.add_argument("--last", type=_positive(int), metavar="N", help="look at about the last N steps alone")
+    command.add_argument("--last", type=positive(int), metavar="N", help="look at about the last N steps alone")
 
     command = add("dashboard", dashboard)
     command.add_argument(
         "runs", type=Path, nargs="*", default=[Path("runs")], help="run directories, or folders (runs)"
     )
-    command.add_argument("--port", type=_port, help="where to listen (8642, or any that is free)")
+    command.add_argument("--port", type=port_number, help="where to listen (8642, or any that is free)")
     open_help = "listen at another address than 127.0.0.1: whoever reaches it and has the link can read these runs"
     command.add_argument("--open-to", metavar="ADDRESS", help=open_help)
 
@@ -292,33 +272,10 @@ def parser() -> argparse.ArgumentParser:
 
     command = add("replay", replay)
     command.add_argument("incident", type=Path, help="a folder in the incidents of a run directory")
-    _add_trust(command)
+    add_trust(command)
+
+    add_lab(commands)
     return top
-
-
-def _positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    def convert(text: str) -> Any:
-        if kind(text) <= 0:
-            raise ValueError(text)
-        return kind(text)
-
-    convert.__name__ = "number above 0"
-    return convert
-
-
-def _port(text: str) -> int:
-    port = int(text)
-    if not 0 <= port <= 65535:
-        raise argparse.ArgumentTypeError(f"port {text} must be from 0, for any that is free, to 65535")
-    return port
-
-
-def _add_set(command: argparse.ArgumentParser, example: str = "optim.lr=3e-4") -> None:
-    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=f"such as {example}")
-
-
-def _add_trust(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--trust", action="store_true", help="let code named by the checkpoint run")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,69 @@
+"""What several commands share: exit statuses, kinds of numbers, --set and --trust, where recipes are found."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from unbraid.errors import UserError, nearest
+
+EXIT_USER_ERROR = 2
+"""A user's mistake, or a run that a stop rule ended: one sentence on stderr."""
+
+EXIT_STOPPED = 128
+"""Plus the signal's number: the run was asked to stop, and has left a checkpoint to go on from."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong, without the usage before it."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        """Print one line and end with status 2."""
+        self.exit(EXIT_USER_ERROR, f"unbraid: {message}. See: {self.prog} --help\n")
+
+
+def positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A number above 0, of the kind given."""
+
+    def convert(text: str) -> Any:
+        if kind(text) <= 0:
+            raise ValueError(text)
+        return kind(text)
+
+    convert.__name__ = "number above 0"
+    return convert
+
+
+def port_number(text: str) -> int:
+    """A port to listen at; 0 for any that is free."""
+    port = int(text)
+    if not 0 <= port <= 65535:
+        raise argparse.ArgumentTypeError(f"port {text} must be from 0, for any that is free, to 65535")
+    return port
+
+
+def add_set(command: argparse.ArgumentParser, example: str = "optim.lr=3e-4") -> None:
+    """Let a command take ``--set KEY=VALUE``, over what the recipe says."""
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=f"such as {example}")
+
+
+def add_trust(command: argparse.ArgumentParser) -> None:
+    """Let a command run code that a checkpoint names."""
+    command.add_argument("--trust", action="store_true", help="let code named by the checkpoint run")
+
+
+def find_recipe(path: Path) -> Path:
+    """A recipe by its path, or one of ours by its name."""
+    shipped = recipes_folder()
+    candidates = [path, shipped / path.name, shipped / f"{path.name}.toml"] if path.parent == Path() else [path]
+    found = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if found is None:
+        names = sorted(recipe.stem for recipe in shipped.glob("*.toml"))
+        raise UserError(f"There is no recipe {path}; ours are {', '.join(names)}.{nearest(path.stem, names)}")
+    return found
+
+
+def recipes_folder() -> Path:
+    """Where the shipped recipes lie: inside an installed package, or at the top of a checkout."""
+    installed = Path(__file__).parent / "recipes"
+    return installed if installed.is_dir() else Path(__file__).parent.parent / "recipes"
