@@ -23,7 +23,6 @@ from unbraid.arguments import (
     recipes_folder,
 )
 from unbraid.errors import UserError
-from unbraid.lab.commands import add_lab
 
 
 def train(args: argparse.Namespace) -> int:
@@ -273,8 +272,6 @@ def parser() -> argparse.ArgumentParser:
     command = add("replay", replay)
     command.add_argument("incident", type=Path, help="a folder in the incidents of a run directory")
     add_trust(command)
-
-    add_lab(commands)
     return top
 
 
