@@ -23,6 +23,7 @@ from unbraid.arguments import (
     recipes_folder,
 )
 from unbraid.errors import UserError
+from unbraid.lab.commands import add_lab
 
 
 def train(args: argparse.Namespace) -> int:
@@ -272,6 +273,8 @@ def parser() -> argparse.ArgumentParser:
     command = add("replay", replay)
     command.add_argument("incident", type=Path, help="a folder in the incidents of a run directory")
     add_trust(command)
+
+    add_lab(commands)
     return top
 
 
