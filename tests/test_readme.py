@@ -205,6 +205,17 @@ def test_the_speeds_are_those_that_were_measured():
     assert {piece["threads"] for piece in measured.values()} == {1}
 
 
+def test_the_speed_of_a_sepformer_on_half_a_minute_is_what_was_measured():
+    measured = json.loads((ROOT / "benchmarks" / "results" / "against_peers_epyc.json").read_text())
+    piece = measured["sepformer_small_30s"]
+    ratios = {who: ratio["like"]["median"] for who, ratio in piece["races"][0]["ratios"].items()}
+    text = " ".join(README.split())
+
+    said = f"{ratios['ours fp32 compiled']:.2f} times as long as ours compiled, and {ratios['ours fp32']:.2f} times"
+    assert said in text
+    assert piece["date"] in text.split(said)[1][:200]
+
+
 def test_links_and_pictures_lead_somewhere():
     targets = [target for target in re.findall(r"\]\(([^)]+)\)", README) if "://" not in target]
 

@@ -1,9 +1,27 @@
 """`unbraid lab ...`: each command parses, calls the laboratory, prints. Torch is imported only when one runs."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from unbraid.arguments import Parser
+
+
+def gradient_descent(args: argparse.Namespace) -> int:
+    """Gradient descent on a line and on surfaces: every figure of the chapter, its numbers, and a page."""
+    from unbraid.plots import check_matplotlib
+
+    check_matplotlib()
+    from unbraid.lab.animate import has_ffmpeg
+    from unbraid.lab.chapter import write_chapter
+    from unbraid.screen import progress_bar
+
+    with progress_bar("drawing", 1.0) as advance:
+        page = write_chapter(args.out, loss=args.loss, seed=args.seed, animate=args.animation, progress=advance)
+    if args.animation and not has_ffmpeg():
+        print("There is no ffmpeg, so what moves is there as GIF and not as MP4.")
+    print(f"Figures and numbers are in {args.out}; to see them, open {page}")
+    return 0
 
 
 def add_lab(commands: Any) -> None:
@@ -20,4 +38,10 @@ def add_lab(commands: Any) -> None:
         command.set_defaults(function=function)
         return command
 
-    del add
+    command = add("gradient-descent", gradient_descent)
+    out_help = "folder for all of it (%(default)s)"
+    command.add_argument("-o", "--out", type=Path, default=Path("gradient-descent"), metavar="DIR", help=out_help)
+    command.add_argument("--loss", choices=("l1", "l2", "huber"), default="l2", help="of the line (%(default)s)")
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="of all random numbers (%(default)s)")
+    no_help = "leave out what moves, which takes most of the time"
+    command.add_argument("--no-animation", dest="animation", action="store_false", help=no_help)

@@ -144,7 +144,7 @@ def rates_plate(six: SixRates) -> Plate:
         moving = []
         for axes, path, lr, word in zip(figure.subplots(2, 3).flat, paths, RATES, words, strict=True):
             draw_contour(axes, grid, problem)
-            axes.set_title(f"{lr:g}: {word}")
+            axes.set_title(f"learning rate {lr:g}: {word}", fontsize="medium")
             axes.label_outer()
             (trail,) = axes.plot([], [], ".-", color=PATH, linewidth=0.9, markersize=3, animated=True)
             style: dict[str, Any] = {"fontsize": "small", "backgroundcolor": "white", "animated": True}
@@ -221,8 +221,8 @@ def norms_plate(six: SixRates) -> Plate:
     )
     tail = (
         f": with l1 it hardly falls on the way. In the last 50 steps it jumps between {late.min():.2f} and "
-        f"{late.max():.2f}, and at 0.1 between {late_of_higher.min():.2f} and {late_of_higher.max():.2f}: its fall tells "
-        "little of how near the minimum is."
+        f"{late.max():.2f}, and at 0.1 between {late_of_higher.min():.2f} and {late_of_higher.max():.2f}: its fall "
+        "tells little of how near the minimum is."
         if problem.loss == "l1"
         else f"; at the end it is {norms[right, -1]:.2g}."
     )

@@ -51,8 +51,9 @@ def draw_contour(axes: "Axes", grid: Grid, problem: Problem) -> None:
 
 
 def drawable(path: Tensor) -> Floats:
-    """A path ``(step, 2)`` to draw, as ``(2, step)``: what is far outside, or not finite, is put at its edge."""
-    return np.clip(np.nan_to_num(path.numpy().T, nan=1e3), -1e3, 1e3)
+    """A path ``(step, 2)`` to draw, as ``(2, step)``: what is far outside is brought nearer, in its direction."""
+    size = path.abs().amax(1, keepdim=True).clamp(min=1e3)
+    return (path / size * 1e3).numpy().T
 
 
 def rate_name(lr: float) -> str:

@@ -246,7 +246,7 @@ def _draw_slices(axes: "Axes", name: str, at: Tensor, best: Tensor, start: Tenso
         axes.plot(at[place], curve[place], "o", color=color, markersize=5)
         axes.axvline(float(at[place]), color=color, linewidth=0.5, linestyle=style)
     axes.set(xlabel=name, ylabel="mean loss", ylim=(0, 1.05 * float(mean.max())))
-    axes.legend(frameon=False, fontsize="small")
+    axes.legend(framealpha=0.9, edgecolor="white", fontsize="small")
 
 
 def backward_plate(problem: Problem) -> Plate:
