@@ -4,16 +4,13 @@ import shutil
 import subprocess
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from unbraid.errors import UserError
 from unbraid.lab.plates import Motion
-
-if TYPE_CHECKING:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 Frame = npt.NDArray[np.uint8]
 """``(height, width, 3)``, red, green and blue."""
@@ -34,7 +31,7 @@ def frames(motion: Motion, size: tuple[float, float], *, dpi: int = 80) -> Itera
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, dpi=dpi, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    canvas: Any = FigureCanvasAgg(figure)  # matplotlib leaves its methods untyped
     to_frame = motion.draw(figure)
     to_frame(0)
     canvas.draw()
@@ -55,14 +52,14 @@ def frames(motion: Motion, size: tuple[float, float], *, dpi: int = 80) -> Itera
         yield _pixels(canvas)
 
 
-def _pixels(canvas: "FigureCanvasAgg") -> Frame:
+def _pixels(canvas: Any) -> Frame:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def write_gif(path: Path, pictures: Iterable[Frame], *, frames_per_second: int, hold_seconds: float = 2.0) -> None:
     """Write frames as a GIF that repeats, and rests on the last one.
 
-    All share the 256 colours of the last frame, where most is drawn: nothing flickers.
+    All share one palette, made from a few of them, so that nothing flickers.
 
     Args:
         path: To write.
@@ -73,7 +70,9 @@ def write_gif(path: Path, pictures: Iterable[Frame], *, frames_per_second: int, 
     from PIL import Image
 
     images = [Image.fromarray(picture) for picture in pictures]
-    palette = images[-1].quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    some = [images[place] for place in sorted({len(images) * part // 4 for part in range(4)} | {len(images) - 1})]
+    sheet = Image.fromarray(np.concatenate([np.asarray(image) for image in some]))
+    palette = sheet.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     drawn = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
     each = 10 * max(2, round(100 / frames_per_second))
     durations = [each] * (len(drawn) - 1) + [round(1000 * hold_seconds)]

@@ -297,8 +297,9 @@ def autoclip(seed: int) -> Plate:
         f"to {norms.max():.1f} where a label is far off; and the limit that AutoClip would set in each step, the p-th "
         f"percentile of all norms so far. It settles once some tens of norms are known, and no norm far off moves it "
         f"much, except at 0 (the smallest so far: every step but a new smallest is cut) and 100 (the largest so far: "
-        f"none is). Share of steps clipped, by p: {told}. A p of 10 hence cuts nearly every step: what it sets is the "
-        f"length of steps, not a guard against outliers alone."
+        f"none is). Share of steps clipped, by p: {told}. Were the norms all alike in kind, "
+        f"it would be 100 less p. With p at 10 most steps are cut: it sets how long steps are, and is no guard against "
+        f"outliers alone."
     )
     return Plate(
         "14-autoclip",

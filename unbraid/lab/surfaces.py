@@ -331,6 +331,8 @@ def lstm_gradients(
 ) -> Floats:
     """As `recurrent_gradients` for an LSTM, by its whole state: output beside cell, ``(time + 1, 2 unit)``.
 
+    Output and cell count as two states that could be set apart, so that nothing is counted twice.
+
     Args:
         rng: Draws weights as PyTorch does, evenly within one over the root of the units.
         inputs: ``(time, unit)``.
@@ -345,12 +347,12 @@ def lstm_gradients(
             parameter.copy_(torch.from_numpy(rng.uniform(-1, 1, parameter.shape) / n_units**0.5))
         cell.bias_ih[n_units : 2 * n_units] = forget_bias
         cell.bias_hh[n_units : 2 * n_units] = 0
-    states = [(torch.zeros(1, n_units, dtype=torch.float64, requires_grad=True),) * 2]
-    states[0] = (states[0][0], torch.zeros_like(states[0][0], requires_grad=True))
-    for one in drive:
-        states.append(cell(one[None], states[-1]))
-    flat = [tensor for state in states for tensor in state]
-    found = torch.autograd.grad((states[-1][0] * end).sum(), flat, allow_unused=True)
-    rows = [torch.zeros(1, n_units, dtype=torch.float64) if one is None else one for one in found]
-    paired = torch.stack(rows).reshape(len(states), 2 * n_units)
-    return paired.flip(0).numpy()
+    states = [(torch.zeros(1, n_units, dtype=torch.float64),) * 2]
+    gradients: list[tuple[Tensor, ...]] = [(end[None], torch.zeros_like(end)[None])]
+    with torch.no_grad():
+        for one in drive:
+            states.append(cell(one[None], states[-1]))
+    for one, state in zip(drive.flip(0), states[-2::-1], strict=True):
+        leaves = tuple(part.detach().clone().requires_grad_() for part in state)
+        gradients.append(torch.autograd.grad(cell(one[None], leaves), leaves, gradients[-1]))
+    return torch.stack([torch.cat(pair, dim=1)[0] for pair in gradients]).numpy()
