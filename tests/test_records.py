@@ -24,7 +24,6 @@ from unbraid.records import (
     read_steps,
     read_validation,
     row_blocks,
-    write_atomically,
 )
 
 STEP = StepRecord(
@@ -153,30 +152,6 @@ def test_rows_are_always_objects_whatever_bytes_the_file_holds(lines):
 
 def test_a_file_that_does_not_exist_has_no_rows(tmp_path):
     assert read_rows(tmp_path / "steps.jsonl") == ([], 0)
-
-
-def test_a_text_is_replaced_whole(tmp_path):
-    path = tmp_path / "last"
-    write_atomically(path, "old, and longer\n")
-    write_atomically(path, "n\u00e9w\n")
-
-    assert path.read_text(encoding="utf-8") == "n\u00e9w\n"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_text_that_cannot_be_written_leaves_the_old_one_and_nothing_beside_it(tmp_path, monkeypatch):
-    path = tmp_path / "last"
-    write_atomically(path, "old")
-
-    def full(_descriptor):
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        write_atomically(path, "new")
-
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_second_owner_is_refused_with_the_firsts_process(tmp_path):

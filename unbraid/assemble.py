@@ -25,11 +25,12 @@ from unbraid.data.overlap import overlap
 from unbraid.data.tracks import Track, with_splits
 from unbraid.draws import seeded_torch
 from unbraid.errors import CheckpointError, DataError, RecipeError, UserError
+from unbraid.files import write_atomically
 from unbraid.losses import asks_for
 from unbraid.models import MODELS
 from unbraid.parts import build_loss, build_part, find_part
 from unbraid.recipe import Part, Recipe, differences, recipe_from_table, recipe_table, to_toml
-from unbraid.records import Event, RunDirectory, append_record, owned, write_atomically
+from unbraid.records import Event, RunDirectory, append_record, owned
 from unbraid.robust import CLIPPERS, FILTERS, TRANSFORMS
 from unbraid.robust.precision import Precision
 from unbraid.train.adapters import LOGGERS, Logger, open_loggers, pass_on

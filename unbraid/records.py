@@ -394,20 +394,6 @@ def _item_record(row: dict[str, Any]) -> ItemRecord:
     return replace(_from_row(ItemRecord, row), item=_item_id(row["item"]), **tuples)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small text file so that a reader, or a crash, sees the old one or the new one and nothing between."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 @contextlib.contextmanager
 def owned(run: RunDirectory) -> Iterator[None]:
     """Hold the run directory's lock, so that two runs never write into one; a killed owner leaves it free.

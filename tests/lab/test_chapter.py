@@ -12,7 +12,7 @@ from PIL import Image
 
 from unbraid import cli
 from unbraid.lab import chapter
-from unbraid.lab.chapter import page, whole, write_chapter
+from unbraid.lab.chapter import page, write_chapter
 from unbraid.lab.plates import Motion, Plate
 
 
@@ -144,22 +144,6 @@ def test_progress_rises_from_0_to_1_and_names_the_plates(tmp_path, plates):
     assert done[-1] == 1
     assert done == sorted(done)
     assert {"02-b", "12-c", "15-d"} <= {text for _, text in heard}
-
-
-def test_a_file_is_whole_or_as_it_was(tmp_path):
-    path = tmp_path / "x.txt"
-    path.write_text("old")
-
-    def stopped_half_way():
-        with whole(path) as temporary:
-            temporary.write_text("half")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        stopped_half_way()
-
-    assert path.read_text() == "old"
-    assert [found.name for found in tmp_path.iterdir()] == ["x.txt"]
 
 
 def test_ctrl_c_ends_with_130_and_leaves_whole_files_only(tmp_path, plates, monkeypatch, capsys):

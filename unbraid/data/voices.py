@@ -7,7 +7,6 @@ eSpeak NG keeps one global state a process and may print to stderr. So this file
 it as often as there are groups of talkers, a fresh process each, and the bytes do not depend on how many run at once.
 """
 
-import contextlib
 import csv
 import ctypes
 import importlib.metadata
@@ -28,6 +27,7 @@ import soundfile
 import soxr
 
 from unbraid.errors import UserError
+from unbraid.files import replacing
 
 SPLITS = {"train": 0.72, "valid": 0.08, "test": 0.2}
 FORMAT = 2  # to be raised whenever the same parameters would give other audio
@@ -183,17 +183,6 @@ def is_complete(table: Path, marker: Path, parameters: dict[str, Any]) -> bool:
         return False
     expected = parameters["n_speakers"] * parameters["n_utterances"]
     return made_with == parameters and len(paths) == expected and all((table.parent / path).is_file() for path in paths)
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name to write to; it becomes `path` only if nothing went wrong."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def make_talkers(n_speakers: int, *, seed: int = 0) -> list[Talker]:

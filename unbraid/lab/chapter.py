@@ -3,13 +3,12 @@
 import html
 import json
 import math
-import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unbraid.files import replacing, write_atomically
 from unbraid.lab.animate import frames, has_ffmpeg, write_gif, write_mp4
 from unbraid.lab.line_plates import line_plates
 from unbraid.lab.plates import Plate
@@ -58,27 +57,14 @@ def write_chapter(
         progress(0.3 + 0.7 * sum(work[:place]) / sum(work), plate.name)
         _write_plate(out, plate, animate=animate, videos=videos)
     told = {"loss": loss, "seed": seed, "plates": [_as_json(plate) for plate in plates]}
-    with whole(out / "numbers.json") as path:
-        path.write_text(json.dumps(told, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    with whole(out / "index.html") as path:
-        path.write_text(page(plates, loss=loss, seed=seed, animate=animate, videos=videos), encoding="utf-8")
+    write_atomically(out / "numbers.json", json.dumps(told, indent=1, allow_nan=False) + "\n")
+    write_atomically(out / "index.html", page(plates, loss=loss, seed=seed, animate=animate, videos=videos))
     progress(1.0, "")
     return out / "index.html"
 
 
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A name to write to; the file takes its own name when it is complete, and is removed where it never is."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _write_plate(out: Path, plate: Plate, *, animate: bool, videos: bool) -> None:
-    with whole(out / f"{plate.name}.png") as path:
+    with replacing(out / f"{plate.name}.png") as path:
         figure_of(plate).savefig(path, dpi=140, format="png")
     moving = plate.motion if animate else None
     pictures = [] if moving is None else list(frames(moving, plate.size))
@@ -86,7 +72,7 @@ def _write_plate(out: Path, plate: Plate, *, animate: bool, videos: bool) -> Non
         if moving is None or not wanted:
             (out / f"{plate.name}{suffix}").unlink(missing_ok=True)
             continue
-        with whole(out / f"{plate.name}{suffix}") as path:
+        with replacing(out / f"{plate.name}{suffix}") as path:
             write(path, pictures, frames_per_second=moving.frames_per_second)
 
 

@@ -14,9 +14,10 @@ from torch import Tensor
 from unbraid.audio import Audio, read_audio, write_audio
 from unbraid.data.batch import Batch
 from unbraid.errors import AudioError
+from unbraid.files import write_atomically
 from unbraid.infer import at_mixture_level
 from unbraid.metrics import sounding
-from unbraid.records import json_row, write_atomically
+from unbraid.records import json_row
 
 MAX_FOLDERS = 24
 """Of so many validations the sound stays: the first, the newest, and others evenly between."""

@@ -12,7 +12,8 @@ from typing import Any
 
 from unbraid.audio import read_audio
 from unbraid.errors import AudioError, CheckpointError, UserError
-from unbraid.records import RunDirectory, json_row, write_atomically
+from unbraid.files import write_atomically
+from unbraid.records import RunDirectory, json_row
 from unbraid.web.charts import chart, scores
 from unbraid.web.facts import about, events, gains, judged, of_last_steps, overview
 from unbraid.web.follow import Followed
