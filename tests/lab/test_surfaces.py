@@ -10,6 +10,7 @@ from torch import nn
 from unbraid.draws import generator
 from unbraid.lab.surface_plates import PERCENTILES, autoclip, cliff, recurrence, surface_plates
 from unbraid.lab.surfaces import (
+    BY_NUMBER,
     GRID,
     RACERS,
     Dents,
@@ -27,7 +28,6 @@ from unbraid.lab.surfaces import (
     recurrent_gradients,
     training_norms,
 )
-from unbraid.train.muon import Muon
 from unbraid.train.optim import OPTIMIZERS
 
 VALLEY = Quadratic.turned((0.08, 8.0), 30, (1.0, 0.5))
@@ -72,21 +72,16 @@ def test_muons_steps_on_a_row_of_two_are_all_of_one_length():
     assert 0.68 < steps[0] / (0.1 * 0.2 * 2**0.5) < 1.21
 
 
-def test_the_races_muon_is_the_products_but_for_its_rounding(monkeypatch):
-    monkeypatch.setattr("unbraid.train.muon.best_precision", lambda device: "fp32")
-    weight = nn.Parameter(torch.from_numpy(START[None].copy()))
-    optimizer = Muon([weight], lr=0.05, min_side=1)
-    for _ in range(5):
-        optimizer.zero_grad()
-        VALLEY(weight).sum().backward()
-        optimizer.step()
+@pytest.mark.parametrize("name", sorted(BY_NUMBER))
+def test_starts_in_one_weight_go_as_starts_of_their_own(name):
+    starts, lrs = np.array([[-4.0, 2.0], [2.0, -1.0]]), [0.1, 0.02]
 
-    found = descend(VALLEY, [START], RACERS["Muon"], 0.05, 5)
+    found, apart = (descend(VALLEY, starts, RACERS[name], lrs, 20, apart=apart).points for apart in (False, True))
 
-    np.testing.assert_allclose(found.points[-1, 0], weight.detach()[0].numpy(), rtol=1e-5)
+    np.testing.assert_allclose(found, apart, rtol=1e-9)
 
 
-@pytest.mark.parametrize("name", [name for name in RACERS if name != "Muon"])
+@pytest.mark.parametrize("name", RACERS)
 def test_starts_side_by_side_go_as_each_would_alone_with_its_own_learning_rate(name):
     starts, lrs = np.array([[-4.0, 2.0], [2.0, -1.0]]), [0.1, 0.02]
 

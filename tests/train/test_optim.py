@@ -227,6 +227,21 @@ def test_a_matrix_goes_as_with_torchs_muon_but_for_bfloat16(monkeypatch):
     assert ((ours - theirs).norm() / (theirs - start).norm()).item() < 0.01
 
 
+@pytest.mark.parametrize("native", ["bf16", "fp32"])
+def test_a_matrix_of_float64_goes_as_published_to_the_last_digits_on_every_machine(monkeypatch, native):
+    monkeypatch.setattr(muon, "best_precision", lambda device: native)
+    rng = torch.Generator().manual_seed(0)
+    start, *gradients = (torch.randn(32, 48, generator=rng, dtype=torch.float64) for _ in range(4))
+    weight = nn.Parameter(start.clone())
+    optimizer = Muon([weight], lr=0.02, momentum=0.9, weight_decay=0.1)
+    for gradient in gradients:
+        weight.grad = gradient.clone()
+        optimizer.step()
+
+    expected = published_muon(start, gradients, lr=0.02, momentum=0.9, weight_decay=0.1)
+    torch.testing.assert_close(weight.detach(), expected, atol=1e-12, rtol=0)
+
+
 def test_a_pointwise_convolution_goes_as_the_linear_layer_it_is():
     rng = torch.Generator().manual_seed(0)
     start, gradient = torch.randn(40, 32, generator=rng), torch.randn(40, 32, generator=rng)

@@ -116,13 +116,18 @@ class Curve:
     degree: int
 
 
+def true_curve(x: Tensor) -> Tensor:
+    """What the points of `noisy_curve` lie around, ``(point,)`` to ``(point,)``."""
+    return torch.sin(3 * x)
+
+
 def noisy_curve(seed: int, *, n_train: int = 14, n_valid: int = 200, degree: int = 11, noise: float = 0.3) -> Curve:
-    """Points of ``sin(3 x)`` between -1 and 1, with normal noise."""
+    """Points of `true_curve` between -1 and 1, with normal noise."""
     draws = generator(seed, "line: curve")
 
     def drawn(n_points: int) -> Points:
         x = torch.from_numpy(draws.uniform(-1, 1, n_points)).sort().values
-        return Points(x, torch.sin(3 * x) + noise * torch.from_numpy(draws.standard_normal(n_points)))
+        return Points(x, true_curve(x) + noise * torch.from_numpy(draws.standard_normal(n_points)))
 
     return Curve(drawn(n_train), drawn(n_valid), degree)
 

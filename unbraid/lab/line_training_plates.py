@@ -17,6 +17,7 @@ from unbraid.lab.line_training import (
     polynomial_losses,
     scheduled,
     stop_early,
+    true_curve,
 )
 from unbraid.lab.plates import Plate
 from unbraid.train.optim import Constant, Cosine
@@ -46,7 +47,7 @@ def early_stopping_plate(seed: int, *, n_steps: int = 5000) -> Plate:
         left.set(xlabel="step + 1", ylabel="mean squared error")
         left.legend(frameon=False)
         x = torch.linspace(-1, 1, 300, dtype=torch.float64)
-        right.plot(x, torch.sin(3 * x), "--", color=TRUTH, linewidth=1, label="truth")
+        right.plot(x, true_curve(x), "--", color=TRUTH, linewidth=1, label="truth")
         for step, color, label in ((best, BEST, f"step {best}"), (n_steps, PATH, f"step {n_steps}")):
             right.plot(x, features(x, curve.degree) @ path[step], color=color, label=label)
         right.plot(curve.train.x, curve.train.y, "o", color=DATA, markersize=4, label="training data")

@@ -25,7 +25,7 @@ class Muon(Optimizer):
 
     One learning rate suits both: steps of matrices are scaled to the size that AdamW's usually have, so start from
     AdamW's. There is a parameter group for either kind, matrices first. Matrices of the same shape go through
-    together, in bfloat16 where the hardware multiplies it natively, else in float32.
+    together, in bfloat16 where the hardware multiplies it natively, else in float32; float64 stays float64.
 
     Args:
         parameters: Of the model.
@@ -90,9 +90,8 @@ class Muon(Optimizer):
         for place, p in enumerate(weights):
             alike[as_matrix(p).shape, p.device, p.dtype].append(place)
         for (shape, device, dtype), places in alike.items():
-            narrow = torch.bfloat16 if best_precision(device) == "bf16" else torch.float32
             stacked = torch.stack([as_matrix(ahead[place]) for place in places])
-            updates = orthogonalised(stacked.to(narrow)).to(dtype)
+            updates = orthogonalised(stacked.to(_working_dtype(dtype, device))).to(dtype)
             for place, update in zip(places, updates, strict=True):
                 size = 0.2 * max(shape) ** 0.5
                 weights[place].add_(update.view_as(weights[place]), alpha=-group["lr"] * size)
@@ -119,6 +118,13 @@ class Muon(Optimizer):
         if name not in self.state[weight]:
             self.state[weight][name] = torch.zeros_like(weight, memory_format=torch.preserve_format)
         return self.state[weight][name]
+
+
+def _working_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What matrices of a dtype are made orthogonal in; whoever takes float64 wants the same on every machine."""
+    if dtype == torch.float64:
+        return dtype
+    return torch.bfloat16 if best_precision(device) == "bf16" else torch.float32
 
 
 def as_matrix(weight: Tensor) -> Tensor:
