@@ -98,11 +98,16 @@ def load_model(path: Path, *, trust: bool = False) -> tuple[nn.Module, Recipe]:
     checkpoint = read_checkpoint(find_checkpoint(path))
     recipe = recipe_from_table(checkpoint.recipe, Path.cwd())
     model = build_model(recipe, trust=trust)
-    _load_weights(model, checkpoint)
+    load_weights(model, checkpoint)
     return model.to(choose_device()).eval(), recipe
 
 
-def _load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
+def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Give a model the weights of a checkpoint.
+
+    Raises:
+        CheckpointError: If they are another model's.
+    """
     try:
         model.load_state_dict(checkpoint.state["model"])
     except RuntimeError as error:
@@ -152,9 +157,9 @@ def list_tracks(recipe: Recipe, *, trust: bool = True) -> tuple[list[Track], lis
     return found
 
 
-def build_corpus(recipe: Recipe) -> Corpus:
+def build_corpus(recipe: Recipe, *, trust: bool = True) -> Corpus:
     """Training and validation mixtures, after every check that needs no audio."""
-    tracks, noise = list_tracks(recipe)
+    tracks, noise = list_tracks(recipe, trust=trust)
     return Corpus(*(mixtures(tracks, recipe.data, purpose, noises=noise) for purpose in ("train", "valid")))
 
 
@@ -280,7 +285,7 @@ def _go_on(
     corpus = build_corpus(recipe)
     model = build_model(recipe).to(device)
     if checkpoint is None and "init" in recipe.model.options:
-        _load_weights(model, read_checkpoint(find_checkpoint(Path(recipe.model.options["init"]))))
+        load_weights(model, read_checkpoint(find_checkpoint(Path(recipe.model.options["init"]))))
     before = checkpoint.choices if checkpoint else None
     choices, why = dist.from_main_process(choose(recipe, model, device, before=before))
     notes += [("CHOSEN", why)] if why else []

@@ -150,6 +150,21 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"The recipe {path} is not valid TOML: {error}.") from error
     _anchor_paths(table, path.parent)
+    return recipe_with(table, overrides, path.parent.resolve(), source=str(path))
+
+
+def recipe_with(table: Table, overrides: Sequence[str], folder: Path, *, source: str) -> Recipe:
+    """A recipe given as plain dicts, with ``--set`` overrides laid over it.
+
+    Args:
+        table: As `recipe_table` gives it; changed in place.
+        overrides: As `load_recipe` takes them.
+        folder: Where one's own code is looked for.
+        source: What the table is, for messages.
+
+    Raises:
+        RecipeError: As `load_recipe`.
+    """
     names = {where: _name_of(table, where) for where in _REGISTRIES}
     explicit = {_override(table, override) for override in overrides}
     for where, name in names.items():
@@ -158,8 +173,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     _anchor_paths(table, Path())
     for where, key in _PATHS:
         if isinstance(table.get(where), dict) and table[where].get(key) == "":
-            raise RecipeError(f"{where}.{key} is still to be named: --set {where}.{key}=PATH, or in {path}.")
-    return recipe_from_table(table, path.parent.resolve())
+            raise RecipeError(f"{where}.{key} is still to be named: --set {where}.{key}=PATH, or in {source}.")
+    return recipe_from_table(table, folder)
 
 
 def recipe_from_table(table: Table, folder: Path) -> Recipe:
