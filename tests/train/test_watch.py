@@ -1,6 +1,8 @@
 """What a step records is what happened."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -205,6 +207,15 @@ def test_memory_is_recorded():
     record = train_step(make_state(), make_batch())
 
     assert min(record.peak_memory_bytes, record.host_memory_bytes) > 10**7
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system tells a process's own peak, or none")
+def test_the_memory_recorded_is_not_that_of_the_process_that_started_this_one():
+    tell = "from unbraid.train.watch import host_memory; print(host_memory())"
+    hold = f"import subprocess, sys; held = b'.' * 1_500_000_000; subprocess.run([sys.executable, '-c', {tell!r}])"
+    told = subprocess.run([sys.executable, "-c", hold], capture_output=True, text=True, check=True).stdout
+
+    assert 10**7 < int(told) < 10**9
 
 
 def test_a_frozen_block_has_no_norm():

@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -155,7 +156,18 @@ def peak_memory(device: torch.device) -> int:
 
 
 def host_memory() -> int:
-    """The most bytes held so far by this process; 0 where nobody tells."""
+    """The most bytes held so far by this process; 0 where nobody tells.
+
+    Linux tells it in ``/proc``, in some 20 microseconds: what `resource` says there begins with the peak of the process
+    that started this one.
+    """
+    try:
+        with Path("/proc/self/status").open("rb") as file:
+            told = file.read()
+        first = told.index(b"VmHWM:") + 6
+        return 1024 * int(told[first : told.index(b"kB", first)])
+    except (OSError, ValueError):
+        pass
     if resource is None:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
