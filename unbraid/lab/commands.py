@@ -106,7 +106,7 @@ def _add_lr_range(add: Callable[[str, object], argparse.ArgumentParser]) -> None
     command.add_argument(
         "--to", dest="end", default=10.0, help="and to end with, if the loss lasts (%(default)s)", **rate
     )
-    command.add_argument("--steps", type=int, default=100, metavar="N", help="from one to the other (%(default)s)")
+    command.add_argument("--steps", type=int, default=200, metavar="N", help="from one to the other (%(default)s)")
     grid_help = "check the suggestion by 50 steps with each of seven rates about it"
     command.add_argument("--grid", action="store_true", help=grid_help)
     out_help = "folder for figure and numbers (lr-range; with --json none)"

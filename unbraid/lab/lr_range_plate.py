@@ -45,6 +45,8 @@ def words(test: RangeTest, grid: Grid | None = None) -> list[str]:
     if grid is not None:
         said.append(_of_grid(grid, test.suggestion))
     if test.suggestion is not None:
+        if test.optimizer == "sgd":
+            said.append("With sgd it is often too low, by a factor of up to 9 where it was measured: try more, too.")
         said.append(
             "It is a rate for the first steps from these weights; a long run wants it lowered by its [schedule], and a "
             "larger model often wants less."
