@@ -294,9 +294,9 @@ def suggest(lrs: Floats, losses: Floats, *, ended: bool = True) -> tuple[float |
             f"The loss never came down from {top:.2f} by more than mixtures differ: take more --steps, or a larger "
             "data.batch_size."
         )
-    place = int(np.argmax(smoothed <= top - DONE * (top - low)))
-    if place < n_first:
-        return None, f"The loss was down by {short(lrs[place])} already: begin lower than --from {short(lrs[0])}."
+    halfway, place = (int(np.argmax(smoothed <= top - share * (top - low))) for share in (0.5, DONE))
+    if halfway < n_first:
+        return None, f"The loss was down by {short(lrs[halfway])} already: begin lower than --from {short(lrs[0])}."
     rate = float(f"{lrs[place - 1]:.1e}")  # the step before is the last that this loss knows of
     said = f"By {short(rate)} the loss had done {DONE:.0%} of its descent, from {top:.2f} to {low:.2f}"
     if ended and lowest >= len(losses) - n_first / 2:
