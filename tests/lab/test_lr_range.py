@@ -107,7 +107,7 @@ def test_a_loss_that_gives_back_half_of_its_descent_is_lost_and_one_that_gives_b
     falls = np.concatenate([np.full(60, 10.0), np.linspace(10.0, 0.0, 60)])
 
     assert not why_lost(np.concatenate([falls, np.full(60, 4.0)]), 200)
-    assert "back at 6.00" in why_lost(np.concatenate([falls, np.full(60, 6.0)]), 200)
+    assert "back at 6," in why_lost(np.concatenate([falls, np.full(60, 6.0)]), 200)
 
 
 def test_a_loss_that_only_rises_is_lost_too():
@@ -188,7 +188,7 @@ def test_the_grid_s_words_say_how_far_off_the_suggestion_is(subject):
     told = " ".join(words(test, Grid(np.array([0.01, 0.03, 0.1]), np.array([3.0, 2.0, 4.0]), 50, 32)))
     at_edge = " ".join(words(test, Grid(np.array([0.03, 0.1]), np.array([2.0, 4.0]), 50, 32)))
 
-    assert "3e-2 ends lowest, at 2.00; the suggestion is a factor of 3.0 off" in told
+    assert "3e-2 ends lowest, at 2; the suggestion is a factor of 3.0 off" in told
     assert "at the edge" in at_edge
 
 
@@ -218,6 +218,14 @@ def test_what_makes_no_range_is_one_sentence(recipe_file, tmp_path, capsys, opti
     assert said in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_the_work(recipe_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("unbraid.lab.lr_range.train_step", None)  # the work would fail
+    (tmp_path / "file").touch()
+
+    assert cli.main(["lab", "lr-range", str(recipe_file()), "--out", str(tmp_path / "file")]) == 2
+    assert str(tmp_path / "file") in capsys.readouterr().err
 
 
 def test_the_command_draws_and_tells_a_setting_to_copy(recipe_file, tmp_path, capsys):
@@ -250,6 +258,7 @@ def test_stopped_by_a_signal_it_tells_and_draws_what_is_known(recipe_file, tmp_p
 
     assert child.returncode == 128 + signal.SIGINT
     assert "interrupted" in told
+    assert "the same command begins anew" in told
     assert json.loads((tmp_path / "out" / "lr-range.json").read_text())["losses"]
     assert (tmp_path / "out" / "lr-range.png").exists()
 

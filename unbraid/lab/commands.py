@@ -33,7 +33,7 @@ def gradient_descent(args: argparse.Namespace) -> int:
 
 def lr_range(args: argparse.Namespace) -> int:
     """Try learning rates that grow from step to step on a recipe's model, and suggest one with its reason."""
-    from unbraid.lab.lr_range_plate import numbers, words, write_lr_range
+    from unbraid.lab.lr_range_plate import numbers, write_lr_range
     from unbraid.plots import check_matplotlib
     from unbraid.train.stop import stop_on_signals
 
@@ -41,14 +41,15 @@ def lr_range(args: argparse.Namespace) -> int:
     if out is not None:
         check_matplotlib()
     with stop_on_signals() as stop:
-        test, grid = _lr_range_and_grid(args, stop)
-    drawn = write_lr_range(out, test, grid) if out is not None and len(test.lrs) else None
-    told = [json.dumps(numbers(test, grid), indent=1)] if args.json else _lr_range_lines(words(test, grid), test, drawn)
-    print("\n".join(told))
+        test, grid = _lr_range_and_grid(args, out, stop)
+        drawn = write_lr_range(out, test, grid) if out is not None and len(test.lrs) else None
+    print(json.dumps(numbers(test, grid), indent=1) if args.json else _lr_range_words(test, grid, drawn, stop))
     return EXIT_STOPPED + stop.signal if stop.signal else 0
 
 
-def _lr_range_and_grid(args: argparse.Namespace, stop: "StopRequest") -> "tuple[RangeTest, Grid | None]":
+def _lr_range_and_grid(
+    args: argparse.Namespace, out: Path | None, stop: "StopRequest"
+) -> "tuple[RangeTest, Grid | None]":
     from unbraid.lab.lr_range import around, grid, lr_range, rates
     from unbraid.lab.subject import of_recipe
     from unbraid.recipe import load_recipe
@@ -56,6 +57,8 @@ def _lr_range_and_grid(args: argparse.Namespace, stop: "StopRequest") -> "tuple[
 
     lrs = rates(args.start, args.end, args.steps)
     subject = of_recipe(load_recipe(find_recipe(args.recipe), args.set), args.recipe.stem)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)  # before the work, not after it
     quiet = nullcontext(lambda _done, _text: None)
     with quiet if args.json else progress_bar("range test", len(lrs)) as advance:
         test = lr_range(subject, lrs, stop=stop, progress=advance)
@@ -67,9 +70,18 @@ def _lr_range_and_grid(args: argparse.Namespace, stop: "StopRequest") -> "tuple[
     return test, found if len(found.lrs) else None
 
 
-def _lr_range_lines(said: list[str], test: "RangeTest", drawn: Path | None) -> list[str]:
-    take = [] if test.suggestion is None else [f"Take: --set optim.lr={test.suggestion:.1e}"]
-    return [*said, *take, *([f"Figure: {drawn}, and the numbers beside it."] if drawn else [])]
+def _lr_range_words(test: "RangeTest", grid: "Grid | None", drawn: Path | None, stop: "StopRequest") -> str:
+    from unbraid.lab.lr_range import short
+    from unbraid.lab.lr_range_plate import words
+
+    told = words(test, grid)
+    if test.suggestion is not None:
+        told.append(f"Take: --set optim.lr={short(test.suggestion)}")
+    if drawn is not None:
+        told.append(f"Figure: {drawn}, and the numbers beside it.")
+    if stop.signal:
+        told.append(f"Stopped by signal {stop.signal}; the same command begins anew, fewer --steps end sooner.")
+    return "\n".join(told)
 
 
 def add_lab(commands: Any) -> None:

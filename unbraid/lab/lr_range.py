@@ -213,7 +213,7 @@ def sweep(
         if stop is not None and stop.signal:
             return points, f"It was interrupted before {short(lr)}."
         points.append(take_step(lr))
-        progress(len(points), f"lr {short(lr)}  loss {points[-1].loss:.2f}")
+        progress(len(points), f"lr {short(lr)}  loss {points[-1].loss:.3g}")
         if lost := why_lost(np.array([point.loss for point in points]), len(lrs)):
             return points, f"At {short(lr)} {lost}."
     return points, f"It went through to {short(lrs[-1])}, and the loss was never lost."
@@ -240,8 +240,8 @@ def why_lost(losses: Floats, n_steps: int) -> str:
     if last - low <= max(LOST * (top - low), SCATTERS * scatter(known, n_first)):
         return ""
     if top - low <= SCATTERS * scatter(known, n_first):
-        return f"the loss had risen to {last:.2f} from {top:.2f}, and never come down before"
-    return f"the loss was back at {last:.2f}, after it had come down from {top:.2f} to {low:.2f}"
+        return f"the loss had risen to {last:.3g} from {top:.3g}, and never come down before"
+    return f"the loss was back at {last:.3g}, after it had come down from {top:.3g} to {low:.3g}"
 
 
 def first_steps(n_steps: int) -> int:
@@ -269,9 +269,9 @@ def smooth(losses: Floats) -> Floats:
 def suggest(lrs: Floats, losses: Floats, *, ended: bool = True) -> tuple[float | None, str]:
     """The learning rate by which the smoothed loss has done most of its descent (`DONE`), and why.
 
-    Held against the best rate of a grid, on two small separators with three seeds each: Adam's and Muon's all lay
-    within a factor of 2.4. Half of those of SGD lay within a factor of 3, the others up to a factor of 9 below: there
-    the grid is flat over more than a decade of rates, or the clipper shortens what the rate asks for.
+    Held against the best rate of a grid of half decades, 40 steps each, on a small Conv-TasNet and BLSTM with three
+    seeds each: all twelve of Adam and Muon within a factor of 2.7. Of eighteen of SGD, eight within a factor of 3 and
+    ten below it, by a factor of 4 at the median and up to 17: there the grid is flat over more than a decade of rates.
 
     Args:
         lrs: Ascending, ``(step,)``.
@@ -291,14 +291,14 @@ def suggest(lrs: Floats, losses: Floats, *, ended: bool = True) -> tuple[float |
     low = float(smoothed[lowest])
     if top - low <= SCATTERS * scatter(losses, n_first) / 2:
         return None, (
-            f"The loss never came down from {top:.2f} by more than mixtures differ: take more --steps, or a larger "
+            f"The loss never came down from {top:.3g} by more than mixtures differ: take more --steps, or a larger "
             "data.batch_size."
         )
     halfway, place = (int(np.argmax(smoothed <= top - share * (top - low))) for share in (0.5, DONE))
     if halfway < n_first:
         return None, f"The loss was down by {short(lrs[halfway])} already: begin lower than --from {short(lrs[0])}."
     rate = float(f"{lrs[place - 1]:.1e}")  # the step before is the last that this loss knows of
-    said = f"By {short(rate)} the loss had done {DONE:.0%} of its descent, from {top:.2f} to {low:.2f}"
+    said = f"By {short(rate)} the loss had done {DONE:.0%} of its descent, from {top:.3g} to {low:.3g}"
     if ended and lowest >= len(losses) - n_first / 2:
         return rate, f"{said}, and it was still falling at the end of the range: a higher --to may find a higher rate."
     return rate, f"{said} at {short(lrs[lowest])}; higher rates bring little more or spoil it."
