@@ -217,7 +217,7 @@ def test_what_makes_no_range_is_one_sentence(recipe_file, tmp_path, capsys, opti
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
-    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out").glob("*"))
 
 
 def test_a_folder_that_cannot_be_made_is_told_before_the_work(recipe_file, tmp_path, capsys, monkeypatch):
