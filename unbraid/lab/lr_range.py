@@ -10,6 +10,7 @@ from itertools import islice
 
 import numpy as np
 import torch
+from scipy.ndimage import gaussian_filter1d
 from torch import nn
 
 from unbraid.curves import running_mean
@@ -260,9 +261,11 @@ def smooth(losses: Floats) -> Floats:
     Args:
         losses: ``(step,)``; what is not finite counts for nothing, and stays as it is.
     """
-    at, known = np.arange(len(losses)), np.isfinite(losses)
-    weights = np.exp(-0.5 * ((at[:, None] - at[None, :]) / max(0.7, 0.03 * len(losses))) ** 2) * known
-    means = weights @ np.where(known, losses, 0.0) / np.maximum(weights.sum(1), np.finfo(float).tiny)
+    known, width = np.isfinite(losses), max(0.7, 0.03 * len(losses))
+    sums, weights = (
+        gaussian_filter1d(values, width, mode="constant") for values in (np.where(known, losses, 0.0), known * 1.0)
+    )
+    means = sums / np.maximum(weights, np.finfo(float).tiny)
     return np.where(known, means, np.nan)
 
 
