@@ -94,6 +94,15 @@ def test_smoothing_keeps_a_constant_and_passes_over_what_is_not_finite():
     np.testing.assert_allclose(np.delete(smoothed, [7, 8]), 3.0)
 
 
+def test_a_loss_gone_through_the_roof_moves_the_suggestion_no_further_than_one_back_at_the_start():
+    lrs = rates()[:150]
+    losses = np.concatenate([np.full(80, 5.0), np.linspace(5.0, 0.0, 40), np.zeros(29), [5.0]])
+    before, _ = suggest(lrs, losses)
+    losses[-1] = 1e30
+
+    assert suggest(lrs, losses)[0] == before
+
+
 def test_scatter_between_mixtures_alone_is_never_called_lost_and_suggests_nothing():
     losses = np.random.default_rng(5).normal(10.0, 2.0, 200)
 

@@ -258,13 +258,16 @@ def scatter(losses: Floats, n_first: int) -> float:
 def smooth(losses: Floats) -> Floats:
     """Each loss averaged with its neighbours before and after, by a Gaussian of 3 % of the steps; ``(step,)``.
 
+    One that is higher than any of the first tenth counts as the highest of those, or a single one that has gone through
+    the roof would hide how low its neighbours were.
+
     Args:
         losses: ``(step,)``; what is not finite counts for nothing, and stays as it is.
     """
     known, width = np.isfinite(losses), max(0.7, 0.03 * len(losses))
-    sums, weights = (
-        gaussian_filter1d(values, width, mode="constant") for values in (np.where(known, losses, 0.0), known * 1.0)
-    )
+    highest = losses[known][: first_steps(len(losses))].max(initial=-np.inf)
+    capped = np.where(known, np.minimum(losses, highest), 0.0)
+    sums, weights = (gaussian_filter1d(values, width, mode="constant") for values in (capped, known * 1.0))
     means = sums / np.maximum(weights, np.finfo(float).tiny)
     return np.where(known, means, np.nan)
 
