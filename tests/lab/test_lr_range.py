@@ -201,11 +201,12 @@ def test_the_grid_s_words_say_how_far_off_the_suggestion_is(subject):
     assert "at the edge" in at_edge
 
 
-def test_with_sgd_the_words_warn_that_it_may_be_too_low(subject):
+def test_the_words_warn_of_parts_with_which_the_suggestion_was_found_to_be_off(subject):
     test = replace(lr_range(subject, rates(1e-5, 1e-3, 20)), suggestion=0.01)
 
     assert "may be too low" in " ".join(words(replace(test, optimizer="sgd")))
-    assert "may be too low" not in " ".join(words(test))
+    assert "may be too high" in " ".join(words(replace(test, clipper="autoclip")))
+    assert "may be" not in " ".join(words(test))
 
 
 def test_a_grid_s_rates_lie_on_half_decades_about_one():

@@ -61,6 +61,7 @@ class RangeTest:
     Attributes:
         name: What was tested.
         optimizer: Its name in the recipe.
+        clipper: Its name there.
         lrs: The learning rate of each step that was made.
         losses: Before that step, each on mixtures of its own.
         smoothed: The same, averaged over neighbouring steps.
@@ -73,6 +74,7 @@ class RangeTest:
 
     name: str
     optimizer: str
+    clipper: str
     lrs: Floats
     losses: Floats
     smoothed: Floats
@@ -154,6 +156,7 @@ def lr_range(
     return RangeTest(
         subject.name,
         subject.recipe.optim.name,
+        subject.recipe.clip.name,
         lrs[: len(points)],
         losses,
         smooth(losses),
@@ -280,7 +283,7 @@ def suggest(lrs: Floats, losses: Floats, *, ended: bool = True) -> tuple[float |
     momentum) seven within a factor of 3 and eight below it, by a factor of 7 at the median and 17 at most: there the
     grid is flat over more than a decade of rates. The rule was chosen on these. On others, one seed each, it came to
     these multiples of the best: DPRNN 2.0, SepFormer 3.1, TF-Locoformer with AdamW 0.46, a larger Conv-TasNet with Adam
-    2.2, Muon 1.2, RMSprop 0.7, schedule-free 0.19, and with Adam by the loss neg_snr 0.57, l1 3.2.
+    2.2, Muon 1.2, RMSprop 0.7, schedule-free 0.19, and with Adam by the loss neg_snr 0.57, l1 3.2, with AutoClip 6.2.
 
     Args:
         lrs: Ascending, ``(step,)``.

@@ -18,8 +18,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LOSS, NORM, RATIO, BEST, GRID = "#1f77b4", "#555555", "#9467bd", "#d62728", "#2ca02c"
-TOO_LOW = {"sgd": "3 to 17 in half of the cases measured", "schedule_free": "5 in the one case measured"}
-"""By how much the suggestion was found to lie below the best rate of a grid, by optimizer; see `suggest`."""
+OFF = {
+    "sgd": "too low, by a factor of 3 to 17 in half",
+    "schedule_free": "too low, by a factor of 5 in the only one",
+    "autoclip": "too high, by a factor of 6 in the only one",
+}
+"""How far the suggestion was found to lie from the best rate of a grid, by optimizer or clipper; see `suggest`."""
 
 
 def lr_range_plate(test: RangeTest, grid: Grid | None = None) -> Plate:
@@ -47,8 +51,9 @@ def words(test: RangeTest, grid: Grid | None = None) -> list[str]:
     if grid is not None:
         said.append(_of_grid(grid, test.suggestion))
     if test.suggestion is not None:
-        if known := TOO_LOW.get(test.optimizer):
-            said.append(f"With {test.optimizer} it may be too low, by a factor of {known}: try higher ones, or --grid.")
+        for part, known in OFF.items():
+            if part in (test.optimizer, test.clipper):
+                said.append(f"With {part} it may be {known} of the cases measured: see what --grid says.")
         said.append(
             "It is a rate for the first steps from these weights; a long run wants it lowered by its [schedule], and a "
             "larger model often wants less."
@@ -72,7 +77,12 @@ def _of_grid(grid: Grid, suggestion: float | None) -> str:
 def numbers(test: RangeTest, grid: Grid | None = None) -> dict[str, Any]:
     """All of it as JSON knows it: what is not finite is null."""
     names = ("lrs", "losses", "smoothed", "grad_norms", "update_ratios")
-    told: dict[str, Any] = {"name": test.name, "optimizer": test.optimizer, "suggestion": test.suggestion}
+    told: dict[str, Any] = {
+        "name": test.name,
+        "optimizer": test.optimizer,
+        "clipper": test.clipper,
+        "suggestion": test.suggestion,
+    }
     told |= {"reason": test.reason, "stop_reason": test.stop_reason}
     told |= {name: _plain(getattr(test, name)) for name in names}
     if grid is not None:
