@@ -1,0 +1,292 @@
+"""The range test: where descent and divergence are known, and on separators against a grid."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from unbraid import cli
+from unbraid.errors import RecipeError
+from unbraid.lab.lr_range import (
+    Grid,
+    Point,
+    around,
+    grid,
+    lr_range,
+    rates,
+    short,
+    smooth,
+    suggest,
+    sweep,
+    why_lost,
+)
+from unbraid.lab.lr_range_plate import words
+from unbraid.lab.subject import of_recipe
+from unbraid.recipe import Part, load_recipe
+
+BLSTM = ["model.name=blstm", "model.hidden=16", "model.n_layers=1", "model.n_fft=128", "model.hop_length=64"]
+
+
+def descent(curvature, start=1.0):
+    """Gradient descent on curvature / 2 * x ** 2, one step a call; the loss before the step, as a range test has it."""
+    x = start
+
+    def take_step(lr):
+        nonlocal x
+        loss, gradient = 0.5 * curvature * x * x, curvature * x
+        x -= lr * gradient
+        return Point(loss, abs(gradient), 0.0)
+
+    return take_step
+
+
+@pytest.fixture
+def subject(recipe_file):
+    return of_recipe(load_recipe(recipe_file()), "tiny")
+
+
+@pytest.mark.parametrize("curvature", [0.3, 1.0, 40.0, 1000.0])
+def test_on_a_parabola_the_suggestion_is_below_divergence_and_within_the_factor_that_follows(curvature):
+    lrs = rates()
+    points, reason = sweep(descent(curvature), lrs)
+    suggestion, _ = suggest(lrs[: len(points)], np.array([p.loss for p in points]), ended=False)
+
+    # A step multiplies the loss by (1 - x)^2, x = lr * curvature, so that 98 % are done where the sum of -2 ln(1 - x)
+    # is ln 50. With rates of ratio r, the sum of all x so far is x r / (r - 1), and x <= -ln(1 - x) <= x / (1 - x).
+    # The curve is convex there, so that smoothing only delays it, by three standard deviations of 3 % of the steps.
+    r, target = lrs[1] / lrs[0], np.log(50) / 2
+    earliest = target / (r / (r - 1) + target) / curvature
+    latest = target * (r - 1) / r / curvature * r ** (3 * 0.03 * len(points))
+    assert earliest / r * 0.95 < suggestion < latest * 1.05  # it is told to two digits
+    assert latest < 2 / curvature
+    assert lrs[len(points) - 1] > 2 / curvature or "never lost" in reason
+
+
+def test_a_steeper_parabola_wants_so_much_less():
+    lrs = rates()
+    found = [
+        suggest(lrs, np.array([p.loss for p in sweep(descent(c), lrs)[0]] + [1e3] * 200)[: len(lrs)])[0]
+        for c in (1.0, 100.0)
+    ]
+
+    assert found[0] / found[1] == pytest.approx(100, rel=0.25)
+
+
+def test_the_rates_grow_by_the_same_factor_from_the_first_to_the_last():
+    lrs = rates(1e-4, 1.0, 41)
+
+    np.testing.assert_allclose(lrs[1:] / lrs[:-1], 10**0.1)
+    assert (lrs[0], lrs[-1]) == (1e-4, 1.0)
+
+
+def test_smoothing_keeps_a_constant_and_passes_over_what_is_not_finite():
+    losses = np.full(50, 3.0)
+    losses[[7, 8]] = np.nan
+    smoothed = smooth(losses)
+
+    assert np.isnan(smoothed[[7, 8]]).all()
+    np.testing.assert_allclose(np.delete(smoothed, [7, 8]), 3.0)
+
+
+def test_a_loss_gone_through_the_roof_moves_the_suggestion_no_further_than_one_back_at_the_start():
+    lrs = rates()[:150]
+    losses = np.concatenate([np.full(80, 5.0), np.linspace(5.0, 0.0, 40), np.zeros(29), [5.0]])
+    before, _ = suggest(lrs, losses)
+    losses[-1] = 1e30
+
+    assert suggest(lrs, losses)[0] == before
+
+
+def test_scatter_between_mixtures_alone_is_never_called_lost_and_suggests_nothing():
+    losses = np.random.default_rng(5).normal(10.0, 2.0, 200)
+
+    assert not any(why_lost(losses[:n], 200) for n in range(1, 201))
+    suggestion, reason = suggest(rates(), losses)
+    assert suggestion is None
+    assert "never came down" in reason
+
+
+def test_a_loss_that_gives_back_half_of_its_descent_is_lost_and_one_that_gives_back_less_is_not():
+    falls = np.concatenate([np.full(60, 10.0), np.linspace(10.0, 0.0, 60)])
+
+    assert not why_lost(np.concatenate([falls, np.full(60, 4.0)]), 200)
+    assert "back at 6," in why_lost(np.concatenate([falls, np.full(60, 6.0)]), 200)
+
+
+def test_a_loss_that_only_rises_is_lost_too():
+    assert "never come down" in why_lost(np.concatenate([np.full(30, 10.0), np.full(20, 11.0)]), 200)
+
+
+def test_five_steps_without_a_finite_loss_end_it_and_four_do_not():
+    losses = iter([1.0] * 30 + [np.nan] * 4 + [1.0] * 3 + [np.nan] * 9)
+    points, reason = sweep(lambda _lr: Point(next(losses), 1.0, 0.0), rates())
+
+    assert len(points) == 42
+    assert "5 steps in a row" in reason
+
+
+def test_a_loss_still_falling_at_the_end_asks_for_higher_rates_and_one_down_at_once_for_lower_ones():
+    lrs = rates()
+    suggestion, reason = suggest(lrs, np.concatenate([np.full(150, 5.0), np.linspace(5.0, 0.0, 50)]))
+    assert suggestion > 1
+    assert "higher --to" in reason
+
+    suggestion, reason = suggest(lrs, np.concatenate([np.linspace(5.0, 0.0, 15), np.full(185, 0.0)]))
+    assert suggestion is None
+    assert "lower than --from 1e-7" in reason
+
+
+def test_a_range_test_leaves_its_subject_alone_and_is_the_same_again(subject):
+    before = {name: weight.clone() for name, weight in subject.weights.items()}
+    lrs = rates(1e-5, 1e-1, 20)
+    first, second = lr_range(subject, lrs), lr_range(subject, lrs)
+
+    np.testing.assert_array_equal(first.losses, second.losses)
+    assert all(torch.equal(before[name], weight) for name, weight in subject.weights.items())
+    assert (first.lrs == lrs).all()
+    assert np.isfinite(first.grad_norms).all()
+    assert first.update_ratios[-1] > 100 * first.update_ratios[0]
+
+
+def test_the_recipe_s_own_rate_schedule_filters_and_average_do_not_act(subject):
+    recipe = subject.recipe
+    others = replace(
+        recipe,
+        optim=Part("adam", {"lr": 7.0}),
+        schedule=Part("cosine", {"warmup_steps": 500}),
+        filters=(Part("threshold", {"threshold_db": 100.0}),),
+        train=replace(recipe.train, ema=0.999),
+    )
+    lrs = rates(1e-4, 1e-1, 20)
+    plain, changed = lr_range(subject, lrs), lr_range(replace(subject, recipe=others), lrs)
+
+    np.testing.assert_array_equal(plain.losses, changed.losses)
+
+
+def test_an_optimizer_without_a_learning_rate_is_refused(subject, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from torch.optim import SGD\ndef own(parameters):\n    return SGD(parameters, 1)\n"
+    )
+    recipe = replace(subject.recipe, optim=Part("mine:own"), folder=tmp_path)
+
+    with pytest.raises(RecipeError, match="no key 'lr'"):
+        lr_range(replace(subject, recipe=recipe))
+
+
+def test_a_grid_trains_every_rate_from_the_same_weights(subject):
+    found = grid(subject, [1e-12, 1e-3, 1e-12], n_steps=3, n_items=4)
+
+    assert found.losses[0] == found.losses[2]
+    assert found.losses[1] < found.losses[0]
+    assert found.best == 1e-3
+
+
+def test_a_grid_whose_ends_are_not_finite_has_no_best():
+    assert Grid(np.array([1.0, 2.0]), np.array([np.nan, np.inf]), 1, 1).best is None
+    assert Grid(np.array([1.0, 2.0, 3.0]), np.array([np.nan, 4.0, -np.inf]), 1, 1).best == 2.0
+
+
+def test_the_grid_s_words_say_how_far_off_the_suggestion_is(subject):
+    test = replace(lr_range(subject, rates(1e-5, 1e-3, 20)), suggestion=0.01)
+    told = " ".join(words(test, Grid(np.array([0.01, 0.03, 0.1]), np.array([3.0, 2.0, 4.0]), 50, 32)))
+    at_edge = " ".join(words(test, Grid(np.array([0.03, 0.1]), np.array([2.0, 4.0]), 50, 32)))
+
+    assert "3e-2 ends lowest, at 2; the suggestion is a factor of 3.0 off" in told
+    assert "at the edge" in at_edge
+
+
+def test_the_words_warn_of_parts_with_which_the_suggestion_was_found_to_be_off(subject):
+    test = replace(lr_range(subject, rates(1e-5, 1e-3, 20)), suggestion=0.01)
+
+    assert "may be too low" in " ".join(words(replace(test, optimizer="sgd")))
+    assert "may be too high" in " ".join(words(replace(test, clipper="autoclip")))
+    assert "may be" not in " ".join(words(test))
+
+
+def test_a_grid_s_rates_lie_on_half_decades_about_one():
+    np.testing.assert_allclose(around(0.028), 10.0 ** np.array([-3, -2.5, -2, -1.5, -1, -0.5, 0]))
+
+
+@pytest.mark.parametrize(("lr", "text"), [(3e-3, "3e-3"), (0.0318, "3.2e-2"), (1.0, "1e0"), (10.0, "1e1")])
+def test_a_rate_is_written_as_in_a_recipe(lr, text):
+    assert short(lr) == text
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--from", "1", "--to", "0.1"], "upside down"),
+        (["--from", "1", "--to", "1"], "upside down"),
+        (["--from", "0"], "above 0"),
+        (["--to", "inf"], "above 0 and finite"),
+        (["--steps", "5"], "too few"),
+        (["--set", "optim.name=adm"], "Did you mean"),
+    ],
+)
+def test_what_makes_no_range_is_one_sentence(recipe_file, tmp_path, capsys, options, said):
+    assert cli.main(["lab", "lr-range", str(recipe_file()), "--out", str(tmp_path / "out"), *options]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_the_work(recipe_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("unbraid.lab.lr_range.train_step", None)  # the work would fail
+    (tmp_path / "file").touch()
+
+    assert cli.main(["lab", "lr-range", str(recipe_file()), "--out", str(tmp_path / "file")]) == 2
+    assert str(tmp_path / "file") in capsys.readouterr().err
+
+
+def test_the_command_draws_and_tells_a_setting_to_copy(recipe_file, tmp_path, capsys):
+    options = ["--from", "1e-5", "--to", "1", "--steps", "60", "--out", str(tmp_path / "out")]
+    assert cli.main(["lab", "lr-range", str(recipe_file()), *options]) == 0
+    told = capsys.readouterr().out
+    numbers = json.loads((tmp_path / "out" / "lr-range.json").read_text())
+    setting = next(line for line in told.splitlines() if line.startswith("Take: --set ")).removeprefix("Take: --set ")
+
+    assert load_recipe(recipe_file(), [setting]).optim.options["lr"] == numbers["suggestion"]
+    assert len(numbers["losses"]) == 60
+    assert (tmp_path / "out" / "lr-range.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_json_is_all_that_is_printed_and_nothing_is_drawn(recipe_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["lab", "lr-range", str(recipe_file()), "--steps", "20", "--json"]) == 0
+
+    assert {"lrs", "losses", "suggestion", "reason"} <= json.loads(capsys.readouterr().out).keys()
+    assert not (tmp_path / "lr-range").exists()
+
+
+def test_stopped_by_a_signal_it_tells_and_draws_what_is_known(recipe_file, tmp_path):
+    options = ["--steps", "1000000", "--out", str(tmp_path / "out")]
+    words = [sys.executable, "-u", "-m", "unbraid", "lab", "lr-range", str(recipe_file()), *options]
+    child = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    child.stdout.readline()  # the first progress line, after the first step
+    child.send_signal(signal.SIGINT)
+    told, _ = child.communicate(timeout=120)
+
+    assert child.returncode == 128 + signal.SIGINT
+    assert "interrupted" in told
+    assert "the same command begins anew" in told
+    assert json.loads((tmp_path / "out" / "lr-range.json").read_text())["losses"]
+    assert (tmp_path / "out" / "lr-range.png").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [[], BLSTM], ids=["conv_tasnet", "blstm"])
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_the_suggestion_lies_within_a_factor_of_three_of_the_best_of_a_grid(recipe_file, model, optimizer):
+    recipe = load_recipe(recipe_file(), [*model, f"optim.name={optimizer}"])
+    subject = of_recipe(recipe, "tiny")
+    suggestion = lr_range(subject).suggestion
+    found = grid(subject, 10.0 ** np.arange(-3, 0.1, 0.5), n_steps=40)
+
+    assert max(found.best / suggestion, suggestion / found.best) < 3

@@ -1,0 +1,373 @@
+"""Learning-rate range test and grid: which learning rate a recipe should begin with, from its own model and mixtures.
+
+The rate grows by the same factor from step to step, until the loss is lost or the range ends. Too low a rate moves
+nothing, too high a rate spoils what was reached; in between the loss comes down, and the suggestion is where it has.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+
+import numpy as np
+import torch
+from scipy.ndimage import gaussian_filter1d
+from torch import nn
+
+from unbraid.curves import running_mean
+from unbraid.data.batch import Batch
+from unbraid.errors import UserError
+from unbraid.health.columns import Floats
+from unbraid.lab.subject import Subject, mean_loss
+from unbraid.recipe import Part
+from unbraid.train.state import TrainState, judged_weights, set_learning_rate
+from unbraid.train.step import train_step
+from unbraid.train.stop import StopRequest
+
+Progress = Callable[[float, str], None]
+
+FROM, TO, N_STEPS = 1e-7, 10.0, 200
+AT_LEAST_STEPS = 20
+"""With fewer there is nothing to smooth."""
+DONE = 0.98
+"""The share of its descent by which the loss has made it. Where exactly it is lowest is chance, as the floor is flat;
+where it falls fastest lies a factor of ten or more below the best rate of a grid."""
+LOST = 0.5
+"""The share of its descent that the loss has to give back to be called lost."""
+IN_A_ROW = 5
+"""So many steps without a finite loss and gradient, and the loss is lost too."""
+SCATTERS = 4.0
+"""A change of less than so many standard deviations of single losses at rates that move nothing is taken for chance."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One step of a range test.
+
+    Attributes:
+        loss: Before the step, so that it tells of the rates before.
+        grad_norm: Before clipping.
+        update_ratio: Norm of what the step changed over that of all weights.
+    """
+
+    loss: float
+    grad_norm: float
+    update_ratio: float
+
+
+@dataclass(frozen=True)
+class RangeTest:
+    """A range test's outcome; all arrays ``(step,)``, NaN where a step had no finite value.
+
+    Attributes:
+        name: What was tested.
+        optimizer: Its name in the recipe.
+        clipper: Its name there.
+        lrs: The learning rate of each step that was made.
+        losses: Before that step, each on mixtures of its own.
+        smoothed: The same, averaged over neighbouring steps.
+        grad_norms: Before clipping.
+        update_ratios: Norm of the step's change over the norm of the weights.
+        stop_reason: Why it ended there; a sentence.
+        suggestion: The learning rate to take, with two digits; None where the test does not tell.
+        reason: Why; a sentence or two.
+    """
+
+    name: str
+    optimizer: str
+    clipper: str
+    lrs: Floats
+    losses: Floats
+    smoothed: Floats
+    grad_norms: Floats
+    update_ratios: Floats
+    stop_reason: str
+    suggestion: float | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Short trainings from the same weights on the same mixtures, each with one learning rate.
+
+    Attributes:
+        lrs: Ascending, ``(rate,)``.
+        losses: Mean loss over fixed mixtures afterwards, ``(rate,)``; NaN or infinite as it came out.
+        n_steps: Of each training.
+        n_items: Mixtures that it is judged by.
+    """
+
+    lrs: Floats
+    losses: Floats
+    n_steps: int
+    n_items: int
+
+    @property
+    def best(self) -> float | None:
+        """The learning rate that ends lowest; None where none ends finite."""
+        finite = np.isfinite(self.losses)
+        return float(self.lrs[np.where(finite, self.losses, np.inf).argmin()]) if finite.any() else None
+
+
+def rates(start: float = FROM, end: float = TO, n_steps: int = N_STEPS) -> Floats:
+    """Learning rates that grow by the same factor from step to step, ``(step,)``.
+
+    Raises:
+        UserError: If the range is none, or has too few steps.
+    """
+    if not 0 < start < np.inf or not 0 < end < np.inf:
+        raise UserError(f"A learning rate is above 0 and finite, and --from {start:g} --to {end:g} are not both.")
+    if start >= end:
+        raise UserError(f"The range is upside down: --from {start:g} must be below --to {end:g}.")
+    if n_steps < AT_LEAST_STEPS:
+        raise UserError(f"--steps {n_steps} is too few to see a trend in; take {AT_LEAST_STEPS} or more.")
+    return np.geomspace(start, end, n_steps)
+
+
+def lr_range(
+    subject: Subject,
+    lrs: Floats | None = None,
+    *,
+    stop: StopRequest | None = None,
+    progress: Progress = lambda _done, _text: None,
+) -> RangeTest:
+    """Test a range of learning rates on a copy of a subject's model, one step with each.
+
+    Optimizer, clipper and transforms are the recipe's; its schedule, loss filters and average take no part.
+
+    Args:
+        subject: Its recipe, weights and mixtures.
+        lrs: Ascending, ``(step,)``; those of `rates` where nothing is said.
+        stop: Ends it early, with what is known by then.
+        progress: Is told how many steps are done, and what came of the last.
+
+    Raises:
+        RecipeError: If the recipe's parts cannot be used, or its optimizer has no learning rate to set.
+
+    Reference:
+        Smith, "Cyclical learning rates for training neural networks", WACV 2017, arXiv:1506.01186, of which the
+        exponential growth and the rule are not.
+    """
+    lrs = rates() if lrs is None else lrs
+    probe = without_schedule(subject)
+    state, stream = probe.fork(), probe.steps()
+    points, stop_reason = sweep(lambda lr: step_at(state, next(stream), lr), lrs, stop=stop, progress=progress)
+    losses = np.array([point.loss for point in points])
+    suggestion, reason = suggest(lrs[: len(points)], losses, ended=len(points) == len(lrs))
+    return RangeTest(
+        subject.name,
+        subject.recipe.optim.name,
+        subject.recipe.clip.name,
+        lrs[: len(points)],
+        losses,
+        smooth(losses),
+        np.array([point.grad_norm for point in points]),
+        np.array([point.update_ratio for point in points]),
+        stop_reason,
+        suggestion,
+        reason,
+    )
+
+
+def without_schedule(subject: Subject) -> Subject:
+    """The same with a constant learning rate of 1 to be multiplied, and without loss filters and average."""
+    recipe = subject.recipe
+    optim = replace(recipe.optim, options={**recipe.optim.options, "lr": 1.0})
+    bare = replace(recipe, optim=optim, schedule=Part("constant"), filters=(), train=replace(recipe.train, ema=0.0))
+    return replace(subject, recipe=bare)
+
+
+def step_at(state: TrainState, parts: Sequence[Batch], lr: float) -> Point:
+    """One training step with a learning rate, and what it changed.
+
+    Args:
+        state: Changed in place; made of a recipe whose learning rate is 1.
+        parts: The step's micro-batches.
+        lr: That of the optimizer's first parameter group; others keep their proportion.
+    """
+    weights = [p.detach() for p in state.bare_model.parameters()]
+    before = [weight.clone() for weight in weights]
+    set_learning_rate(state, lr)
+    record = train_step(state, parts)
+    moved = nn.utils.get_total_norm(torch._foreach_sub(weights, before)) / nn.utils.get_total_norm(before)
+    known = [np.nan if value is None else value for value in (record.loss, record.grad_norm)]
+    loss, grad_norm, ratio = (value if np.isfinite(value) else np.nan for value in (*known, float(moved)))
+    return Point(loss if record.trained else np.nan, grad_norm, ratio)
+
+
+def sweep(
+    take_step: Callable[[float], Point],
+    lrs: Floats,
+    *,
+    stop: StopRequest | None = None,
+    progress: Progress = lambda _done, _text: None,
+) -> tuple[list[Point], str]:
+    """Take a step with each learning rate in turn until the loss is lost.
+
+    Args:
+        take_step: Takes a step with the learning rate given.
+        lrs: Ascending, ``(step,)``.
+        stop: Ends it early.
+        progress: Is told how many steps are done, and what came of the last.
+
+    Returns:
+        What came of each step, and why it ended.
+    """
+    points = list[Point]()
+    for lr in map(float, lrs):
+        if stop is not None and stop.signal:
+            return points, f"It was interrupted before {short(lr)}."
+        points.append(take_step(lr))
+        progress(len(points), f"lr {short(lr)}  loss {points[-1].loss:.3g}")
+        if lost := why_lost(np.array([point.loss for point in points]), len(lrs)):
+            return points, f"At {short(lr)} {lost}."
+    return points, f"It went through to {short(lrs[-1])}, and the loss was never lost."
+
+
+def why_lost(losses: Floats, n_steps: int) -> str:
+    """What says that the loss is lost by now; empty where nothing does.
+
+    It is lost if it has given back half of its descent (`LOST`) and that is no chance: mixtures differ, and so do
+    losses at rates that move nothing, by which chance is judged. SI-SDR does not know the level, so that a model
+    however far off keeps a loss that is finite and not even high: then the descent is all there is to go by.
+
+    Args:
+        losses: So far, ``(step,)``; NaN where a step was left out.
+        n_steps: In all, if it is never lost.
+    """
+    if len(losses) >= IN_A_ROW and not np.isfinite(losses[-IN_A_ROW:]).any():
+        return f"{IN_A_ROW} steps in a row had a loss or gradient that is not finite"
+    known, n_first = losses[np.isfinite(losses)], first_steps(n_steps)
+    if len(known) <= n_first:
+        return ""
+    means = running_mean(known, max(3, n_steps // 20))[n_first - 1 :]
+    top, low, last = known[:n_first].mean(), means.min(), means[-1]
+    if last - low <= max(LOST * (top - low), SCATTERS * scatter(known, n_first)):
+        return ""
+    if top - low <= SCATTERS * scatter(known, n_first):
+        return f"the loss had risen to {last:.3g} from {top:.3g}, and never come down before"
+    return f"the loss was back at {last:.3g}, after it had come down from {top:.3g} to {low:.3g}"
+
+
+def first_steps(n_steps: int) -> int:
+    """How many steps of a range test say where it begins: a tenth."""
+    return max(5, n_steps // 10)
+
+
+def scatter(losses: Floats, n_first: int) -> float:
+    """How much the loss differs between mixtures alone: its standard deviation from one first step to the next."""
+    return float(np.diff(losses[:n_first]).std() / np.sqrt(2))
+
+
+def smooth(losses: Floats) -> Floats:
+    """Each loss averaged with its neighbours before and after, by a Gaussian of 3 % of the steps; ``(step,)``.
+
+    One that is higher than any of the first tenth counts as the highest of those, or a single one that has gone through
+    the roof would hide how low its neighbours were.
+
+    Args:
+        losses: ``(step,)``; what is not finite counts for nothing, and stays as it is.
+    """
+    known, width = np.isfinite(losses), max(0.7, 0.03 * len(losses))
+    highest = losses[known][: first_steps(len(losses))].max(initial=-np.inf)
+    capped = np.where(known, np.minimum(losses, highest), 0.0)
+    sums, weights = (gaussian_filter1d(values, width, mode="constant") for values in (capped, known * 1.0))
+    means = sums / np.maximum(weights, np.finfo(float).tiny)
+    return np.where(known, means, np.nan)
+
+
+def suggest(lrs: Floats, losses: Floats, *, ended: bool = True) -> tuple[float | None, str]:
+    """The learning rate by which the smoothed loss has done most of its descent (`DONE`), and why.
+
+    Held against the best rate of a grid of half decades, 40 steps each, on a small Conv-TasNet and BLSTM with three
+    seeds each: all twelve of Adam and Muon within a factor of 2.7. Of fifteen of SGD (clipped, not clipped, with
+    momentum) seven within a factor of 3 and eight below it, by a factor of 7 at the median and 17 at most: there the
+    grid is flat over more than a decade of rates. The rule was chosen on these. On others, one seed each, it came to
+    these multiples of the best: DPRNN 2.0, SepFormer 3.1, TF-Locoformer with AdamW 0.46, a larger Conv-TasNet with Adam
+    2.2, Muon 1.2, RMSprop 0.7, schedule-free 0.19, and with Adam by the loss neg_snr 0.57, l1 3.2, with AutoClip 6.2.
+
+    Args:
+        lrs: Ascending, ``(step,)``.
+        losses: Before the step with that rate, ``(step,)``; NaN where a step was left out.
+        ended: Whether the range went to its end.
+
+    Returns:
+        The rate, with two digits, and a sentence; where the test does not tell, None and a sentence on what to do.
+    """
+    known = np.isfinite(losses)
+    lrs, losses = lrs[known], losses[known]
+    n_first = first_steps(len(losses))
+    if len(losses) < AT_LEAST_STEPS / 2:
+        return None, f"Only {len(losses)} steps are known, too few for a suggestion."
+    smoothed = smooth(losses)
+    top, lowest = float(losses[:n_first].mean()), int(smoothed.argmin())
+    low = float(smoothed[lowest])
+    if top - low <= SCATTERS * scatter(losses, n_first) / 2:
+        return None, (
+            f"The loss never came down from {top:.3g} by more than mixtures differ: take more --steps, or a larger "
+            "data.batch_size."
+        )
+    halfway, place = (int(np.argmax(smoothed <= top - share * (top - low))) for share in (0.5, DONE))
+    if halfway < n_first:
+        return None, f"The loss was down by {short(lrs[halfway])} already: begin lower than --from {short(lrs[0])}."
+    rate = float(f"{lrs[place - 1]:.1e}")  # the step before is the last that this loss knows of
+    said = f"By {short(rate)} the loss had done {DONE:.0%} of its descent, from {top:.3g} to {low:.3g}"
+    if ended and lowest >= len(losses) - n_first / 2:
+        return rate, f"{said}, and it was still falling at the end of the range: a higher --to may find a higher rate."
+    return rate, f"{said} at {short(lrs[lowest])}; higher rates bring little more or spoil it."
+
+
+def grid(
+    subject: Subject,
+    lrs: Sequence[float] | Floats,
+    *,
+    n_steps: int = 50,
+    n_items: int = 32,
+    stop: StopRequest | None = None,
+    progress: Progress = lambda _done, _text: None,
+) -> Grid:
+    """Train for a few steps with each learning rate, from the same weights on the same mixtures, and compare the ends.
+
+    Optimizer, clipper and transforms are the recipe's; its schedule, loss filters and average take no part.
+
+    Args:
+        subject: Its recipe, weights and mixtures.
+        lrs: Ascending, ``(rate,)``.
+        n_steps: Of each training.
+        n_items: How many of the training mixtures each is judged by afterwards, by their mean loss.
+        stop: Ends it early, with the rates that are through.
+        progress: Is told how many rates are done, in parts of one, and which is under way.
+
+    Raises:
+        RecipeError: As `lr_range`.
+    """
+    probe = without_schedule(subject)
+    fixed, losses = probe.fixed(n_items), list[float]()
+    for place, lr in enumerate(map(float, lrs)):
+        state = probe.fork()
+        set_learning_rate(state, lr)
+        for done, parts in enumerate(islice(probe.steps(), n_steps)):
+            if stop is not None and stop.signal:
+                return Grid(np.array(lrs)[:place], np.array(losses), n_steps, n_items)
+            train_step(state, parts)
+            progress(place + (done + 1) / n_steps, f"lr {short(lr)}")
+        losses.append(_judged(state, fixed))
+    return Grid(np.array(lrs), np.array(losses), n_steps, n_items)
+
+
+def _judged(state: TrainState, fixed: Sequence[Batch]) -> float:
+    state.bare_model.eval()
+    with torch.no_grad(), judged_weights(state):
+        return float(mean_loss(state.bare_model, state.loss, state.precision, fixed))
+
+
+def around(lr: float, *, decades: float = 1.5, a_decade: int = 2) -> Floats:
+    """Learning rates on the grid of ``a_decade`` a decade that lie about one, ``(rate,)``."""
+    middle = round(a_decade * np.log10(lr))
+    reach = round(a_decade * decades)
+    return 10.0 ** (np.arange(middle - reach, middle + reach + 1) / a_decade)
+
+
+def short(lr: float) -> str:
+    """A learning rate as one writes it in a recipe: 0.0032 is ``3.2e-3``, 0.01 is ``1e-2``."""
+    digits, exponent = f"{lr:.1e}".split("e")
+    return f"{digits.removesuffix('.0')}e{int(exponent)}"
