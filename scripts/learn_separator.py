@@ -22,7 +22,6 @@ from PIL import Image
 from unbraid.data.voices import make_voices
 from unbraid.files import replacing, write_atomically
 from unbraid.lab.subject import Subject, of_recipe
-from unbraid.plots import VALID
 from unbraid.recipe import load_recipe
 from unbraid.spectrum import spectrogram_db
 from unbraid.train.loop import Scores
@@ -32,7 +31,7 @@ from unbraid.train.validate import validation
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "docs" / "learn" / "figures"
-N_STEPS, EVERY, HEARD, N_COLORS, N_ITEMS, EXAMPLE = 400, 25, (0, 50, 400), 64, 32, 0
+N_STEPS, EVERY, HEARD, N_COLORS, N_ITEMS, EXAMPLE = 400, 25, (0, 50, 400), 96, 32, 0
 SMALLER = ("data.excerpt_seconds=2.0", "data.workers=0", "model.n_filters=128", "model.hidden=128")
 PLAIN = ("train.precision=fp32", "train.compile=off", "schedule.name=constant", "validate.n_items=32")
 
@@ -67,7 +66,7 @@ def draw(found: dict[int, Scores]) -> Figure:
     """The curve of the validations, and one example's spectrograms as training goes on."""
     figure = Figure(figsize=(11.0, 5.6), layout="constrained")
     axes = figure.add_subplot(2, 3, 1)
-    axes.plot(list(found), [scores.si_sdri for scores in found.values()], ".-", color=VALID)
+    axes.plot(list(found), [scores.si_sdri for scores in found.values()], ".-", color="black")
     axes.plot(HEARD, [found[step].si_sdri for step in HEARD], "o", color="black", fillstyle="none", markersize=9)
     axes.axhline(0, color="black", linewidth=0.6)
     axes.set(title=f"mean of {N_ITEMS} unseen mixtures", xlabel="step", ylabel="SI-SDR improvement in dB")
@@ -123,7 +122,7 @@ def main() -> None:
         found = trained(of_recipe(recipe, "demo"))
         seconds = time.process_time() - began
     with io.BytesIO() as held, replacing(folder / "separator.png") as path:
-        draw(found).savefig(held, dpi=80, format="png")
+        draw(found).savefig(held, dpi=90, format="png")
         picture = Image.open(held).convert("RGB").quantize(N_COLORS, dither=Image.Dither.NONE)
         picture.save(path, format="png", optimize=True)
     write_sounds(found, folder)
