@@ -236,17 +236,21 @@ def test_the_committed_figures_hold_what_the_plates_come_to_now(made):
 
 @pytest.mark.slow
 def test_drawn_again_the_figures_look_the_same(made):
-    """In blocks of 16 by 16 pixels: letters rendered otherwise moved one by 25 of 255; another seed, by 32 and more."""
+    """Of blocks of 16 by 16 pixels, hardly any is off by more than 20 of 255 in a colour.
+
+    Letters rendered otherwise, and a path that is unstable, put up to 0.7 in a thousand off; another seed, 24 and more.
+    """
     draw, plates = made
     for name, plate in plates.items():
         with Image.open(FIGURES / f"{name}.png") as committed:
             before = blocks(committed)
         now = blocks(draw(plate))
         assert now.shape == before.shape, name
-        assert np.abs(now - before).max() < 28, name
+        assert (np.abs(now - before).max(-1) > 20).mean() < 0.005, name
 
 
 def blocks(picture, size=16):
+    """The mean colour of each block, ``(row, column, 3)``."""
     pixels = np.asarray(picture.convert("RGB"), dtype=float)
     rows, columns = (length // size for length in pixels.shape[:2])
     return pixels[: rows * size, : columns * size].reshape(rows, size, columns, size, 3).mean((1, 3))
