@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from unbraid.data.batch import Batch
 from unbraid.draws import seeded_torch
-from unbraid.errors import UserError
 from unbraid.health.columns import Floats
 from unbraid.lab.subject import Subject
 from unbraid.parts import build_part
@@ -76,10 +75,12 @@ class Trajectory:
     Attributes:
         clip: What the gradients were clipped by.
         readings: A reading for each step.
+        ended: Why it could not go on, such as too many steps left out; None where it could.
     """
 
     clip: str
     readings: tuple[Reading, ...]
+    ended: str | None = None
 
     def column(self, name: Column) -> Floats:
         """One number of each step, ``(n_steps,)``; NaN where it is not known."""
@@ -142,7 +143,7 @@ def smoothness(gradient: Gradient, weights: Tensor, change: Tensor, fractions: S
 
 
 def follow(subject: Subject, state: TrainState, *, n_steps: int, every: int) -> Iterator[Reading]:
-    """Train a state up to a step, and read what each step does.
+    """Train a state up to a step, and read what each step does; it ends earlier where a training would be ended.
 
     The smoothness is that of the mean loss of the step's batch, in float32 and without filters, with the noise that
     the model drew in the step; it is measured on a copy of the model, and the training goes on as if it were not, bit
@@ -156,12 +157,9 @@ def follow(subject: Subject, state: TrainState, *, n_steps: int, every: int) -> 
 
     Yields:
         A reading for each step.
-
-    Raises:
-        UserError: If so many steps were left out that a training would end.
     """
     probe, stream = subject.model().train(), subject.steps(first_step=state.step)
-    while state.step < n_steps:
+    while state.step < n_steps and state.faults.verdict() is None:
         set_learning_rate(state, state.schedule.factor(state.step + 1, state.step / n_steps))
         parts, before = next(stream), flat(state.bare_model)
         measured = (state.step + 1) % every == 0
@@ -174,8 +172,6 @@ def follow(subject: Subject, state: TrainState, *, n_steps: int, every: int) -> 
             gradient = gradient_of(probe, state.loss, parts, seed=state.seed, step=record.step)
             found = smoothness(gradient, before, change)
         yield _reading(record, float(torch.linalg.vector_norm(change.double())), found)
-        if (verdict := state.faults.verdict()) is not None:
-            raise UserError(f"With clip = {subject.recipe.clip.name!r}, {verdict} by step {record.step}: it diverged.")
 
 
 def _reading(record: StepRecord, step_size: float, found: float) -> Reading:

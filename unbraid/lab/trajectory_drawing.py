@@ -1,7 +1,7 @@
 """Trajectories as a picture: a column for each clipper, and gradient norm against smoothness beside them."""
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -25,39 +25,31 @@ ROWS: dict[Column, str] = {
 
 def draw(figure: "Figure", course: Course) -> None:
     """Draw into an empty figure of `size_of`; all arms share their axes, so that they can be compared by eye."""
-    n_arms = len(course.arms)
-    grid = figure.add_gridspec(len(ROWS), n_arms + 1, width_ratios=[*[1.0] * n_arms, 0.9])
+    left, right = figure.subfigures(1, 2, width_ratios=[1.45 * len(course.arms), 1.5], squeeze=False)[0]
+    panels = left.subplots(len(ROWS), len(course.arms), sharex=True, sharey="row", squeeze=False)
     for row, (name, title) in enumerate(ROWS.items()):
-        first: Axes | None = None
+        panels[row, 0].set_ylabel(title)
         for column, arm in enumerate(course.arms):
-            axes = figure.add_subplot(grid[row, column], sharey=first)
-            first = first or axes
-            _draw_series(axes, arm, name, COLORS[column % len(COLORS)])
-            axes.set_xlim(0, course.n_steps)
-            axes.tick_params(labelbottom=row == len(ROWS) - 1, labelleft=column == 0)
-            if column == 0:
-                axes.set_ylabel(title)
-            if row == 0:
-                axes.set_title(f"{_named(arm)}: {_counts(arm)}", fontsize="medium")
-            if row == len(ROWS) - 1:
-                axes.set_xlabel("step")
-    shared: Axes | None = None
-    cuts = np.linspace(0, len(ROWS), n_arms + 1).round().astype(int)
-    for place, arm in enumerate(course.arms):
-        axes = figure.add_subplot(grid[cuts[place] : cuts[place + 1], n_arms], sharex=shared, sharey=shared)
-        shared = shared or axes
+            _draw_series(panels[row, column], arm, name, COLORS[column % len(COLORS)])
+    for column, arm in enumerate(course.arms):
+        panels[0, column].set_title(f"{_named(arm)}: {_counts(arm)}", fontsize="medium")
+        panels[-1, column].set(xlabel="step", xlim=(0, course.n_steps))
+    left.align_ylabels()
+    below = right.subplots(len(course.arms), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    for axes, arm in zip(below, course.arms, strict=True):
         _draw_scatter(axes, arm, course)
+    below[-1].set_xlabel("gradient norm")
 
 
 def size_of(course: Course) -> tuple[float, float]:
     """Of the figure, in inches."""
-    return 3.6 * len(course.arms) + 3.6, 7.6
+    return 3.2 * len(course.arms) + 3.4, 7.0
 
 
 def _draw_series(axes: "Axes", arm: Trajectory, name: Column, color: str) -> None:
     step, values = arm.column("step"), arm.column(name)
     if name != "loss":
-        axes.set_yscale("log")
+        _log_scale(axes, "y")
         values = np.where(values > 0, values, np.nan)
     known = np.isfinite(values)
     style = {"marker": ".", "markersize": 3} if name == "smoothness" else {}
@@ -77,10 +69,24 @@ def _draw_scatter(axes: "Axes", arm: Trajectory, course: Course) -> None:
     dots = axes.scatter(
         norm[known], smooth[known], c=step[known], cmap="viridis", s=14, vmin=0, vmax=course.n_steps, linewidths=0
     )
-    axes.set(xscale="log", yscale="log", xlabel="gradient norm", ylabel="smoothness")
+    _log_scale(axes, "x")
+    _log_scale(axes, "y")
+    axes.set_ylabel("smoothness")
     axes.set_title(f"{_named(arm)}: {_words(arm.correlation('grad_norm'))}", fontsize="medium")
     axes.grid(color=FRAME, linewidth=0.5)
     axes.figure.colorbar(dots, ax=axes, label="step", pad=0.02)
+
+
+def _log_scale(axes: "Axes", which: Literal["x", "y"]) -> None:
+    """With plain numbers at 1, 2 and 5, as a few octaves are more usual here than many decades."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+    axes.set(**{f"{which}scale": "log"})
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _place: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _named(arm: Trajectory) -> str:

@@ -1,4 +1,4 @@
-"""Trajectories of one subject under several clippers, from the same weights on the same batches; kept, and gone on with."""
+"""One subject's training under several clippers, from the same weights on the same batches; kept, and gone on with."""
 
 import json
 import math
@@ -62,7 +62,7 @@ class Course:
             lines.append(
                 f"{arm.clip}: {len(arm.readings)} of {self.n_steps} steps, {arm.clipped} clipped, "
                 f"{len(arm.readings) - arm.trained} left out; the correlation of log gradient norm with log smoothness "
-                f"{told}, over {found.n_points} points."
+                f"{told}, over {found.n_points} points." + (f" It ended there: {arm.ended}." if arm.ended else "")
             )
         return lines
 
@@ -82,7 +82,7 @@ class Course:
         }
         measured = {r.step: _plain(r.smoothness) for r in arm.readings if r.smoothness is not None}
         left_out = {r.step: r.outcome for r in arm.readings if r.outcome != "trained"}
-        counts = {"steps": len(arm.readings), "trained": arm.trained, "clipped": arm.clipped}
+        counts = {"steps": len(arm.readings), "trained": arm.trained, "clipped": arm.clipped, "ended": arm.ended}
         return {"clip": arm.clip, **counts, "log_correlations": told, "left_out": left_out, **columns} | {
             "smoothness": measured
         }
@@ -114,7 +114,7 @@ def check(n_steps: int, every: int) -> None:
     """
     if every > n_steps:
         raise UserError(
-            f"--every {every} is more than --steps {n_steps}, so that no smoothness would be measured: take 1 to {n_steps}."
+            f"--every {every} is more than --steps {n_steps}: no smoothness would be measured; take 1 to {n_steps}."
         )
 
 
@@ -147,6 +147,7 @@ def run_arms(
     tracks = {
         clip: _Track(RunDirectory(folder / clip.replace(":", "-")), arm, n_steps, every) for clip, arm in arms.items()
     }
+    folder.mkdir(parents=True, exist_ok=True)
     found = []
     for place, (clip, track) in enumerate(tracks.items()):
         if stop is not None and stop.signal:
@@ -158,7 +159,7 @@ def run_arms(
             if stop is not None and stop.signal:
                 break
         track.keep(readings)
-        found.append(Trajectory(clip, tuple(readings)))
+        found.append(Trajectory(clip, tuple(readings), track.state.faults.verdict()))
     return Course(subject.name, recipe_table(subject.recipe), n_steps, every, tuple(found))
 
 
@@ -190,7 +191,7 @@ class _Track:
             kept.choices.get(k) != v for k, v in asked.items()
         ):
             raise UserError(
-                f"{self.run.path} holds a trajectory of another recipe, --steps or --every: give another --out, or remove it."
+                f"{self.run.path} is of another recipe, --steps or --every: give another --out, or remove it."
             )
         self.state.load_state_dict(kept.state)
         self.saved_step = self.state.step
