@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -115,6 +116,20 @@ def test_the_gradient_that_is_compared_is_that_of_the_step(subject, overrides):
     gradient = gradient_of(model, state.loss, parts, seed=state.seed, step=record.step)(before)
 
     assert float(gradient.norm()) == pytest.approx(record.grad_norm, rel=1e-5)
+
+
+def test_what_is_measured_in_float32_is_what_float64_gives(subject):
+    tiny = subject(*DROPOUT, "model.dropout=0")
+    state, parts = tiny.fork(), next(tiny.steps())
+    wide = [replace(p, mixture=p.mixture.double(), sources=p.sources.double()) for p in parts]
+    before = flat(state.bare_model)
+    train_step(state, parts)
+    change = flat(state.bare_model) - before
+    narrow = gradient_of(tiny.model().train(), state.loss, parts, seed=0, step=1)
+    exact = gradient_of(tiny.model().double().train(), state.loss, wide, seed=0, step=1)
+
+    found = smoothness(narrow, before, change)
+    assert found == pytest.approx(smoothness(exact, before.double(), change.double()), rel=1e-3)
 
 
 def test_the_step_size_is_how_far_the_weights_went(subject):
