@@ -19,10 +19,11 @@ from unbraid.lab.trajectory import (
     Reading,
     Trajectory,
     clipped_by,
+    correlation,
     flat,
     follow,
     gradient_of,
-    log_correlation,
+    logarithms,
     smoothness,
     with_clip,
 )
@@ -172,12 +173,20 @@ def test_the_correlation_is_that_of_logarithms_where_both_are_known():
     norms = np.array([1.0, 10.0, 100.0, 7.0, np.nan, 0.0])
     smooth = np.array([2.0, 200.0, 20000.0, np.nan, 5.0, 5.0])
 
-    found = log_correlation(norms, smooth)
+    arm = Trajectory("none", readings_of(zip(-norms, norms, smooth, strict=True)))
+    found = arm.correlation("grad_norm")
     assert found.value == pytest.approx(1)
     assert found.n_points == 3
-    assert log_correlation(norms, 1 / smooth).value == pytest.approx(-1)
-    assert math.isnan(log_correlation(norms[:2], smooth[:2]).value)
-    assert math.isnan(log_correlation(np.ones(4), np.arange(1.0, 5.0)).value)
+    assert correlation(logarithms(norms), logarithms(1 / smooth)).value == pytest.approx(-1)
+    assert math.isnan(correlation(norms[:2], smooth[:2]).value)
+    assert math.isnan(correlation(np.ones(4), np.arange(1.0, 5.0)).value)
+
+
+def test_a_loss_below_0_counts_as_it_is():
+    arm = Trajectory("none", readings_of([(-1.0, 1.0, 1.0), (-2.0, 1.0, 10.0), (-3.0, 1.0, 100.0)]))
+
+    assert arm.correlation("loss").value == pytest.approx(-1)
+    assert arm.correlation("loss").n_points == 3
 
 
 def test_a_correlation_can_leave_out_the_first_steps():
@@ -253,7 +262,7 @@ def test_the_command_leaves_figure_and_numbers(recipe_file, tmp_path, capsys):
     for arm in told["arms"]:
         assert len(arm["loss"]) == len(arm["grad_norm"]) == len(arm["step_size"]) == 8
         assert list(arm["smoothness"]) == ["2", "4", "6", "8"]
-        assert arm["log_correlations"]["gradient norm with smoothness"]["points"] == 4
+        assert arm["correlations"]["gradient norm with smoothness"]["points"] == 4
     assert set(told["arms"][0]["limit"]) == {None}
     assert (tmp_path / "out" / "trajectory.png").read_bytes().startswith(b"\x89PNG")
     said = capsys.readouterr().out

@@ -57,7 +57,7 @@ Column = Literal["step", "loss", "grad_norm", "limit", "step_size", "smoothness"
 
 @dataclass(frozen=True)
 class Correlation:
-    """Pearson's, of logarithms.
+    """How closely two series go together in a straight line (Pearson's).
 
     Attributes:
         value: From -1 to 1; NaN where there are fewer than three points, or one of the two never changes.
@@ -99,15 +99,25 @@ class Trajectory:
         return sum(bool(cut) and one.outcome == "trained" for cut, one in zip(shortened, self.readings, strict=True))
 
     def correlation(self, one: Column, other: Column = "smoothness", *, first_step: int = 1) -> Correlation:
-        """Of the logarithms of two columns, from a step on, where both are known and above 0."""
+        """Of two columns from a step on, where both are known: of their logarithms, but of a loss as it is."""
         late = self.column("step") >= first_step
-        return log_correlation(self.column(one)[late], self.column(other)[late])
+        return correlation(self._scaled(one)[late], self._scaled(other)[late])
+
+    def _scaled(self, name: Column) -> Floats:
+        values = self.column(name)
+        return values if name == "loss" else logarithms(values)  # a loss in dB goes below 0
 
 
-def log_correlation(one: Floats, other: Floats) -> Correlation:
-    """Pearson's correlation of the logarithms of two series ``(n,)``, where both are finite and above 0."""
-    known = np.isfinite(one) & np.isfinite(other) & (one > 0) & (other > 0)
-    a, b = np.log(one[known]), np.log(other[known])
+def logarithms(values: Floats) -> Floats:
+    """Natural ones, of the same shape; NaN for what is not above 0 or not finite."""
+    known = np.isfinite(values) & (values > 0)
+    return np.log(np.where(known, values, 1.0)) + np.where(known, 0.0, np.nan)
+
+
+def correlation(one: Floats, other: Floats) -> Correlation:
+    """Pearson's, of two series ``(n,)``, where both are finite."""
+    known = np.isfinite(one) & np.isfinite(other)
+    a, b = one[known], other[known]
     n_points = int(known.sum())
     if n_points < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return Correlation(math.nan, n_points)

@@ -59,7 +59,7 @@ def _draw_series(axes: "Axes", arm: Trajectory, name: Column, color: str) -> Non
         there = np.isfinite(limit)
         if there.any():
             axes.plot(step[there], limit[there], color=LIMIT, linewidth=1.6, label="clipped to")
-            axes.legend(frameon=False, fontsize="small", loc="upper right")
+            axes.legend(framealpha=0.9, edgecolor="none", fontsize="small", loc="upper right")
     axes.grid(color=FRAME, linewidth=0.5)
 
 

@@ -24,7 +24,7 @@ PAIRS: dict[str, Column] = {
     "step size with smoothness": "step_size",
     "loss with smoothness": "loss",
 }
-"""What is held against the smoothness; a loss in dB is below 0 and has no logarithm, and then no correlation."""
+"""What is held against the smoothness, as `Trajectory.correlation` does: by logarithms, but the loss as it is."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Course:
     arms: tuple[Trajectory, ...]
 
     def correlations(self, arm: Trajectory) -> dict[str, Correlation]:
-        """Of the logarithms over the whole arm, and of the norm over its second half, where the first steps are out."""
+        """Of what `PAIRS` names over the whole arm, and of the norm over the second half, without the first steps."""
         found = {name: arm.correlation(column) for name, column in PAIRS.items()}
         late = arm.correlation("grad_norm", first_step=self.n_steps // 2 + 1)
         return found | {"gradient norm with smoothness, second half": late}
@@ -83,7 +83,7 @@ class Course:
         measured = {r.step: _plain(r.smoothness) for r in arm.readings if r.smoothness is not None}
         left_out = {r.step: r.outcome for r in arm.readings if r.outcome != "trained"}
         counts = {"steps": len(arm.readings), "trained": arm.trained, "clipped": arm.clipped, "ended": arm.ended}
-        return {"clip": arm.clip, **counts, "log_correlations": told, "left_out": left_out, **columns} | {
+        return {"clip": arm.clip, **counts, "correlations": told, "left_out": left_out, **columns} | {
             "smoothness": measured
         }
 
