@@ -32,7 +32,7 @@ def draw(figure: "Figure", course: Course) -> None:
         for column, arm in enumerate(course.arms):
             _draw_series(panels[row, column], arm, name, COLORS[column % len(COLORS)])
     for column, arm in enumerate(course.arms):
-        panels[0, column].set_title(f"{_named(arm)}: {_counts(arm)}", fontsize="medium")
+        panels[0, column].set_title(f"{_named(arm)}\n{_counts(arm)}", fontsize="medium")
         panels[-1, column].set(xlabel="step", xlim=(0, course.n_steps))
     left.align_ylabels()
     below = right.subplots(len(course.arms), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
@@ -72,7 +72,7 @@ def _draw_scatter(axes: "Axes", arm: Trajectory, course: Course) -> None:
     _log_scale(axes, "x")
     _log_scale(axes, "y")
     axes.set_ylabel("smoothness")
-    axes.set_title(f"{_named(arm)}: {_words(arm.correlation('grad_norm'))}", fontsize="medium")
+    axes.set_title(f"{_named(arm)}\n{_words(arm.correlation('grad_norm'))}", fontsize="medium")
     axes.grid(color=FRAME, linewidth=0.5)
     axes.figure.colorbar(dots, ax=axes, label="step", pad=0.02)
 
