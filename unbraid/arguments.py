@@ -10,6 +10,9 @@ from unbraid.errors import UserError, nearest
 EXIT_USER_ERROR = 2
 """A user's mistake, or a run that a stop rule ended: one sentence on stderr."""
 
+Add = Callable[[str, object], argparse.ArgumentParser]
+"""Adds a command by its name and function, whose docstring is its help."""
+
 EXIT_STOPPED = 128
 """Plus the signal's number: the run was asked to stop, and has left a checkpoint to go on from."""
 
