@@ -26,7 +26,7 @@ def gradient_descent(args: argparse.Namespace) -> int:
 
 
 def landscape(args: argparse.Namespace) -> int:
-    """The loss around a trained separator, on the way to another, or in the plane of a run's path; as figures and JSON."""
+    """The loss around a trained separator, on the way to another, or in the plane of a run's path."""
     from unbraid.plots import check_matplotlib
 
     check_matplotlib()

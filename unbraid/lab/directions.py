@@ -45,8 +45,8 @@ def filter_normalised(weights: Weights, seed: int, index: int = 0) -> dict[str, 
 
     A network whose filters are scaled up, and scaled down again behind, is the same network; drawn like this, the loss
     along the direction is the same too. A filter is a slice along the first axis: an output of a convolution or linear
-    layer, a gate of an LSTM; of a transposed convolution, a basis signal; of a depthwise filter called ``taps``, ``(tap,
-    channel)``, a channel's column. Biases, norms and other tensors with fewer than two axes are left out.
+    layer, a gate of an LSTM; of a transposed convolution, a basis signal; of depthwise filters called ``taps``,
+    ``(tap, channel)``, a channel's column. Biases, norms and other tensors with fewer than two axes are left out.
 
     Args:
         weights: Parameters by name.
@@ -112,7 +112,7 @@ def plane_of(points: Sequence[Weights], names: Sequence[str]) -> PathPlane:
     n = len(points)
     products = np.zeros((n, n))  # of the differences to the last point
     for name in names:
-        moved = _moved(points, name).flatten(1)
+        moved = _moved(points, name).reshape(n, -1)
         products += (moved @ moved.T).numpy()
     centring = np.eye(n) - 1 / n
     variances, vectors = np.linalg.eigh(centring @ products @ centring)
@@ -139,7 +139,9 @@ def _moved(points: Sequence[Weights], name: str) -> Tensor:
 
 
 def random_walk_shares(n_points: int) -> Floats:
-    """What `PathPlane.shares` comes to on a random walk in many dimensions, ``(point - 1,)``: 61 % and 15 % of a long one.
+    """What `PathPlane.shares` comes to on a random walk in many dimensions, ``(point - 1,)``.
+
+    Of a long one, 61 % and 15 %: a path without any aim looks as if it had two.
 
     Reference:
         Antognini and Sohl-Dickstein, "PCA of high dimensional random walks with comparison to neural network

@@ -3,13 +3,14 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from unbraid.errors import UserError
-from unbraid.lab.directions import Floats, PathPlane, Weights, combined, filter_normalised, plane_of
+from unbraid.lab.directions import Floats, PathPlane, Weights, combined, digest_of, filter_normalised, plane_of
 
 Measure = Callable[[Weights], float]
 """The loss of a model with these weights."""
@@ -43,10 +44,13 @@ class Chart:
     Attributes:
         anchors: States and directions, as `combined` takes them.
         coefficients: ``(point, anchor)``.
+        made_from: What decides both, as JSON holds it: the states by their bits, and how the points were laid. Not
+            what was computed of them, of which the last bits may change with the number of threads.
     """
 
     anchors: Sequence[Weights]
     coefficients: Floats
+    made_from: Mapping[str, Any]
 
     def losses(self, measure: Measure, known: Sequence[float] = ()) -> Iterator[float]:
         """The loss at each point in order, from the first that is not known on."""
@@ -88,7 +92,7 @@ class Around:
 def around(
     state: Weights, parameters: Sequence[str], *, span: float = 1.0, n_points: int = 21, seed: int = 0
 ) -> Around:
-    """Points around a model, along filter-normalised directions; the grid's columns go along the first, its rows along the second.
+    """Points around a model: along random directions, and on a grid of the first (columns) and the second (rows).
 
     Args:
         state: The model's.
@@ -112,7 +116,8 @@ def around(
         rows[line * n_points : (line + 1) * n_points, 1 + line] = offsets
     rows[N_LINES * n_points :, 1] = np.tile(offsets, n_points)
     rows[N_LINES * n_points :, 2] = np.repeat(offsets, n_points)
-    return Around(offsets, Chart([state, *directions], rows))
+    made_from = {"around": digest_of([state]), "span": span, "points": n_points, "seed": seed, "lines": N_LINES}
+    return Around(offsets, Chart([state, *directions], rows, made_from))
 
 
 @dataclass(frozen=True)
@@ -143,7 +148,8 @@ def between(one: Weights, other: Weights, *, beyond: float = 0.25, n_points: int
     steps_from(-beyond, 1 + beyond, n_points)
     n_beyond = int(np.ceil(beyond * (n_points - 1) - 1e-9))
     at = np.arange(-n_beyond, n_points + n_beyond) / (n_points - 1)
-    return Between(at, Chart([one, other], np.stack([1 - at, at], axis=1)))
+    made_from = {"between": digest_of([one, other]), "beyond": beyond, "points": n_points}
+    return Between(at, Chart([one, other], np.stack([1 - at, at], axis=1), made_from))
 
 
 def barrier(at: Floats, losses: Floats) -> tuple[float, float]:
@@ -222,4 +228,5 @@ def of_path(
     rows[len(steps) - 1 :, 0] = 1
     rows[len(steps) :, 1] = np.tile(x, n_points)
     rows[len(steps) :, 2] = np.repeat(y, n_points)
-    return OfPath(steps, plane, x, y, Chart(anchors, rows))
+    made_from = {"path": digest_of(path), "margin": margin, "points": n_points}
+    return OfPath(steps, plane, x, y, Chart(anchors, rows, made_from))

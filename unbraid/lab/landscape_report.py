@@ -20,7 +20,7 @@ from unbraid.lab.landscape import Chart, Measure, around, between, measured, of_
 from unbraid.lab.plates import Plate
 from unbraid.lab.relief import plate_between, plates_around, plates_of_path
 from unbraid.lab.subject import Subject, mean_loss, model_of
-from unbraid.lab.survey import Surveyed, kept_name, key_of, survey
+from unbraid.lab.survey import Surveyed, kept_name, survey
 from unbraid.records import RunDirectory
 from unbraid.robust.precision import Precision
 from unbraid.train.checkpoint import find_checkpoint, read_checkpoint, whole_checkpoints
@@ -60,10 +60,10 @@ def tell(found: Surveyed, plates: list[Plate], out: Path, n_items: int) -> Itera
     if found.n_done > found.n_new:
         yield f"{found.n_done - found.n_new} points were there already, in {out}."
     if found.signal:
-        yield f"Stopped after {found.n_done} of {len(found.losses)} points; they are kept in {out}. To go on: the same command."
+        yield f"Stopped after {found.n_done} of {len(found.losses)} points, kept in {out}. To go on: the same command."
         return
-    for caption in dict.fromkeys(plate.caption for plate in plates):
-        yield caption
+    captions = dict.fromkeys(plate.caption for plate in plates)
+    yield from (told for told in captions if not any(other.startswith(told) for other in captions if other != told))
     yield f"Figures and numbers are in {out}: {', '.join(f'{plate.name}.png' for plate in plates)}."
 
 
@@ -105,8 +105,8 @@ def view_path(subject: Subject, run: Path, *, margin: float = 0.25, n_points: in
     paths = whole_checkpoints(RunDirectory(run))
     if len(paths) < 3:
         raise CheckpointError(
-            f"{run} keeps {len(paths)} checkpoints, and a plane needs 3 or more: give a run directory that was trained with "
-            "--set save.keep=20 (or another number), and with save.every_steps small enough to write so many."
+            f"{run} keeps {len(paths)} of the 3 or more checkpoints that a plane needs: give a run directory, trained "
+            "with --set save.keep=20 (or another number), and save.every_steps small enough to write so many."
         )
     states = {}
     for path in paths:
@@ -151,7 +151,7 @@ def look(
     split: Literal["train", "valid"] = "train",
     progress: Callable[[float, str], None] = lambda done, text: None,
 ) -> tuple[Surveyed, list[Plate]]:
-    """Take the losses of a view, draw them into a folder, and write their numbers beside; no plates where it was stopped.
+    """Take the losses of a view, draw them into a folder, and write their numbers beside; no plates if it is stopped.
 
     Args:
         subject: Whose model, loss and mixtures.
@@ -168,9 +168,8 @@ def look(
     out.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=out).close()  # before the work, not after it
     measure, mixtures = loss_of(subject, n_items, split)
-    recipe = subject.recipe
-    made_by = json.dumps([asdict(recipe.model), asdict(recipe.loss)], sort_keys=True, default=str)
-    key = key_of(view.chart, mixtures=mixtures, made_by=made_by, torch=torch.__version__)
+    made_by = {"model": asdict(subject.recipe.model), "loss": asdict(subject.recipe.loss), "torch": torch.__version__}
+    key = json.loads(json.dumps({"mixtures": mixtures, **view.chart.made_from, **made_by}, default=str))
     kept = out / kept_name(key)
     found = survey(view.chart, measure, kept, key, progress)
     if found.signal:

@@ -13,7 +13,7 @@ import numpy as np
 
 from unbraid.errors import UserError
 from unbraid.files import write_atomically
-from unbraid.lab.directions import Floats, digest_of
+from unbraid.lab.directions import Floats
 from unbraid.lab.landscape import Chart, Measure
 from unbraid.train.stop import stop_on_signals
 
@@ -54,7 +54,7 @@ def survey(
         measure: The loss.
         kept: File for the losses so far: written every ten seconds, and at the end; those that are there are not
             taken again.
-        key: What decides the losses, as `key_of` gives it; it stands in the file.
+        key: What decides the losses, as JSON holds it; it stands in the file.
         progress: Is told how many points are done, and how fast it goes.
 
     Raises:
@@ -81,17 +81,6 @@ def survey(
     stopped = stop.signal if len(losses) < n_points else 0
     filled = np.array([*losses, *[math.nan] * (n_points - len(losses))])
     return Surveyed(filled, len(losses), len(losses) - n_known, seconds, stopped)
-
-
-def key_of(chart: Chart, **others: str) -> dict[str, str]:
-    """What decides the losses at a chart's points: every bit of weights and directions, the points, and what is told.
-
-    Args:
-        chart: The points.
-        others: Such as a digest of the mixtures.
-    """
-    points = hashlib.sha256(np.ascontiguousarray(chart.coefficients).tobytes()).hexdigest()
-    return {"weights": digest_of(chart.anchors), "points": points, **others}
 
 
 def kept_name(key: Mapping[str, Any]) -> str:
