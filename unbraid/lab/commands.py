@@ -1,6 +1,7 @@
 """`unbraid lab ...`: each command parses, calls the laboratory, prints. Torch is imported only when one runs."""
 
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,23 @@ def landscape(args: argparse.Namespace) -> int:
     return 128 + found.signal if found.signal else 0
 
 
+def sharpness(args: argparse.Namespace) -> int:
+    """The largest eigenvalue of the Hessian, what it means for the learning rate, and the gradient noise scale."""
+    from unbraid.files import write_atomically
+    from unbraid.lab.sharpness import sharpness_of, tell
+    from unbraid.lab.subject import of_checkpoint
+    from unbraid.screen import progress_bar
+
+    subject = of_checkpoint(args.checkpoint, overrides=args.set, trust=args.trust)
+    asked = {"n_items": args.items, "n_products": args.iterations, "split": args.split, "seed": args.seed}
+    with progress_bar("multiplying", args.iterations) as advance:
+        found = sharpness_of(subject, **asked, progress=advance)
+    print("\n".join(tell(found)))
+    if args.out:
+        write_atomically(args.out, json.dumps(found.as_json(), indent=1, allow_nan=False) + "\n")
+    return 128 + found.signal if found.signal else 0
+
+
 def add_lab(commands: Any) -> None:
     """Add ``lab`` and its commands to those of the command line."""
     text = "Experiments: gradient descent on a line, and the same instruments on separators."
@@ -65,6 +83,7 @@ def add_lab(commands: Any) -> None:
     no_help = "leave out what moves, which takes most of the time"
     command.add_argument("--no-animation", dest="animation", action="store_false", help=no_help)
     _add_landscape(add)
+    _add_sharpness(add)
 
 
 def _add_landscape(add: Callable[[str, object], argparse.ArgumentParser]) -> None:
@@ -85,5 +104,19 @@ def _add_landscape(add: Callable[[str, object], argparse.ArgumentParser]) -> Non
     command.add_argument("--seed", type=int, default=0, metavar="N", help="of the directions (%(default)s)")
     out_help = "folder for all of it (%(default)s)"
     command.add_argument("-o", "--out", type=Path, default=Path("landscape"), metavar="DIR", help=out_help)
+    add_set(command, "data.path=FOLDER, where the recordings lie elsewhere")
+    add_trust(command)
+
+
+def _add_sharpness(add: Callable[[str, object], argparse.ArgumentParser]) -> None:
+    command = add("sharpness", sharpness)
+    command.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="checkpoint folder, or run directory")
+    iterations_help = "products with the Hessian, at most (%(default)s)"
+    command.add_argument("--iterations", type=positive(int), default=200, metavar="N", help=iterations_help)
+    items_help = "mixtures that the loss is the mean of, 3 or more (%(default)s)"
+    command.add_argument("--items", type=positive(int), default=32, metavar="N", help=items_help)
+    command.add_argument("--split", choices=("train", "valid"), default="train", help="their talkers (%(default)s)")
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="of the vector to start from (%(default)s)")
+    command.add_argument("-o", "--out", type=Path, metavar="FILE", help="JSON file for the numbers")
     add_set(command, "data.path=FOLDER, where the recordings lie elsewhere")
     add_trust(command)
