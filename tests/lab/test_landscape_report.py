@@ -16,7 +16,8 @@ from unbraid.lab.chapter import figure_of
 from unbraid.lab.landscape import Around, Chart
 from unbraid.lab.landscape_report import loss_of, view_around
 from unbraid.lab.relief import Field, plates_around
-from unbraid.lab.subject import mean_loss, of_checkpoint
+from unbraid.lab.subject import mean_loss, of_checkpoint, of_recipe
+from unbraid.recipe import load_recipe
 from unbraid.robust.precision import Precision
 
 
@@ -49,7 +50,10 @@ def whole_pictures(folder):
 
 
 def own_loss(path, n_items=2):
-    subject = of_checkpoint(path)
+    return loss_at(of_checkpoint(path), n_items)
+
+
+def loss_at(subject, n_items):
     with torch.no_grad():
         return float(mean_loss(subject.model(), subject.loss(), Precision("fp32"), subject.fixed(n_items)))
 
@@ -98,14 +102,14 @@ def test_the_same_command_draws_what_is_there_and_another_seed_begins_anew(run, 
     assert len(list(out.glob("points-*.json"))) == 2
 
 
-def test_the_loss_is_the_subjects_own_and_its_weights_stay(run):
-    subject = of_checkpoint(run)
+def test_the_loss_is_the_subjects_own_and_its_weights_stay(recipe_file):
+    subject = of_recipe(load_recipe(recipe_file()), "tiny")
     before = {name: weight.clone() for name, weight in subject.weights.items()}
     measure, digest = loss_of(subject, 3)
     view = view_around(subject, n_points=3)
     losses = list(view.chart.losses(measure))
 
-    assert losses[1] == own_loss(run, 3)
+    assert losses[1] == loss_at(subject, 3)
     assert all(torch.equal(before[name], weight) for name, weight in subject.weights.items())
     assert digest != loss_of(subject, 2)[1]
 

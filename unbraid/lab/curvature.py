@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils import vector_to_parameters
 
 from unbraid.errors import UserError
 
@@ -23,7 +22,7 @@ _NO_DERIVATIVE = ("derivative for", "not implemented", "differentiate twice", "c
 
 def kernels(way: str) -> AbstractContextManager[object]:
     """The context to run a model in: plain kernels where the fast ones (attention, cuDNN's LSTM) have no derivative."""
-    if way != WAYS[1]:
+    if way == WAYS[0]:
         return nullcontext()
     stack = ExitStack()
     stack.enter_context(sdpa_kernel(SDPBackend.MATH))
@@ -63,11 +62,7 @@ def hessian_product(model: nn.Module, losses: Sequence[Loss], weights: Sequence[
         total = torch.zeros_like(vector)
         for loss, weight in zip(losses, weights, strict=True):
             with kernels(way):
-                value = loss(model)
-                first = torch.autograd.grad(
-                    value, parameters, create_graph=True, allow_unused=True, materialize_grads=True
-                )
-                along = _flat(first) @ vector
+                along = _along(loss(model), parameters, vector)
                 if not along.requires_grad:  # a loss without curvature
                     continue
                 second = torch.autograd.grad(along, parameters, allow_unused=True, materialize_grads=True)
@@ -77,31 +72,65 @@ def hessian_product(model: nn.Module, losses: Sequence[Loss], weights: Sequence[
     return product
 
 
+def _along(value: Tensor, parameters: Sequence[Tensor], vector: Tensor) -> Tensor:
+    """The slope of a loss along a vector, 0-d, with a graph of its own."""
+    first = torch.autograd.grad(value, parameters, create_graph=True, allow_unused=True, materialize_grads=True)
+    return _flat(first) @ vector
+
+
 def _by_differences(model: nn.Module, losses: Sequence[Loss], weights: Sequence[float], vector: Tensor) -> Tensor:
-    here = _flat(list(model.parameters())).detach()
-    step = float(torch.finfo(here.dtype).eps ** 0.5 * here.norm().clamp(min=1) / vector.norm().clamp(min=1e-30))
+    parameters = list(model.parameters())
+    here = [parameter.detach().clone() for parameter in parameters]
+    moved = [part.view_as(p) for part, p in zip(vector.split([p.numel() for p in parameters]), parameters, strict=True)]
+    step = float(
+        torch.finfo(vector.dtype).eps ** 0.5 * _flat(here).norm().clamp(min=1) / vector.norm().clamp(min=1e-30)
+    )
     sides = []
     try:
-        for sign in (1, -1):
-            vector_to_parameters(here + sign * step * vector, model.parameters())
-            sides.append(gradient(model, losses, weights))
+        for signed in (step, -step):
+            _move(parameters, [at + signed * part for at, part in zip(here, moved, strict=True)])
+            sides.append(gradient(model, losses, weights, way=WAYS[2]))
     finally:
-        vector_to_parameters(here, model.parameters())
+        _move(parameters, here)
     return (sides[0] - sides[1]) / (2 * step)
+
+
+@torch.no_grad()
+def _move(parameters: Sequence[Tensor], to: Sequence[Tensor]) -> None:
+    for parameter, value in zip(parameters, to, strict=True):
+        parameter.copy_(value)
 
 
 def best_way(model: nn.Module, loss: Loss) -> str:
     """The first of `WAYS` that a model has all derivatives for."""
     some = torch.ones_like(_flat(list(model.parameters()))).detach()
+    parameters = list(model.parameters())
     for way in WAYS[:2]:
         try:
+            with kernels(way):
+                whole = not _is_cut(_along(loss(model), parameters, some))
             hessian_product(model, [loss], [1.0], way=way)(some)
         except RuntimeError as error:
             if not any(words in str(error) for words in _NO_DERIVATIVE):
                 raise
             continue
-        return way
+        if whole:
+            return way
     return WAYS[2]
+
+
+def _is_cut(value: Tensor) -> bool:
+    """Whether a graph holds a function marked ``once_differentiable``: torch would leave out what lies behind it."""
+    waiting, seen = [value.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if "Error" in node.name():
+            return True
+        seen.add(node)
+        waiting += [following for following, _ in node.next_functions]
+    return False
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def noise_scale(gradient: Callable[[int], Tensor], n_batches: int, batch_size: i
     """
     if n_batches < 3:
         raise UserError(f"A noise scale with its error needs gradients of 3 batches or more, not {n_batches}.")
-    total = gradient(0).double()
+    total = gradient(0).double().clone()  # what was given stays
     for place in range(1, n_batches):
         total += gradient(place)
     along, squares = np.zeros(n_batches), np.zeros(n_batches)
