@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from unbraid.arguments import Add, Parser
+from unbraid.lab.landscape_command import add_landscape
 from unbraid.lab.lr_range_command import add_lr_range
+from unbraid.lab.sharpness_command import add_sharpness
 from unbraid.lab.trajectory_command import add_trajectory
 
 
@@ -26,6 +28,8 @@ def add_lab(commands: Any) -> None:
     _add_gradient_descent(add)
     add_lr_range(add)
     add_trajectory(add)
+    add_landscape(add)
+    add_sharpness(add)
 
 
 def gradient_descent(args: argparse.Namespace) -> int:

@@ -157,7 +157,7 @@ def newest_checkpoint(run: RunDirectory) -> tuple[Checkpoint | None, list[str]]:
     """
     _give_back_replaced(run)
     passed_over = [f"{path} is a partial checkpoint, left by a run that was killed." for path in _partial(run)]
-    for path in reversed(_complete(run)):
+    for path in reversed(whole_checkpoints(run)):
         try:
             return read_checkpoint(path), passed_over
         except CheckpointError as error:
@@ -182,7 +182,7 @@ def tidy(run: RunDirectory, taken: Checkpoint | None) -> None:
     """
     for path in (*_partial(run), *run.incidents.glob(".step-*.tmp")):
         shutil.rmtree(path, ignore_errors=True)
-    for path in _complete(run):
+    for path in whole_checkpoints(run):
         if taken is not None and _step_of(path) > _step_of(taken.path):
             path.rename(path.with_name(f"{path.name}.damaged"))
 
@@ -199,7 +199,8 @@ def first_nan(model: Mapping[str, Tensor]) -> str | None:
     return next((name for name, tensor in model.items() if bool(tensor.isnan().any())), None)
 
 
-def _complete(run: RunDirectory) -> list[Path]:
+def whole_checkpoints(run: RunDirectory) -> list[Path]:
+    """The checkpoint folders of a run, the oldest first; none is read, nor verified."""
     found = [path for path in run.checkpoints.glob("step-*") if path.is_dir() and path.name[5:].isdigit()]
     return sorted(found, key=_step_of)
 
@@ -215,7 +216,7 @@ def _partial(run: RunDirectory) -> Iterator[Path]:
 def _remove_old(run: RunDirectory, keep: int) -> None:
     best = run.checkpoints / "best"
     kept = {best.read_text(encoding="utf-8").strip()} if best.exists() else set()
-    for path in _complete(run)[: -max(1, keep)]:
+    for path in whole_checkpoints(run)[: -max(1, keep)]:
         if path.name not in kept:
             shutil.rmtree(path, ignore_errors=True)
 

@@ -1,0 +1,47 @@
+"""`unbraid lab landscape`."""
+
+import argparse
+from pathlib import Path
+
+from unbraid.arguments import EXIT_STOPPED, Add, add_set, add_trust, positive
+
+
+def landscape(args: argparse.Namespace) -> int:
+    """The loss around a trained separator, on the way to another, or in the plane of a run's path."""
+    from unbraid.plots import check_matplotlib
+
+    check_matplotlib()
+    from unbraid.lab.landscape_report import look, tell, view_of
+    from unbraid.lab.subject import of_checkpoint
+    from unbraid.screen import progress_bar
+
+    subject = of_checkpoint(args.checkpoint, overrides=args.set, trust=args.trust)
+    view = view_of(subject, args)
+    with progress_bar("taking the loss", len(view.chart.coefficients)) as advance:
+        found, plates = look(subject, view, args.out, n_items=args.items, split=args.split, progress=advance)
+    for line in tell(found, plates, args.out, args.items):
+        print(line)
+    return EXIT_STOPPED + found.signal if found.signal else 0
+
+
+def add_landscape(add: Add) -> None:
+    """Add ``lab landscape``."""
+    command = add("landscape", landscape)
+    command.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="checkpoint folder, or run directory")
+    where = command.add_mutually_exclusive_group()
+    to_help = "on the straight line to another checkpoint of the same model, and how high the barrier between them is"
+    where.add_argument("--to", type=Path, metavar="OTHER", help=to_help)
+    plane_help = "in the plane that the checkpoints of the run directory CHECKPOINT lie closest to, with their path"
+    where.add_argument("--plane", action="store_true", help=plane_help)
+    points_help = "along each axis, odd where the model is in the middle (%(default)s)"
+    command.add_argument("--points", type=int, default=21, metavar="N", help=points_help)
+    span_help = "how far to go: in lengths of the filters (1), or as a share beyond the way or path (0.25)"
+    command.add_argument("--span", type=positive(float), metavar="S", help=span_help)
+    items_help = "mixtures that the loss is the mean of (%(default)s)"
+    command.add_argument("--items", type=positive(int), default=16, metavar="N", help=items_help)
+    command.add_argument("--split", choices=("train", "valid"), default="train", help="their talkers (%(default)s)")
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="of the directions (%(default)s)")
+    out_help = "folder for all of it (%(default)s)"
+    command.add_argument("-o", "--out", type=Path, default=Path("landscape"), metavar="DIR", help=out_help)
+    add_set(command, "data.path=FOLDER, where the recordings lie elsewhere")
+    add_trust(command)

@@ -1,0 +1,200 @@
+"""The landscape of a subject from start to end: points, losses, figures, and their numbers as JSON in a folder."""
+
+import json
+import math
+import tempfile
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from unbraid.errors import CheckpointError, UserError
+from unbraid.files import replacing, write_atomically
+from unbraid.lab.chapter import figure_of
+from unbraid.lab.directions import Floats, digest_of
+from unbraid.lab.landscape import Chart, Measure, around, between, measured, of_path
+from unbraid.lab.plates import Plate
+from unbraid.lab.relief import plate_between, plates_around, plates_of_path
+from unbraid.lab.subject import Subject, mean_loss, model_of
+from unbraid.lab.survey import Surveyed, kept_name, survey
+from unbraid.records import RunDirectory
+from unbraid.robust.precision import Precision
+from unbraid.train.checkpoint import find_checkpoint, read_checkpoint, whole_checkpoints
+
+
+@dataclass(frozen=True)
+class View:
+    """What to take the loss at, and how to show it.
+
+    Attributes:
+        chart: The points.
+        plates: Makes the plates of its losses.
+        arrays: What the axes are, for the JSON.
+    """
+
+    chart: Chart
+    plates: Callable[[Floats], list[Plate]]
+    arrays: dict[str, Any] = field(default_factory=dict)
+
+
+def view_of(subject: Subject, args: Namespace) -> View:
+    """What the words of a command line ask for: ``to``, ``plane``, ``span``, ``points``, ``seed``, ``checkpoint``."""
+    if args.to is not None:
+        return view_between(subject, args.to, beyond=args.span or 0.25, n_points=args.points)
+    if args.plane:
+        return view_path(subject, args.checkpoint, margin=args.span or 0.25, n_points=args.points)
+    return view_around(subject, span=args.span or 1.0, n_points=args.points, seed=args.seed)
+
+
+def tell(found: Surveyed, plates: list[Plate], out: Path, n_items: int) -> Iterator[str]:
+    """What to say of it, line by line."""
+    if found.n_new:
+        yield (
+            f"{found.n_new} points in {found.seconds:.1f} s, {found.points_per_second:.2f} a second with {n_items} "
+            "mixtures each."
+        )
+    if found.n_done > found.n_new:
+        yield f"{found.n_done - found.n_new} points were there already, in {out}."
+    if found.signal:
+        yield f"Stopped after {found.n_done} of {len(found.losses)} points, kept in {out}. To go on: the same command."
+        return
+    captions = dict.fromkeys(plate.caption for plate in plates)
+    yield from (told for told in captions if not any(other.startswith(told) for other in captions if other != told))
+    yield f"Figures and numbers are in {out}: {', '.join(f'{plate.name}.png' for plate in plates)}."
+
+
+def view_around(subject: Subject, *, span: float = 1.0, n_points: int = 21, seed: int = 0) -> View:
+    """Random directions around a subject; as `around`."""
+    found = around(subject.weights, parameters_of(subject), span=span, n_points=n_points, seed=seed)
+    unit = unit_of(subject)
+    arrays = {"offsets": found.offsets.tolist(), "order": "lines of each direction, then the grid row by row"}
+    return View(found.chart, lambda losses: plates_around(found, losses, name=subject.name, unit=unit), arrays)
+
+
+def view_between(subject: Subject, other: Path, *, beyond: float = 0.25, n_points: int = 21) -> View:
+    """The line from a subject to another checkpoint of the same model; as `between`.
+
+    Raises:
+        CheckpointError: If the other is none, or another model's.
+    """
+    checkpoint = read_checkpoint(find_checkpoint(other))
+    weights = model_of(checkpoint, subject.recipe, trust=subject.trusted).state_dict()
+    found = between(subject.weights, weights, beyond=beyond, n_points=n_points)
+    names = _two_names(subject, checkpoint.path)
+    arrays = {"at": found.at.tolist(), "order": "along the line"}
+    return View(found.chart, lambda losses: [plate_between(found, losses, names=names, unit=unit_of(subject))], arrays)
+
+
+def _two_names(subject: Subject, other: Path) -> tuple[str, str]:
+    """Names that tell two checkpoints apart."""
+    if other.name != subject.name:
+        return subject.name, other.name
+    return f"the first {subject.name}", f"the other {other.name}"
+
+
+def view_path(subject: Subject, run: Path, *, margin: float = 0.25, n_points: int = 21) -> View:
+    """The plane of the checkpoints of a run directory; as `of_path`.
+
+    Raises:
+        CheckpointError: If it holds fewer than three checkpoints, or is no run directory.
+    """
+    paths = whole_checkpoints(RunDirectory(run))
+    if len(paths) < 3:
+        raise CheckpointError(
+            f"{run} keeps {len(paths)} of the 3 or more checkpoints that a plane needs: give a run directory, trained "
+            "with --set save.keep=20 (or another number), and save.every_steps small enough to write so many."
+        )
+    states = {}
+    for path in paths:
+        checkpoint = read_checkpoint(path)
+        states[int(checkpoint.state["progress"]["step"])] = checkpoint.state["model"]
+    found = of_path(states, parameters_of(subject), margin=margin, n_points=n_points)
+    arrays = {
+        "steps": list(found.steps),
+        "path": found.plane.path.tolist(),
+        "x": found.x.tolist(),
+        "y": found.y.tolist(),
+    }
+    arrays |= {"shares": found.plane.shares.tolist(), "distances": found.plane.distances.tolist()}
+    arrays["order"] = "the checkpoints themselves, then the grid row by row"
+    name = run.resolve().name
+    return View(found.chart, lambda losses: plates_of_path(found, losses, name=name, unit=unit_of(subject)), arrays)
+
+
+def parameters_of(subject: Subject) -> list[str]:
+    """Names of the model's parameters."""
+    return [name for name, _ in subject.model().named_parameters()]
+
+
+def unit_of(subject: Subject) -> str:
+    """What to write at an axis of losses."""
+    return "loss (dB)" if subject.loss().in_db else "loss"
+
+
+def loss_of(subject: Subject, n_items: int, split: Literal["train", "valid"] = "train") -> tuple[Measure, str]:
+    """The mean loss over the first mixtures of a split, in float32, and a digest of the mixtures."""
+    some, loss, precision = subject.fixed(n_items, split=split), subject.loss(), Precision("fp32")
+    digest = digest_of([{"mixture": batch.mixture, "sources": batch.sources} for batch in some])
+    return measured(subject.model(), lambda model: mean_loss(model, loss, precision, some)), digest
+
+
+def look(
+    subject: Subject,
+    view: View,
+    out: Path,
+    *,
+    n_items: int = 16,
+    split: Literal["train", "valid"] = "train",
+    progress: Callable[[float, str], None] = lambda done, text: None,
+) -> tuple[Surveyed, list[Plate]]:
+    """Take the losses of a view, draw them into a folder, and write their numbers beside; no plates if it is stopped.
+
+    Args:
+        subject: Whose model, loss and mixtures.
+        view: What to look at.
+        out: A folder, made where it is missing; the losses so far are kept there.
+        n_items: How many mixtures.
+        split: Of which talkers.
+        progress: Is told how many points are done, and how fast it goes.
+
+    Raises:
+        UserError: If what is kept in the folder cannot be gone on with, or no loss at all is finite.
+        OSError: If the folder cannot be written to.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=out).close()  # before the work, not after it
+    measure, mixtures = loss_of(subject, n_items, split)
+    made_by = {"model": asdict(subject.recipe.model), "loss": asdict(subject.recipe.loss), "torch": torch.__version__}
+    key = json.loads(json.dumps({"mixtures": mixtures, **view.chart.made_from, **made_by}, default=str))
+    kept = out / kept_name(key)
+    found = survey(view.chart, measure, kept, key, progress)
+    if found.signal:
+        return found, []
+    if not np.isfinite(found.losses).any():
+        raise UserError(f"At none of the {len(found.losses)} points is the loss finite: there is nothing to draw.")
+    plates = view.plates(found.losses)
+    for plate in plates:
+        with replacing(out / f"{plate.name}.png") as path:
+            figure_of(plate).savefig(path, dpi=140, format="png")
+    told = {"subject": subject.name, "step": subject.step, "items": n_items, "split": split, **view.arrays}
+    told["losses"] = _as_json(found.losses)
+    told["plates"] = [
+        {
+            "name": p.name,
+            "title": p.title,
+            "caption": p.caption,
+            "numbers": dict(zip(p.numbers, _as_json(p.numbers.values()), strict=True)),
+        }
+        for p in plates
+    ]
+    write_atomically(out / f"{plates[0].name.split('-')[0]}.json", json.dumps(told, indent=1, allow_nan=False) + "\n")
+    return found, plates
+
+
+def _as_json(values: Iterable[float]) -> list[float | None]:
+    """JSON knows no infinity and no NaN: those are null."""
+    return [float(value) if math.isfinite(value) else None for value in values]

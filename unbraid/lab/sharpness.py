@@ -1,0 +1,174 @@
+"""How sharp and how noisy the loss of a subject is: the Hessian's ends, the noise scale, and what they mean."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from unbraid.data.batch import Batch
+from unbraid.draws import generator
+from unbraid.lab.curvature import WAYS, Extremes, Loss, best_way, extremes, gradient, hessian_product
+from unbraid.lab.noise import NoiseScale, noise_scale
+from unbraid.lab.subject import Subject, mean_loss
+from unbraid.robust.precision import Precision
+from unbraid.train.stop import stop_on_signals
+
+MAX_BATCHES = 64
+_ROOM_BYTES = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class Sharpness:
+    """What was found at a subject's weights.
+
+    Attributes:
+        extremes: Of the Hessian of the mean loss.
+        noise: The gradient noise scale; None where a signal came first.
+        way: How products with the Hessian were taken, one of `WAYS`.
+        n_items: Over how many mixtures.
+        lr: What the recipe's training begins with; None where it names none.
+        optimizer: Its name.
+        signal: What stopped it; 0 for nothing.
+    """
+
+    extremes: Extremes
+    noise: NoiseScale | None
+    way: str
+    n_items: int
+    lr: float | None
+    optimizer: str
+    signal: int = 0
+
+    def as_json(self) -> dict[str, Any]:
+        """All numbers; those that are not finite are null."""
+        ends = {k: v for k, v in asdict(self.extremes).items() if k != "vector"}
+        ends |= {"converged": self.extremes.converged, "lowest_converged": self.extremes.lowest_converged}
+        told: dict[str, Any] = {"hessian": ends, "noise_scale": self.noise and asdict(self.noise), "way": self.way}
+        told |= {"items": self.n_items, "lr": self.lr, "optimizer": self.optimizer}
+        return {name: _finite(part) for name, part in told.items()}
+
+
+def _finite(part: Any) -> Any:
+    if isinstance(part, dict):
+        return {name: _finite(value) for name, value in part.items()}
+    return None if isinstance(part, float) and not math.isfinite(part) else part
+
+
+def sharpness_of(
+    subject: Subject,
+    *,
+    n_items: int = 32,
+    n_products: int = 200,
+    tolerance: float = 1e-3,
+    split: Literal["train", "valid"] = "train",
+    seed: int = 0,
+    progress: Callable[[float, str], None] = lambda done, text: None,
+) -> Sharpness:
+    """The ends of the Hessian's spectrum and the gradient noise scale, in float32 and eval mode, on a copy.
+
+    Ctrl-C or SIGTERM ends it after the product at hand, with what there is.
+
+    Args:
+        subject: Whose model, loss and mixtures.
+        n_items: How many mixtures, 3 or more.
+        n_products: With the Hessian, at most.
+        tolerance: Residual to end at.
+        split: Of which talkers.
+        seed: Of the vector to start from.
+        progress: Is told products or gradients so far, and the eigenvalue.
+
+    Raises:
+        UserError: If there are too few mixtures, or gradient or Hessian are not finite.
+    """
+    model, size = subject.model(), max(1, n_items // MAX_BATCHES)
+    small = subject.fixed(n_items - n_items % size, split=split, batch_size=size)
+    some = subject.fixed(n_items, split=split)
+    losses = [_loss_of(subject, batch) for batch in some]
+    weights = [len(batch.mixture) / n_items for batch in some]
+    n_weights = sum(parameter.numel() for parameter in model.parameters())
+    drawn = generator(seed, "sharpness").standard_normal(n_weights)
+    first = next(model.parameters())
+    with stop_on_signals() as stop:
+        way = best_way(model, losses[0])
+
+        def heard(found: Extremes) -> bool:
+            progress(found.n_products, f"eigenvalue {found.highest:.4g}, residual {found.residual:.1e}")
+            return not stop.signal
+
+        ends = extremes(
+            hessian_product(model, losses, weights, way=way),
+            torch.from_numpy(drawn).to(first),
+            n_products=n_products,
+            tolerance=tolerance,
+            n_kept=min(24, max(8, _ROOM_BYTES // (8 * n_weights))),
+            heard=heard,
+        )
+        noise = None if stop.signal else _noise(subject, model, small, size, way)
+    lr = subject.recipe.optim.options.get("lr")
+    return Sharpness(
+        ends, noise, way, n_items, lr if lr is None else float(lr), subject.recipe.optim.name, int(stop.signal)
+    )
+
+
+def _loss_of(subject: Subject, batch: Batch) -> Loss:
+    loss, precision = subject.loss(), Precision("fp32")
+    return lambda model: mean_loss(model, loss, precision, [batch])
+
+
+def _noise(subject: Subject, model: nn.Module, batches: list[Batch], size: int, way: str) -> NoiseScale:
+    losses = [_loss_of(subject, batch) for batch in batches]
+    of_one = partial(gradient, model, weights=[1.0], way=way)
+    return noise_scale(lambda place: of_one(losses=[losses[place]]), len(batches), size)
+
+
+def tell(found: Sharpness) -> Iterator[str]:
+    """What was found, and what it means, sentence by sentence."""
+    ends = found.extremes
+    if found.signal:
+        yield "Stopped: this is what there was, and it cannot be gone on with; the same command begins anew."
+    settled = "converged" if ends.converged else "NOT converged, so more --iterations are needed"
+    yield (
+        f"Largest eigenvalue of the Hessian: {ends.highest:.4g}, residual |Hv - lambda v|/|lambda| = "
+        f"{ends.residual:.1e} after {ends.n_products} products ({found.way}): {settled}."
+    )
+    if found.way == WAYS[2]:
+        yield "Parts of the model have no second derivative, so gradients were subtracted, which is less exact."
+    if ends.converged and ends.highest > 0:
+        yield _about_lr(found)
+    doubt = "" if ends.lowest_converged else f" (not converged, residual {ends.lowest_residual:.1e})"
+    bends = ": the loss bends downwards along some direction, so this is no minimum" if ends.lowest < 0 else ""
+    yield f"Smallest eigenvalue: {ends.lowest:.4g}{doubt}{bends}."
+    if found.noise is not None:
+        yield _about_noise(found.noise)
+
+
+def _about_lr(found: Sharpness) -> str:
+    limit = 2 / found.extremes.highest
+    told = (
+        "Plain gradient descent on this loss swings ever wider along that direction at learning rates above 2/lambda = "
+        f"{limit:.3g}."
+    )
+    if found.lr is None:
+        return told
+    if found.optimizer == "sgd":
+        side = "above" if found.lr > limit else "below"
+        return f"{told} The recipe's sgd begins at {found.lr:g}, {side} that; momentum moves the limit."
+    return f"{told} The recipe's {found.optimizer}, at {found.lr:g}, scales each weight's step and has another limit."
+
+
+def _about_noise(noise: NoiseScale) -> str:
+    made = f"{noise.n_batches} gradients of {noise.batch_size} example{'s' if noise.batch_size > 1 else ''}"
+    if not noise.told_apart:
+        return (
+            f"Gradient noise scale: it cannot be told. From {made} the true gradient's squared length comes to "
+            f"{noise.signal:.3g} +- {noise.signal_error:.2g}, which may be 0; more --items are needed."
+        )
+    return (
+        f"Gradient noise scale tr(Sigma)/|G|^2: {noise.scale:.3g} +- {noise.scale_error:.2g} examples (one standard "
+        f"error; from {made}): with far fewer than that in a step, twice as many make nearly twice the way; with far "
+        "more, hardly more."
+    )
