@@ -54,27 +54,30 @@ def test_it_is_the_same_again_and_the_subject_stays(recipe_file):
     assert all(torch.equal(before[name], weight) for name, weight in subject.weights.items())
 
 
-def test_ctrl_c_tells_what_there_was_and_ends_with_130(run, monkeypatch, capsys):
-    original = sharpness.hessian_product
+@pytest.mark.parametrize("during", ["hessian_product", "gradient"])
+def test_ctrl_c_tells_what_there_was_and_ends_with_130(run, monkeypatch, capsys, during):
+    original, asked = getattr(sharpness, during), []
 
     def struck(*given, **named):
-        product = original(*given, **named)
-        return lambda vector: os.kill(os.getpid(), signal.SIGINT) or product(vector)
+        asked.append(os.kill(os.getpid(), signal.SIGINT))
+        return original(*given, **named)
 
-    monkeypatch.setattr(sharpness, "hessian_product", struck)
+    monkeypatch.setattr(sharpness, during, struck)
     capsys.readouterr()
 
-    assert cli.main(["lab", "sharpness", str(run), "--items", "3"]) == 130
+    assert cli.main(["lab", "sharpness", str(run), "--items", "3", "--iterations", "2"]) == 130
 
     told = capsys.readouterr().out
+    assert len(asked) == 1
     assert "Stopped" in told
-    assert "after 1 products" in told
+    assert f"after {1 if during == 'hessian_product' else 2} products" in told
     assert "NOT converged" in told
+    assert "noise scale" not in told
 
 
 def test_bad_words_end_in_one_sentence(run, capsys):
     capsys.readouterr()
-    for words, told in (["--items", "2"], "3 batches or more, not 2"), (["--set", "model.hidden=8"], "another model"):
+    for words, told in (["--items", "2"], "give 3 or more"), (["--set", "model.hidden=8"], "another model"):
         assert cli.main(["lab", "sharpness", str(run), "--iterations", "2", *words]) == 2
 
         said = capsys.readouterr().err

@@ -7,15 +7,16 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from unbraid.data.batch import Batch
 from unbraid.draws import generator
+from unbraid.errors import UserError
 from unbraid.lab.curvature import WAYS, Extremes, Loss, best_way, extremes, gradient, hessian_product
 from unbraid.lab.noise import NoiseScale, noise_scale
 from unbraid.lab.subject import Subject, mean_loss
 from unbraid.robust.precision import Precision
-from unbraid.train.stop import stop_on_signals
+from unbraid.train.stop import StopRequest, stop_on_signals
 
 MAX_BATCHES = 64
 _ROOM_BYTES = 1_000_000_000
@@ -84,8 +85,9 @@ def sharpness_of(
     Raises:
         UserError: If there are too few mixtures, or gradient or Hessian are not finite.
     """
-    model, size = subject.model(), max(1, n_items // MAX_BATCHES)
-    small = subject.fixed(n_items - n_items % size, split=split, batch_size=size)
+    if n_items < 3:
+        raise UserError(f"{n_items} mixtures are too few to tell gradients from noise; give 3 or more.")
+    model = subject.model()
     some = subject.fixed(n_items, split=split)
     losses = [_loss_of(subject, batch) for batch in some]
     weights = [len(batch.mixture) / n_items for batch in some]
@@ -107,22 +109,47 @@ def sharpness_of(
             n_kept=min(24, max(8, _ROOM_BYTES // (8 * n_weights))),
             heard=heard,
         )
-        noise = None if stop.signal else _noise(subject, model, small, size, way)
+        noise = _noise(subject, n_items, split, partial(gradient, model, weights=[1.0], way=way), stop, progress)
     lr = subject.recipe.optim.options.get("lr")
     return Sharpness(
         ends, noise, way, n_items, lr if lr is None else float(lr), subject.recipe.optim.name, int(stop.signal)
     )
 
 
+class _Stopped(Exception):
+    """A signal came while gradients were taken."""
+
+
+def _noise(
+    subject: Subject,
+    n_items: int,
+    split: Literal["train", "valid"],
+    gradient_of: Callable[..., Tensor],
+    stop: StopRequest,
+    progress: Callable[[float, str], None],
+) -> NoiseScale | None:
+    """The noise scale from batches as small as makes at most `MAX_BATCHES` of them; None where a signal comes first."""
+    size = -(-n_items // MAX_BATCHES)
+    batches = subject.fixed(n_items - n_items % size, split=split, batch_size=size)
+    n_asked = 0
+
+    def of_one(place: int) -> Tensor:
+        nonlocal n_asked
+        if stop.signal:
+            raise _Stopped
+        n_asked += 1
+        progress(0, f"gradient {n_asked} of {2 * len(batches)}")
+        return gradient_of(losses=[_loss_of(subject, batches[place])])
+
+    try:
+        return noise_scale(of_one, len(batches), size)
+    except _Stopped:
+        return None
+
+
 def _loss_of(subject: Subject, batch: Batch) -> Loss:
     loss, precision = subject.loss(), Precision("fp32")
     return lambda model: mean_loss(model, loss, precision, [batch])
-
-
-def _noise(subject: Subject, model: nn.Module, batches: list[Batch], size: int, way: str) -> NoiseScale:
-    losses = [_loss_of(subject, batch) for batch in batches]
-    of_one = partial(gradient, model, weights=[1.0], way=way)
-    return noise_scale(lambda place: of_one(losses=[losses[place]]), len(batches), size)
 
 
 def tell(found: Sharpness) -> Iterator[str]:
