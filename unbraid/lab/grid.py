@@ -20,7 +20,7 @@ from unbraid.assemble import build_model, build_state, train
 from unbraid.errors import CheckpointError, RecipeError, TrainingStopped, UserError
 from unbraid.files import write_atomically
 from unbraid.recipe import Recipe, differences, load_recipe, recipe_table
-from unbraid.records import RunDirectory, StepRecord, read_steps, read_validation
+from unbraid.records import Event, RunDirectory, StepRecord, read_steps, read_validation
 from unbraid.schema import assignment
 from unbraid.screen import Ticker
 from unbraid.train.stop import StopRequest
@@ -135,9 +135,7 @@ def _axis(text: str) -> tuple[str, list[str]]:
     return key, values
 
 
-def cells_of(
-    recipe: Path, arms: Sequence[Arm], *, seeds: int, out: Path, overrides: Sequence[str] = ()
-) -> list[Cell]:
+def cells_of(recipe: Path, arms: Sequence[Arm], *, seeds: int, out: Path, overrides: Sequence[str] = ()) -> list[Cell]:
     """The runs of a grid, all arms of one seed before the next seed, each checked before any of them begins.
 
     Args:
@@ -186,7 +184,9 @@ def _refuse_another(cell: Cell) -> None:
     changed = differences(before, recipe_table(cell.recipe))
     told = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in changed.items())
     if told:
-        raise CheckpointError(f"{cell.run.path} was begun by another recipe: {told}. Take that back, or name another -o.")
+        raise CheckpointError(
+            f"{cell.run.path} was begun by another recipe: {told}. Take that back, or name another -o."
+        )
 
 
 def run_cells(
@@ -232,7 +232,7 @@ def run_cell(cell: Cell, *, stop: StopRequest, progress: Callable[[float, str], 
     reason = ""
     try:
         for record in train(cell.recipe, cell.run, resume=cell.run.recipe.exists(), stop=stop):
-            if not hasattr(record, "elapsed_seconds"):
+            if isinstance(record, Event):
                 continue
             ticker.add(record)
             by_time = record.elapsed_seconds / (60 * budget.max_minutes) if budget.max_minutes else 0.0
@@ -277,7 +277,7 @@ def outcome_of(cell: Cell, ended: Ended) -> Outcome:
         si_sdri=validations[-1].si_sdri if validations and ended.how == "finished" else None,
         left_out=len(steps) - len(trained),
         clipped=sum(record.clipped for record in trained) / max(1, len(trained)),
-        seconds=max([0.0, *(r.elapsed_seconds for r in (*steps[-1:], *validations[-1:]))]),
+        seconds=max([0.0, *(r.elapsed_seconds for r in steps[-1:]), *(v.elapsed_seconds for v in validations[-1:])]),
     )
 
 

@@ -1,0 +1,75 @@
+"""The figure of a race: loss and SI-SDRi of each arm over the steps, with a band over its seeds."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from unbraid.curves import running_mean
+from unbraid.lab.grid import Cell, Ended
+from unbraid.records import read_steps, read_validation
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Floats = npt.NDArray[np.float64]
+Curves = Mapping[str, Sequence[tuple[Floats, Floats]]]
+"""By arm: for each seed steps and values."""
+
+
+def curves_of(cells: Sequence[tuple[Cell, Ended]]) -> tuple[Curves, Curves]:
+    """Training loss of the steps that were trained, and SI-SDRi of the validations."""
+    losses: dict[str, list[tuple[Floats, Floats]]] = {}
+    scores: dict[str, list[tuple[Floats, Floats]]] = {}
+    for cell, _ in cells:
+        trained = [(r.step, r.loss) for r in read_steps(cell.run.steps) if r.trained and r.loss is not None]
+        validated = [(r.step, r.si_sdri) for r in read_validation(cell.run.validation) if r.si_sdri is not None]
+        for found, rows in ((losses, trained), (scores, validated)):
+            table = np.array(rows, np.float64).reshape(-1, 2)
+            found.setdefault(cell.arm.name, []).append((table[:, 0], table[:, 1]))
+    return losses, scores
+
+
+def draw_race(losses: Curves, scores: Curves, figure: "Figure") -> None:
+    """Losses, smoothed over a fiftieth of the run, on the left; SI-SDRi on the right; a band from lowest to highest."""
+    from matplotlib import colormaps
+
+    left, right = figure.subplots(1, 2)
+    palette = colormaps["tab10"] if len(losses) <= 10 else colormaps["turbo"]
+    for place, arm in enumerate(losses):
+        color = palette(place) if len(losses) <= 10 else palette(place / (len(losses) - 1))
+        smoothed = [(at, running_mean(values, max(1, len(values) // 50))) for at, values in losses[arm] if len(at)]
+        _band(left, smoothed, color, arm, "")
+        _band(right, [one for one in scores[arm] if len(one[0])], color, None, "o")
+    finite = [values for of_arm in losses.values() for _, values in of_arm if len(values)]
+    if finite:
+        low, high = np.percentile(np.concatenate(finite), [0.2, 99])
+        left.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    left.set(xlabel="step", title="training loss")
+    right.set(xlabel="step", ylabel="dB", title="valid SI-SDRi")
+    right.axhline(0, color="black", linewidth=0.6)
+    longest = max(map(len, losses))
+    figure.legend(
+        loc="outside lower center", ncols=max(1, min(4, 110 // (longest + 6))), frameon=False, fontsize="small"
+    )
+
+
+def _band(axes: "Axes", curves: Sequence[tuple[Floats, Floats]], color: object, label: str | None, mark: str) -> None:
+    """The mean over seeds, from lowest to highest around it; where one ended early its last steps are drawn alone."""
+    if not curves:
+        axes.plot([], [], color=color, label=label)
+        return
+    steps = sorted({int(step) for at, _ in curves for step in at})
+    values = np.full((len(curves), len(steps)), np.nan)
+    place = {step: column for column, step in enumerate(steps)}
+    for row, (at, found) in enumerate(curves):
+        values[row, [place[int(step)] for step in at]] = found
+    known = np.isfinite(values).sum(0)
+    mean = np.nansum(values, 0) / np.maximum(known, 1)
+    filled = [np.where(np.isfinite(values), values, other).T for other in (np.inf, -np.inf)]
+    low, high = filled[0].min(1), filled[1].max(1)
+    axes.plot(steps, mean, color=color, linewidth=1.3, label=label, marker=mark, markersize=3)
+    if len(curves) > 1:
+        axes.fill_between(steps, low, high, color=color, alpha=0.18, linewidth=0)

@@ -1,0 +1,225 @@
+"""What `unbraid lab race` and `unbraid lab clipping` do from start to end, and what they print and write."""
+
+import argparse
+import json
+import re
+import shlex
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+
+from unbraid.arguments import EXIT_STOPPED, find_recipe
+from unbraid.errors import RecipeError, UserError
+from unbraid.files import replacing, write_atomically
+from unbraid.lab.clipping import (
+    CONTESTS,
+    PERCENTILES,
+    clipping_cells,
+    clipping_json,
+    clipping_markdown,
+    cuts_of,
+    reading,
+    score,
+)
+from unbraid.lab.grid import Cell, Ended, Interrupted, outcome_of, overrides_for_steps, run_cells
+from unbraid.lab.race import entries_of, race_cells, race_json, race_table, who_is_ahead
+from unbraid.lab.race_figure import curves_of, draw_race
+from unbraid.plots import check_matplotlib
+from unbraid.screen import Advance, program, progress_bar
+from unbraid.train.stop import StopRequest, stop_on_signals
+
+Run = Callable[[argparse.Namespace, StopRequest], list[str]]
+
+TABLE_BEGINS, TABLE_ENDS = "<!-- table: unbraid lab clipping -->", "<!-- end of table -->"
+"""Between these a file given as ``--markdown`` gets the table; one without them is the table alone."""
+
+
+def run_to_end(args: argparse.Namespace, run: Run) -> int:
+    """Run a grid; where a signal stops it, say how to go on.
+
+    Returns:
+        The exit status: 0, or 128 and the signal.
+    """
+    try:
+        with stop_on_signals() as stop:
+            told = run(args, stop)
+    except Interrupted as interrupted:
+        words = shlex.join(args.words)
+        _say(f"Stopped by signal {interrupted.number}; the same command goes on: {program()} {words}")
+        return EXIT_STOPPED + interrupted.number
+    for line in told:
+        _say(line)
+    return 0
+
+
+def _say(line: str) -> None:
+    Console(soft_wrap=True).print(line, markup=False, highlight=False)
+
+
+def run_race(args: argparse.Namespace, stop: StopRequest) -> list[str]:
+    """Train every arm with every seed, print the table, draw the figure, say who is ahead.
+
+    Raises:
+        Interrupted: If a signal came.
+        UserError: If something given cannot be used.
+    """
+    check_matplotlib()
+    _check_out(args.json)
+    overrides = [*args.set, *overrides_for_steps(args.steps)]
+    cells, notes = race_cells(find_recipe(args.recipe), args.over, seeds=args.seeds, out=args.out, overrides=overrides)
+    if notes:
+        _say(notes)
+    ended = _trained(cells, stop)
+    outcomes = [outcome_of(cell, how) for cell, how in ended]
+    entries = entries_of(outcomes)
+    Console().print(race_table(entries, args.seeds))
+    if args.json:
+        write_atomically(args.json, json.dumps(race_json(entries, outcomes, notes=notes), indent=1) + "\n")
+    picture = args.out / "race.png"
+    _draw(ended, picture)
+    return [who_is_ahead(outcomes), f"Curves: {picture}", *([notes] if notes else []), side_by_side(args.out)]
+
+
+def _trained(cells: list[Cell], stop: StopRequest) -> list[tuple[Cell, Ended]]:
+    with progress_bar("training", 1.0) as advance:
+        return list(run_cells(cells, stop=stop, progress=advance))
+
+
+def _draw(ended: list[tuple[Cell, Ended]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.6, 4.4), layout="constrained")
+    draw_race(*curves_of(ended), figure)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=140, format="png")
+
+
+def side_by_side(out: Path) -> str:
+    """The command that shows the runs beside each other."""
+    return f"All runs side by side: {program()} dashboard {shlex.quote(str(out))}"
+
+
+def run_clipping(args: argparse.Namespace, stop: StopRequest) -> list[str]:
+    """Train and score every percentile of every loss with every seed; print and write the table.
+
+    Raises:
+        Interrupted: If a signal came.
+        UserError: If something given cannot be used.
+    """
+    _check_out(args.json)
+    _check_out(args.markdown)
+    losses = args.losses or list(CONTESTS)
+    cells = clipping_cells(
+        find_recipe(args.recipe),
+        percentiles=PERCENTILES if args.percentiles is None else args.percentiles,
+        losses=losses,
+        seeds=args.seeds,
+        steps=steps_of(args.steps, losses),
+        out=args.out,
+        overrides=args.set,
+    )
+    ended = _trained_and_tested(cells, stop, args.test_items)
+    cuts = cuts_of(ended, n_items=args.test_items)
+    date, command = datetime.now(UTC).date().isoformat(), _shown(args.words)
+    found = clipping_json(cuts, cells, n_items=args.test_items, date=date, machine=machine(), command=command)
+    table = clipping_markdown(found["rows"])
+    if args.json:
+        write_atomically(args.json, json.dumps(found, indent=1) + "\n")
+    if args.markdown:
+        write_table_into(args.markdown, table)
+    about = f"SI-SDRi in dB on {args.test_items} test mixtures: mean over {args.seeds} seeds ± half its 95 % interval."
+    few = "With two seeds Student's t makes it 12.7 standard errors wide." if args.seeds == 2 else ""
+    return [f"{about} {few}".strip(), "", table, *reading(found["rows"]), side_by_side(args.out)]
+
+
+def _trained_and_tested(cells: list[Cell], stop: StopRequest, n_items: int) -> list[tuple[Cell, Ended]]:
+    ended: list[tuple[Cell, Ended]] = []
+    with progress_bar("training", 1.0) as advance:
+        for cell, how in run_cells(cells, stop=stop, progress=advance):
+            if stop.signal:
+                raise Interrupted(stop.signal)
+            if how.how == "finished":
+                share = min(0.999, (len(ended) + 1) / len(cells))
+                score(cell, n_items=n_items, progress=partial(_beside, advance, share))
+            ended.append((cell, how))
+        advance(1.0, "")
+    return ended
+
+
+def _beside(advance: Advance, share: float, _: float, text: str) -> None:
+    """Say something beside a bar that stays where it is."""
+    advance(share, text)
+
+
+def steps_of(given: list[str], losses: list[str]) -> Mapping[str, int] | int | None:
+    """``--steps``: one number for all, or one for each loss by its name.
+
+    Raises:
+        RecipeError: If it is neither.
+    """
+    if not given:
+        return None
+    if len(given) == 1 and given[0].isdigit() and int(given[0]):
+        return int(given[0])
+    found = {}
+    for text in given:
+        name, _, number = text.partition("=")
+        if name not in losses or not number.isdigit() or not int(number) or name in found:
+            allowed = f"one number above 0, or one for each of {', '.join(losses)}, such as {losses[0]}=600"
+            raise RecipeError(f"--steps {' '.join(given)} must be {allowed}.")
+        found[name] = int(number)
+    return found
+
+
+def write_table_into(path: Path, table: str) -> None:
+    """Write the table between its marks in a Markdown file, or as a file of its own.
+
+    Raises:
+        UserError: If the file is there and has no such marks.
+    """
+    text = path.read_text(encoding="utf-8") if path.exists() else f"{TABLE_BEGINS}\n{TABLE_ENDS}\n"
+    before, begins, rest = text.partition(TABLE_BEGINS)
+    _, ends, after = rest.partition(TABLE_ENDS)
+    if not begins or not ends:
+        raise UserError(f"{path} has no lines {TABLE_BEGINS} and {TABLE_ENDS} to write the table between.")
+    write_atomically(path, f"{before}{TABLE_BEGINS}\n\n{table}\n{TABLE_ENDS}{after}")
+
+
+def table_in(text: str) -> str:
+    """The table that stands between its marks in a Markdown text."""
+    return text.partition(TABLE_BEGINS)[2].partition(TABLE_ENDS)[0].strip() + "\n"
+
+
+def _check_out(path: Path | None) -> None:
+    """Refuse a file that could not be written, before the work."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name the file to write.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _shown(words: list[str]) -> str:
+    """The command as others may run it: of paths the name alone."""
+    plain = [re.sub(r"(^|=)/\S*/([^/]+)$", r"\1\2", word) for word in words]
+    return f"unbraid {shlex.join(plain)}"
+
+
+def machine() -> str:
+    """The processor and how many threads."""
+    import platform
+
+    import torch
+
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    device = (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else f"{name}, {torch.get_num_threads()} thread(s)"
+    )
+    return f"{device}, torch {torch.__version__}"
