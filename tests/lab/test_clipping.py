@@ -1,0 +1,144 @@
+"""The table of clipping percentiles: its runs, its test scores, and what is said of few seeds."""
+
+import json
+
+import pytest
+
+from unbraid import cli
+from unbraid.errors import RecipeError, UserError
+from unbraid.lab.clipping import CONTESTS, PUBLISHED, clipping_cells, clipping_markdown, reading
+from unbraid.lab.grid import Arm, cells_of, run_cells
+from unbraid.lab.race_report import TABLE_BEGINS, TABLE_ENDS, steps_of, table_in, write_table_into
+from unbraid.records import read_steps
+from unbraid.train.stop import StopRequest
+
+SHORT = ["validate.every_steps=0", "save.every_steps=0", "data.batch_size=2"]
+
+
+def row(loss, percentile, si_sdri, fallen=()):
+    return {"loss": loss, "percentile": percentile, "si_sdri": si_sdri, "fallen": list(fallen)}
+
+
+def test_the_hundredth_percentile_is_no_clipping(recipe_file, tmp_path):
+    file, overrides = recipe_file(), ["model.hidden=8", "train.max_steps=5", *SHORT]
+    (cut,) = clipping_cells(
+        file, percentiles=[100], losses=["snr"], seeds=1, out=tmp_path / "a", overrides=[*overrides]
+    )
+    bare = [*overrides, 'model={name="blstm", hidden=8, n_layers=2}', 'loss={name="neg_snr"}']
+    (free,) = cells_of(file, [Arm("none", ("clip.name=none",))], seeds=1, out=tmp_path / "b", overrides=bare)
+    list(run_cells([cut, free], stop=StopRequest()))
+    ours, theirs = read_steps(cut.run.steps), read_steps(free.run.steps)
+
+    assert [r.loss for r in ours] == [r.loss for r in theirs]
+    assert not any(r.clipped for r in ours)
+    assert ours[-1].loss != ours[0].loss
+
+
+def test_each_loss_brings_its_model_and_nothing_of_the_recipes(recipe_file, tmp_path):
+    file = recipe_file('[[filter]]\nname = "threshold"\nthreshold_db = -30.0\n')
+    cells = clipping_cells(file, percentiles=[0, 50], seeds=1, out=tmp_path)
+
+    assert len(cells) == 2 * len(CONTESTS)
+    assert {cell.recipe.model.name for cell in cells} == {"chimera", "blstm", "conv_tasnet", "sepformer"}
+    assert not any(cell.recipe.filters for cell in cells)
+    assert [cell.recipe.clip.options["percentile"] for cell in cells[:2]] == [0, 50]
+    assert cells[0].recipe.optim.options["lr"] == 1e-3  # the recipe's
+
+
+@pytest.mark.slow
+def test_the_command_trains_scores_and_writes_a_table_and_does_nothing_twice(recipe_file, tmp_path, capsys):
+    out, numbers, page = tmp_path / "clipping", tmp_path / "clipping.json", tmp_path / "clipping.md"
+    words = ["lab", "clipping", str(recipe_file()), "--percentiles", "10", "100", "--losses", "deep_clustering", "snr"]
+    words += ["--steps", "2", "--seeds", "2", "--test-items", "2", "-o", str(out), "--json", str(numbers)]
+    words += ["--markdown", str(page), "--set", "model.hidden=8", *(w for s in SHORT for w in ("--set", s))]
+
+    assert cli.main(words) == 0
+    said, first = capsys.readouterr().out, json.loads(numbers.read_text())
+    stamps = {path: path.stat().st_mtime_ns for path in out.rglob("tested.json")}
+    assert cli.main(words) == 0
+
+    assert [(r["loss"], r["percentile"]) for r in first["rows"]] == [
+        ("deep_clustering", 10),
+        ("deep_clustering", 100),
+        ("snr", 10),
+        ("snr", 100),
+    ]
+    assert all(len(r["si_sdri"]) == 2 for r in first["rows"])
+    assert table_in(page.read_text()) == clipping_markdown(first["rows"])
+    assert clipping_markdown(first["rows"]) in said
+    assert "12.7 standard errors" in said
+    assert first["given"]["command"].startswith("unbraid lab clipping recipe.toml")
+    assert len(stamps) == 8
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("tested.json")} == stamps
+    assert json.loads(numbers.read_text())["rows"] == first["rows"]
+
+
+def test_the_table_puts_the_papers_column_beside_ours_where_it_has_one():
+    rows = [
+        row("snr", 10, [1.0, 3.0]),
+        row("snr", 100, [1.0]),
+        row("conv_tasnet", 10, [], ["seed 0 diverged at step 3"]),
+    ]
+
+    assert clipping_markdown(rows) == (
+        "| p | snr | paper, SNR | conv_tasnet |\n"
+        "|---|---|---|---|\n"
+        "| 10 | 2.00 ± 12.71 | 10.4 | -; seed 0 diverged at step 3 |\n"
+        "| 100 | 1.00 | 8.3 | - |\n"
+    )
+
+
+def test_what_two_seeds_show_is_read_with_students_t():
+    sure = reading([row("snr", 10, [2.0, 3.0]), row("snr", 100, [1.0, 2.01])])[0]
+    unsure = reading([row("snr", 10, [2.0, 4.0]), row("snr", 100, [1.0, 2.0])])[0]
+
+    assert "above 0" in sure
+    assert "which includes 0" in unsure
+
+
+def test_the_papers_best_percentile_is_ten_or_below_for_every_loss():
+    for column in PUBLISHED.values():
+        assert len(column) == 7
+        assert max(column, key=column.__getitem__) <= 10
+        assert min(column, key=column.__getitem__) == 100
+
+
+def test_steps_are_one_number_or_one_for_each_loss():
+    assert steps_of(["30"], ["snr"]) == 30
+    assert steps_of(["snr=3", "conv_tasnet=4"], ["snr", "conv_tasnet"]) == {"snr": 3, "conv_tasnet": 4}
+    assert steps_of([], ["snr"]) is None
+    for wrong in (["0"], ["snr=0"], ["mi=3"], ["1", "2"], ["snr=1", "snr=2"]):
+        with pytest.raises(RecipeError, match="--steps"):
+            steps_of(wrong, ["snr"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--percentiles", "101"], "must be from 0 to 100"),
+        (["--percentiles", "10", "10"], "has 10 twice"),
+        (["--losses", "snrr"], "Did you mean 'snr'"),
+        (["--losses", "snr", "--seeds", "0"], "--seeds 0 must be 1 or more"),
+    ],
+)
+def test_what_the_command_does_not_take_is_one_sentence(recipe_file, tmp_path, capsys, words, said):
+    assert cli.main(["lab", "clipping", str(recipe_file()), "-o", str(tmp_path / "out"), *words]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_the_table_is_written_between_its_marks_and_the_text_around_stays(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"above\n{TABLE_BEGINS}\nold\n{TABLE_ENDS}\nbelow\n")
+
+    write_table_into(page, "| new |\n")
+
+    text = page.read_text()
+    assert text.startswith("above\n")
+    assert text.endswith("below\n")
+    assert "old" not in text
+    assert table_in(text) == "| new |\n"
+    page.write_text("no marks")
+    with pytest.raises(UserError, match="has no lines"):
+        write_table_into(page, "| new |\n")
