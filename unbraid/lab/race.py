@@ -106,14 +106,18 @@ def _entry(arm: str, of_arm: Sequence[Outcome]) -> Entry:
 
 def race_table(entries: Sequence[Entry], n_seeds: int) -> Table:
     """A row for each arm: mean and standard deviation over the seeds."""
-    table = Table(title=f"Mean ± standard deviation over {n_seeds} seed{'s' * (n_seeds > 1)}", title_justify="left")
-    table.add_column("arm", overflow="fold")
-    for name in ("loss, last tenth", "gradient norm, median", "valid SI-SDRi, dB", "clipped", "left out"):
+    title = (
+        f"Mean ± standard deviation over {n_seeds} seed{'s' * (n_seeds > 1)}: training loss over the last tenth of the "
+        "steps, median gradient norm, SI-SDRi of the last validation"
+    )
+    table = Table(title=title, title_justify="left", show_lines=any("," in entry.arm for entry in entries))
+    table.add_column("arm", no_wrap=True)
+    for name in ("loss at the end", "norm", "SI-SDRi, dB", "clipped", "left out"):
         table.add_column(name, justify="right")
     for entry in entries:
         norm = f"{entry.grad_norm.mean:.3g}" if entry.grad_norm.n else "-"
         numbers = [_with_spread(entry.loss), norm, _with_spread(entry.si_sdri)]
-        arm = "\n".join([entry.arm, *entry.fallen])
+        arm = "\n".join([*entry.arm.split(","), *entry.fallen])
         table.add_row(arm, *numbers, f"{entry.clipped:.0%}", str(entry.left_out))
     return table
 
@@ -121,7 +125,7 @@ def race_table(entries: Sequence[Entry], n_seeds: int) -> Table:
 def _with_spread(found: Interval) -> str:
     if not found.n:
         return "-"
-    return f"{found.mean:.3f}" + (f" ± {found.spread:.3f}" if found.n > 1 else "")
+    return f"{found.mean:.2f}" + (f" ± {found.spread:.2f}" if found.n > 1 else "")
 
 
 def who_is_ahead(outcomes: Sequence[Outcome]) -> str:

@@ -1,13 +1,15 @@
 """The figure of a race: loss and SI-SDRi of each arm over the steps, with a band over its seeds."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from unbraid.curves import running_mean
 from unbraid.lab.grid import Cell, Ended
+from unbraid.lab.plates import Plate
 from unbraid.records import read_steps, read_validation
 
 if TYPE_CHECKING:
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 Floats = npt.NDArray[np.float64]
 Curves = Mapping[str, Sequence[tuple[Floats, Floats]]]
 """By arm: for each seed steps and values."""
+
+DASHES = ("-", "--", ":", "-.")
 
 
 def curves_of(cells: Sequence[tuple[Cell, Ended]]) -> tuple[Curves, Curves]:
@@ -32,8 +36,22 @@ def curves_of(cells: Sequence[tuple[Cell, Ended]]) -> tuple[Curves, Curves]:
     return losses, scores
 
 
-def draw_race(losses: Curves, scores: Curves, figure: "Figure") -> None:
-    """Losses, smoothed over a fiftieth of the run, on the left; SI-SDRi on the right; a band from lowest to highest."""
+def race_plate(ended: Sequence[tuple[Cell, Ended]], verdict: str) -> Plate:
+    """The figure of a race that was run."""
+    losses, scores = curves_of(ended)
+    n_seeds = len({cell.seed for cell, _ in ended})
+    about = f"the mean over {n_seeds} seeds, and a band from the lowest to the highest" if n_seeds > 1 else "one seed"
+    caption = (
+        f"Training loss, smoothed over a fiftieth of the run, and SI-SDRi of the validations: {about}. All arms of a "
+        f"seed begin at the same weights and see the same mixtures in the same order. {verdict}"
+    )
+    numbers = {arm: float(np.mean([v[-1] for _, v in of_arm if len(v)] or [np.nan])) for arm, of_arm in scores.items()}
+    draw = partial(draw_race, losses, scores, about=about)
+    return Plate("race", "A race from the same weights", caption, numbers, draw, size=(9.6, 4.6))
+
+
+def draw_race(losses: Curves, scores: Curves, figure: "Figure", *, about: str = "") -> None:
+    """Losses on the left, SI-SDRi on the right; of arms that go the same way the thinner, dashed one lies on top."""
     from matplotlib import colormaps
 
     left, right = figure.subplots(1, 2)
@@ -41,12 +59,15 @@ def draw_race(losses: Curves, scores: Curves, figure: "Figure") -> None:
     for place, arm in enumerate(losses):
         color = palette(place) if len(losses) <= 10 else palette(place / (len(losses) - 1))
         smoothed = [(at, running_mean(values, max(1, len(values) // 50))) for at, values in losses[arm] if len(at)]
-        _band(left, smoothed, color, arm, "")
-        _band(right, [one for one in scores[arm] if len(one[0])], color, None, "o")
+        thin = place / max(1, len(losses) - 1)
+        style: dict[str, Any] = {"color": color, "linestyle": DASHES[place % 4], "linewidth": 2.6 - 1.6 * thin}
+        _band(left, smoothed, style | {"label": arm})
+        _band(right, [one for one in scores[arm] if len(one[0])], style | {"marker": "o", "markersize": 5 - 2 * thin})
     finite = [values for of_arm in losses.values() for _, values in of_arm if len(values)]
     if finite:
         low, high = np.percentile(np.concatenate(finite), [0.2, 99])
         left.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    figure.suptitle(about, fontsize="small")
     left.set(xlabel="step", title="training loss")
     right.set(xlabel="step", ylabel="dB", title="valid SI-SDRi")
     right.axhline(0, color="black", linewidth=0.6)
@@ -56,10 +77,10 @@ def draw_race(losses: Curves, scores: Curves, figure: "Figure") -> None:
     )
 
 
-def _band(axes: "Axes", curves: Sequence[tuple[Floats, Floats]], color: object, label: str | None, mark: str) -> None:
+def _band(axes: "Axes", curves: Sequence[tuple[Floats, Floats]], style: Mapping[str, Any]) -> None:
     """The mean over seeds, from lowest to highest around it; where one ended early its last steps are drawn alone."""
     if not curves:
-        axes.plot([], [], color=color, label=label)
+        axes.plot([], [], **style)
         return
     steps = sorted({int(step) for at, _ in curves for step in at})
     values = np.full((len(curves), len(steps)), np.nan)
@@ -70,6 +91,6 @@ def _band(axes: "Axes", curves: Sequence[tuple[Floats, Floats]], color: object, 
     mean = np.nansum(values, 0) / np.maximum(known, 1)
     filled = [np.where(np.isfinite(values), values, other).T for other in (np.inf, -np.inf)]
     low, high = filled[0].min(1), filled[1].max(1)
-    axes.plot(steps, mean, color=color, linewidth=1.3, label=label, marker=mark, markersize=3)
+    axes.plot(steps, mean, **style)
     if len(curves) > 1:
-        axes.fill_between(steps, low, high, color=color, alpha=0.18, linewidth=0)
+        axes.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)

@@ -14,6 +14,7 @@ from rich.console import Console
 from unbraid.arguments import EXIT_STOPPED, find_recipe
 from unbraid.errors import RecipeError, UserError
 from unbraid.files import replacing, write_atomically
+from unbraid.lab.chapter import figure_of
 from unbraid.lab.clipping import (
     CONTESTS,
     PERCENTILES,
@@ -25,8 +26,9 @@ from unbraid.lab.clipping import (
     score,
 )
 from unbraid.lab.grid import Cell, Ended, Interrupted, outcome_of, overrides_for_steps, run_cells
+from unbraid.lab.plates import Plate
 from unbraid.lab.race import entries_of, race_cells, race_json, race_table, who_is_ahead
-from unbraid.lab.race_figure import curves_of, draw_race
+from unbraid.lab.race_figure import race_plate
 from unbraid.plots import check_matplotlib
 from unbraid.screen import Advance, program, progress_bar
 from unbraid.train.stop import StopRequest, stop_on_signals
@@ -78,9 +80,9 @@ def run_race(args: argparse.Namespace, stop: StopRequest) -> list[str]:
     Console().print(race_table(entries, args.seeds))
     if args.json:
         write_atomically(args.json, json.dumps(race_json(entries, outcomes, notes=notes), indent=1) + "\n")
-    picture = args.out / "race.png"
-    _draw(ended, picture)
-    return [who_is_ahead(outcomes), f"Curves: {picture}", *([notes] if notes else []), side_by_side(args.out)]
+    verdict = who_is_ahead(outcomes)
+    picture = _draw(race_plate(ended, verdict), args.out)
+    return [verdict, f"Curves: {picture}", *([notes] if notes else []), side_by_side(args.out)]
 
 
 def _trained(cells: list[Cell], stop: StopRequest) -> list[tuple[Cell, Ended]]:
@@ -88,13 +90,11 @@ def _trained(cells: list[Cell], stop: StopRequest) -> list[tuple[Cell, Ended]]:
         return list(run_cells(cells, stop=stop, progress=advance))
 
 
-def _draw(ended: list[tuple[Cell, Ended]], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.6, 4.4), layout="constrained")
-    draw_race(*curves_of(ended), figure)
+def _draw(plate: Plate, out: Path) -> Path:
+    path = out / f"{plate.name}.png"
     with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=140, format="png")
+        figure_of(plate).savefig(temporary, dpi=140, format="png")
+    return path
 
 
 def side_by_side(out: Path) -> str:
