@@ -6,9 +6,9 @@ import pytest
 
 from unbraid import cli
 from unbraid.errors import RecipeError, UserError
-from unbraid.lab.clipping import CONTESTS, PUBLISHED, clipping_cells, clipping_markdown, reading
-from unbraid.lab.grid import Arm, cells_of, run_cells
-from unbraid.lab.race_report import TABLE_BEGINS, TABLE_ENDS, steps_of, table_in, write_table_into
+from unbraid.lab.clipping import CONTESTS, PUBLISHED, TESTED, clipping_cells, clipping_markdown, reading
+from unbraid.lab.grid import Arm, Interrupted, cells_of, run_cells
+from unbraid.lab.race_report import TABLE_BEGINS, TABLE_ENDS, steps_of, table_in, trained_and_tested, write_table_into
 from unbraid.records import read_steps
 from unbraid.train.stop import StopRequest
 
@@ -32,6 +32,19 @@ def test_the_hundredth_percentile_is_no_clipping(recipe_file, tmp_path):
     assert [r.loss for r in ours] == [r.loss for r in theirs]
     assert not any(r.clipped for r in ours)
     assert ours[-1].loss != ours[0].loss
+
+
+def test_a_signal_while_scores_are_taken_leaves_the_run_to_be_scored(recipe_file, tmp_path):
+    overrides = ["model.hidden=8", "train.max_steps=1", *SHORT]
+    cells = clipping_cells(recipe_file(), percentiles=[100], losses=["snr"], seeds=1, out=tmp_path, overrides=overrides)
+    list(run_cells(cells, stop=StopRequest()))
+
+    with pytest.raises(Interrupted):
+        trained_and_tested(cells, StopRequest(signal=15), 2)
+
+    assert not (cells[0].run.path / TESTED).exists()
+    assert len(trained_and_tested(cells, StopRequest(), 2)) == 1
+    assert len(json.loads((cells[0].run.path / TESTED).read_text())["si_sdri"]) == 2
 
 
 def test_each_loss_brings_its_model_and_nothing_of_the_recipes(recipe_file, tmp_path):

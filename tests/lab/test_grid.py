@@ -1,5 +1,6 @@
 """A grid of runs: the same weights and batches for all arms, gone on with, and no arm ends the others' race."""
 
+import errno
 import json
 import os
 import signal
@@ -9,7 +10,7 @@ import time
 
 import pytest
 
-from unbraid.errors import CheckpointError, RecipeError
+from unbraid.errors import CheckpointError, RecipeError, TrainingStopped
 from unbraid.lab.grid import (
     ENDED,
     Arm,
@@ -19,12 +20,13 @@ from unbraid.lab.grid import (
     final_loss,
     outcome_of,
     run_cells,
+    what_fell,
 )
 from unbraid.records import TIMING_FIELDS, read_rows, read_steps
 from unbraid.train.stop import StopRequest
 
 PLAIN = Arm("plain", ())
-SHORT = ["train.max_steps=4", "validate.every_steps=0", "save.every_steps=0"]
+SHORT = ["train.max_steps=4", "validate.every_steps=0", "save.every_steps=0", "validate.n_items=1", "data.batch_size=2"]
 
 
 def recorded(cell):
@@ -134,7 +136,7 @@ def test_a_grid_stopped_and_gone_on_with_is_as_one_never_stopped(recipe_file, tm
 
 def test_an_arm_that_diverges_is_a_result_and_the_race_goes_on(recipe_file, tmp_path):
     arms = [Arm("wild", ("optim.name=sgd", "optim.lr=1e30", "clip.name=none")), PLAIN]
-    overrides = ["train.max_steps=60", "validate.every_steps=0", "save.every_steps=0"]
+    overrides = ["train.max_steps=60", *SHORT[1:]]
     cells = cells_of(recipe_file(), arms, seeds=1, out=tmp_path, overrides=overrides)
     (wild, how), (plain, other) = go(cells)
 
@@ -145,8 +147,25 @@ def test_an_arm_that_diverges_is_a_result_and_the_race_goes_on(recipe_file, tmp_
     assert outcome_of(wild, how).left_out > 0
     assert outcome_of(wild, how).si_sdri is None
     assert outcome_of(plain, other).si_sdri is not None
+    (told,) = what_fell([(wild, how), (plain, other)])
+    assert str(wild.run.path) in told
     again = go(cells)
     assert [one for _, one in again] == [how, other]
+
+
+def test_a_full_disk_is_no_outcome_and_the_run_is_gone_on_with(recipe_file, tmp_path, monkeypatch):
+    (cell,) = cells_of(recipe_file(), [PLAIN], seeds=1, out=tmp_path, overrides=SHORT)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("unbraid.train.loop.save_checkpoint", full)
+        with pytest.raises(TrainingStopped, match="make room"):
+            go([cell])
+    assert not (cell.run.path / ENDED).exists()
+
+    assert go([cell])[0][1].how == "finished"
 
 
 def test_another_recipe_in_the_same_folder_is_refused(recipe_file, tmp_path):

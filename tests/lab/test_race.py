@@ -79,7 +79,18 @@ def test_a_race_prints_a_row_for_each_arm_draws_writes_and_names_the_dashboard(r
     out, numbers = tmp_path / "race", tmp_path / "race.json"
     words = ["lab", "race", str(recipe_file()), "--over", "clip.max_norm=1e-3,1e3", "--seeds", "2", "--steps", "3"]
     words += ["--set", "clip.name=fixed"]
-    words += ["--set", "validate.every_steps=0", "--set", "save.every_steps=0", "-o", str(out), "--json", str(numbers)]
+    words += [
+        "--set",
+        "validate.every_steps=0",
+        "--set",
+        "validate.n_items=1",
+        "--set",
+        "save.every_steps=0",
+        "-o",
+        str(out),
+        "--json",
+        str(numbers),
+    ]
 
     assert cli.main(words) == 0
 

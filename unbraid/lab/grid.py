@@ -20,7 +20,7 @@ from unbraid.assemble import build_model, build_state, train
 from unbraid.errors import CheckpointError, RecipeError, TrainingStopped, UserError
 from unbraid.files import write_atomically
 from unbraid.recipe import Recipe, differences, load_recipe, recipe_table
-from unbraid.records import Event, RunDirectory, StepRecord, read_steps, read_validation
+from unbraid.records import Event, RunDirectory, StepRecord, read_rows, read_steps, read_validation
 from unbraid.schema import assignment
 from unbraid.screen import Ticker
 from unbraid.train.stop import StopRequest
@@ -239,6 +239,8 @@ def run_cell(cell: Cell, *, stop: StopRequest, progress: Callable[[float, str], 
             by_steps = record.step / budget.max_steps if budget.max_steps else 0.0
             progress(min(1.0, max(by_time, by_steps)), ticker.text())
     except TrainingStopped as stopped:
+        if not _saved_to_the_end(cell.run):  # a full disk is no outcome
+            raise
         reason = str(stopped)
     finally:
         torch.set_num_threads(threads)
@@ -250,6 +252,21 @@ def run_cell(cell: Cell, *, stop: StopRequest, progress: Callable[[float, str], 
     ended = Ended(how, last, reason)
     write_atomically(cell.run.path / ENDED, json.dumps(asdict(ended), indent=1) + "\n")
     return ended
+
+
+def _saved_to_the_end(run: RunDirectory) -> bool:
+    last, steps = run.checkpoints / "last", read_rows(run.steps, last=1)[0]
+    return bool(steps) and last.exists() and last.read_text(encoding="utf-8").strip() == f"step-{steps[-1]['step']:06d}"
+
+
+def what_fell(ended: Sequence[tuple[Cell, Ended]]) -> list[str]:
+    """A line for each run that did not finish: why, and how it is run again."""
+    return [
+        f"{cell.arm.name} seed {cell.seed} {how.how} at step {how.step}: {how.reason} It counts as a result; to run it "
+        f"again, remove {cell.run.path}."
+        for cell, how in ended
+        if how.how != "finished"
+    ]
 
 
 def how_it_ended(run: RunDirectory) -> Ended | None:

@@ -25,7 +25,7 @@ from unbraid.lab.clipping import (
     reading,
     score,
 )
-from unbraid.lab.grid import Cell, Ended, Interrupted, outcome_of, overrides_for_steps, run_cells
+from unbraid.lab.grid import Cell, Ended, Interrupted, outcome_of, overrides_for_steps, run_cells, what_fell
 from unbraid.lab.plates import Plate
 from unbraid.lab.race import entries_of, race_cells, race_json, race_table, who_is_ahead
 from unbraid.lab.race_figure import race_plate
@@ -82,7 +82,7 @@ def run_race(args: argparse.Namespace, stop: StopRequest) -> list[str]:
         write_atomically(args.json, json.dumps(race_json(entries, outcomes, notes=notes), indent=1) + "\n")
     verdict = who_is_ahead(outcomes)
     picture = _draw(race_plate(ended, verdict), args.out)
-    return [verdict, f"Curves: {picture}", *([notes] if notes else []), side_by_side(args.out)]
+    return [*what_fell(ended), verdict, f"Curves: {picture}", *([notes] if notes else []), side_by_side(args.out)]
 
 
 def _trained(cells: list[Cell], stop: StopRequest) -> list[tuple[Cell, Ended]]:
@@ -121,7 +121,7 @@ def run_clipping(args: argparse.Namespace, stop: StopRequest) -> list[str]:
         out=args.out,
         overrides=args.set,
     )
-    ended = _trained_and_tested(cells, stop, args.test_items)
+    ended = trained_and_tested(cells, stop, args.test_items)
     cuts = cuts_of(ended, n_items=args.test_items)
     date, command = datetime.now(UTC).date().isoformat(), _shown(args.words)
     found = clipping_json(cuts, cells, n_items=args.test_items, date=date, machine=machine(), command=command)
@@ -132,25 +132,30 @@ def run_clipping(args: argparse.Namespace, stop: StopRequest) -> list[str]:
         write_table_into(args.markdown, table)
     about = f"SI-SDRi in dB on {args.test_items} test mixtures: mean over {args.seeds} seeds ± half its 95 % interval."
     few = "With two seeds Student's t makes it 12.7 standard errors wide." if args.seeds == 2 else ""
-    return [f"{about} {few}".strip(), "", table, *reading(found["rows"]), side_by_side(args.out)]
+    return [f"{about} {few}".strip(), "", table, *what_fell(ended), *reading(found["rows"]), side_by_side(args.out)]
 
 
-def _trained_and_tested(cells: list[Cell], stop: StopRequest, n_items: int) -> list[tuple[Cell, Ended]]:
+def trained_and_tested(cells: list[Cell], stop: StopRequest, n_items: int) -> list[tuple[Cell, Ended]]:
+    """Train and score what is not yet, each run's scores after its training.
+
+    Raises:
+        Interrupted: If a signal came.
+    """
     ended: list[tuple[Cell, Ended]] = []
     with progress_bar("training", 1.0) as advance:
         for cell, how in run_cells(cells, stop=stop, progress=advance):
-            if stop.signal:
-                raise Interrupted(stop.signal)
             if how.how == "finished":
                 share = min(0.999, (len(ended) + 1) / len(cells))
-                score(cell, n_items=n_items, progress=partial(_beside, advance, share))
+                score(cell, n_items=n_items, progress=partial(_beside, advance, stop, share))
             ended.append((cell, how))
         advance(1.0, "")
     return ended
 
 
-def _beside(advance: Advance, share: float, _: float, text: str) -> None:
-    """Say something beside a bar that stays where it is."""
+def _beside(advance: Advance, stop: StopRequest, share: float, _: float, text: str) -> None:
+    """Say something beside a bar that stays where it is, unless a signal came."""
+    if stop.signal:
+        raise Interrupted(stop.signal)
     advance(share, text)
 
 
@@ -219,7 +224,6 @@ def machine() -> str:
     except OSError:
         lines = []
     name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    device = (
-        torch.cuda.get_device_name() if torch.cuda.is_available() else f"{name}, {torch.get_num_threads()} thread(s)"
-    )
+    n = torch.get_num_threads()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{name}, {n} thread{'s' * (n > 1)}"
     return f"{device}, torch {torch.__version__}"
