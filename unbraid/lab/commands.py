@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from unbraid.arguments import Add, Parser
+from unbraid.lab.grid_commands import add_clipping, add_race
 from unbraid.lab.landscape_command import add_landscape
 from unbraid.lab.lr_range_command import add_lr_range
 from unbraid.lab.sharpness_command import add_sharpness
@@ -27,7 +28,9 @@ def add_lab(commands: Any) -> None:
 
     _add_gradient_descent(add)
     add_lr_range(add)
+    add_race(add)
     add_trajectory(add)
+    add_clipping(add)
     add_landscape(add)
     add_sharpness(add)
 
