@@ -9,6 +9,7 @@ from unbraid.errors import RecipeError, UserError
 from unbraid.lab.clipping import CONTESTS, PUBLISHED, TESTED, clipping_cells, clipping_markdown, reading
 from unbraid.lab.grid import Arm, Interrupted, cells_of, run_cells
 from unbraid.lab.race_report import TABLE_BEGINS, TABLE_ENDS, steps_of, table_in, trained_and_tested, write_table_into
+from unbraid.recipe import load_recipe
 from unbraid.records import read_steps
 from unbraid.train.stop import StopRequest
 
@@ -47,13 +48,16 @@ def test_a_signal_while_scores_are_taken_leaves_the_run_to_be_scored(recipe_file
     assert len(json.loads((cells[0].run.path / TESTED).read_text())["si_sdri"]) == 2
 
 
-def test_each_loss_brings_its_model_and_nothing_of_the_recipes(recipe_file, tmp_path):
+def test_each_loss_brings_its_model_and_a_conv_tasnet_of_the_recipes_own_stays(recipe_file, tmp_path):
     file = recipe_file('[[filter]]\nname = "threshold"\nthreshold_db = -30.0\n')
     cells = clipping_cells(file, percentiles=[0, 50], seeds=1, out=tmp_path)
+    by_loss = {cell.arm.name.partition(",")[0]: cell.recipe for cell in cells}
 
     assert len(cells) == 2 * len(CONTESTS)
     assert {cell.recipe.model.name for cell in cells} == {"chimera", "blstm", "conv_tasnet", "sepformer"}
-    assert not any(cell.recipe.filters for cell in cells)
+    assert by_loss["conv_tasnet"].model == load_recipe(file).model
+    assert by_loss["snr"].model.options == {"hidden": 128, "n_layers": 2}
+    assert {loss for loss, recipe in by_loss.items() if recipe.filters} == {"conv_tasnet", "sepformer"}
     assert [cell.recipe.clip.options["percentile"] for cell in cells[:2]] == [0, 50]
     assert cells[0].recipe.optim.options["lr"] == 1e-3  # the recipe's
 

@@ -14,6 +14,7 @@ from unbraid.files import write_atomically
 from unbraid.lab.clustering import Clustered
 from unbraid.lab.grid import Arm, Cell, Ended, Outcome, cells_of, outcome_of, overrides_for_steps, set_words
 from unbraid.lab.intervals import interval
+from unbraid.recipe import load_recipe
 from unbraid.records import to_json_row
 
 TESTED = "tested.json"
@@ -29,8 +30,8 @@ class Contest:
     """A column of the table: a loss, and the model that it trains.
 
     Attributes:
-        model: The recipe's whole ``[model]``, in small.
-        loss: The recipe's whole ``[loss]``.
+        model: The recipe's whole ``[model]``, in small; a recipe's own Conv-TasNet or SepFormer stays.
+        loss: The name in ``[loss]``; the order of the outputs is left open.
         of_embedding: Whether the sources are clusters of the embedding: the loss trains nothing else.
         published: The paper's column, None where it has none.
     """
@@ -41,8 +42,8 @@ class Contest:
     published: str | None = None
 
 
-BLSTM = {"name": "blstm", "hidden": 150, "n_layers": 2}
-CHIMERA = {"name": "chimera", "hidden": 150, "n_layers": 2}
+BLSTM = {"name": "blstm", "hidden": 128, "n_layers": 2}
+CHIMERA = {"name": "chimera", "hidden": 128, "n_layers": 2}
 CONV_TASNET = {
     "name": "conv_tasnet",
     "n_filters": 128,
@@ -117,7 +118,8 @@ def clipping_cells(
 ) -> list[Cell]:
     """The runs of the table.
 
-    What the recipe says of model, loss, clipping, filters and transforms is left out: each loss brings its own.
+    What the recipe says of model, loss, clipping and transforms is left out: each loss brings its own. A recipe's own
+    Conv-TasNet or SepFormer stays, and so do its loss filters for those two: they are meant for SI-SDR.
 
     Args:
         recipe: Data, optimizer, schedule, budget.
@@ -132,17 +134,26 @@ def clipping_cells(
         UserError: If recipe, losses or percentiles cannot be used.
     """
     _check(percentiles, losses)
+    base = load_recipe(recipe, overrides).model.name
     found: list[Cell] = []
     for name in losses:
         contest, n_steps = CONTESTS[name], steps.get(name) if isinstance(steps, Mapping) else steps
-        own = set_words({"filter": [], "transform": []})
-        own += [f"model={_toml(contest.model)}", f"loss={_toml({'name': contest.loss})}", *overrides_for_steps(n_steps)]
+        own = [*_parts_of(contest, base), *overrides_for_steps(n_steps)]
         arms = [
             Arm(f"{name},percentile={p:g}", (f"clip={_toml({'name': 'autoclip', 'percentile': float(p)})}",))
             for p in percentiles
         ]
         found += cells_of(recipe, arms, seeds=seeds, out=out, overrides=[*own, *overrides])
     return sorted(found, key=lambda cell: cell.seed)  # stable: all arms of a seed before the next
+
+
+def _parts_of(contest: Contest, base: str) -> list[str]:
+    """What a column lays over a recipe whose model has the name given."""
+    own = [f"loss={_toml({'name': contest.loss, 'assign': 'permutation'})}", *set_words({"transform": []})]
+    if contest.loss != "neg_si_sdr":
+        own += set_words({"filter": []})
+    stays = contest.loss == "neg_si_sdr" and contest.model["name"] == base
+    return own if stays else [*own, f"model={_toml(contest.model)}"]
 
 
 def _check(percentiles: Sequence[float], losses: Sequence[str]) -> None:
