@@ -1,6 +1,7 @@
 """The table of clipping percentiles: its runs, its test scores, and what is said of few seeds."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -159,3 +160,13 @@ def test_the_table_is_written_between_its_marks_and_the_text_around_stays(tmp_pa
     page.write_text("no marks")
     with pytest.raises(UserError, match="has no lines"):
         write_table_into(page, "| new |\n")
+
+
+def test_the_page_shows_the_table_that_was_measured():
+    root = Path(__file__).resolve().parent.parent.parent
+    measured = json.loads((root / "benchmarks" / "results" / "clipping.json").read_text(encoding="utf-8"))
+    page = (root / "docs" / "learn" / "clipping.md").read_text(encoding="utf-8")
+
+    assert table_in(page) == clipping_markdown(measured["rows"])
+    assert all(sentence in " ".join(page.split()) for sentence in reading(measured["rows"]))
+    assert measured["given"]["command"] in " ".join(page.replace("\\\n", " ").split())

@@ -11,7 +11,7 @@ from unbraid import cli
 from unbraid.lab.grid import Ended, Outcome
 from unbraid.lab.intervals import interval
 from unbraid.lab.race import entries_of, race_cells, who_is_ahead
-from unbraid.lab.race_figure import draw_race
+from unbraid.lab.race_figure import Courses, draw_race
 
 
 def outcome(arm, seed, si_sdri, *, how="finished", loss=1.0):
@@ -127,13 +127,15 @@ def test_what_a_race_does_not_take_is_one_sentence(recipe_file, tmp_path, capsys
 def test_a_figure_is_drawn_of_arms_that_ended_at_different_steps_or_at_none():
     at = np.arange(1.0, 21)
     losses = {"a": [(at, at), (at[:7], at[:7] + 1)], "b": [(at[:0], at[:0])]}
+    norms = {"a": [(at, 3 * at)], "b": []}
     scores = {"a": [(at[9:10], at[:1])], "b": []}
     figure = Figure()
 
-    draw_race(losses, scores, figure)
+    draw_race(Courses(losses, norms, scores), figure)
 
     figure.canvas.draw()
 
     line = figure.axes[0].get_lines()[0].get_ydata()
     assert line[:7] == pytest.approx(at[:7] + 0.5)
     assert line[7:] == pytest.approx(at[7:])
+    assert figure.axes[1].get_lines()[0].get_ydata() == pytest.approx(3 * at)

@@ -115,8 +115,7 @@ def race_table(entries: Sequence[Entry], n_seeds: int) -> Table:
     for name in ("loss at the end", "norm", "SI-SDRi, dB", "clipped", "left out"):
         table.add_column(name, justify="right")
     for entry in entries:
-        norm = f"{entry.grad_norm.mean:.3g}" if entry.grad_norm.n else "-"
-        numbers = [_with_spread(entry.loss), norm, _with_spread(entry.si_sdri)]
+        numbers = [_with_spread(entry.loss), _with_spread(entry.grad_norm), _with_spread(entry.si_sdri)]
         arm = "\n".join([*entry.arm.split(","), *entry.fallen])
         table.add_row(arm, *numbers, f"{entry.clipped:.0%}", str(entry.left_out))
     return table

@@ -1,6 +1,7 @@
-"""The figure of a race: loss and SI-SDRi of each arm over the steps, with a band over its seeds."""
+"""The figure of a race: loss, gradient norm and SI-SDRi of each arm over the steps, with a band over its seeds."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,58 +24,78 @@ Curves = Mapping[str, Sequence[tuple[Floats, Floats]]]
 DASHES = ("-", "--", ":", "-.")
 
 
-def curves_of(cells: Sequence[tuple[Cell, Ended]]) -> tuple[Curves, Curves]:
-    """Training loss of the steps that were trained, and SI-SDRi of the validations."""
-    losses: dict[str, list[tuple[Floats, Floats]]] = {}
-    scores: dict[str, list[tuple[Floats, Floats]]] = {}
+@dataclass(frozen=True)
+class Courses:
+    """What is drawn of a race: training loss and gradient norm of the steps trained, SI-SDRi of the validations."""
+
+    losses: Curves
+    norms: Curves
+    scores: Curves
+
+
+def courses_of(cells: Sequence[tuple[Cell, Ended]]) -> Courses:
+    """The curves of some runs, by their records."""
+    losses, norms, scores = (dict[str, list[tuple[Floats, Floats]]]() for _ in range(3))
     for cell, _ in cells:
-        trained = [(r.step, r.loss) for r in read_steps(cell.run.steps) if r.trained and r.loss is not None]
-        validated = [(r.step, r.si_sdri) for r in read_validation(cell.run.validation) if r.si_sdri is not None]
-        for found, rows in ((losses, trained), (scores, validated)):
-            table = np.array(rows, np.float64).reshape(-1, 2)
+        trained = [record for record in read_steps(cell.run.steps) if record.trained]
+        rows = {
+            "loss": [(r.step, r.loss) for r in trained if r.loss is not None],
+            "norm": [(r.step, r.grad_norm) for r in trained if r.grad_norm is not None],
+            "score": [(r.step, r.si_sdri) for r in read_validation(cell.run.validation) if r.si_sdri is not None],
+        }
+        for found, some in zip((losses, norms, scores), rows.values(), strict=True):
+            table = np.array(some, np.float64).reshape(-1, 2)
             found.setdefault(cell.arm.name, []).append((table[:, 0], table[:, 1]))
-    return losses, scores
+    return Courses(losses, norms, scores)
 
 
 def race_plate(ended: Sequence[tuple[Cell, Ended]], verdict: str) -> Plate:
     """The figure of a race that was run."""
-    losses, scores = curves_of(ended)
+    courses = courses_of(ended)
     n_seeds = len({cell.seed for cell, _ in ended})
     about = f"the mean over {n_seeds} seeds, and a band from the lowest to the highest" if n_seeds > 1 else "one seed"
     caption = (
-        f"Training loss, smoothed over a fiftieth of the run, and SI-SDRi of the validations: {about}. All arms of a "
-        f"seed begin at the same weights and see the same mixtures in the same order. {verdict}"
+        "Training loss and gradient norm before clipping, smoothed over a fiftieth of the run, and SI-SDRi of the "
+        f"validations: {about}. All arms of a seed begin at the same weights and see the same mixtures in the same "
+        f"order. {verdict}"
     )
-    numbers = {arm: float(np.mean([v[-1] for _, v in of_arm if len(v)] or [np.nan])) for arm, of_arm in scores.items()}
-    draw = partial(draw_race, losses, scores, about=about)
-    return Plate("race", "A race from the same weights", caption, numbers, draw, size=(9.6, 4.6))
+    numbers = {
+        arm: float(np.mean([v[-1] for _, v in of_arm if len(v)] or [np.nan])) for arm, of_arm in courses.scores.items()
+    }
+    draw = partial(draw_race, courses, about=about)
+    return Plate("race", "A race from the same weights", caption, numbers, draw, size=(12.0, 4.4))
 
 
-def draw_race(losses: Curves, scores: Curves, figure: "Figure", *, about: str = "") -> None:
-    """Losses on the left, SI-SDRi on the right; of arms that go the same way the thinner, dashed one lies on top."""
+def draw_race(courses: Courses, figure: "Figure", *, about: str = "") -> None:
+    """Losses, norms, SI-SDRi; of arms that go the same way the thinner, dashed one lies on top."""
     from matplotlib import colormaps
 
-    left, right = figure.subplots(1, 2)
-    palette = colormaps["tab10"] if len(losses) <= 10 else colormaps["turbo"]
-    for place, arm in enumerate(losses):
-        color = palette(place) if len(losses) <= 10 else palette(place / (len(losses) - 1))
-        smoothed = [(at, running_mean(values, max(1, len(values) // 50))) for at, values in losses[arm] if len(at)]
-        thin = place / max(1, len(losses) - 1)
+    left, middle, right = figure.subplots(1, 3)
+    arms = list(courses.losses)
+    palette = colormaps["tab10"] if len(arms) <= 10 else colormaps["turbo"]
+    for place, arm in enumerate(arms):
+        color = palette(place) if len(arms) <= 10 else palette(place / (len(arms) - 1))
+        thin = place / max(1, len(arms) - 1)
         style: dict[str, Any] = {"color": color, "linestyle": DASHES[place % 4], "linewidth": 2.6 - 1.6 * thin}
-        _band(left, smoothed, style | {"label": arm})
-        _band(right, [one for one in scores[arm] if len(one[0])], style | {"marker": "o", "markersize": 5 - 2 * thin})
-    finite = [values for of_arm in losses.values() for _, values in of_arm if len(values)]
+        _band(left, _smoothed(courses.losses[arm]), style | {"label": arm})
+        _band(middle, _smoothed(courses.norms[arm]), style)
+        scores = [one for one in courses.scores[arm] if len(one[0])]
+        _band(right, scores, style | {"marker": "o", "markersize": 5 - 2 * thin})
+    finite = [values for of_arm in courses.losses.values() for _, values in of_arm if len(values)]
     if finite:
         low, high = np.percentile(np.concatenate(finite), [0.2, 99])
         left.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
     figure.suptitle(about, fontsize="small")
     left.set(xlabel="step", title="training loss")
+    middle.set(xlabel="step", title="gradient norm before clipping", yscale="log")
     right.set(xlabel="step", ylabel="dB", title="valid SI-SDRi")
     right.axhline(0, color="black", linewidth=0.6)
-    longest = max(map(len, losses))
-    figure.legend(
-        loc="outside lower center", ncols=max(1, min(4, 110 // (longest + 6))), frameon=False, fontsize="small"
-    )
+    columns = max(1, min(4, 130 // (max(map(len, arms)) + 6)))
+    figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize="small")
+
+
+def _smoothed(curves: Sequence[tuple[Floats, Floats]]) -> list[tuple[Floats, Floats]]:
+    return [(at, running_mean(values, max(1, len(values) // 50))) for at, values in curves if len(at)]
 
 
 def _band(axes: "Axes", curves: Sequence[tuple[Floats, Floats]], style: Mapping[str, Any]) -> None:

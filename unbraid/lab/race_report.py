@@ -130,7 +130,8 @@ def run_clipping(args: argparse.Namespace, stop: StopRequest) -> list[str]:
         write_atomically(args.json, json.dumps(found, indent=1) + "\n")
     if args.markdown:
         write_table_into(args.markdown, table)
-    about = f"SI-SDRi in dB on {args.test_items} test mixtures: mean over {args.seeds} seed{'s' * (args.seeds > 1)}{' ± half its 95 % interval' * (args.seeds > 1)}."
+    over = f"mean over {args.seeds} seeds ± half its 95 % interval" if args.seeds > 1 else "one seed"
+    about = f"SI-SDRi in dB on {args.test_items} test mixtures: {over}."
     few = "With two seeds Student's t makes it 12.7 standard errors wide." if args.seeds == 2 else ""
     return [f"{about} {few}".strip(), "", table, *what_fell(ended), *reading(found["rows"]), side_by_side(args.out)]
 
