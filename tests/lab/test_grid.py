@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from unbraid.assemble import train
 from unbraid.errors import CheckpointError, RecipeError, TrainingStopped
 from unbraid.lab.grid import (
     ENDED,
@@ -22,7 +23,8 @@ from unbraid.lab.grid import (
     run_cells,
     what_fell,
 )
-from unbraid.records import TIMING_FIELDS, read_rows, read_steps
+from unbraid.recipe import load_recipe
+from unbraid.records import TIMING_FIELDS, RunDirectory, read_rows, read_steps
 from unbraid.train.stop import StopRequest
 
 PLAIN = Arm("plain", ())
@@ -174,6 +176,17 @@ def test_another_recipe_in_the_same_folder_is_refused(recipe_file, tmp_path):
 
     with pytest.raises(CheckpointError, match=r"optim.lr was 0.001, is 0.01"):
         cells_of(file, [PLAIN], seeds=1, out=tmp_path, overrides=[*SHORT, "optim.lr=1e-2"])
+
+
+def test_arms_from_a_run_that_went_on_meanwhile_are_refused(recipe_file, tmp_path):
+    file, base = recipe_file(), RunDirectory(tmp_path / "base")
+    list(train(load_recipe(file, SHORT), base))
+    init = f"model.init={base.checkpoints / 'last'}"
+    go(cells_of(file, [PLAIN], seeds=1, out=tmp_path / "grid", overrides=[*SHORT, init]))
+    list(train(load_recipe(file, [*SHORT, "train.max_steps=9", "save.keep=9"]), base, resume=True))
+
+    with pytest.raises(CheckpointError, match=r"model\.init was .*, is "):
+        cells_of(file, [PLAIN], seeds=1, out=tmp_path / "grid", overrides=[*SHORT, init])
 
 
 def test_the_final_loss_is_that_of_the_last_tenth_without_steps_left_out(recipe_file, tmp_path):

@@ -187,12 +187,12 @@ def score(cell: Cell, *, n_items: int, progress: Progress | None = None) -> list
     if path.exists():
         try:
             known = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+            if known["n_items"] == n_items:
+                return [float(value) for value in known["si_sdri"]]
+        except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
-                f"{path} cannot be read ({error}); remove it, and the run is scored again."
+                f"{path} cannot be read ({error!r}); remove it, and the run is scored again."
             ) from error
-        if known["n_items"] == n_items:
-            return [float(value) for value in known["si_sdri"]]
     model, recipe = load_model(cell.run.checkpoints / "last", trust=True)
     if CONTESTS[name].of_embedding:
         model = Clustered(model, n_sources=recipe.data.n_sources)
@@ -300,12 +300,15 @@ def _read(loss: str, rows: Sequence[Mapping[str, Any]]) -> str:
     best = max(others, key=lambda row: interval(row["si_sdri"]).mean)
     if len(best["si_sdri"]) != len(bare["si_sdri"]) or best["fallen"] or bare["fallen"]:
         return f"{loss}: p = {best['percentile']:g} came out highest; not every seed finished, so nothing is paired."
-    gain = interval([own - without for own, without in zip(best["si_sdri"], bare["si_sdri"], strict=True)])
+    pairs = zip(best["si_sdri"], bare["si_sdri"], strict=True)
+    gain = interval([own - without for own, without in pairs], level=1 - 0.05 / len(others))
     told = (
         f"{loss}: of those clipped p = {best['percentile']:g} came out highest, {gain.mean:+.2f} dB against no clipping"
     )
     if gain.n < 2:
         return f"{told}, of one seed."
-    low, high = gain.mean - gain.half, gain.mean + gain.half
-    sure = "above 0" if low > 0 else "below 0" if high < 0 else "which includes 0: no difference is shown"
-    return f"{told}; seed by seed over {gain.n} the 95 % interval is {low:.2f} to {high:.2f} dB, {sure}."
+    sure = "above 0" if gain.low > 0 else "below 0" if gain.high < 0 else "which includes 0: no difference is shown"
+    chosen = f" (widened, as the best of {len(others)} was picked)" * (len(others) > 1)
+    return (
+        f"{told}; seed by seed over {gain.n} the 95 % interval{chosen} is {gain.low:.2f} to {gain.high:.2f} dB, {sure}."
+    )

@@ -10,7 +10,7 @@ import re
 import statistics
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from unbraid.recipe import Recipe, differences, load_recipe, recipe_table
 from unbraid.records import Event, RunDirectory, StepRecord, read_rows, read_steps, read_validation
 from unbraid.schema import assignment
 from unbraid.screen import Ticker
+from unbraid.train.checkpoint import find_checkpoint
 from unbraid.train.stop import StopRequest
 
 ENDED = "ended.json"
@@ -159,13 +160,21 @@ def cells_of(recipe: Path, arms: Sequence[Arm], *, seeds: int, out: Path, overri
     found = []
     for seed in range(seeds):
         for arm, folder in zip(arms, folders, strict=True):
-            made = load_recipe(recipe, [*overrides, *arm.overrides, f"data.seed={seed}"])
+            made = _fixed_start(load_recipe(recipe, [*overrides, *arm.overrides, f"data.seed={seed}"]))
             found.append(Cell(arm, seed, made, RunDirectory(out / folder / f"seed-{seed}")))
     for cell in found[: len(arms)]:
         _try(cell)
     for cell in found:
         _refuse_another(cell)
     return found
+
+
+def _fixed_start(recipe: Recipe) -> Recipe:
+    """With ``model.init`` as the checkpoint that it leads to now: that another run goes on must move nobody's start."""
+    if "init" not in recipe.model.options:
+        return recipe
+    init = str(find_checkpoint(Path(recipe.model.options["init"])).resolve())
+    return replace(recipe, model=replace(recipe.model, options={**recipe.model.options, "init": init}))
 
 
 def _try(cell: Cell) -> None:

@@ -107,24 +107,25 @@ def _entry(arm: str, of_arm: Sequence[Outcome]) -> Entry:
 def race_table(entries: Sequence[Entry], n_seeds: int) -> Table:
     """A row for each arm: mean and standard deviation over the seeds."""
     title = (
-        f"Mean ± standard deviation over {n_seeds} seed{'s' * (n_seeds > 1)}: training loss over the last tenth of the "
-        "steps, median gradient norm, SI-SDRi of the last validation"
+        f"Mean ± standard deviation over those of {n_seeds} seed{'s' * (n_seeds > 1)} that finished: training loss "
+        "over the last tenth of the steps, median gradient norm, SI-SDRi of the last validation"
     )
     table = Table(title=title, title_justify="left", show_lines=any("," in entry.arm for entry in entries))
     table.add_column("arm", no_wrap=True)
     for name in ("loss at the end", "norm", "SI-SDRi, dB", "clipped", "left out"):
         table.add_column(name, justify="right")
     for entry in entries:
-        numbers = [_with_spread(entry.loss), _with_spread(entry.grad_norm), _with_spread(entry.si_sdri)]
+        norm = _with_spread(entry.grad_norm, ".3g")
+        numbers = [_with_spread(entry.loss), norm, _with_spread(entry.si_sdri)]
         arm = "\n".join([*entry.arm.split(","), *entry.fallen])
         table.add_row(arm, *numbers, f"{entry.clipped:.0%}", str(entry.left_out))
     return table
 
 
-def _with_spread(found: Interval) -> str:
+def _with_spread(found: Interval, digits: str = ".2f") -> str:
     if not found.n:
         return "-"
-    return f"{found.mean:.2f}" + (f" ± {found.spread:.2f}" if found.n > 1 else "")
+    return f"{found.mean:{digits}}" + (f" ± {found.spread:{digits}}" if found.n > 1 else "")
 
 
 def who_is_ahead(outcomes: Sequence[Outcome]) -> str:
@@ -153,11 +154,9 @@ def who_is_ahead(outcomes: Sequence[Outcome]) -> str:
 def _weighed(lead: Interval) -> str:
     if lead.n < 2:
         return "With one seed nobody knows how much of that is chance: --seeds 3 or more shows it."
-    low, high = lead.mean - lead.half, lead.mean + lead.half
-    paired = (
-        f"seed by seed the lead is {lead.mean:.2f} ± {lead.spread:.2f} dB, its 95 % interval {low:.2f} to {high:.2f}"
-    )
-    if low > 0:
+    paired = f"seed by seed the lead is {lead.mean:.2f} ± {lead.spread:.2f} dB"
+    paired += f", its 95 % interval {lead.low:.2f} to {lead.high:.2f}"
+    if lead.low > 0:
         return f"That is more than the spread over {lead.n} seeds: {paired}."
     return f"That is not more than chance over {lead.n} seeds may give: {paired}, which includes 0."
 

@@ -6,9 +6,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from unbraid.curves import running_mean
+from unbraid.health.columns import Floats
 from unbraid.lab.grid import Cell, Ended
 from unbraid.lab.plates import Plate
 from unbraid.records import read_steps, read_validation
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Floats = npt.NDArray[np.float64]
 Curves = Mapping[str, Sequence[tuple[Floats, Floats]]]
 """By arm: for each seed steps and values."""
 
@@ -56,8 +55,8 @@ def race_plate(ended: Sequence[tuple[Cell, Ended]], verdict: str) -> Plate:
     about = f"the mean over {n_seeds} seeds, and a band from the lowest to the highest" if n_seeds > 1 else "one seed"
     caption = (
         "Training loss and gradient norm before clipping, smoothed over a fiftieth of the run, and SI-SDRi of the "
-        f"validations: {about}. All arms of a seed begin at the same weights and see the same mixtures in the same "
-        f"order. {verdict}"
+        f"validations: {about}. All arms of a seed draw weights and mixtures from it: where model and data are the "
+        f"same, they begin alike and see the same in the same order. {verdict}"
     )
     numbers = {
         arm: float(np.mean([v[-1] for _, v in of_arm if len(v)] or [np.nan])) for arm, of_arm in courses.scores.items()
