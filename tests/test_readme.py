@@ -27,7 +27,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 SMALLER = {
     "train": "--set train.max_steps=3 --set validate.n_items=2 --set data.excerpt_seconds=0.5 --set train.compile=off",
     "evaluate": "--n-items 3",
-    "lr-range": "--steps 20 --set data.excerpt_seconds=0.5 --set train.compile=off",
+    "lr-range": "--steps 60 --set data.excerpt_seconds=0.5 --set train.compile=off",
     "race": "--steps 2 --set validate.n_items=2 --set data.excerpt_seconds=0.5 --set train.compile=off",
     "trajectory": "--steps 4 --every 2 --set data.excerpt_seconds=0.5 --set train.compile=off",
     "clipping": "--seeds 1 --steps 2 --n-items 2 --set data.excerpt_seconds=0.5 --set train.compile=off",
