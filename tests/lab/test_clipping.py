@@ -64,6 +64,18 @@ def test_each_loss_brings_its_model_and_a_conv_tasnet_of_the_recipes_own_stays(r
     assert cells[0].recipe.optim.options["lr"] == 1e-3  # the recipe's
 
 
+def test_a_size_of_a_model_goes_to_the_networks_that_have_it(recipe_file, tmp_path):
+    overrides = ["model.n_filters=24", "model.hidden=8"]
+    cells = clipping_cells(recipe_file(), percentiles=[10], seeds=1, out=tmp_path, overrides=overrides)
+    sizes = {cell.arm.name.partition(",")[0]: cell.recipe.model.options for cell in cells}
+
+    assert sizes["snr"] == {"hidden": 8, "n_layers": 2}
+    assert (sizes["conv_tasnet"]["n_filters"], sizes["conv_tasnet"]["hidden"]) == (24, 8)
+    assert "hidden" not in sizes["sepformer"]
+    with pytest.raises(RecipeError, match="no key 'n_filterz'"):
+        clipping_cells(recipe_file(), percentiles=[10], seeds=1, out=tmp_path, overrides=["model.n_filterz=24"])
+
+
 @pytest.mark.slow
 def test_the_command_trains_scores_and_writes_a_table_and_does_nothing_twice(recipe_file, tmp_path, capsys):
     out, numbers, page = tmp_path / "clipping", tmp_path / "clipping.json", tmp_path / "clipping.md"
@@ -142,7 +154,7 @@ def test_steps_are_one_number_or_one_for_each_loss():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--percentiles", "101"], "must be from 0 to 100"),
+        (["--percentiles", "101"], "to 100, which never clips"),
         (["--percentiles", "10", "10"], "has 10 twice"),
         (["--losses", "snrr"], "Did you mean 'snr'"),
         (["--losses", "snr", "--seeds", "0"], "--seeds 0 must be 1 or more"),

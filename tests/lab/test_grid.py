@@ -11,7 +11,7 @@ import time
 import pytest
 
 from unbraid.assemble import train
-from unbraid.errors import CheckpointError, RecipeError, TrainingStopped
+from unbraid.errors import CheckpointError, RecipeError, TrainingStopped, UserError
 from unbraid.lab.grid import (
     ENDED,
     Arm,
@@ -85,6 +85,13 @@ def test_no_seeds_an_unknown_part_and_a_seed_of_ones_own_are_refused_before_anyt
         cells_of(file, [PLAIN, *arms_of(["optim.name=sdg"])], seeds=1, out=out)
     with pytest.raises(RecipeError, match="--seeds"):
         cells_of(file, [PLAIN], seeds=1, out=out, overrides=["data.seed=3"])
+    assert not out.exists()
+
+
+def test_data_that_are_not_there_leave_no_folder_behind(recipe_file, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="does not exist"):
+        cells_of(recipe_file(), [PLAIN], seeds=1, out=out, overrides=[f"data.path={tmp_path / 'nowhere'}"])
     assert not out.exists()
 
 

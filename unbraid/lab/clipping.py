@@ -1,5 +1,6 @@
 """The AutoClip paper's table in small: percentiles by losses, some seeds of each, scored on unseen talkers."""
 
+import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,8 +15,10 @@ from unbraid.files import write_atomically
 from unbraid.lab.clustering import Clustered
 from unbraid.lab.grid import Arm, Cell, Ended, Outcome, cells_of, outcome_of, overrides_for_steps, set_words
 from unbraid.lab.intervals import interval
+from unbraid.models import MODELS
 from unbraid.recipe import load_recipe
 from unbraid.records import to_json_row
+from unbraid.schema import assignment
 
 TESTED = "tested.json"
 """In a run's folder, once it has been scored: SI-SDRi of each mixture of the test split, in dB."""
@@ -128,7 +131,7 @@ def clipping_cells(
         seeds: How many of each.
         steps: Of each run, or by name of the loss; the recipe's budget where nothing is said.
         out: Folder for all runs.
-        overrides: As ``--set``, over all arms, also over their models.
+        overrides: As ``--set``; a size of a model goes to each column whose network has it.
 
     Raises:
         UserError: If recipe, losses or percentiles cannot be used.
@@ -143,7 +146,7 @@ def clipping_cells(
             Arm(f"{name},percentile={p:g}", (f"clip={_toml({'name': 'autoclip', 'percentile': float(p)})}",))
             for p in percentiles
         ]
-        found += cells_of(recipe, arms, seeds=seeds, out=out, overrides=[*own, *overrides])
+        found += cells_of(recipe, arms, seeds=seeds, out=out, overrides=[*own, *_meant_for(contest, overrides)])
     return sorted(found, key=lambda cell: cell.seed)  # stable: all arms of a seed before the next
 
 
@@ -156,10 +159,22 @@ def _parts_of(contest: Contest, base: str) -> list[str]:
     return own if stays else [*own, f"model={_toml(contest.model)}"]
 
 
+def _meant_for(contest: Contest, overrides: Sequence[str]) -> list[str]:
+    """The overrides without those of the model that this column's network does not have."""
+    keys = {f"model.{name}" for name in inspect.signature(MODELS[contest.model["name"]]).parameters}
+    of_a_model = [(text, assignment(text)[0]) for text in overrides]
+    known_to_one = {
+        f"model.{name}" for one in CONTESTS.values() for name in inspect.signature(MODELS[one.model["name"]]).parameters
+    }
+    return [text for text, key in of_a_model if key in keys or key not in known_to_one]
+
+
 def _check(percentiles: Sequence[float], losses: Sequence[str]) -> None:
     for p in percentiles:
         if not 0 <= p <= 100:
-            raise RecipeError(f"--percentiles {p:g} must be from 0 to 100, which cuts nothing.")
+            raise RecipeError(
+                f"--percentiles {p:g} must be from 0, the smallest norm so far, to 100, which never clips."
+            )
     for name in losses:
         if name not in CONTESTS:
             raise RecipeError(f"--losses {name!r} is not one of {', '.join(CONTESTS)}.{nearest(name, CONTESTS)}")
@@ -302,9 +317,12 @@ def _read(loss: str, rows: Sequence[Mapping[str, Any]]) -> str:
         return f"{loss}: p = {best['percentile']:g} came out highest; not every seed finished, so nothing is paired."
     pairs = zip(best["si_sdri"], bare["si_sdri"], strict=True)
     gain = interval([own - without for own, without in pairs], level=1 - 0.05 / len(others))
-    told = (
-        f"{loss}: of those clipped p = {best['percentile']:g} came out highest, {gain.mean:+.2f} dB against no clipping"
+    which = (
+        f"of those clipped p = {best['percentile']:g} came out highest"
+        if len(others) > 1
+        else f"p = {best['percentile']:g}"
     )
+    told = f"{loss}: {which}, {round(gain.mean, 2) + 0.0:+.2f} dB against no clipping"
     if gain.n < 2:
         return f"{told}, of one seed."
     sure = "above 0" if gain.low > 0 else "below 0" if gain.high < 0 else "which includes 0: no difference is shown"

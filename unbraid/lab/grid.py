@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from unbraid.assemble import build_model, build_state, train
+from unbraid.assemble import build_corpus, build_model, build_state, train
 from unbraid.errors import CheckpointError, RecipeError, TrainingStopped, UserError
 from unbraid.files import write_atomically
 from unbraid.recipe import Recipe, differences, load_recipe, recipe_table
@@ -164,6 +164,7 @@ def cells_of(recipe: Path, arms: Sequence[Arm], *, seeds: int, out: Path, overri
             found.append(Cell(arm, seed, made, RunDirectory(out / folder / f"seed-{seed}")))
     for cell in found[: len(arms)]:
         _try(cell)
+    build_corpus(found[0].recipe)
     for cell in found:
         _refuse_another(cell)
     return found

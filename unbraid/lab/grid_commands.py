@@ -25,7 +25,7 @@ def add_race(add: Add) -> None:
     command = add("race", race)
     over_help = "what the arms differ in, such as optim.name=sgd,adam; several of them are multiplied"
     command.add_argument("--over", action="append", default=[], metavar="KEY=A,B", help=over_help)
-    command.add_argument("--steps", type=positive(int), metavar="N", help="of each run (what the recipe says)")
+    command.add_argument("--steps", type=positive(int), default=300, metavar="N", help="of each run (%(default)s)")
     _add_grid(command, "race", 3)
 
 
@@ -36,8 +36,8 @@ def add_clipping(add: Add) -> None:
     command.add_argument("--percentiles", type=float, nargs="+", metavar="P", help=p_help)
     losses_help = "deep_clustering whitened_kmeans mask_inference snr conv_tasnet sepformer (all of them)"
     command.add_argument("--losses", nargs="+", metavar="NAME", help=losses_help)
-    steps_help = "of each run, or of each loss as in snr=600 conv_tasnet=300 (what the recipe says)"
-    command.add_argument("--steps", nargs="+", default=[], metavar="N", help=steps_help)
+    steps_help = "of each run, or of each loss as in snr=600 conv_tasnet=300 (1000)"
+    command.add_argument("--steps", nargs="+", default=["1000"], metavar="N", help=steps_help)
     items_help = "mixtures of the test split to score by (%(default)s)"
     command.add_argument("--test-items", type=positive(int), default=100, metavar="N", help=items_help)
     command.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there too, or into its place")
@@ -51,4 +51,4 @@ def _add_grid(command: argparse.ArgumentParser, out: str, seeds: int) -> None:
     command.add_argument("--seeds", type=int, default=seeds, metavar="N", help="of each arm (%(default)s)")
     out_help = "folder for all runs; the same command goes on with what is there (%(default)s)"
     command.add_argument("-o", "--out", type=Path, default=Path(out), metavar="DIR", help=out_help)
-    command.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
+    command.add_argument("--json", type=Path, metavar="FILE", help="file for the numbers (a file of the folder)")

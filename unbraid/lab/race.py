@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
+from unbraid.errors import RecipeError
 from unbraid.lab.grid import Arm, Cell, Outcome, arms_of, cells_of
 from unbraid.lab.intervals import Interval, interval
 from unbraid.recipe import load_recipe
@@ -55,6 +56,8 @@ def race_cells(
         UserError: If recipe, keys or values cannot be used.
     """
     arms, notes = _with_rates(recipe, arms_of(over), overrides)
+    if len(arms) < 2:
+        raise RecipeError(f"--over {over[0]} has one value alone, and a race needs two: such as optim.name=sgd,adam.")
     return cells_of(recipe, arms, seeds=seeds, out=out, overrides=overrides), notes
 
 

@@ -70,7 +70,7 @@ def run_race(args: argparse.Namespace, stop: StopRequest) -> list[str]:
     """
     check_matplotlib()
     _check_out(args.json)
-    overrides = [*args.set, *overrides_for_steps(args.steps)]
+    overrides = [f"validate.every_steps={max(1, args.steps // 5)}", *args.set, *overrides_for_steps(args.steps)]
     cells, notes = race_cells(find_recipe(args.recipe), args.over, seeds=args.seeds, out=args.out, overrides=overrides)
     if notes:
         _say(notes)
@@ -78,11 +78,11 @@ def run_race(args: argparse.Namespace, stop: StopRequest) -> list[str]:
     outcomes = [outcome_of(cell, how) for cell, how in ended]
     entries = entries_of(outcomes)
     Console().print(race_table(entries, args.seeds))
-    if args.json:
-        write_atomically(args.json, json.dumps(race_json(entries, outcomes, notes=notes), indent=1) + "\n")
+    numbers = args.json or args.out / "race.json"
+    write_atomically(numbers, json.dumps(race_json(entries, outcomes, notes=notes), indent=1, allow_nan=False) + "\n")
     verdict = who_is_ahead(outcomes)
     picture = _draw(race_plate(ended, verdict), args.out)
-    return [*what_fell(ended), verdict, f"Curves: {picture}", *([notes] if notes else []), side_by_side(args.out)]
+    return [*what_fell(ended), verdict, f"Curves: {picture}; numbers: {numbers}", side_by_side(args.out)]
 
 
 def _trained(cells: list[Cell], stop: StopRequest) -> list[tuple[Cell, Ended]]:
@@ -126,8 +126,7 @@ def run_clipping(args: argparse.Namespace, stop: StopRequest) -> list[str]:
     date, command = datetime.now(UTC).date().isoformat(), _shown(args.words)
     found = clipping_json(cuts, cells, n_items=args.test_items, date=date, machine=machine(), command=command)
     table = clipping_markdown(found["rows"])
-    if args.json:
-        write_atomically(args.json, json.dumps(found, indent=1) + "\n")
+    write_atomically(args.json or args.out / "clipping.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
     if args.markdown:
         write_table_into(args.markdown, table)
     over = f"mean over {args.seeds} seeds ± half its 95 % interval" if args.seeds > 1 else "one seed"
