@@ -37,6 +37,14 @@ def positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
     return convert
 
 
+def folder(text: str) -> Path:
+    """A folder to write to, there or not."""
+    path = Path(text)
+    if path.exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a file, and a folder is needed")
+    return path
+
+
 def port_number(text: str) -> int:
     """A port to listen at; 0 for any that is free."""
     port = int(text)

@@ -7,7 +7,7 @@ import torch
 from toys import assert_same
 
 from unbraid import cli
-from unbraid.errors import CheckpointError, RecipeError
+from unbraid.errors import CheckpointError, DataError, RecipeError
 from unbraid.lab.subject import mean_loss, of_checkpoint, of_recipe
 from unbraid.recipe import load_recipe
 from unbraid.robust.precision import Precision
@@ -113,3 +113,10 @@ def test_recordings_that_moved_are_found_by_a_set(run, speaker_folder, tmp_path)
 def test_weights_of_another_model_are_refused(run):
     with pytest.raises(CheckpointError, match="weights of another model"):
         of_checkpoint(run, overrides=["model.hidden=8"])
+
+
+def test_recordings_that_moved_are_told_of_with_what_to_do(run, speaker_folder, tmp_path):
+    (tmp_path / "speech").rename(tmp_path / "elsewhere")
+
+    with pytest.raises(DataError, match=r"speech.* --set data\.path=THERE"):
+        of_checkpoint(run)

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from unbraid.arguments import Add, Parser
+from unbraid.arguments import Add, Parser, folder
 from unbraid.lab.grid_commands import add_clipping, add_race
 from unbraid.lab.landscape_command import add_landscape
 from unbraid.lab.lr_range_command import add_lr_range
@@ -55,7 +55,7 @@ def gradient_descent(args: argparse.Namespace) -> int:
 def _add_gradient_descent(add: Add) -> None:
     command = add("gradient-descent", gradient_descent)
     out_help = "folder for all of it (%(default)s)"
-    command.add_argument("-o", "--out", type=Path, default=Path("gradient-descent"), metavar="DIR", help=out_help)
+    command.add_argument("-o", "--out", type=folder, default=Path("gradient-descent"), metavar="DIR", help=out_help)
     command.add_argument("--loss", choices=("l1", "l2", "huber"), default="l2", help="of the line (%(default)s)")
     command.add_argument("--seed", type=int, default=0, metavar="N", help="of all random numbers (%(default)s)")
     no_help = "leave out what moves, which takes most of the time"

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from unbraid.arguments import Add, add_set, positive
+from unbraid.arguments import Add, add_set, folder, positive
 
 
 def race(args: argparse.Namespace) -> int:
@@ -50,5 +50,5 @@ def _add_grid(command: argparse.ArgumentParser, out: str, seeds: int) -> None:
     add_set(command)
     command.add_argument("--seeds", type=int, default=seeds, metavar="N", help="of each arm (%(default)s)")
     out_help = "folder for all runs; the same command goes on with what is there (%(default)s)"
-    command.add_argument("-o", "--out", type=Path, default=Path(out), metavar="DIR", help=out_help)
+    command.add_argument("-o", "--out", type=folder, default=Path(out), metavar="DIR", help=out_help)
     command.add_argument("--json", type=Path, metavar="FILE", help="file for the numbers (a file of the folder)")

@@ -13,7 +13,7 @@ from unbraid.compiling import compile_model
 from unbraid.data.batch import Batch
 from unbraid.data.loader import StepKeys, batches, collate
 from unbraid.data.mixtures import Key
-from unbraid.errors import RecipeError
+from unbraid.errors import DataError, RecipeError
 from unbraid.losses.pit import SeparationLoss
 from unbraid.parts import build_loss
 from unbraid.recipe import Recipe, recipe_with
@@ -139,7 +139,10 @@ def of_checkpoint(path: Path, *, overrides: Sequence[str] = (), trust: bool = Fa
     recipe = recipe_with(checkpoint.recipe, overrides, Path.cwd(), source=str(checkpoint.path))
     model = model_of(checkpoint, recipe, trust=trust)
     step = int(checkpoint.state["progress"]["step"])
-    corpus = build_corpus(recipe, trust=trust)
+    try:
+        corpus = build_corpus(recipe, trust=trust)
+    except DataError as error:
+        raise DataError(f"{error} Where the recordings lie elsewhere now: --set data.path=THERE.") from error
     return Subject(checkpoint.path.name, recipe, corpus, _copied(model), trusted=trust, step=step)
 
 
