@@ -26,8 +26,10 @@ from unbraid.train.stop import StopRequest
 Progress = Callable[[float, str], None]
 
 FROM, TO, N_STEPS = 1e-7, 10.0, 200
-AT_LEAST_STEPS = 20
-"""With fewer there is nothing to smooth."""
+FIRST_STEPS = 20
+"""Chance is judged by so many first steps or more: by five, noise alone makes a suggestion in one test of five."""
+AT_LEAST_STEPS = 3 * FIRST_STEPS
+"""With fewer there is too little left of the range after its first steps."""
 DONE = 0.98
 """The share of its descent by which the loss has made it. Where exactly it is lowest is chance, as the floor is flat;
 where it falls fastest lies a factor of ten or more below the best rate of a grid."""
@@ -64,7 +66,7 @@ class RangeTest:
         clipper: Its name there.
         lrs: The learning rate of each step that was made.
         losses: Before that step, each on mixtures of its own.
-        smoothed: The same, averaged over neighbouring steps.
+        smoothed_capped: The same, averaged over neighbouring steps, and capped at where it began; see `smooth`.
         grad_norms: Before clipping.
         update_ratios: Norm of the step's change over the norm of the weights.
         stop_reason: Why it ended there; a sentence.
@@ -77,7 +79,7 @@ class RangeTest:
     clipper: str
     lrs: Floats
     losses: Floats
-    smoothed: Floats
+    smoothed_capped: Floats
     grad_norms: Floats
     update_ratios: Floats
     stop_reason: str
@@ -86,7 +88,7 @@ class RangeTest:
 
 
 @dataclass(frozen=True)
-class Grid:
+class LrGrid:
     """Short trainings from the same weights on the same mixtures, each with one learning rate.
 
     Attributes:
@@ -150,16 +152,16 @@ def lr_range(
     lrs = rates() if lrs is None else lrs
     probe = without_schedule(subject)
     state, stream = probe.fork(), probe.steps()
-    points, stop_reason = sweep(lambda lr: step_at(state, next(stream), lr), lrs, stop=stop, progress=progress)
+    points, stop_reason, lost = sweep(lambda lr: step_at(state, next(stream), lr), lrs, stop=stop, progress=progress)
     losses = np.array([point.loss for point in points])
-    suggestion, reason = suggest(lrs[: len(points)], losses, ended=len(points) == len(lrs))
+    suggestion, reason = suggest(lrs[: len(points)], losses, n_planned=len(lrs), lost=lost)
     return RangeTest(
         subject.name,
         subject.recipe.optim.name,
         subject.recipe.clip.name,
         lrs[: len(points)],
         losses,
-        smooth(losses),
+        smooth(losses, first_steps(len(lrs))),
         np.array([point.grad_norm for point in points]),
         np.array([point.update_ratio for point in points]),
         stop_reason,
@@ -200,7 +202,7 @@ def sweep(
     *,
     stop: StopRequest | None = None,
     progress: Progress = lambda _done, _text: None,
-) -> tuple[list[Point], str]:
+) -> tuple[list[Point], str, bool]:
     """Take a step with each learning rate in turn until the loss is lost.
 
     Args:
@@ -210,20 +212,20 @@ def sweep(
         progress: Is told how many steps are done, and what came of the last.
 
     Returns:
-        What came of each step, and why it ended.
+        What came of each step, why it ended, and whether the loss was lost.
     """
     points = list[Point]()
     for lr in map(float, lrs):
         if stop is not None and stop.signal:
-            return points, f"It was interrupted before {short(lr)}."
+            return points, f"It was interrupted before {short(lr)}.", False
         points.append(take_step(lr))
         progress(len(points), f"lr {short(lr)}  loss {points[-1].loss:.3g}")
-        if lost := why_lost(np.array([point.loss for point in points]), len(lrs)):
-            return points, f"At {short(lr)} {lost}."
-    return points, f"It went through to {short(lrs[-1])}, and the loss was never lost."
+        if why := why_lost(np.array([point.loss for point in points]), len(lrs)):
+            return points, f"At {short(lr)} {why}.", True
+    return points, f"It went through to {short(lrs[-1])}, and the loss was never lost.", False
 
 
-def why_lost(losses: Floats, n_steps: int) -> str:
+def why_lost(losses: Floats, n_planned: int) -> str:
     """What says that the loss is lost by now; empty where nothing does.
 
     It is lost if it has given back half of its descent (`LOST`) and that is no chance: mixtures differ, and so do
@@ -232,14 +234,14 @@ def why_lost(losses: Floats, n_steps: int) -> str:
 
     Args:
         losses: So far, ``(step,)``; NaN where a step was left out.
-        n_steps: In all, if it is never lost.
+        n_planned: Steps in all, if it is never lost.
     """
     if len(losses) >= IN_A_ROW and not np.isfinite(losses[-IN_A_ROW:]).any():
         return f"{IN_A_ROW} steps in a row had a loss or gradient that is not finite"
-    known, n_first = losses[np.isfinite(losses)], first_steps(n_steps)
+    known, n_first = losses[np.isfinite(losses)], first_steps(n_planned)
     if len(known) <= n_first:
         return ""
-    means = running_mean(known, max(3, n_steps // 20))[n_first - 1 :]
+    means = running_mean(known, max(5, n_planned // 20))[n_first - 1 :]
     top, low, last = known[:n_first].mean(), means.min(), means[-1]
     if last - low <= max(LOST * (top - low), SCATTERS * scatter(known, n_first)):
         return ""
@@ -248,59 +250,65 @@ def why_lost(losses: Floats, n_steps: int) -> str:
     return f"the loss was back at {last:.3g}, after it had come down from {top:.3g} to {low:.3g}"
 
 
-def first_steps(n_steps: int) -> int:
-    """How many steps of a range test say where it begins: a tenth."""
-    return max(5, n_steps // 10)
+def first_steps(n_planned: int) -> int:
+    """How many steps say where a range test begins, and how much is chance: a tenth of those planned, 20 or more."""
+    return max(FIRST_STEPS, n_planned // 10)
 
 
 def scatter(losses: Floats, n_first: int) -> float:
     """How much the loss differs between mixtures alone: its standard deviation from one first step to the next."""
-    return float(np.diff(losses[:n_first]).std() / np.sqrt(2))
+    return float(np.diff(losses[:n_first]).std(ddof=1) / np.sqrt(2))
 
 
-def smooth(losses: Floats) -> Floats:
+def smooth(losses: Floats, n_first: int) -> Floats:
     """Each loss averaged with its neighbours before and after, by a Gaussian of 3 % of the steps; ``(step,)``.
 
-    One that is higher than any of the first tenth counts as the highest of those, or a single one that has gone through
-    the roof would hide how low its neighbours were.
+    It is capped: a loss higher than any of the first counts as the highest of those, or a single one that has gone
+    through the roof would hide how low its neighbours were. Where the loss is lost the curve is thus flat.
 
     Args:
         losses: ``(step,)``; what is not finite counts for nothing, and stays as it is.
+        n_first: How many of them say where it begins; see `first_steps`.
     """
     known, width = np.isfinite(losses), max(0.7, 0.03 * len(losses))
-    highest = losses[known][: first_steps(len(losses))].max(initial=-np.inf)
+    highest = losses[known][:n_first].max(initial=-np.inf)
     capped = np.where(known, np.minimum(losses, highest), 0.0)
     sums, weights = (gaussian_filter1d(values, width, mode="constant") for values in (capped, known * 1.0))
     means = sums / np.maximum(weights, np.finfo(float).tiny)
     return np.where(known, means, np.nan)
 
 
-def suggest(lrs: Floats, losses: Floats, *, ended: bool = True) -> tuple[float | None, str]:
+def suggest(
+    lrs: Floats, losses: Floats, *, n_planned: int | None = None, lost: bool = False
+) -> tuple[float | None, str]:
     """The learning rate by which the smoothed loss has done most of its descent (`DONE`), and why.
 
-    Held against the best rate of a grid of half decades, 40 steps each, on a small Conv-TasNet and BLSTM with three
-    seeds each: all twelve of Adam and Muon within a factor of 2.7. Of fifteen of SGD (clipped, not clipped, with
-    momentum) seven within a factor of 3 and eight below it, by a factor of 7 at the median and 17 at most: there the
-    grid is flat over more than a decade of rates. The rule was chosen on these. On others, one seed each, it came to
-    these multiples of the best: DPRNN 2.0, SepFormer 3.1, TF-Locoformer with AdamW 0.46, a larger Conv-TasNet with Adam
-    2.2, Muon 1.2, RMSprop 0.7, schedule-free 0.19, and with Adam by the loss neg_snr 0.57, l1 3.2, with AutoClip 6.2.
+    Held against the best rate of a grid of half decades, 40 steps each. The rule was chosen on the following, which is
+    thus no test of it: a small Conv-TasNet and BLSTM with three seeds each, all twelve of Adam and Muon within a factor
+    of 2.7; of fifteen of SGD (clipped, not clipped, with momentum) seven within a factor of 3 and eight below it, by a
+    factor of 7 at the median and 17 at most, as the grid is flat there over more than a decade of rates. On others, one
+    seed each, it came to these multiples of the best: DPRNN 2.0, SepFormer 3.1, TF-Locoformer with AdamW 0.46, a larger
+    Conv-TasNet with Adam 2.2, Muon 1.2, RMSprop 0.7, schedule-free 0.19, and with Adam by the loss neg_snr 0.57, l1
+    3.2, with AutoClip 6.2.
 
     Args:
         lrs: Ascending, ``(step,)``.
         losses: Before the step with that rate, ``(step,)``; NaN where a step was left out.
-        ended: Whether the range went to its end.
+        n_planned: How many steps there were to be; as many as there are where nothing is said.
+        lost: Whether the loss was lost at the last. With fewer steps than planned it was interrupted otherwise.
 
     Returns:
         The rate, with two digits, and a sentence; where the test does not tell, None and a sentence on what to do.
     """
-    known = np.isfinite(losses)
+    n_planned = len(lrs) if n_planned is None else n_planned
+    n_first, interrupted, known = first_steps(n_planned), not lost and len(lrs) < n_planned, np.isfinite(losses)
     lrs, losses = lrs[known], losses[known]
-    n_first = first_steps(len(losses))
-    if len(losses) < AT_LEAST_STEPS / 2:
-        return None, f"Only {len(losses)} steps are known, too few for a suggestion."
-    smoothed = smooth(losses)
+    if len(losses) < 1.5 * n_first:
+        lower = f": begin lower than --from {short(lrs[0])}" if lost and len(lrs) else ""
+        return None, f"The loss is known of {len(losses)} steps only, too few for a suggestion{lower}."
+    smoothed = smooth(losses, n_first)
     top, lowest = float(losses[:n_first].mean()), int(smoothed.argmin())
-    low = float(smoothed[lowest])
+    low, still_falling = float(smoothed[lowest]), not lost and lowest >= len(losses) - n_first / 2
     if top - low <= SCATTERS * scatter(losses, n_first) / 2:
         return None, (
             f"The loss never came down from {top:.3g} by more than mixtures differ: take more --steps, or a larger "
@@ -309,14 +317,19 @@ def suggest(lrs: Floats, losses: Floats, *, ended: bool = True) -> tuple[float |
     halfway, place = (int(np.argmax(smoothed <= top - share * (top - low))) for share in (0.5, DONE))
     if halfway < n_first:
         return None, f"The loss was down by {short(lrs[halfway])} already: begin lower than --from {short(lrs[0])}."
+    if still_falling and interrupted:
+        return (
+            None,
+            f"The loss was down to {low:.3g} from {top:.3g}, and it was still falling where the test was stopped.",
+        )
     rate = float(f"{lrs[place - 1]:.1e}")  # the step before is the last that this loss knows of
     said = f"By {short(rate)} the loss had done {DONE:.0%} of its descent, from {top:.3g} to {low:.3g}"
-    if ended and lowest >= len(losses) - n_first / 2:
+    if still_falling:
         return rate, f"{said}, and it was still falling at the end of the range: a higher --to may find a higher rate."
     return rate, f"{said} at {short(lrs[lowest])}; higher rates bring little more or spoil it."
 
 
-def grid(
+def lr_grid(
     subject: Subject,
     lrs: Sequence[float] | Floats,
     *,
@@ -324,7 +337,7 @@ def grid(
     n_items: int = 32,
     stop: StopRequest | None = None,
     progress: Progress = lambda _done, _text: None,
-) -> Grid:
+) -> LrGrid:
     """Train for a few steps with each learning rate, from the same weights on the same mixtures, and compare the ends.
 
     Optimizer, clipper and transforms are the recipe's; its schedule, loss filters and average take no part.
@@ -347,11 +360,11 @@ def grid(
         set_learning_rate(state, lr)
         for done, parts in enumerate(islice(probe.steps(), n_steps)):
             if stop is not None and stop.signal:
-                return Grid(np.array(lrs)[:place], np.array(losses), n_steps, n_items)
+                return LrGrid(np.array(lrs)[:place], np.array(losses), n_steps, n_items)
             train_step(state, parts)
             progress(place + (done + 1) / n_steps, f"lr {short(lr)}")
         losses.append(_judged(state, fixed))
-    return Grid(np.array(lrs), np.array(losses), n_steps, n_items)
+    return LrGrid(np.array(lrs), np.array(losses), n_steps, n_items)
 
 
 def _judged(state: TrainState, fixed: Sequence[Batch]) -> float:
@@ -360,7 +373,7 @@ def _judged(state: TrainState, fixed: Sequence[Batch]) -> float:
         return float(mean_loss(state.bare_model, state.loss, state.precision, fixed))
 
 
-def around(lr: float, *, decades: float = 1.5, a_decade: int = 2) -> Floats:
+def rates_around(lr: float, *, decades: float = 1.5, a_decade: int = 2) -> Floats:
     """Learning rates on the grid of ``a_decade`` a decade that lie about one, ``(rate,)``."""
     middle = round(a_decade * np.log10(lr))
     reach = round(a_decade * decades)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from unbraid.arguments import EXIT_STOPPED, Add, add_set, find_recipe
 
 if TYPE_CHECKING:
-    from unbraid.lab.lr_range import Grid, RangeTest
+    from unbraid.lab.lr_range import LrGrid, RangeTest
     from unbraid.train.stop import StopRequest
 
 
@@ -25,14 +25,17 @@ def lr_range(args: argparse.Namespace) -> int:
     with stop_on_signals() as stop:
         test, grid = _lr_range_and_grid(args, out, stop)
         drawn = write_lr_range(out, test, grid) if out is not None and len(test.lrs) else None
-    print(json.dumps(numbers(test, grid), indent=1) if args.json else _lr_range_words(test, grid, drawn, stop))
+    if args.json:
+        print(json.dumps(numbers(test, grid), indent=1, allow_nan=False))
+    else:
+        print(_lr_range_words(test, grid, drawn, stop))
     return EXIT_STOPPED + stop.signal if stop.signal else 0
 
 
 def _lr_range_and_grid(
     args: argparse.Namespace, out: Path | None, stop: "StopRequest"
-) -> "tuple[RangeTest, Grid | None]":
-    from unbraid.lab.lr_range import around, grid, lr_range, rates
+) -> "tuple[RangeTest, LrGrid | None]":
+    from unbraid.lab.lr_range import lr_grid, lr_range, rates, rates_around
     from unbraid.lab.subject import of_recipe
     from unbraid.recipe import load_recipe
     from unbraid.screen import progress_bar
@@ -46,13 +49,13 @@ def _lr_range_and_grid(
         test = lr_range(subject, lrs, stop=stop, progress=advance)
     if not args.grid or test.suggestion is None or stop.signal:
         return test, None
-    rivals = around(test.suggestion)
+    rivals = rates_around(test.suggestion)
     with quiet if args.json else progress_bar("grid", len(rivals)) as advance:
-        found = grid(subject, rivals, stop=stop, progress=advance)
+        found = lr_grid(subject, rivals, stop=stop, progress=advance)
     return test, found if len(found.lrs) else None
 
 
-def _lr_range_words(test: "RangeTest", grid: "Grid | None", drawn: Path | None, stop: "StopRequest") -> str:
+def _lr_range_words(test: "RangeTest", grid: "LrGrid | None", drawn: Path | None, stop: "StopRequest") -> str:
     from unbraid.lab.lr_range import short
     from unbraid.lab.lr_range_plate import words
 

@@ -1,7 +1,6 @@
 """A learning-rate range test as a figure, as words and as a file of numbers."""
 
 import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,23 +9,25 @@ import numpy as np
 from unbraid.files import replacing, write_atomically
 from unbraid.health.columns import Floats
 from unbraid.lab.chapter import figure_of
-from unbraid.lab.lr_range import Grid, RangeTest, short
+from unbraid.lab.lr_range import LrGrid, RangeTest, short
 from unbraid.lab.plates import Plate
+from unbraid.records import json_row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 LOSS, NORM, RATIO, BEST, GRID = "#1f77b4", "#555555", "#9467bd", "#d62728", "#2ca02c"
+SMOOTHED = "smoothed, capped at where it began"
 OFF = {
-    "sgd": "too low, by a factor of 3 to 17 in half",
-    "schedule_free": "too low, by a factor of 5 in the only one",
-    "autoclip": "too high, by a factor of 6 in the only one",
+    "sgd": "too low: it was by a factor of 3 to 17 in half of the cases on which the rule was chosen",
+    "schedule_free": "too low: it was by a factor of 5 in the only case measured",
+    "autoclip": "too high: it was by a factor of 6 in the only case measured",
 }
 """How far the suggestion was found to lie from the best rate of a grid, by optimizer or clipper; see `suggest`."""
 
 
-def lr_range_plate(test: RangeTest, grid: Grid | None = None) -> Plate:
+def lr_range_plate(test: RangeTest, grid: LrGrid | None = None) -> Plate:
     """The figure: loss over learning rate, with the grid's if there is one; gradient norm and size of updates below.
 
     Args:
@@ -45,7 +46,7 @@ def lr_range_plate(test: RangeTest, grid: Grid | None = None) -> Plate:
     )
 
 
-def words(test: RangeTest, grid: Grid | None = None) -> list[str]:
+def words(test: RangeTest, grid: LrGrid | None = None) -> list[str]:
     """What came of it, in sentences."""
     said = [test.stop_reason, test.reason]
     if grid is not None:
@@ -53,7 +54,7 @@ def words(test: RangeTest, grid: Grid | None = None) -> list[str]:
     if test.suggestion is not None:
         for part, known in OFF.items():
             if part in (test.optimizer, test.clipper):
-                said.append(f"With {part} it may be {known} of the cases measured: see what --grid says.")
+                said.append(f"With {part} it may be {known}; see what --grid says.")
         said.append(
             "It is a rate for the first steps from these weights; a long run wants it lowered by its [schedule], and a "
             "larger model often wants less."
@@ -61,7 +62,7 @@ def words(test: RangeTest, grid: Grid | None = None) -> list[str]:
     return said
 
 
-def _of_grid(grid: Grid, suggestion: float | None) -> str:
+def _of_grid(grid: LrGrid, suggestion: float | None) -> str:
     best, each = grid.best, f"{grid.n_steps} steps with each of {len(grid.lrs)} rates"
     if best is None or suggestion is None:
         return f"Grid, {each}: " + ("none ended with a finite loss." if best is None else f"best is {short(best)}.")
@@ -74,9 +75,9 @@ def _of_grid(grid: Grid, suggestion: float | None) -> str:
     )
 
 
-def numbers(test: RangeTest, grid: Grid | None = None) -> dict[str, Any]:
+def numbers(test: RangeTest, grid: LrGrid | None = None) -> dict[str, Any]:
     """All of it as JSON knows it: what is not finite is null."""
-    names = ("lrs", "losses", "smoothed", "grad_norms", "update_ratios")
+    names = ("lrs", "losses", "smoothed_capped", "grad_norms", "update_ratios")
     told: dict[str, Any] = {
         "name": test.name,
         "optimizer": test.optimizer,
@@ -84,18 +85,14 @@ def numbers(test: RangeTest, grid: Grid | None = None) -> dict[str, Any]:
         "suggestion": test.suggestion,
     }
     told |= {"reason": test.reason, "stop_reason": test.stop_reason}
-    told |= {name: _plain(getattr(test, name)) for name in names}
+    told |= {name: getattr(test, name).tolist() for name in names}
     if grid is not None:
-        told |= {"grid_lrs": _plain(grid.lrs), "grid_losses": _plain(grid.losses), "grid_best": grid.best}
+        told |= {"grid_lrs": grid.lrs.tolist(), "grid_losses": grid.losses.tolist(), "grid_best": grid.best}
         told |= {"grid_steps": grid.n_steps, "grid_items": grid.n_items}
-    return told
+    return json_row(told)
 
 
-def _plain(values: Floats) -> list[float | None]:
-    return [value if math.isfinite(value) else None for value in values.tolist()]
-
-
-def write_lr_range(out: Path, test: RangeTest, grid: Grid | None = None) -> Path:
+def write_lr_range(out: Path, test: RangeTest, grid: LrGrid | None = None) -> Path:
     """Write ``lr-range.png`` and ``lr-range.json``, each whole or not at all.
 
     Args:
@@ -116,7 +113,7 @@ def write_lr_range(out: Path, test: RangeTest, grid: Grid | None = None) -> Path
     return out / "lr-range.png"
 
 
-def _draw(figure: "Figure", test: RangeTest, grid: Grid | None) -> None:
+def _draw(figure: "Figure", test: RangeTest, grid: LrGrid | None) -> None:
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     _draw_loss(above, test, grid)
     _draw_norms(below, test)
@@ -126,11 +123,11 @@ def _draw(figure: "Figure", test: RangeTest, grid: Grid | None) -> None:
     figure.suptitle(f"{test.name}, {test.optimizer}: learning rate grown from step to step", fontsize="medium")
 
 
-def _draw_loss(axes: "Axes", test: RangeTest, grid: Grid | None) -> None:
+def _draw_loss(axes: "Axes", test: RangeTest, grid: LrGrid | None) -> None:
     axes.semilogx(test.lrs, test.losses, color=LOSS, alpha=0.4, linewidth=0.7, label="loss of each step")
-    axes.semilogx(test.lrs, test.smoothed, color=LOSS, linewidth=2.0, label="smoothed")
+    axes.semilogx(test.lrs, test.smoothed_capped, color=LOSS, linewidth=2.0, label=SMOOTHED)
     if test.suggestion is not None:
-        level = float(np.interp(test.suggestion, test.lrs, test.smoothed))
+        level = float(np.interp(test.suggestion, test.lrs, test.smoothed_capped))
         axes.plot(test.suggestion, level, "o", color=BEST, label=f"suggestion: {short(test.suggestion)}", zorder=5)
     if grid is not None:
         label = f"grid: after {grid.n_steps} steps with it alone"
