@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unbraid.arguments import EXIT_STOPPED, Add, add_set, find_recipe
+from unbraid.arguments import EXIT_STOPPED, Add, add_set, find_recipe, folder
 
 if TYPE_CHECKING:
     from unbraid.lab.lr_range import LrGrid, RangeTest
@@ -83,5 +83,5 @@ def add_lr_range(add: Add) -> None:
     grid_help = "check the suggestion by 50 steps with each of seven rates about it"
     command.add_argument("--grid", action="store_true", help=grid_help)
     out_help = "folder for figure and numbers (lr-range; with --json none)"
-    command.add_argument("-o", "--out", type=Path, metavar="DIR", help=out_help)
+    command.add_argument("-o", "--out", type=folder, metavar="DIR", help=out_help)
     command.add_argument("--json", action="store_true", help="print all numbers as JSON")
