@@ -45,6 +45,14 @@ def folder(text: str) -> Path:
     return path
 
 
+def file_to_write(text: str) -> Path:
+    """A file to write, there or not."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a folder; name the file in it")
+    return path
+
+
 def port_number(text: str) -> int:
     """A port to listen at; 0 for any that is free."""
     port = int(text)

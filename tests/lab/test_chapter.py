@@ -189,9 +189,11 @@ def test_an_unknown_loss_is_refused_with_those_there_are(tmp_path, capsys):
 def test_a_folder_that_is_a_file_ends_in_one_sentence_before_any_work(tmp_path, plates, capsys):
     (tmp_path / "out").write_text("mine")
 
-    assert cli.main(["lab", "gradient-descent", "-o", str(tmp_path / "out")]) == 2
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["lab", "gradient-descent", "-o", str(tmp_path / "out")])
 
     told = capsys.readouterr().err
+    assert ended.value.code == 2
     assert told.count("\n") == 1
     assert "out" in told
     assert plates == []

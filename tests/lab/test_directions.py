@@ -33,15 +33,20 @@ def test_biases_norms_and_single_numbers_are_left_where_they_are():
     assert "split.weight" not in left
 
 
-def test_a_rescaled_network_that_is_the_same_sees_the_same_direction():
-    weights = {"one.weight": torch.randn(4, 3), "two.weight": torch.randn(2, 4)}
-    gains = torch.tensor([0.1, 1.0, 5.0, 20.0])
-    scaled = {"one.weight": weights["one.weight"] * gains[:, None]}
+def test_a_rescaled_network_that_is_the_same_has_the_same_loss_along_its_direction():
+    rng = torch.Generator().manual_seed(0)
+    x, y = torch.randn(3, 20, generator=rng), torch.randn(2, 20, generator=rng)
+    weights = {"one.weight": torch.randn(4, 3, generator=rng), "two.weight": torch.randn(2, 4, generator=rng)}
+    scaled = {"one.weight": 8 * weights["one.weight"], "two.weight": weights["two.weight"] / 8}
 
-    direction = filter_normalised(weights, seed=3)
-    of_scaled = filter_normalised(scaled, seed=3)
+    def losses(start):
+        direction = filter_normalised(start, seed=3)
+        for far in (0.0, 0.3, -0.7):
+            one, two = (start[name] + far * direction[name] for name in ("one.weight", "two.weight"))
+            yield float((two @ (one @ x).relu() - y).square().mean())
 
-    torch.testing.assert_close(of_scaled["one.weight"], direction["one.weight"] * gains[:, None])
+    assert [*losses(scaled)] == pytest.approx([*losses(weights)], rel=1e-5)
+    assert len({*losses(weights)}) == 3
 
 
 def test_a_direction_is_its_seeds_and_a_filter_of_zeros_does_not_move():

@@ -293,7 +293,9 @@ def test_a_folder_that_cannot_be_made_is_told_before_the_work(recipe_file, tmp_p
     monkeypatch.setattr("unbraid.lab.lr_range.train_step", None)  # the work would fail
     (tmp_path / "file").touch()
 
-    assert cli.main(["lab", "lr-range", str(recipe_file()), "--out", str(tmp_path / "file")]) == 2
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["lab", "lr-range", str(recipe_file()), "--out", str(tmp_path / "file")])
+    assert ended.value.code == 2
     assert str(tmp_path / "file") in capsys.readouterr().err
 
 

@@ -96,11 +96,12 @@ def said(**given):
 
 
 def test_the_sentences_say_what_the_numbers_mean():
-    assert "above 2/lambda = 0.25. The recipe's sgd begins at 0.5, above that" in said()
+    assert "above 2/lambda = 0.25. The recipe's sgd, warm-up aside, begins at 0.5, above that" in said()
     assert "begins at 0.1, below that" in said(lr=0.1)
     assert "adam, at 0.5, scales each weight's step" in said(optimizer="adam")
     assert "no minimum" in said()
     assert "no minimum" not in said(lowest=0.5)
+    assert "0 to within what rounding and the residual leave open" in said(lowest=-1e-6)
     assert "NOT converged" in said(residual=0.1)
     assert "2/lambda" not in said(residual=0.1)
     assert "gradients were subtracted" in said(way=WAYS[2])

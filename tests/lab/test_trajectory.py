@@ -134,7 +134,9 @@ def test_what_is_measured_in_float32_is_what_float64_gives(subject):
 
 
 def test_the_step_size_is_how_far_the_weights_went(subject):
-    tiny = subject("optim.name=sgd", "optim.lr=1e-3", "optim.momentum=0", "clip.name=fixed", "clip.max_norm=0.5")
+    tiny = subject(
+        "optim.name=sgd", "optim.lr=1e-3", "optim.momentum=0", "clip.name=fixed", "clip.name=fixed", "clip.max_norm=0.5"
+    )
     readings = list(follow(tiny, tiny.fork(), n_steps=3, every=2))
 
     for reading in readings:
@@ -211,6 +213,29 @@ def test_every_arm_begins_alike_and_only_the_clipping_differs(subject, tmp_path)
     assert none.clipped == 0
     assert auto.clipped == sum(r.grad_norm > r.limit for r in auto.readings) > 0
     assert auto.readings[5].limit == pytest.approx(np.percentile(auto.column("grad_norm"), 10))
+
+
+def test_a_step_is_clipped_where_its_norm_after_transforms_was_too_long(subject, tmp_path):
+    tiny = subject(
+        "optim.name=sgd",
+        "optim.lr=1e-5",
+        'transform=[{name="value", max_value=1e-6}]',
+        "clip.name=fixed",
+        "clip.max_norm=0.5",
+    )
+    (own,) = run_arms(tiny, tmp_path, clips=("recipe",), n_steps=3, every=3).arms
+
+    assert min(r.grad_norm for r in own.readings) > 0.5
+    assert own.clipped == 0
+
+
+def test_an_arm_that_began_at_other_weights_is_not_gone_on_with(subject, tmp_path):
+    tiny = subject("optim.name=sgd")
+    run_arms(tiny, tmp_path, clips=("none",), n_steps=2, every=2)
+    elsewhere = replace(tiny, weights={name: weight + 1 for name, weight in tiny.weights.items()})
+
+    with pytest.raises(UserError, match="began at other weights"):
+        run_arms(elsewhere, tmp_path, clips=("none", "autoclip"), n_steps=2, every=2)
 
 
 def test_the_recipes_own_options_stay_where_its_clipper_is_named(subject):
@@ -317,8 +342,11 @@ def test_bad_input_ends_in_one_sentence_before_any_work(recipe_file, tmp_path, c
 def test_a_folder_that_is_a_file_is_refused_before_any_work(recipe_file, tmp_path, capsys):
     (tmp_path / "out").write_text("mine")
 
-    assert command(recipe_file, tmp_path / "out", "--steps", "100000") == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(SystemExit) as ended:
+        command(recipe_file, tmp_path / "out", "--steps", "100000")
+
+    assert ended.value.code == 2
+    assert "is a file, and a folder is needed" in capsys.readouterr().err
     assert (tmp_path / "out").read_text() == "mine"
 
 

@@ -43,10 +43,11 @@ def _sum(name: str, anchors: Sequence[Weights], coefficients: Sequence[float]) -
 def filter_normalised(weights: Weights, seed: int, index: int = 0) -> dict[str, Tensor]:
     """A random direction in which each filter has the norm that this filter of the weights has.
 
-    A network whose filters are scaled up, and scaled down again behind, is the same network; drawn like this, the loss
-    along the direction is the same too. A filter is a slice along the first axis: an output of a convolution or linear
-    layer, a gate of an LSTM; of a transposed convolution, a basis signal; of depthwise filters called ``taps``,
-    ``(tap, channel)``, a channel's column. Biases, norms and other tensors with fewer than two axes are left out.
+    A network with a layer scaled up as a whole, and the next scaled down for it, is the same network; drawn like this,
+    the loss along the direction is the same too. A filter is a slice along the first axis: an output of a convolution
+    or linear layer, a gate of an LSTM; of a transposed convolution, a basis signal; of depthwise filters called
+    ``taps``, ``(tap, channel)``, a channel's column; of BS-RoFormer's tensors that hold a matrix for each band, all of
+    a band. Biases, norms and other tensors with fewer than two axes are left out.
 
     Args:
         weights: Parameters by name.
@@ -79,7 +80,10 @@ def _within_filter(name: str, weight: Tensor) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class PathPlane:
-    """The plane that a path of weights lies closest to, through its last point.
+    """The plane through the last point of a path of weights, along the path's two principal axes.
+
+    The axes are those of the points about their mean, as published; the plane through the last point that lies closest
+    to all others is another one.
 
     Attributes:
         axes: Two directions of length 1, at right angles.

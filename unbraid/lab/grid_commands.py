@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from unbraid.arguments import Add, add_set, folder, positive
+from unbraid.arguments import Add, add_set, file_to_write, folder, positive
 
 
 def race(args: argparse.Namespace) -> int:
@@ -40,7 +40,9 @@ def add_clipping(add: Add) -> None:
     command.add_argument("--steps", nargs="+", default=["1000"], metavar="N", help=steps_help)
     items_help = "mixtures of the test split to score by (%(default)s)"
     command.add_argument("--test-items", type=positive(int), default=100, metavar="N", help=items_help)
-    command.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there too, or into its place")
+    command.add_argument(
+        "--markdown", type=file_to_write, metavar="FILE", help="write the table there too, or into its place"
+    )
     _add_grid(command, "clipping", 2)
 
 
@@ -51,4 +53,6 @@ def _add_grid(command: argparse.ArgumentParser, out: str, seeds: int) -> None:
     command.add_argument("--seeds", type=int, default=seeds, metavar="N", help="of each arm (%(default)s)")
     out_help = "folder for all runs; the same command goes on with what is there (%(default)s)"
     command.add_argument("-o", "--out", type=folder, default=Path(out), metavar="DIR", help=out_help)
-    command.add_argument("--json", type=Path, metavar="FILE", help="file for the numbers (a file of the folder)")
+    command.add_argument(
+        "--json", type=file_to_write, metavar="FILE", help="file for the numbers (a file of the folder)"
+    )

@@ -202,7 +202,9 @@ class OfPath:
 def of_path(
     states: Mapping[int, Weights], parameters: Sequence[str], *, margin: float = 0.25, n_points: int = 21
 ) -> OfPath:
-    """Points in the plane that a run's checkpoints lie closest to; buffers are the last one's.
+    """Points in the plane through a run's last checkpoint, along the principal axes of its path.
+
+    Buffers are the last one's.
 
     Args:
         states: Of the checkpoints, by training step; three or more.

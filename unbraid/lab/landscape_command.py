@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from unbraid.arguments import EXIT_STOPPED, Add, add_set, add_trust, positive
+from unbraid.arguments import EXIT_STOPPED, Add, add_set, add_trust, folder, positive
 
 
 def landscape(args: argparse.Namespace) -> int:
@@ -31,7 +31,7 @@ def add_landscape(add: Add) -> None:
     where = command.add_mutually_exclusive_group()
     to_help = "on the straight line to another checkpoint of the same model, and how high the barrier between them is"
     where.add_argument("--to", type=Path, metavar="OTHER", help=to_help)
-    plane_help = "in the plane that the checkpoints of the run directory CHECKPOINT lie closest to, with their path"
+    plane_help = "along the two principal axes of the path of the run directory CHECKPOINT, with that path"
     where.add_argument("--plane", action="store_true", help=plane_help)
     points_help = "along each axis, odd where the model is in the middle (%(default)s)"
     command.add_argument("--points", type=int, default=21, metavar="N", help=points_help)
@@ -42,6 +42,6 @@ def add_landscape(add: Add) -> None:
     command.add_argument("--split", choices=("train", "valid"), default="train", help="their talkers (%(default)s)")
     command.add_argument("--seed", type=int, default=0, metavar="N", help="of the directions (%(default)s)")
     out_help = "folder for all of it (%(default)s)"
-    command.add_argument("-o", "--out", type=Path, default=Path("landscape"), metavar="DIR", help=out_help)
+    command.add_argument("-o", "--out", type=folder, default=Path("landscape"), metavar="DIR", help=out_help)
     add_set(command, "data.path=FOLDER, where the recordings lie elsewhere")
     add_trust(command)

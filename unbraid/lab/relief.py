@@ -41,11 +41,14 @@ def plates_around(found: Around, losses: Floats, *, name: str, unit: str) -> lis
     about_lines = (
         f"The loss along {len(lines)} random directions of which each filter is as long as the model's own: at "
         f"{reach:g} it has been moved by that much of its own length. At the model it is {here:.2f}; at the ends of "
-        f"the lines it lies {min(rises):.2f} to {max(rises):.2f} higher: that is how far directions differ."
+        f"the lines it lies {min(rises):.2f} to {max(rises):.2f} above that (each line's two ends averaged): that is "
+        "how far directions differ."
     )
     place = f"({found.offsets[at[1]]:.2g}, {found.offsets[at[0]]:.2g})"
     lower = (
-        "None of the points lies lower than the model (cross)."
+        "The model (cross) has no finite loss to hold the points against."
+        if not np.isfinite(here)
+        else "None of the points lies lower than the model (cross)."
         if n_lower == 0
         else f"{n_lower} of {grid.size} points lie lower than the model (cross), the lowest, {lowest:.2f}, at {place}."
     )
@@ -94,7 +97,7 @@ def plate_between(found: Between, losses: Floats, *, names: tuple[str, str], uni
     if not np.isfinite(height):
         told = "on the way there are points without a finite loss, so there is no height of a barrier"
     elif height <= 1e-6 * (abs(ends["first"]) + abs(ends["other"])):
-        told = "it never rises above the straight line between them (dashed): no barrier"
+        told = f"at none of the {len(losses)} points it lies above the straight line between them (dashed): no barrier"
     caption = (
         f"The loss on the straight line through two models. At 0 is {names[0]}, {ends['first']:.2f}; at 1 is "
         f"{names[1]}, {ends['other']:.2f}; {told}. The lowest point is {losses[lowest]:.2f}, at "
@@ -125,9 +128,10 @@ def plates_of_path(found: OfPath, losses: Floats, *, name: str, unit: str) -> li
     numbers |= {"lowest on the grid": float(_finite(grid).min())}
     numbers |= {f"loss at step {step}": float(loss) for step, loss in zip(found.steps, own, strict=True)}
     caption = (
-        f"The plane that {len(found.steps)} checkpoints lie closest to, from step {found.steps[0]} (dot) to "
-        f"{found.steps[-1]} (star), and the loss in it. Its axes hold {100 * shares[0]:.0f} % and "
-        f"{100 * shares[1]:.0f} % of the path's variance; a random walk of so many points would show "
+        f"The path of {len(found.steps)} checkpoints, from step {found.steps[0]} (dot) to {found.steps[-1]} (star), on "
+        "the plane through the last along the path's two principal axes, and the loss in that plane. Its axes hold "
+        f"{100 * shares[0]:.0f} % and {100 * shares[1]:.0f} % of the path's variance; a random walk of so many points "
+        "would show "
         f"{100 * walk[0]:.0f} % and {100 * walk[1]:.0f} %. The checkpoints' own losses are {own[0]:.2f} at first and "
         f"{own[-1]:.2f} at last; the lowest in the plane is {_finite(grid).min():.2f}. What is drawn "
         f"is their shadow: that of step {found.steps[far]} lies "

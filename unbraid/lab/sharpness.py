@@ -167,23 +167,30 @@ def tell(found: Sharpness) -> Iterator[str]:
     if ends.converged and ends.highest > 0:
         yield _about_lr(found)
     doubt = "" if ends.lowest_converged else f" (not converged, residual {ends.lowest_residual:.1e})"
-    bends = ": the loss bends downwards along some direction, so this is no minimum" if ends.lowest < 0 else ""
-    yield f"Smallest eigenvalue: {ends.lowest:.4g}{doubt}{bends}."
+    yield f"Smallest eigenvalue: {ends.lowest:.4g}{doubt}{_below(ends)}."
     if found.noise is not None:
         yield _about_noise(found.noise)
+
+
+def _below(ends: Extremes) -> str:
+    """What a smallest eigenvalue below 0 means, if it is more than its residual and rounding leave open."""
+    largest = max(abs(ends.highest), abs(ends.lowest))
+    if ends.lowest < -max(ends.tolerance, ends.lowest_residual) * largest:
+        return ": the loss bends downwards along some direction, so this is no minimum"
+    return ", 0 to within what rounding and the residual leave open" if ends.lowest < 0 else ""
 
 
 def _about_lr(found: Sharpness) -> str:
     limit = 2 / found.extremes.highest
     told = (
-        "Plain gradient descent on this loss swings ever wider along that direction at learning rates above 2/lambda = "
-        f"{limit:.3g}."
+        "On the quadratic that touches the loss here, plain gradient descent swings ever wider along that direction at "
+        f"learning rates above 2/lambda = {limit:.3g}."
     )
     if found.lr is None:
         return told
     if found.optimizer == "sgd":
         side = "above" if found.lr > limit else "below"
-        return f"{told} The recipe's sgd begins at {found.lr:g}, {side} that; momentum moves the limit."
+        return f"{told} The recipe's sgd, warm-up aside, begins at {found.lr:g}, {side} that; momentum moves the limit."
     return f"{told} The recipe's {found.optimizer}, at {found.lr:g}, scales each weight's step and has another limit."
 
 

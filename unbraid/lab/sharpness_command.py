@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from unbraid.arguments import EXIT_STOPPED, Add, add_set, add_trust, positive
+from unbraid.arguments import EXIT_STOPPED, Add, add_set, add_trust, file_to_write, positive
 
 
 def sharpness(args: argparse.Namespace) -> int:
@@ -14,6 +14,8 @@ def sharpness(args: argparse.Namespace) -> int:
     from unbraid.lab.subject import of_checkpoint
     from unbraid.screen import progress_bar
 
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
     subject = of_checkpoint(args.checkpoint, overrides=args.set, trust=args.trust)
     asked = {"n_items": args.items, "n_products": args.iterations, "split": args.split, "seed": args.seed}
     with progress_bar("multiplying", args.iterations) as advance:
@@ -34,6 +36,6 @@ def add_sharpness(add: Add) -> None:
     command.add_argument("--items", type=positive(int), default=32, metavar="N", help=items_help)
     command.add_argument("--split", choices=("train", "valid"), default="train", help="their talkers (%(default)s)")
     command.add_argument("--seed", type=int, default=0, metavar="N", help="of the vector to start from (%(default)s)")
-    command.add_argument("-o", "--out", type=Path, metavar="FILE", help="JSON file for the numbers")
+    command.add_argument("-o", "--out", type=file_to_write, metavar="FILE", help="JSON file for the numbers")
     add_set(command, "data.path=FOLDER, where the recordings lie elsewhere")
     add_trust(command)

@@ -41,6 +41,7 @@ class Reading:
         limit: What the clipper allowed; infinite for no limit.
         step_size: L2 norm of the change of all weights; 0 where the step was left out.
         smoothness: As `smoothness` measures it; None where it was not, or not finite.
+        clipped: Whether the step was shortened: its norm after transforms, if there are any, was above the limit.
     """
 
     step: int
@@ -50,6 +51,7 @@ class Reading:
     limit: float | None
     step_size: float
     smoothness: float | None = None
+    clipped: bool = False
 
 
 Column = Literal["step", "loss", "grad_norm", "limit", "step_size", "smoothness"]
@@ -94,9 +96,8 @@ class Trajectory:
 
     @property
     def clipped(self) -> int:
-        """How many of them had a gradient that was longer than the limit."""
-        shortened = self.column("grad_norm") > self.column("limit")
-        return sum(bool(cut) and one.outcome == "trained" for cut, one in zip(shortened, self.readings, strict=True))
+        """How many of them were clipped."""
+        return sum(reading.clipped for reading in self.readings)
 
     def correlation(self, one: Column, other: Column = "smoothness", *, first_step: int = 1) -> Correlation:
         """Of two columns from a step on, where both are known: of their logarithms, but of a loss as it is."""
@@ -157,7 +158,7 @@ def follow(subject: Subject, state: TrainState, *, n_steps: int, every: int) -> 
 
     The smoothness is that of the mean loss of the step's batch, in float32 and without filters, with the noise that
     the model drew in the step; it is measured on a copy of the model, and the training goes on as if it were not, bit
-    for bit.
+    for bit. Nothing is validated, so that a plateau schedule never lowers the learning rate.
 
     Args:
         subject: Whose batches are taken; the state's step says from which on.
@@ -186,7 +187,8 @@ def follow(subject: Subject, state: TrainState, *, n_steps: int, every: int) -> 
 
 def _reading(record: StepRecord, step_size: float, found: float) -> Reading:
     known = found if math.isfinite(found) else None
-    return Reading(record.step, record.outcome, record.loss, record.grad_norm, record.limit, step_size, known)
+    told = record.step, record.outcome, record.loss, record.grad_norm, record.limit
+    return Reading(*told, step_size, known, record.clipped)
 
 
 def gradient_of(model: nn.Module, loss: ExampleLoss, parts: Sequence[Batch], *, seed: int, step: int) -> Gradient:

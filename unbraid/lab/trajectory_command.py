@@ -4,7 +4,7 @@ import argparse
 import shlex
 from pathlib import Path
 
-from unbraid.arguments import EXIT_STOPPED, Add, add_set, find_recipe, folder, positive
+from unbraid.arguments import EXIT_STOPPED, Add, add_set, file_to_write, find_recipe, folder, positive
 
 
 def trajectory(args: argparse.Namespace) -> int:
@@ -35,4 +35,6 @@ def add_trajectory(add: Add) -> None:
     command.add_argument("--clip", nargs="+", default=["none", "autoclip"], metavar="NAME", help=clip_help)
     out_help = "folder for figure, numbers, and what to go on from (%(default)s)"
     command.add_argument("-o", "--out", type=folder, default=Path("trajectory"), metavar="DIR", help=out_help)
-    command.add_argument("--json", type=Path, metavar="FILE", help="numbers to write (trajectory.json in the folder)")
+    command.add_argument(
+        "--json", type=file_to_write, metavar="FILE", help="numbers to write (trajectory.json in the folder)"
+    )

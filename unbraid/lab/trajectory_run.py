@@ -5,20 +5,25 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import unbraid
 from unbraid.errors import UserError
 from unbraid.files import replacing, write_atomically
+from unbraid.lab.directions import digest_of
 from unbraid.lab.subject import Subject, of_recipe
 from unbraid.lab.trajectory import FRACTIONS, Column, Correlation, Reading, Trajectory, clipped_by, follow, with_clip
 from unbraid.plots import check_matplotlib
 from unbraid.recipe import load_recipe, recipe_table
 from unbraid.records import RunDirectory
 from unbraid.train.checkpoint import find_checkpoint, read_checkpoint, save_checkpoint
+from unbraid.train.state import TrainState
 from unbraid.train.stop import StopRequest
 
 CLIPS = ("none", "autoclip")
+KEEP_SECONDS = 120.0
+"""How often an arm under way is kept, so that a process killed loses no more."""
 PAIRS: dict[str, Column] = {
     "gradient norm with smoothness": "grad_norm",
     "step size with smoothness": "step_size",
@@ -147,14 +152,20 @@ def run_arms(
     tracks = {
         clip: _Track(RunDirectory(folder / clip.replace(":", "-")), arm, n_steps, every) for clip, arm in arms.items()
     }
+    for arm in arms.values():
+        arm.fork()  # what a part refuses, it refuses before any work
     folder.mkdir(parents=True, exist_ok=True)
     found = []
-    for place, (clip, track) in enumerate(tracks.items()):
+    for place, clip in enumerate(arms):
+        track = tracks.pop(clip)  # with its model and optimizer: one at a time
         if stop is not None and stop.signal:
             break
-        readings = track.take_up()
+        readings, kept = track.take_up(), perf_counter()
         for reading in track.follow():
             readings.append(reading)
+            if perf_counter() - kept > KEEP_SECONDS:
+                track.keep(readings)
+                kept = perf_counter()
             progress((place + reading.step / n_steps) / len(arms), f"{clip}: step {reading.step}, {_told(reading)}")
             if stop is not None and stop.signal:
                 break
@@ -173,26 +184,29 @@ class _Track:
 
     def __init__(self, run: RunDirectory, subject: Subject, n_steps: int, every: int) -> None:
         self.run, self.subject, self.n_steps, self.every = run, subject, n_steps, every
-        self.state = subject.fork()
+        self.state: TrainState  # made when the arm begins
         self.recipe = recipe_table(subject.recipe)
+        self.asked = {"steps": n_steps, "every": every, "start": digest_of([subject.weights])}
         self.saved_step = -1
 
     def take_up(self) -> list[Reading]:
-        """Go to where an earlier run of the same experiment was; nothing where there was none.
+        """Make the state, and go to where an earlier run of the same experiment was; nothing where there was none.
 
         Raises:
             UserError: If the folder holds another experiment.
         """
         if not self.run.checkpoints.is_dir():
+            self.state = self.subject.fork()
             return []
         kept = read_checkpoint(find_checkpoint(self.run.path))
-        asked = {"steps": self.n_steps, "every": self.every}
         if kept.recipe != json.loads(json.dumps(self.recipe)) or any(
-            kept.choices.get(k) != v for k, v in asked.items()
+            kept.choices.get(k) != v for k, v in self.asked.items()
         ):
             raise UserError(
-                f"{self.run.path} is of another recipe, --steps or --every: give another --out, or remove it."
+                f"{self.run.path} is of another recipe, --steps or --every, or began at other weights: give another "
+                "--out, or remove it."
             )
+        self.state = self.subject.fork()
         self.state.load_state_dict(kept.state)
         self.saved_step = self.state.step
         return [Reading(**row) for row in kept.choices["readings"]]
@@ -205,8 +219,9 @@ class _Track:
         """Write state and readings, whole or not at all."""
         if self.state.step == self.saved_step:
             return
-        kept = {"steps": self.n_steps, "every": self.every, "readings": [asdict(reading) for reading in readings]}
+        kept = self.asked | {"readings": [asdict(reading) for reading in readings]}
         save_checkpoint(self.run, self.state.state_dict(), recipe=self.recipe, choices=kept, best=False, keep=1)
+        self.saved_step = self.state.step
 
 
 def write_course(course: Course, folder: Path, numbers: Path | None = None) -> list[str]:
