@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +13,10 @@ import torch
 from PIL import Image
 
 from unbraid import cli
+from unbraid.errors import UserError
 from unbraid.lab.chapter import figure_of
 from unbraid.lab.landscape import Around, Chart
-from unbraid.lab.landscape_report import loss_of, view_around
+from unbraid.lab.landscape_report import folder_for, loss_of, view_around
 from unbraid.lab.relief import Field, plates_around
 from unbraid.lab.subject import mean_loss, of_checkpoint, of_recipe
 from unbraid.recipe import load_recipe
@@ -192,3 +194,12 @@ def test_another_model_and_a_folder_that_is_no_checkpoint_are_refused(run, recip
     assert "--set save.keep=" in said
     assert look(tmp_path / "out", run / "checkpoints" / "step-000006", "--plane") == 2
     assert "run directory" in capsys.readouterr().err
+
+
+def test_figures_of_two_checkpoints_lie_in_two_folders_and_none_in_a_run(run, tmp_path):
+    subject = of_checkpoint(run)
+
+    assert folder_for(run, subject, None) == Path("landscape") / f"{run.name}-{subject.name}"
+    assert folder_for(run, subject, tmp_path) == tmp_path
+    with pytest.raises(UserError, match="nothing of a run is touched"):
+        folder_for(run, subject, run)

@@ -11,15 +11,15 @@ def landscape(args: argparse.Namespace) -> int:
     from unbraid.plots import check_matplotlib
 
     check_matplotlib()
-    from unbraid.lab.landscape_report import look, tell, view_of
+    from unbraid.lab.landscape_report import folder_for, look, tell, view_of
     from unbraid.lab.subject import of_checkpoint
     from unbraid.screen import progress_bar
 
     subject = of_checkpoint(args.checkpoint, overrides=args.set, trust=args.trust)
-    view = view_of(subject, args)
+    view, out = view_of(subject, args), folder_for(args.checkpoint, subject, args.out)
     with progress_bar("taking the loss", len(view.chart.coefficients)) as advance:
-        found, plates = look(subject, view, args.out, n_items=args.items, split=args.split, progress=advance)
-    for line in tell(found, plates, args.out, args.items):
+        found, plates = look(subject, view, out, n_items=args.items, split=args.split, progress=advance)
+    for line in tell(found, plates, out, args.items):
         print(line)
     return EXIT_STOPPED + found.signal if found.signal else 0
 
@@ -41,7 +41,7 @@ def add_landscape(add: Add) -> None:
     command.add_argument("--items", type=positive(int), default=16, metavar="N", help=items_help)
     command.add_argument("--split", choices=("train", "valid"), default="train", help="their talkers (%(default)s)")
     command.add_argument("--seed", type=int, default=0, metavar="N", help="of the directions (%(default)s)")
-    out_help = "folder for all of it (%(default)s)"
-    command.add_argument("-o", "--out", type=folder, default=Path("landscape"), metavar="DIR", help=out_help)
+    out_help = "folder for all of it (landscape/RUN-STEP)"
+    command.add_argument("-o", "--out", type=folder, metavar="DIR", help=out_help)
     add_set(command, "data.path=FOLDER, where the recordings lie elsewhere")
     add_trust(command)

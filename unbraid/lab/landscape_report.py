@@ -96,6 +96,20 @@ def _two_names(subject: Subject, other: Path) -> tuple[str, str]:
     return f"the first {subject.name}", f"the other {other.name}"
 
 
+def folder_for(checkpoint: Path, subject: Subject, out: Path | None) -> Path:
+    """Where to write: what was said, or a folder that no other checkpoint's figures are in.
+
+    Raises:
+        UserError: If that is a run directory, which nothing shall be written into.
+    """
+    if out is None:
+        run = find_checkpoint(checkpoint).resolve().parent.parent.name
+        return Path("landscape") / f"{run}-{subject.name}"
+    if RunDirectory(out).steps.exists():
+        raise UserError(f"{out} is a run directory, and nothing of a run is touched: give another folder with -o.")
+    return out
+
+
 def view_path(subject: Subject, run: Path, *, margin: float = 0.25, n_points: int = 21) -> View:
     """The plane of the checkpoints of a run directory; as `of_path`.
 
