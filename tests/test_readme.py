@@ -30,7 +30,7 @@ SMALLER = {
     "lr-range": "--steps 60 --set data.excerpt_seconds=0.5 --set train.compile=off",
     "race": "--steps 2 --set validate.n_items=2 --set data.excerpt_seconds=0.5 --set train.compile=off",
     "trajectory": "--steps 4 --every 2 --set data.excerpt_seconds=0.5 --set train.compile=off",
-    "clipping": "--seeds 1 --steps 2 --n-items 2 --set data.excerpt_seconds=0.5 --set train.compile=off",
+    "clipping": "--seeds 1 --steps 2 --test-items 2 --set data.excerpt_seconds=0.5 --set train.compile=off",
     "landscape": "--points 3 --items 2",
     "sharpness": "--iterations 2 --items 3",
 }
