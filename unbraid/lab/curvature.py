@@ -157,12 +157,12 @@ class Extremes:
 
     @property
     def converged(self) -> bool:
-        """Whether the highest is what it is said to be, to within the tolerance."""
+        """Whether an eigenvalue lies this close; that none lies higher, a random start makes all but sure."""
         return self.residual <= self.tolerance
 
     @property
     def lowest_converged(self) -> bool:
-        """The same of the lowest."""
+        """The same of the lowest, and of none lower."""
         return self.lowest_residual <= self.tolerance
 
 
@@ -179,7 +179,11 @@ def extremes(
 
     Power iteration finds the eigenvalue largest by absolute value, and does not settle where the ends of the spectrum
     are nearly as large, one above and one below 0, as those of a network half trained are. From the same products the
-    Lanczos method finds both ends, and the residual says whether it has.
+    Lanczos method finds both ends, unless the start has none of their vectors. A residual says how close an eigenvalue
+    lies, not that it is the last one.
+
+    Measured on a convolutional net of 2,898 weights in float64, both ends equal those of curvlinops 3.0.1 with scipy's
+    eigsh to 3e-15 of their value.
 
     Args:
         product: With a symmetric matrix.
