@@ -33,15 +33,37 @@ def test_biases_norms_and_single_numbers_are_left_where_they_are():
     assert "split.weight" not in left
 
 
-def test_a_rescaled_network_that_is_the_same_sees_the_same_direction():
-    weights = {"one.weight": torch.randn(4, 3), "two.weight": torch.randn(2, 4)}
-    gains = torch.tensor([0.1, 1.0, 5.0, 20.0])
-    scaled = {"one.weight": weights["one.weight"] * gains[:, None]}
+def relu_loss(weights):
+    """Of two layers with a ReLU between, on fixed examples."""
+    given, target = torch.linspace(-2, 2, 21).double().view(7, 3).sin(), torch.linspace(0, 1, 14).double().view(7, 2)
+    made = (given @ weights["one.weight"].T).relu() @ weights["two.weight"].T
+    return float((made - target).square().mean())
 
-    direction = filter_normalised(weights, seed=3)
-    of_scaled = filter_normalised(scaled, seed=3)
 
-    torch.testing.assert_close(of_scaled["one.weight"], direction["one.weight"] * gains[:, None])
+def test_a_network_with_layers_rescaled_has_the_same_loss_along_its_direction():
+    torch.manual_seed(0)
+    weights = {"one.weight": torch.randn(4, 3).double(), "two.weight": torch.randn(2, 4).double()}
+    scaled = {"one.weight": weights["one.weight"] * 20, "two.weight": weights["two.weight"] / 20}
+
+    def along(net, direction):
+        return [relu_loss(combined([net, direction], (1.0, at))) for at in np.linspace(-1, 1, 9)]
+
+    losses = along(weights, filter_normalised(weights, seed=3))
+    assert np.ptp(losses) > 0.1
+    assert along(scaled, filter_normalised(scaled, seed=3)) == pytest.approx(losses, rel=1e-12)
+    assert along(scaled, filter_normalised(weights, seed=3)) != pytest.approx(losses, rel=0.1)
+
+
+def test_complex_weights_are_moved_and_summed_too():
+    weights = {"weight": torch.randn(3, 5, dtype=torch.complex64)}
+    direction = filter_normalised(weights, seed=0)["weight"]
+
+    assert direction.dtype == torch.complex64
+    torch.testing.assert_close(
+        torch.linalg.vector_norm(direction, dim=1), torch.linalg.vector_norm(weights["weight"], dim=1)
+    )
+    moved = combined([weights, {"weight": direction}], (1.0, 0.5))["weight"]
+    torch.testing.assert_close(moved, weights["weight"] + 0.5 * direction)
 
 
 def test_a_direction_is_its_seeds_and_a_filter_of_zeros_does_not_move():

@@ -19,8 +19,8 @@ Weights = Mapping[str, Tensor]
 def combined(anchors: Sequence[Weights], coefficients: Sequence[float]) -> dict[str, Tensor]:
     """The sum of anchors, each times its coefficient.
 
-    It is taken in float64 and rounded once, and what counts 0 is left out: coefficients ``(0, 1)`` give the second
-    anchor bit for bit. Tensors that are no floating-point numbers are the first anchor's.
+    It is taken in float64 (complex128) and rounded once, and what counts 0 is left out: coefficients ``(0, 1)`` give
+    the second anchor bit for bit. Tensors of integers or truth values are the first anchor's.
 
     Args:
         anchors: States or differences; the first names all tensors, and each sum has the dtype it has there.
@@ -31,20 +31,27 @@ def combined(anchors: Sequence[Weights], coefficients: Sequence[float]) -> dict[
 
 def _sum(name: str, anchors: Sequence[Weights], coefficients: Sequence[float]) -> Tensor:
     first = anchors[0][name]
-    if not first.is_floating_point():
+    if not _is_continuous(first):
         return first
-    total = torch.zeros(first.shape, dtype=torch.float64)
+    exact = torch.complex128 if first.is_complex() else torch.float64
+    total = torch.zeros(first.shape, dtype=exact)
     for anchor, coefficient in zip(anchors, coefficients, strict=True):
         if coefficient != 0 and name in anchor:
-            total.add_(anchor[name].double(), alpha=float(coefficient))
+            total.add_(anchor[name].to(exact), alpha=float(coefficient))
     return total.to(first.dtype)
+
+
+def _is_continuous(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def filter_normalised(weights: Weights, seed: int, index: int = 0) -> dict[str, Tensor]:
     """A random direction in which each filter has the norm that this filter of the weights has.
 
-    A network whose filters are scaled up, and scaled down again behind, is the same network; drawn like this, the loss
-    along the direction is the same too. A filter is a slice along the first axis: an output of a convolution or linear
+    A network of ReLUs of which one layer is scaled up, and the next scaled down by the same factor, is the same
+    network; drawn like this, the loss along the direction is the same too. That holds of one factor a layer: a factor
+    for each filter scales the next layer's columns differently, and so its filters' shapes, not only their norms. A
+    filter is a slice along the first axis: an output of a convolution or linear
     layer, a gate of an LSTM; of a transposed convolution, a basis signal; of depthwise filters called ``taps``,
     ``(tap, channel)``, a channel's column. Biases, norms and other tensors with fewer than two axes are left out.
 
@@ -59,18 +66,23 @@ def filter_normalised(weights: Weights, seed: int, index: int = 0) -> dict[str, 
     direction = {}
     for place, (name, weight) in enumerate(weights.items()):
         if has_filters(name, weight):
-            drawn = generator(seed, "direction", index, place).standard_normal(weight.shape)
-            noise = torch.from_numpy(drawn)
+            noise = _normal(weight, generator(seed, "direction", index, place))
             axes = _within_filter(name, weight)
-            norm = torch.linalg.vector_norm(weight.double(), dim=axes, keepdim=True)
+            norm = torch.linalg.vector_norm(weight.to(noise.dtype), dim=axes, keepdim=True)
             noise *= norm / torch.linalg.vector_norm(noise, dim=axes, keepdim=True)
             direction[name] = noise.to(weight.dtype)
     return direction
 
 
+def _normal(like: Tensor, rng: np.random.Generator) -> Tensor:
+    """Numbers of a normal distribution, in float64 or complex128."""
+    real = torch.from_numpy(rng.standard_normal(like.shape))
+    return torch.complex(real, torch.from_numpy(rng.standard_normal(like.shape))) if like.is_complex() else real
+
+
 def has_filters(name: str, weight: Tensor) -> bool:
     """Whether a parameter is made of filters: neither a bias nor a norm's or activation's own."""
-    return weight.is_floating_point() and weight.dim() >= 2 and "bias" not in name.rsplit(".", 1)[-1]
+    return _is_continuous(weight) and weight.dim() >= 2 and "bias" not in name.rsplit(".", 1)[-1]
 
 
 def _within_filter(name: str, weight: Tensor) -> tuple[int, ...]:
@@ -79,7 +91,9 @@ def _within_filter(name: str, weight: Tensor) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class PathPlane:
-    """The plane that a path of weights lies closest to, through its last point.
+    """The plane through the last point of a path of weights, along the path's two principal axes.
+
+    It need not be the plane that the points lie closest to: that one goes through their mean.
 
     Attributes:
         axes: Two directions of length 1, at right angles.

@@ -202,7 +202,7 @@ class OfPath:
 def of_path(
     states: Mapping[int, Weights], parameters: Sequence[str], *, margin: float = 0.25, n_points: int = 21
 ) -> OfPath:
-    """Points in the plane that a run's checkpoints lie closest to; buffers are the last one's.
+    """Points in the plane through the last checkpoint, along the two principal axes of the path; buffers are its own.
 
     Args:
         states: Of the checkpoints, by training step; three or more.

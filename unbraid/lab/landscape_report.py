@@ -3,7 +3,6 @@
 import json
 import math
 import tempfile
-from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from unbraid.lab.survey import Surveyed, kept_name, survey
 from unbraid.records import RunDirectory
 from unbraid.robust.precision import Precision
 from unbraid.train.checkpoint import find_checkpoint, read_checkpoint, whole_checkpoints
+from unbraid.train.stop import StopRequest
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,30 @@ class View:
     arrays: dict[str, Any] = field(default_factory=dict)
 
 
-def view_of(subject: Subject, args: Namespace) -> View:
-    """What the words of a command line ask for: ``to``, ``plane``, ``span``, ``points``, ``seed``, ``checkpoint``."""
-    if args.to is not None:
-        return view_between(subject, args.to, beyond=args.span or 0.25, n_points=args.points)
-    if args.plane:
-        return view_path(subject, args.checkpoint, margin=args.span or 0.25, n_points=args.points)
-    return view_around(subject, span=args.span or 1.0, n_points=args.points, seed=args.seed)
+def view_of(
+    subject: Subject,
+    *,
+    other: Path | None = None,
+    run: Path | None = None,
+    span: float | None = None,
+    n_points: int = 21,
+    seed: int = 0,
+) -> View:
+    """The line to another checkpoint, the plane of a run's path, or, where neither is given, what lies around.
+
+    Args:
+        subject: Whose model.
+        other: A checkpoint of the same model.
+        run: A run directory.
+        span: How far to go, as each view takes it; its own default where nothing is said.
+        n_points: Along each axis.
+        seed: Of the directions.
+    """
+    if other is not None:
+        return view_between(subject, other, beyond=0.25 if span is None else span, n_points=n_points)
+    if run is not None:
+        return view_path(subject, run, margin=0.25 if span is None else span, n_points=n_points)
+    return view_around(subject, span=1.0 if span is None else span, n_points=n_points, seed=seed)
 
 
 def tell(found: Surveyed, plates: list[Plate], out: Path, n_items: int) -> Iterator[str]:
@@ -149,6 +166,7 @@ def look(
     *,
     n_items: int = 16,
     split: Literal["train", "valid"] = "train",
+    stop: StopRequest | None = None,
     progress: Callable[[float, str], None] = lambda done, text: None,
 ) -> tuple[Surveyed, list[Plate]]:
     """Take the losses of a view, draw them into a folder, and write their numbers beside; no plates if it is stopped.
@@ -159,6 +177,7 @@ def look(
         out: A folder, made where it is missing; the losses so far are kept there.
         n_items: How many mixtures.
         split: Of which talkers.
+        stop: Ends it after the point at hand; the same call goes on.
         progress: Is told how many points are done, and how fast it goes.
 
     Raises:
@@ -171,7 +190,7 @@ def look(
     made_by = {"model": asdict(subject.recipe.model), "loss": asdict(subject.recipe.loss), "torch": torch.__version__}
     key = json.loads(json.dumps({"mixtures": mixtures, **view.chart.made_from, **made_by}, default=str))
     kept = out / kept_name(key)
-    found = survey(view.chart, measure, kept, key, progress)
+    found = survey(view.chart, measure, kept, key, stop=stop, progress=progress)
     if found.signal:
         return found, []
     if not np.isfinite(found.losses).any():
