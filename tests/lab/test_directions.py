@@ -5,22 +5,30 @@ import pytest
 import torch
 from small_models import TINY, as_it_is
 
-from unbraid.lab.directions import combined, digest_of, filter_normalised, plane_of, random_walk_shares
+from unbraid.lab.directions import combined, digest_of, filter_normalised, filters_of, plane_of, random_walk_shares
 
 
-def norms(tensor, name):
+def norms(tensor, name, filters):
+    if name in filters and filters[name].rows:
+        return torch.cat([torch.linalg.vector_norm(part.double(), dim=0) for part in tensor.split(filters[name].rows)])
+    if name in filters:
+        return torch.linalg.vector_norm(tensor.double(), dim=3)
     dims = (0,) if name.endswith("taps") else tuple(range(1, tensor.dim()))
     return torch.linalg.vector_norm(tensor.double(), dim=dims)
 
 
 @pytest.mark.parametrize("name", TINY)
 def test_each_filter_of_a_direction_is_as_long_as_the_models_own(name):
-    weights = dict(as_it_is(name).named_parameters())
-    direction = filter_normalised(weights, seed=0)
+    model = as_it_is(name)
+    weights, filters = dict(model.named_parameters()), filters_of(model)
+    direction = filter_normalised(weights, seed=0, filters=filters)
 
     assert direction
+    assert bool(filters) == (name == "bs_roformer")
     for part, drawn in direction.items():
-        torch.testing.assert_close(norms(drawn, part), norms(weights[part], part), rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(
+            norms(drawn, part, filters), norms(weights[part], part, filters), rtol=1e-5, atol=1e-7
+        )
     assert all(weight.dim() >= 2 for part, weight in weights.items() if part in direction)
     assert not any(part.endswith("bias") for part in direction)
 
@@ -31,6 +39,22 @@ def test_biases_norms_and_single_numbers_are_left_where_they_are():
 
     assert {"norm.weight", "norm.bias", "slope", "split.bias", "estimate.hidden.0.bias", "narrow.bias"} <= left
     assert "split.weight" not in left
+
+
+def test_a_filter_of_zeros_in_one_band_and_source_does_not_move_and_its_neighbours_do():
+    model = as_it_is("bs_roformer")
+    weights, filters = dict(model.named_parameters()), filters_of(model)
+    (linear,) = [name for name, given in filters.items() if not given.rows][:1]
+    (split,) = [name for name, given in filters.items() if given.rows]
+    first, second = filters[split].rows[:2]
+    with torch.no_grad():
+        weights[linear][1, 0, 2] = 0
+        weights[split][first : first + second, 3] = 0
+    direction = filter_normalised(weights, seed=0, filters=filters)
+
+    assert torch.equal(direction[linear] == 0, weights[linear] == 0)
+    assert torch.equal(direction[split] == 0, weights[split] == 0)
+    assert int((direction[split] == 0).sum()) == second
 
 
 def relu_loss(weights):

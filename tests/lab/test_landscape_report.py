@@ -102,6 +102,22 @@ def test_the_same_command_draws_what_is_there_and_another_seed_begins_anew(run, 
     assert len(list(out.glob("points-*.json"))) == 2
 
 
+def test_figures_of_other_weights_are_not_overwritten(run, tmp_path, capsys):
+    out, first = tmp_path / "out", run / "checkpoints" / "step-000002"
+    assert look(out, run, "--points", "3") == 0
+    before = contents(out)
+    capsys.readouterr()
+
+    assert look(out, first, "--points", "3") == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "around.json was not made from these weights; give another folder by --out" in said
+    assert contents(out) == before
+    assert told_in(*out.glob("points-*.json"))["key"]["device"] in ("cpu", "cuda")
+    (out / "around.json").write_text("{")
+    assert look(out, run, "--points", "3") == 2
+
+
 def test_the_loss_is_the_subjects_own_and_its_weights_stay(recipe_file):
     subject = of_recipe(load_recipe(recipe_file()), "tiny")
     before = {name: weight.clone() for name, weight in subject.weights.items()}

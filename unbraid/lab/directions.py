@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unbraid.draws import generator
+from unbraid.models.band_split import BandLinear, BandSplit
 
 Floats = npt.NDArray[np.float64]
 Weights = Mapping[str, Tensor]
@@ -33,7 +34,7 @@ def _sum(name: str, anchors: Sequence[Weights], coefficients: Sequence[float]) -
     first = anchors[0][name]
     if not _is_continuous(first):
         return first
-    exact = torch.complex128 if first.is_complex() else torch.float64
+    exact = _exact(first)
     total = torch.zeros(first.shape, dtype=exact)
     for anchor, coefficient in zip(anchors, coefficients, strict=True):
         if coefficient != 0 and name in anchor:
@@ -41,11 +42,49 @@ def _sum(name: str, anchors: Sequence[Weights], coefficients: Sequence[float]) -
     return total.to(first.dtype)
 
 
+def _exact(like: Tensor) -> torch.dtype:
+    return torch.complex128 if like.is_complex() else torch.float64
+
+
 def _is_continuous(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
-def filter_normalised(weights: Weights, seed: int, index: int = 0) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class Filters:
+    """Which numbers of a parameter are one filter.
+
+    Attributes:
+        axes: Those within a filter.
+        rows: How many along the first axis belong together, part after part; all of them where nothing is said.
+    """
+
+    axes: tuple[int, ...]
+    rows: tuple[int, ...] = ()
+
+    def norms(self, weight: Tensor) -> Tensor:
+        """The norm of each number's filter, in float64, of the weight's shape."""
+        exact = weight.to(_exact(weight))
+        parts = exact.split(list(self.rows)) if self.rows else (exact,)
+        norms = [torch.linalg.vector_norm(part, dim=self.axes, keepdim=True).expand(part.shape) for part in parts]
+        return torch.cat(norms)
+
+
+def filters_of(model: nn.Module) -> dict[str, Filters]:
+    """The filters of the layers that have a linear layer for each band: an output of one band (and source) is one."""
+    found = {}
+    for prefix, module in model.named_modules():
+        name = f"{prefix}.weight" if prefix else "weight"
+        if isinstance(module, BandLinear):
+            found[name] = Filters((3,))
+        elif isinstance(module, BandSplit):
+            found[name] = Filters((0,), tuple(width for n_bands, width in module.runs for _ in range(n_bands)))
+    return found
+
+
+def filter_normalised(
+    weights: Weights, seed: int, index: int = 0, *, filters: Mapping[str, Filters] | None = None
+) -> dict[str, Tensor]:
     """A random direction in which each filter has the norm that this filter of the weights has.
 
     A network of ReLUs of which one layer is scaled up, and the next scaled down by the same factor, is the same
@@ -59,6 +98,7 @@ def filter_normalised(weights: Weights, seed: int, index: int = 0) -> dict[str, 
         weights: Parameters by name.
         seed: Of the draw.
         index: Which direction of this seed.
+        filters: Of parameters for which that is not so, by name; `filters_of` knows them.
 
     Reference:
         Li et al., "Visualizing the loss landscape of neural nets", NeurIPS 2018, arXiv:1712.09913.
@@ -67,9 +107,8 @@ def filter_normalised(weights: Weights, seed: int, index: int = 0) -> dict[str, 
     for place, (name, weight) in enumerate(weights.items()):
         if has_filters(name, weight):
             noise = _normal(weight, generator(seed, "direction", index, place))
-            axes = _within_filter(name, weight)
-            norm = torch.linalg.vector_norm(weight.to(noise.dtype), dim=axes, keepdim=True)
-            noise *= norm / torch.linalg.vector_norm(noise, dim=axes, keepdim=True)
+            given = (filters or {}).get(name) or _usual(name, weight)
+            noise *= given.norms(weight) / given.norms(noise)
             direction[name] = noise.to(weight.dtype)
     return direction
 
@@ -85,8 +124,8 @@ def has_filters(name: str, weight: Tensor) -> bool:
     return _is_continuous(weight) and weight.dim() >= 2 and "bias" not in name.rsplit(".", 1)[-1]
 
 
-def _within_filter(name: str, weight: Tensor) -> tuple[int, ...]:
-    return (0,) if name.rsplit(".", 1)[-1] == "taps" else tuple(range(1, weight.dim()))
+def _usual(name: str, weight: Tensor) -> Filters:
+    return Filters((0,) if name.rsplit(".", 1)[-1] == "taps" else tuple(range(1, weight.dim())))
 
 
 @dataclass(frozen=True)

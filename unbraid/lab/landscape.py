@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from unbraid.errors import UserError
-from unbraid.lab.directions import Floats, PathPlane, Weights, combined, digest_of, filter_normalised, plane_of
+from unbraid.lab.curvature import exact_float32
+from unbraid.lab.directions import (
+    Filters,
+    Floats,
+    PathPlane,
+    Weights,
+    combined,
+    digest_of,
+    filter_normalised,
+    plane_of,
+)
 
 Measure = Callable[[Weights], float]
 """The loss of a model with these weights."""
@@ -19,7 +29,7 @@ N_LINES = 5
 
 
 def measured(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> Measure:
-    """The loss as a function of the weights, in eval mode and without gradients.
+    """The loss as a function of the weights, in eval mode, without gradients and without TF32.
 
     Args:
         model: Is copied, and never touched.
@@ -29,7 +39,7 @@ def measured(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> Measure:
     held = dict(copy.named_parameters()) | dict(copy.named_buffers())  # tied weights once, by their first name
 
     def measure(weights: Weights) -> float:
-        with torch.no_grad():
+        with torch.no_grad(), exact_float32():
             for name in held.keys() & weights.keys():
                 held[name].copy_(weights[name])
             return float(loss(copy))
@@ -90,7 +100,13 @@ class Around:
 
 
 def around(
-    state: Weights, parameters: Sequence[str], *, span: float = 1.0, n_points: int = 21, seed: int = 0
+    state: Weights,
+    parameters: Sequence[str],
+    *,
+    span: float = 1.0,
+    n_points: int = 21,
+    seed: int = 0,
+    filters: Mapping[str, Filters] | None = None,
 ) -> Around:
     """Points around a model: along random directions, and on a grid of the first (columns) and the second (rows).
 
@@ -100,6 +116,7 @@ def around(
         span: How far to go each way; at 1 the step is as long as the weights themselves.
         n_points: Along each direction, odd, so that the model itself is one of them.
         seed: Of the directions.
+        filters: As `filter_normalised` takes them.
 
     Raises:
         UserError: If the range or the number of points cannot be used.
@@ -109,14 +126,21 @@ def around(
         raise UserError(f"{n_points} points have no middle one, where the model itself is; give {n_points + 1}.")
     offsets[n_points // 2] = 0.0
     weights = {name: state[name] for name in parameters}
-    directions = [filter_normalised(weights, seed, index) for index in range(N_LINES)]
+    directions = [filter_normalised(weights, seed, index, filters=filters) for index in range(N_LINES)]
     rows = np.zeros((N_LINES * n_points + n_points**2, 1 + N_LINES))
     rows[:, 0] = 1
     for line in range(N_LINES):
         rows[line * n_points : (line + 1) * n_points, 1 + line] = offsets
     rows[N_LINES * n_points :, 1] = np.tile(offsets, n_points)
     rows[N_LINES * n_points :, 2] = np.repeat(offsets, n_points)
-    made_from = {"around": digest_of([state]), "span": span, "points": n_points, "seed": seed, "lines": N_LINES}
+    made_from: dict[str, Any] = {
+        "around": digest_of([state]),
+        "span": span,
+        "points": n_points,
+        "seed": seed,
+        "lines": N_LINES,
+    }
+    made_from["filters"] = {name: asdict(given) for name, given in (filters or {}).items()}
     return Around(offsets, Chart([state, *directions], rows, made_from))
 
 

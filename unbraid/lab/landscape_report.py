@@ -11,10 +11,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from unbraid.assemble import choose_device
 from unbraid.errors import CheckpointError, UserError
 from unbraid.files import replacing, write_atomically
 from unbraid.lab.chapter import figure_of
-from unbraid.lab.directions import Floats, digest_of
+from unbraid.lab.directions import Floats, digest_of, filters_of
 from unbraid.lab.landscape import Chart, Measure, around, between, measured, of_path
 from unbraid.lab.plates import Plate
 from unbraid.lab.relief import plate_between, plates_around, plates_of_path
@@ -31,11 +32,13 @@ class View:
     """What to take the loss at, and how to show it.
 
     Attributes:
+        name: Which kind: ``around``, ``between`` or ``path``; also that of its JSON.
         chart: The points.
         plates: Makes the plates of its losses.
         arrays: What the axes are, for the JSON.
     """
 
+    name: Literal["around", "between", "path"]
     chart: Chart
     plates: Callable[[Floats], list[Plate]]
     arrays: dict[str, Any] = field(default_factory=dict)
@@ -86,10 +89,13 @@ def tell(found: Surveyed, plates: list[Plate], out: Path, n_items: int) -> Itera
 
 def view_around(subject: Subject, *, span: float = 1.0, n_points: int = 21, seed: int = 0) -> View:
     """Random directions around a subject; as `around`."""
-    found = around(subject.weights, parameters_of(subject), span=span, n_points=n_points, seed=seed)
+    filters = filters_of(subject.model())
+    found = around(subject.weights, parameters_of(subject), span=span, n_points=n_points, seed=seed, filters=filters)
     unit = unit_of(subject)
     arrays = {"offsets": found.offsets.tolist(), "order": "lines of each direction, then the grid row by row"}
-    return View(found.chart, lambda losses: plates_around(found, losses, name=subject.name, unit=unit), arrays)
+    return View(
+        "around", found.chart, lambda losses: plates_around(found, losses, name=subject.name, unit=unit), arrays
+    )
 
 
 def view_between(subject: Subject, other: Path, *, beyond: float = 0.25, n_points: int = 21) -> View:
@@ -103,7 +109,8 @@ def view_between(subject: Subject, other: Path, *, beyond: float = 0.25, n_point
     found = between(subject.weights, weights, beyond=beyond, n_points=n_points)
     names = _two_names(subject, checkpoint.path)
     arrays = {"at": found.at.tolist(), "order": "along the line"}
-    return View(found.chart, lambda losses: [plate_between(found, losses, names=names, unit=unit_of(subject))], arrays)
+    unit = unit_of(subject)
+    return View("between", found.chart, lambda losses: [plate_between(found, losses, names=names, unit=unit)], arrays)
 
 
 def _two_names(subject: Subject, other: Path) -> tuple[str, str]:
@@ -139,7 +146,8 @@ def view_path(subject: Subject, run: Path, *, margin: float = 0.25, n_points: in
     arrays |= {"shares": found.plane.shares.tolist(), "distances": found.plane.distances.tolist()}
     arrays["order"] = "the checkpoints themselves, then the grid row by row"
     name = run.resolve().name
-    return View(found.chart, lambda losses: plates_of_path(found, losses, name=name, unit=unit_of(subject)), arrays)
+    unit = unit_of(subject)
+    return View("path", found.chart, lambda losses: plates_of_path(found, losses, name=name, unit=unit), arrays)
 
 
 def parameters_of(subject: Subject) -> list[str]:
@@ -181,13 +189,17 @@ def look(
         progress: Is told how many points are done, and how fast it goes.
 
     Raises:
-        UserError: If what is kept in the folder cannot be gone on with, or no loss at all is finite.
+        UserError: If what is kept in the folder cannot be gone on with, or is the same view of other weights, or no
+            loss at all is finite.
         OSError: If the folder cannot be written to.
     """
+    numbers, weights = out / f"{view.name}.json", view.chart.made_from[view.name]
+    _check_same(numbers, weights)
     out.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=out).close()  # before the work, not after it
     measure, mixtures = loss_of(subject, n_items, split)
     made_by = {"model": asdict(subject.recipe.model), "loss": asdict(subject.recipe.loss), "torch": torch.__version__}
+    made_by["device"] = choose_device().type
     key = json.loads(json.dumps({"mixtures": mixtures, **view.chart.made_from, **made_by}, default=str))
     kept = out / kept_name(key)
     found = survey(view.chart, measure, kept, key, stop=stop, progress=progress)
@@ -199,7 +211,14 @@ def look(
     for plate in plates:
         with replacing(out / f"{plate.name}.png") as path:
             figure_of(plate).savefig(path, dpi=140, format="png")
-    told = {"subject": subject.name, "step": subject.step, "items": n_items, "split": split, **view.arrays}
+    told = {
+        "subject": subject.name,
+        "step": subject.step,
+        "weights": weights,
+        "items": n_items,
+        "split": split,
+        **view.arrays,
+    }
     told["losses"] = _as_json(found.losses)
     told["plates"] = [
         {
@@ -210,8 +229,25 @@ def look(
         }
         for p in plates
     ]
-    write_atomically(out / f"{plates[0].name.split('-')[0]}.json", json.dumps(told, indent=1, allow_nan=False) + "\n")
+    write_atomically(numbers, json.dumps(told, indent=1, allow_nan=False) + "\n")
     return found, plates
+
+
+def _check_same(numbers: Path, weights: str) -> None:
+    """Nothing of other weights is overwritten.
+
+    Raises:
+        UserError: If there is something of theirs, or something that cannot be read.
+    """
+    try:
+        held = json.loads(numbers.read_text(encoding="utf-8"))
+        same = held["weights"] == weights
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except (ValueError, KeyError, TypeError):
+        same = False
+    if not same:
+        raise UserError(f"{numbers} was not made from these weights; give another folder by --out, or remove it.")
 
 
 def _as_json(values: Iterable[float]) -> list[float | None]:
