@@ -211,6 +211,10 @@ def test_bad_words_end_in_one_sentence_before_any_point(run, tmp_path, capsys):
     for words, told in (
         (["--points", "4"], "give 5"),
         (["--points", "1"], "3 or more"),
+        (["--points", "-5"], "3 or more"),
+        (["--points", "1000001"], "at most 1001"),
+        (["--to", run, "--span", "1e9"], "at most 1001"),
+        (["--span", "nan"], "has no inside"),
         (["--to", tmp_path / "speech"], "is no checkpoint"),
         (["--to", run, "--set", "model.hidden=8"], "weights of another model"),
         (["--plane", "--points", "2"], "3 or more"),

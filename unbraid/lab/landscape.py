@@ -26,6 +26,7 @@ Measure = Callable[[Weights], float]
 """The loss of a model with these weights."""
 
 N_LINES = 5
+MAX_POINTS = 1001
 
 
 def measured(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> Measure:
@@ -72,12 +73,14 @@ def steps_from(low: float, high: float, n_points: int) -> Floats:
     """So many positions from low to high, both among them.
 
     Raises:
-        UserError: If the range is upside down or empty, or there are fewer than three.
+        UserError: If the range is upside down or empty, or there are fewer than three or more than `MAX_POINTS`.
     """
     if not -np.inf < low < high < np.inf:
         raise UserError(f"A range from {low:g} to {high:g} has no inside; give the lower end first.")
     if n_points < 3:
-        raise UserError(f"{n_points} points show no shape; give 3 or more.")
+        raise UserError(f"A number of {n_points} points shows no shape; give 3 or more.")
+    if n_points > MAX_POINTS:
+        raise UserError(f"{n_points} points along an axis are more than can be taken; give at most {MAX_POINTS}.")
     return np.linspace(low, high, n_points)
 
 
@@ -171,6 +174,11 @@ def between(one: Weights, other: Weights, *, beyond: float = 0.25, n_points: int
     """
     steps_from(-beyond, 1 + beyond, n_points)
     n_beyond = int(np.ceil(beyond * (n_points - 1) - 1e-9))
+    if n_beyond > MAX_POINTS:
+        raise UserError(
+            f"Going {beyond:g} of the way beyond both ends, {n_points - 1} steps to the way, takes {n_beyond} points "
+            f"each; give a range or a number of points that takes at most {MAX_POINTS}."
+        )
     at = np.arange(-n_beyond, n_points + n_beyond) / (n_points - 1)
     made_from = {"between": digest_of([one, other]), "beyond": beyond, "points": n_points}
     return Between(at, Chart([one, other], np.stack([1 - at, at], axis=1), made_from))
