@@ -86,6 +86,10 @@ def test_complex_weights_are_moved_and_summed_too():
     torch.testing.assert_close(
         torch.linalg.vector_norm(direction, dim=1), torch.linalg.vector_norm(weights["weight"], dim=1)
     )
+    points = [{"weight": torch.randn(3, 5, dtype=torch.complex64)} for _ in range(3)]
+    plane = plane_of(points, ["weight"])
+    shadow = combined([points[-1], *plane.axes], (1.0, *plane.path[0]))["weight"]
+    torch.testing.assert_close(shadow, points[0]["weight"])
     moved = combined([weights, {"weight": direction}], (1.0, 0.5))["weight"]
     torch.testing.assert_close(moved, weights["weight"] + 0.5 * direction)
 

@@ -165,7 +165,8 @@ def plane_of(points: Sequence[Weights], names: Sequence[str]) -> PathPlane:
     n = len(points)
     products = np.zeros((n, n))  # of the differences to the last point
     for name in names:
-        moved = _moved(points, name).reshape(n, -1)
+        moved = _moved(points, name)
+        moved = (torch.view_as_real(moved) if moved.is_complex() else moved).reshape(n, -1)
         products += (moved @ moved.T).numpy()
     centring = np.eye(n) - 1 / n
     variances, vectors = np.linalg.eigh(centring @ products @ centring)
@@ -183,12 +184,13 @@ def plane_of(points: Sequence[Weights], names: Sequence[str]) -> PathPlane:
 
 def _axis(points: Sequence[Weights], names: Sequence[str], mixing: Floats) -> dict[str, Tensor]:
     """Differences to the last point, mixed; in float64, so that nothing cancels."""
-    mixed = torch.from_numpy(mixing)
-    return {name: torch.tensordot(mixed, _moved(points, name), dims=1) for name in names}
+    moved = ((name, _moved(points, name)) for name in names)  # one at a time
+    return {name: torch.tensordot(torch.from_numpy(mixing).to(part.dtype), part, dims=1) for name, part in moved}
 
 
 def _moved(points: Sequence[Weights], name: str) -> Tensor:
-    return torch.stack([point[name].double() for point in points]) - points[-1][name].double()
+    stacked = torch.stack([point[name].to(_exact(point[name])) for point in points])
+    return stacked - stacked[-1]
 
 
 def random_walk_shares(n_points: int) -> Floats:
