@@ -9,7 +9,8 @@ from torch.autograd.functional import hessian
 from torch.func import functional_call
 
 from unbraid.errors import UserError
-from unbraid.lab.curvature import WAYS, best_way, extremes, gradient, hessian_product
+from unbraid.lab.curvature import WAYS, best_way, exact_float32, extremes, gradient, hessian_product
+from unbraid.lab.landscape import measured
 from unbraid.losses.waveform import neg_si_sdr
 from unbraid.separation import sources_of
 
@@ -123,6 +124,38 @@ def test_gradients_are_summed_over_the_losses(net):
     whole = torch.autograd.grad(sum(c * f(model) for c, f in zip(shares, losses, strict=True)), model.parameters())
 
     torch.testing.assert_close(gradient(model, losses, shares), torch.cat([part.flatten() for part in whole]))
+
+
+@pytest.mark.parametrize("asked", ["highest", "medium"])
+def test_float32_is_exact_within_and_all_is_put_back_after(net, asked):
+    cudnn, seen = torch.backends.cudnn, []
+    model, (loss, _), _, dense = net
+
+    def state():
+        return cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, cudnn.enabled, cudnn.deterministic
+
+    def looked(some):
+        seen.append(state())
+        return loss(some)
+
+    torch.set_float32_matmul_precision(asked)
+    try:
+        before = state()
+        for way in WAYS:
+            gradient(model, [looked], [1.0], way=way)
+            hessian_product(model, [looked], [1.0], way=way)(start(len(dense)))
+        measured(model, looked)({})
+        with pytest.raises(ValueError, match="x"), exact_float32():
+            raise ValueError("x")
+        assert state() == before
+        assert torch.get_float32_matmul_precision() == asked
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+    assert before[0]
+    assert len(seen) == 8
+    assert not any(part for one in seen for part in one[:2])
+    assert [one[2] for one in seen] == [True] * 2 + [False] * 5 + [True]
 
 
 class Once(torch.autograd.Function):

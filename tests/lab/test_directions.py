@@ -5,22 +5,30 @@ import pytest
 import torch
 from small_models import TINY, as_it_is
 
-from unbraid.lab.directions import combined, digest_of, filter_normalised, plane_of, random_walk_shares
+from unbraid.lab.directions import combined, digest_of, filter_normalised, filters_of, plane_of, random_walk_shares
 
 
-def norms(tensor, name):
+def norms(tensor, name, filters):
+    if name in filters and filters[name].rows:
+        return torch.cat([torch.linalg.vector_norm(part.double(), dim=0) for part in tensor.split(filters[name].rows)])
+    if name in filters:
+        return torch.linalg.vector_norm(tensor.double(), dim=3)
     dims = (0,) if name.endswith("taps") else tuple(range(1, tensor.dim()))
     return torch.linalg.vector_norm(tensor.double(), dim=dims)
 
 
 @pytest.mark.parametrize("name", TINY)
 def test_each_filter_of_a_direction_is_as_long_as_the_models_own(name):
-    weights = dict(as_it_is(name).named_parameters())
-    direction = filter_normalised(weights, seed=0)
+    model = as_it_is(name)
+    weights, filters = dict(model.named_parameters()), filters_of(model)
+    direction = filter_normalised(weights, seed=0, filters=filters)
 
     assert direction
+    assert bool(filters) == (name == "bs_roformer")
     for part, drawn in direction.items():
-        torch.testing.assert_close(norms(drawn, part), norms(weights[part], part), rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(
+            norms(drawn, part, filters), norms(weights[part], part, filters), rtol=1e-5, atol=1e-7
+        )
     assert all(weight.dim() >= 2 for part, weight in weights.items() if part in direction)
     assert not any(part.endswith("bias") for part in direction)
 
@@ -33,20 +41,57 @@ def test_biases_norms_and_single_numbers_are_left_where_they_are():
     assert "split.weight" not in left
 
 
-def test_a_rescaled_network_that_is_the_same_has_the_same_loss_along_its_direction():
-    rng = torch.Generator().manual_seed(0)
-    x, y = torch.randn(3, 20, generator=rng), torch.randn(2, 20, generator=rng)
-    weights = {"one.weight": torch.randn(4, 3, generator=rng), "two.weight": torch.randn(2, 4, generator=rng)}
-    scaled = {"one.weight": 8 * weights["one.weight"], "two.weight": weights["two.weight"] / 8}
+def test_a_filter_of_zeros_in_one_band_and_source_does_not_move_and_its_neighbours_do():
+    model = as_it_is("bs_roformer")
+    weights, filters = dict(model.named_parameters()), filters_of(model)
+    (linear,) = [name for name, given in filters.items() if not given.rows][:1]
+    (split,) = [name for name, given in filters.items() if given.rows]
+    first, second = filters[split].rows[:2]
+    with torch.no_grad():
+        weights[linear][1, 0, 2] = 0
+        weights[split][first : first + second, 3] = 0
+    direction = filter_normalised(weights, seed=0, filters=filters)
 
-    def losses(start):
-        direction = filter_normalised(start, seed=3)
-        for far in (0.0, 0.3, -0.7):
-            one, two = (start[name] + far * direction[name] for name in ("one.weight", "two.weight"))
-            yield float((two @ (one @ x).relu() - y).square().mean())
+    assert torch.equal(direction[linear] == 0, weights[linear] == 0)
+    assert torch.equal(direction[split] == 0, weights[split] == 0)
+    assert int((direction[split] == 0).sum()) == second
 
-    assert [*losses(scaled)] == pytest.approx([*losses(weights)], rel=1e-5)
-    assert len({*losses(weights)}) == 3
+
+def relu_loss(weights):
+    """Of two layers with a ReLU between, on fixed examples."""
+    given, target = torch.linspace(-2, 2, 21).double().view(7, 3).sin(), torch.linspace(0, 1, 14).double().view(7, 2)
+    made = (given @ weights["one.weight"].T).relu() @ weights["two.weight"].T
+    return float((made - target).square().mean())
+
+
+def test_a_network_with_layers_rescaled_has_the_same_loss_along_its_direction():
+    torch.manual_seed(0)
+    weights = {"one.weight": torch.randn(4, 3).double(), "two.weight": torch.randn(2, 4).double()}
+    scaled = {"one.weight": weights["one.weight"] * 20, "two.weight": weights["two.weight"] / 20}
+
+    def along(net, direction):
+        return [relu_loss(combined([net, direction], (1.0, at))) for at in np.linspace(-1, 1, 9)]
+
+    losses = along(weights, filter_normalised(weights, seed=3))
+    assert np.ptp(losses) > 0.1
+    assert along(scaled, filter_normalised(scaled, seed=3)) == pytest.approx(losses, rel=1e-12)
+    assert along(scaled, filter_normalised(weights, seed=3)) != pytest.approx(losses, rel=0.1)
+
+
+def test_complex_weights_are_moved_and_summed_too():
+    weights = {"weight": torch.randn(3, 5, dtype=torch.complex64)}
+    direction = filter_normalised(weights, seed=0)["weight"]
+
+    assert direction.dtype == torch.complex64
+    torch.testing.assert_close(
+        torch.linalg.vector_norm(direction, dim=1), torch.linalg.vector_norm(weights["weight"], dim=1)
+    )
+    points = [{"weight": torch.randn(3, 5, dtype=torch.complex64)} for _ in range(3)]
+    plane = plane_of(points, ["weight"])
+    shadow = combined([points[-1], *plane.axes], (1.0, *plane.path[0]))["weight"]
+    torch.testing.assert_close(shadow, points[0]["weight"])
+    moved = combined([weights, {"weight": direction}], (1.0, 0.5))["weight"]
+    torch.testing.assert_close(moved, weights["weight"] + 0.5 * direction)
 
 
 def test_a_direction_is_its_seeds_and_a_filter_of_zeros_does_not_move():

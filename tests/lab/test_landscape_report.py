@@ -15,9 +15,9 @@ from PIL import Image
 from unbraid import cli
 from unbraid.errors import UserError
 from unbraid.lab.chapter import figure_of
-from unbraid.lab.landscape import Around, Chart
+from unbraid.lab.landscape import Around, Between, Chart
 from unbraid.lab.landscape_report import folder_for, loss_of, view_around
-from unbraid.lab.relief import Field, plates_around
+from unbraid.lab.relief import Field, plate_between, plates_around
 from unbraid.lab.subject import mean_loss, of_checkpoint, of_recipe
 from unbraid.recipe import load_recipe
 from unbraid.robust.precision import Precision
@@ -104,6 +104,22 @@ def test_the_same_command_draws_what_is_there_and_another_seed_begins_anew(run, 
     assert len(list(out.glob("points-*.json"))) == 2
 
 
+def test_figures_of_other_weights_are_not_overwritten(run, tmp_path, capsys):
+    out, first = tmp_path / "out", run / "checkpoints" / "step-000002"
+    assert look(out, run, "--points", "3") == 0
+    before = contents(out)
+    capsys.readouterr()
+
+    assert look(out, first, "--points", "3") == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "around.json was not made from these weights; give another folder by --out" in said
+    assert contents(out) == before
+    assert told_in(*out.glob("points-*.json"))["key"]["device"] in ("cpu", "cuda")
+    (out / "around.json").write_text("{")
+    assert look(out, run, "--points", "3") == 2
+
+
 def test_the_loss_is_the_subjects_own_and_its_weights_stay(recipe_file):
     subject = of_recipe(load_recipe(recipe_file()), "tiny")
     before = {name: weight.clone() for name, weight in subject.weights.items()}
@@ -155,11 +171,52 @@ def test_points_without_a_finite_loss_are_left_white_and_told():
     assert np.all(np.diff(lost.levels()) > 0)
 
 
+def around_with(losses):
+    return plates_around(Around(np.linspace(-1, 1, 5), Chart([], np.zeros((50, 1)), {})), losses, name="x", unit="loss")
+
+
+def test_a_model_whose_own_loss_is_not_finite_is_not_called_lowest():
+    losses = np.arange(50.0)
+    losses[[2, 7, 12, 17, 22, 37]] = np.nan  # the model, on each line and in the grid
+    plates = around_with(losses)
+
+    assert "At the model it is not finite" in plates[0].caption
+    assert "At the model itself (the middle) the loss is not finite" in plates[1].caption
+    assert "At 1 of 25 points" in plates[1].caption
+    for plate in plates:
+        assert "nan" not in plate.caption
+        assert "None of" not in plate.caption
+        figure_of(plate).canvas.draw()
+
+
+def test_ends_of_lines_that_lie_lower_or_are_lost_are_told_as_such():
+    losses = np.zeros(50)
+    losses[[0, 4]], losses[[5, 9]], losses[10] = -0.5, 0.25, np.inf
+    told = around_with(losses)[0].caption
+
+    assert "lies -0.50 to +0.25 from that (of 4 lines: those of the others are not finite)" in told
+    assert "None of the 25 points lies lower" in around_with(losses)[1].caption
+
+
+@pytest.mark.parametrize("losses", [[3.0, 2.0, 1.0], [np.nan, 2.0, 1.0], [3.0, 2.5, 1.0]])
+def test_a_barrier_is_told_only_of_the_points_that_were_taken(losses):
+    found = Between(np.array([0.0, 0.5, 1.0]), Chart([], np.zeros((3, 1)), {}))
+    told = plate_between(found, np.array(losses), names=("a", "b"), unit="loss").caption
+
+    assert "nan" not in told
+    expected = {2.0: "at none of the 1 points between", 2.5: "rises at most 0.50"}[losses[1]]
+    assert ("no height of a barrier" if np.isnan(losses[0]) else expected) in told
+
+
 def test_bad_words_end_in_one_sentence_before_any_point(run, tmp_path, capsys):
     capsys.readouterr()
     for words, told in (
         (["--points", "4"], "give 5"),
         (["--points", "1"], "3 or more"),
+        (["--points", "-5"], "3 or more"),
+        (["--points", "1000001"], "at most 1001"),
+        (["--to", run, "--span", "1e9"], "at most 1001"),
+        (["--span", "nan"], "has no inside"),
         (["--to", tmp_path / "speech"], "is no checkpoint"),
         (["--to", run, "--set", "model.hidden=8"], "weights of another model"),
         (["--plane", "--points", "2"], "3 or more"),

@@ -3,14 +3,16 @@
 import json
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
 from small_models import TINY
+from torch import nn
 
 from unbraid import cli
 from unbraid.lab import sharpness
-from unbraid.lab.curvature import WAYS, Extremes, best_way, hessian_product
+from unbraid.lab.curvature import WAYS, Extremes, best_way, extremes, hessian_product
 from unbraid.lab.noise import NoiseScale
 from unbraid.lab.sharpness import Sharpness, sharpness_of, tell
 from unbraid.lab.subject import mean_loss, of_recipe
@@ -96,17 +98,34 @@ def said(**given):
 
 
 def test_the_sentences_say_what_the_numbers_mean():
-    assert "above 2/lambda = 0.25. The recipe's sgd, warm-up aside, begins at 0.5, above that" in said()
-    assert "begins at 0.1, below that" in said(lr=0.1)
+    assert "On the quadratic that touches the loss here" in said()
+    assert "above 2/lambda = 0.25;" in said()
+    assert "The recipe's sgd has lr = 0.5, above that" in said()
+    assert "lr = 0.1, below that" in said(lr=0.1)
     assert "adam, at 0.5, scales each weight's step" in said(optimizer="adam")
     assert "no minimum" in said()
     assert "no minimum" not in said(lowest=0.5)
-    assert "0 to within what rounding and the residual leave open" in said(lowest=-1e-6)
+    assert "0 to within rounding" in said(lowest=-1e-6)
     assert "NOT converged" in said(residual=0.1)
     assert "2/lambda" not in said(residual=0.1)
     assert "gradients were subtracted" in said(way=WAYS[2])
     assert "20 +- 2 examples" in said()
     assert "cannot be told" in said(signal_part=1.5)
+
+
+def test_rounding_below_zero_is_no_bend_downwards():
+    torch.manual_seed(0)
+    model, given, target = nn.Linear(40, 1, bias=False), torch.randn(7, 40), torch.randn(7, 1)
+    product = hessian_product(model, [lambda m: (m(given) - target).square().mean()], [1.0], way=WAYS[0])
+    ends = extremes(product, torch.randn(40))  # least squares of 7 examples: convex, and flat along 33 directions
+
+    assert abs(ends.lowest) < 1e-3 * ends.highest
+    for lowest in (ends.lowest, -4e-7 * ends.highest, 4e-7 * ends.highest):
+        told = " ".join(tell(Sharpness(replace(ends, lowest=lowest), None, WAYS[0], 7, None, "sgd")))
+        assert "0 to within rounding" in told
+        assert "no minimum" not in told
+    bent = replace(ends, lowest=-0.01 * ends.highest)
+    assert "no minimum" in " ".join(tell(Sharpness(bent, None, WAYS[0], 7, None, "sgd")))
 
 
 @pytest.mark.slow

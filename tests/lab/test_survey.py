@@ -11,13 +11,10 @@ import torch
 from unbraid.errors import UserError
 from unbraid.lab.landscape import Chart
 from unbraid.lab.survey import kept_name, read_points, survey, write_points
+from unbraid.train.stop import stop_on_signals
 
 KEY = {"around": "abc", "span": 1.0}
 CHART = Chart([{"a": torch.ones(1)}], np.arange(10.0)[:, None], KEY)
-
-
-def quiet(done, text):
-    pass
 
 
 def test_a_signal_keeps_the_points_so_far_and_the_next_goes_on_with_them(tmp_path):
@@ -29,9 +26,9 @@ def test_a_signal_keeps_the_points_so_far_and_the_next_goes_on_with_them(tmp_pat
             os.kill(os.getpid(), signal.SIGTERM)
         return asked[-1] / 3
 
-    first = survey(CHART, measure, kept, KEY, quiet)
-    second = survey(CHART, measure, kept, KEY, quiet)
-    third = survey(CHART, measure, kept, KEY, quiet)
+    with stop_on_signals() as stop:
+        first = survey(CHART, measure, kept, KEY, stop=stop)
+    second, third = (survey(CHART, measure, kept, KEY) for _ in range(2))
 
     assert (first.signal, first.n_done, first.n_new) == (signal.SIGTERM, 4, 4)
     assert np.isnan(first.losses[4:]).all()
@@ -51,8 +48,8 @@ def test_a_second_ctrl_c_is_not_held_back_and_loses_nothing(tmp_path):
             os.kill(os.getpid(), signal.SIGINT)
         return 1.0
 
-    with pytest.raises(KeyboardInterrupt):
-        survey(CHART, measure, kept, KEY, quiet)
+    with pytest.raises(KeyboardInterrupt), stop_on_signals() as stop:
+        survey(CHART, measure, kept, KEY, stop=stop)
 
     assert read_points(kept, KEY) == [1.0, 1.0]
 
@@ -77,7 +74,8 @@ def test_points_of_something_else_are_refused_and_have_another_name(tmp_path):
 
 def test_progress_tells_points_and_their_rate(tmp_path):
     heard = []
-    survey(CHART, lambda weights: 0.0, tmp_path / "points.json", KEY, lambda done, text: heard.append((done, text)))
+    path = tmp_path / "points.json"
+    survey(CHART, lambda weights: 0.0, path, KEY, progress=lambda done, text: heard.append((done, text)))
 
     assert [done for done, _ in heard] == list(range(1, 11))
     assert all(text.endswith(" points/s") for _, text in heard)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -10,16 +10,27 @@ import torch
 from torch import Tensor, nn
 
 from unbraid.errors import UserError
-from unbraid.lab.directions import Floats, PathPlane, Weights, combined, digest_of, filter_normalised, plane_of
+from unbraid.lab.curvature import exact_float32
+from unbraid.lab.directions import (
+    Filters,
+    Floats,
+    PathPlane,
+    Weights,
+    combined,
+    digest_of,
+    filter_normalised,
+    plane_of,
+)
 
 Measure = Callable[[Weights], float]
 """The loss of a model with these weights."""
 
 N_LINES = 5
+MAX_POINTS = 1001
 
 
 def measured(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> Measure:
-    """The loss as a function of the weights, in eval mode and without gradients.
+    """The loss as a function of the weights, in eval mode, without gradients and without TF32.
 
     Args:
         model: Is copied, and never touched.
@@ -29,7 +40,7 @@ def measured(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> Measure:
     held = dict(copy.named_parameters()) | dict(copy.named_buffers())  # tied weights once, by their first name
 
     def measure(weights: Weights) -> float:
-        with torch.no_grad():
+        with torch.no_grad(), exact_float32():
             for name in held.keys() & weights.keys():
                 held[name].copy_(weights[name])
             return float(loss(copy))
@@ -62,12 +73,14 @@ def steps_from(low: float, high: float, n_points: int) -> Floats:
     """So many positions from low to high, both among them.
 
     Raises:
-        UserError: If the range is upside down or empty, or there are fewer than three.
+        UserError: If the range is upside down or empty, or there are fewer than three or more than `MAX_POINTS`.
     """
     if not -np.inf < low < high < np.inf:
         raise UserError(f"A range from {low:g} to {high:g} has no inside; give the lower end first.")
     if n_points < 3:
-        raise UserError(f"{n_points} points show no shape; give 3 or more.")
+        raise UserError(f"A number of {n_points} points shows no shape; give 3 or more.")
+    if n_points > MAX_POINTS:
+        raise UserError(f"{n_points} points along an axis are more than can be taken; give at most {MAX_POINTS}.")
     return np.linspace(low, high, n_points)
 
 
@@ -90,7 +103,13 @@ class Around:
 
 
 def around(
-    state: Weights, parameters: Sequence[str], *, span: float = 1.0, n_points: int = 21, seed: int = 0
+    state: Weights,
+    parameters: Sequence[str],
+    *,
+    span: float = 1.0,
+    n_points: int = 21,
+    seed: int = 0,
+    filters: Mapping[str, Filters] | None = None,
 ) -> Around:
     """Points around a model: along random directions, and on a grid of the first (columns) and the second (rows).
 
@@ -100,6 +119,7 @@ def around(
         span: How far to go each way; at 1 the step is as long as the weights themselves.
         n_points: Along each direction, odd, so that the model itself is one of them.
         seed: Of the directions.
+        filters: As `filter_normalised` takes them.
 
     Raises:
         UserError: If the range or the number of points cannot be used.
@@ -109,14 +129,21 @@ def around(
         raise UserError(f"{n_points} points have no middle one, where the model itself is; give {n_points + 1}.")
     offsets[n_points // 2] = 0.0
     weights = {name: state[name] for name in parameters}
-    directions = [filter_normalised(weights, seed, index) for index in range(N_LINES)]
+    directions = [filter_normalised(weights, seed, index, filters=filters) for index in range(N_LINES)]
     rows = np.zeros((N_LINES * n_points + n_points**2, 1 + N_LINES))
     rows[:, 0] = 1
     for line in range(N_LINES):
         rows[line * n_points : (line + 1) * n_points, 1 + line] = offsets
     rows[N_LINES * n_points :, 1] = np.tile(offsets, n_points)
     rows[N_LINES * n_points :, 2] = np.repeat(offsets, n_points)
-    made_from = {"around": digest_of([state]), "span": span, "points": n_points, "seed": seed, "lines": N_LINES}
+    made_from: dict[str, Any] = {
+        "around": digest_of([state]),
+        "span": span,
+        "points": n_points,
+        "seed": seed,
+        "lines": N_LINES,
+    }
+    made_from["filters"] = {name: asdict(given) for name, given in (filters or {}).items()}
     return Around(offsets, Chart([state, *directions], rows, made_from))
 
 
@@ -147,6 +174,11 @@ def between(one: Weights, other: Weights, *, beyond: float = 0.25, n_points: int
     """
     steps_from(-beyond, 1 + beyond, n_points)
     n_beyond = int(np.ceil(beyond * (n_points - 1) - 1e-9))
+    if n_beyond > MAX_POINTS:
+        raise UserError(
+            f"Going {beyond:g} of the way beyond both ends, {n_points - 1} steps to the way, takes {n_beyond} points "
+            f"each; give a range or a number of points that takes at most {MAX_POINTS}."
+        )
     at = np.arange(-n_beyond, n_points + n_beyond) / (n_points - 1)
     made_from = {"between": digest_of([one, other]), "beyond": beyond, "points": n_points}
     return Between(at, Chart([one, other], np.stack([1 - at, at], axis=1), made_from))
@@ -202,9 +234,7 @@ class OfPath:
 def of_path(
     states: Mapping[int, Weights], parameters: Sequence[str], *, margin: float = 0.25, n_points: int = 21
 ) -> OfPath:
-    """Points in the plane through a run's last checkpoint, along the principal axes of its path.
-
-    Buffers are the last one's.
+    """Points in the plane through the last checkpoint, along the two principal axes of the path; buffers are its own.
 
     Args:
         states: Of the checkpoints, by training step; three or more.

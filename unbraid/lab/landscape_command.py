@@ -14,11 +14,15 @@ def landscape(args: argparse.Namespace) -> int:
     from unbraid.lab.landscape_report import folder_for, look, tell, view_of
     from unbraid.lab.subject import of_checkpoint
     from unbraid.screen import progress_bar
+    from unbraid.train.stop import stop_on_signals
 
     subject = of_checkpoint(args.checkpoint, overrides=args.set, trust=args.trust)
-    view, out = view_of(subject, args), folder_for(args.checkpoint, subject, args.out)
-    with progress_bar("taking the loss", len(view.chart.coefficients)) as advance:
-        found, plates = look(subject, view, out, n_items=args.items, split=args.split, progress=advance)
+    run = args.checkpoint if args.plane else None
+    out = folder_for(args.checkpoint, subject, args.out)
+    view = view_of(subject, other=args.to, run=run, span=args.span, n_points=args.points, seed=args.seed)
+    of = {"n_items": args.items, "split": args.split}
+    with stop_on_signals() as stop, progress_bar("taking the loss", len(view.chart.coefficients)) as advance:
+        found, plates = look(subject, view, out, **of, stop=stop, progress=advance)
     for line in tell(found, plates, out, args.items):
         print(line)
     return EXIT_STOPPED + found.signal if found.signal else 0
@@ -31,7 +35,9 @@ def add_landscape(add: Add) -> None:
     where = command.add_mutually_exclusive_group()
     to_help = "on the straight line to another checkpoint of the same model, and how high the barrier between them is"
     where.add_argument("--to", type=Path, metavar="OTHER", help=to_help)
-    plane_help = "along the two principal axes of the path of the run directory CHECKPOINT, with that path"
+    plane_help = (
+        "in the plane through the last checkpoint of the run directory CHECKPOINT, along the path's two principal axes"
+    )
     where.add_argument("--plane", action="store_true", help=plane_help)
     points_help = "along each axis, odd where the model is in the middle (%(default)s)"
     command.add_argument("--points", type=int, default=21, metavar="N", help=points_help)

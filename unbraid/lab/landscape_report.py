@@ -3,7 +3,6 @@
 import json
 import math
 import tempfile
-from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,10 +11,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from unbraid.assemble import choose_device
 from unbraid.errors import CheckpointError, UserError
 from unbraid.files import replacing, write_atomically
 from unbraid.lab.chapter import figure_of
-from unbraid.lab.directions import Floats, digest_of
+from unbraid.lab.directions import Floats, digest_of, filters_of
 from unbraid.lab.landscape import Chart, Measure, around, between, measured, of_path
 from unbraid.lab.plates import Plate
 from unbraid.lab.relief import plate_between, plates_around, plates_of_path
@@ -24,6 +24,7 @@ from unbraid.lab.survey import Surveyed, kept_name, survey
 from unbraid.records import RunDirectory
 from unbraid.robust.precision import Precision
 from unbraid.train.checkpoint import find_checkpoint, read_checkpoint, whole_checkpoints
+from unbraid.train.stop import StopRequest
 
 
 @dataclass(frozen=True)
@@ -31,23 +32,42 @@ class View:
     """What to take the loss at, and how to show it.
 
     Attributes:
+        name: Which kind: ``around``, ``between`` or ``path``; also that of its JSON.
         chart: The points.
         plates: Makes the plates of its losses.
         arrays: What the axes are, for the JSON.
     """
 
+    name: Literal["around", "between", "path"]
     chart: Chart
     plates: Callable[[Floats], list[Plate]]
     arrays: dict[str, Any] = field(default_factory=dict)
 
 
-def view_of(subject: Subject, args: Namespace) -> View:
-    """What the words of a command line ask for: ``to``, ``plane``, ``span``, ``points``, ``seed``, ``checkpoint``."""
-    if args.to is not None:
-        return view_between(subject, args.to, beyond=args.span or 0.25, n_points=args.points)
-    if args.plane:
-        return view_path(subject, args.checkpoint, margin=args.span or 0.25, n_points=args.points)
-    return view_around(subject, span=args.span or 1.0, n_points=args.points, seed=args.seed)
+def view_of(
+    subject: Subject,
+    *,
+    other: Path | None = None,
+    run: Path | None = None,
+    span: float | None = None,
+    n_points: int = 21,
+    seed: int = 0,
+) -> View:
+    """The line to another checkpoint, the plane of a run's path, or, where neither is given, what lies around.
+
+    Args:
+        subject: Whose model.
+        other: A checkpoint of the same model.
+        run: A run directory.
+        span: How far to go, as each view takes it; its own default where nothing is said.
+        n_points: Along each axis.
+        seed: Of the directions.
+    """
+    if other is not None:
+        return view_between(subject, other, beyond=0.25 if span is None else span, n_points=n_points)
+    if run is not None:
+        return view_path(subject, run, margin=0.25 if span is None else span, n_points=n_points)
+    return view_around(subject, span=1.0 if span is None else span, n_points=n_points, seed=seed)
 
 
 def tell(found: Surveyed, plates: list[Plate], out: Path, n_items: int) -> Iterator[str]:
@@ -69,10 +89,13 @@ def tell(found: Surveyed, plates: list[Plate], out: Path, n_items: int) -> Itera
 
 def view_around(subject: Subject, *, span: float = 1.0, n_points: int = 21, seed: int = 0) -> View:
     """Random directions around a subject; as `around`."""
-    found = around(subject.weights, parameters_of(subject), span=span, n_points=n_points, seed=seed)
+    filters = filters_of(subject.model())
+    found = around(subject.weights, parameters_of(subject), span=span, n_points=n_points, seed=seed, filters=filters)
     unit = unit_of(subject)
     arrays = {"offsets": found.offsets.tolist(), "order": "lines of each direction, then the grid row by row"}
-    return View(found.chart, lambda losses: plates_around(found, losses, name=subject.name, unit=unit), arrays)
+    return View(
+        "around", found.chart, lambda losses: plates_around(found, losses, name=subject.name, unit=unit), arrays
+    )
 
 
 def view_between(subject: Subject, other: Path, *, beyond: float = 0.25, n_points: int = 21) -> View:
@@ -86,7 +109,8 @@ def view_between(subject: Subject, other: Path, *, beyond: float = 0.25, n_point
     found = between(subject.weights, weights, beyond=beyond, n_points=n_points)
     names = _two_names(subject, checkpoint.path)
     arrays = {"at": found.at.tolist(), "order": "along the line"}
-    return View(found.chart, lambda losses: [plate_between(found, losses, names=names, unit=unit_of(subject))], arrays)
+    unit = unit_of(subject)
+    return View("between", found.chart, lambda losses: [plate_between(found, losses, names=names, unit=unit)], arrays)
 
 
 def _two_names(subject: Subject, other: Path) -> tuple[str, str]:
@@ -136,7 +160,8 @@ def view_path(subject: Subject, run: Path, *, margin: float = 0.25, n_points: in
     arrays |= {"shares": found.plane.shares.tolist(), "distances": found.plane.distances.tolist()}
     arrays["order"] = "the checkpoints themselves, then the grid row by row"
     name = run.resolve().name
-    return View(found.chart, lambda losses: plates_of_path(found, losses, name=name, unit=unit_of(subject)), arrays)
+    unit = unit_of(subject)
+    return View("path", found.chart, lambda losses: plates_of_path(found, losses, name=name, unit=unit), arrays)
 
 
 def parameters_of(subject: Subject) -> list[str]:
@@ -163,6 +188,7 @@ def look(
     *,
     n_items: int = 16,
     split: Literal["train", "valid"] = "train",
+    stop: StopRequest | None = None,
     progress: Callable[[float, str], None] = lambda done, text: None,
 ) -> tuple[Surveyed, list[Plate]]:
     """Take the losses of a view, draw them into a folder, and write their numbers beside; no plates if it is stopped.
@@ -173,19 +199,24 @@ def look(
         out: A folder, made where it is missing; the losses so far are kept there.
         n_items: How many mixtures.
         split: Of which talkers.
+        stop: Ends it after the point at hand; the same call goes on.
         progress: Is told how many points are done, and how fast it goes.
 
     Raises:
-        UserError: If what is kept in the folder cannot be gone on with, or no loss at all is finite.
+        UserError: If what is kept in the folder cannot be gone on with, or is the same view of other weights, or no
+            loss at all is finite.
         OSError: If the folder cannot be written to.
     """
+    numbers, weights = out / f"{view.name}.json", view.chart.made_from[view.name]
+    _check_same(numbers, weights)
     out.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=out).close()  # before the work, not after it
     measure, mixtures = loss_of(subject, n_items, split)
     made_by = {"model": asdict(subject.recipe.model), "loss": asdict(subject.recipe.loss), "torch": torch.__version__}
+    made_by["device"] = choose_device().type
     key = json.loads(json.dumps({"mixtures": mixtures, **view.chart.made_from, **made_by}, default=str))
     kept = out / kept_name(key)
-    found = survey(view.chart, measure, kept, key, progress)
+    found = survey(view.chart, measure, kept, key, stop=stop, progress=progress)
     if found.signal:
         return found, []
     if not np.isfinite(found.losses).any():
@@ -194,7 +225,14 @@ def look(
     for plate in plates:
         with replacing(out / f"{plate.name}.png") as path:
             figure_of(plate).savefig(path, dpi=140, format="png")
-    told = {"subject": subject.name, "step": subject.step, "items": n_items, "split": split, **view.arrays}
+    told = {
+        "subject": subject.name,
+        "step": subject.step,
+        "weights": weights,
+        "items": n_items,
+        "split": split,
+        **view.arrays,
+    }
     told["losses"] = _as_json(found.losses)
     told["plates"] = [
         {
@@ -205,8 +243,25 @@ def look(
         }
         for p in plates
     ]
-    write_atomically(out / f"{plates[0].name.split('-')[0]}.json", json.dumps(told, indent=1, allow_nan=False) + "\n")
+    write_atomically(numbers, json.dumps(told, indent=1, allow_nan=False) + "\n")
     return found, plates
+
+
+def _check_same(numbers: Path, weights: str) -> None:
+    """Nothing of other weights is overwritten.
+
+    Raises:
+        UserError: If there is something of theirs, or something that cannot be read.
+    """
+    try:
+        held = json.loads(numbers.read_text(encoding="utf-8"))
+        same = held["weights"] == weights
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except (ValueError, KeyError, TypeError):
+        same = False
+    if not same:
+        raise UserError(f"{numbers} was not made from these weights; give another folder by --out, or remove it.")
 
 
 def _as_json(values: Iterable[float]) -> list[float | None]:

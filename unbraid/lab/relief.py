@@ -1,5 +1,6 @@
 """Losses over points in the space of weights as plates: curves, contours and surfaces."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -32,26 +33,23 @@ def plates_around(found: Around, losses: Floats, *, name: str, unit: str) -> lis
     here, reach = float(grid[middle, middle]), float(found.offsets[-1])
     n_lower, at = int((grid < here).sum()), np.unravel_index(np.nanargmin(_finite(grid)), grid.shape)
     lowest = float(grid[at])
-    numbers = {"loss": here, "lowest on the grid": lowest, "points lower than the model": float(n_lower)}
-    numbers |= {
-        f"line {place + 1}: mean rise at both ends": float(line[[0, -1]].mean() - here)
-        for place, line in enumerate(lines)
-    }
-    rises = [line[[0, -1]].mean() - here for line in lines]
+    rises = [float(line[[0, -1]].mean()) - here for line in lines]
+    numbers = {"loss": here, "lowest on the grid": lowest}
+    numbers |= {"points lower than the model": float(n_lower) if np.isfinite(here) else float("nan")}
+    numbers |= {f"line {place + 1}: mean rise at both ends": rise for place, rise in enumerate(rises)}
     about_lines = (
         f"The loss along {len(lines)} random directions of which each filter is as long as the model's own: at "
-        f"{reach:g} it has been moved by that much of its own length. At the model it is {here:.2f}; at the ends of "
-        f"the lines it lies {min(rises):.2f} to {max(rises):.2f} above that (each line's two ends averaged): that is "
-        "how far directions differ."
+        f"{reach:g} it has been moved by that much of its own length. At the model it is {_value(here)}"
+        f"{_about_rises(rises)}."
     )
     place = f"({found.offsets[at[1]]:.2g}, {found.offsets[at[0]]:.2g})"
     lower = (
-        "The model (cross) has no finite loss to hold the points against."
-        if not np.isfinite(here)
-        else "None of the points lies lower than the model (cross)."
-        if n_lower == 0
-        else f"{n_lower} of {grid.size} points lie lower than the model (cross), the lowest, {lowest:.2f}, at {place}."
+        f"{n_lower} of {grid.size} points lie lower than the model (cross), the lowest, {_value(lowest)}, at {place}."
     )
+    if not np.isfinite(here):
+        lower = "At the model itself (the middle) the loss is not finite, so no point can be called lower or higher."
+    elif n_lower == 0:
+        lower = f"None of the {grid.size} points lies lower than the model (cross)."
     about_grid = (
         f"The loss over two random directions of which each filter is as long as the model's own. {lower} "
         f"{_lost(grid)}It is a slice through two directions of very many: what is smooth here may be rough elsewhere."
@@ -74,6 +72,18 @@ def plates_around(found: Around, losses: Floats, *, name: str, unit: str) -> lis
     ]
 
 
+def _about_rises(rises: Sequence[float]) -> str:
+    """How the ends of lines lie to the model, as far as that is known."""
+    known = [rise for rise in rises if np.isfinite(rise)]
+    if not known:
+        return ", and at no line's two ends can a rise be told"
+    lost = f" (of {len(known)} lines: those of the others are not finite)" if len(known) < len(rises) else ""
+    return (
+        f"; the mean of a line's two ends lies {min(known):+.2f} to {max(known):+.2f} from that{lost}: so far "
+        "directions differ"
+    )
+
+
 def plate_between(found: Between, losses: Floats, *, names: tuple[str, str], unit: str) -> Plate:
     """The curve from one model to another, with the barrier.
 
@@ -93,14 +103,20 @@ def plate_between(found: Between, losses: Floats, *, names: tuple[str, str], uni
         "lowest": float(losses[lowest]),
         "lowest at": float(found.at[lowest]),
     }
-    told = f"it rises at most {height:.2f} above the straight line between them (dashed), at {at:.2f} of the way"
+    n_inside = int(((found.at > 0) & (found.at < 1)).sum())
+    told = (
+        f"at the {n_inside} points between, it rises at most {height:.2f} above the straight line (dashed), at "
+        f"{at:.2f} of the way"
+    )
     if not np.isfinite(height):
         told = "on the way there are points without a finite loss, so there is no height of a barrier"
     elif height <= 1e-6 * (abs(ends["first"]) + abs(ends["other"])):
-        told = f"at none of the {len(losses)} points it lies above the straight line between them (dashed): no barrier"
+        told = (
+            f"at none of the {n_inside} points between does it rise above the straight line (dashed): no barrier seen"
+        )
     caption = (
-        f"The loss on the straight line through two models. At 0 is {names[0]}, {ends['first']:.2f}; at 1 is "
-        f"{names[1]}, {ends['other']:.2f}; {told}. The lowest point is {losses[lowest]:.2f}, at "
+        f"The loss on the straight line through two models. At 0 is {names[0]}, {_value(ends['first'])}; at 1 is "
+        f"{names[1]}, {_value(ends['other'])}; {told}. The lowest point is {_value(losses[lowest])}, at "
         f"{found.at[lowest]:.2f}. Two runs from different starts may differ in no more than the order of their units, "
         "and have a barrier all the same."
     )
@@ -128,13 +144,12 @@ def plates_of_path(found: OfPath, losses: Floats, *, name: str, unit: str) -> li
     numbers |= {"lowest on the grid": float(_finite(grid).min())}
     numbers |= {f"loss at step {step}": float(loss) for step, loss in zip(found.steps, own, strict=True)}
     caption = (
-        f"The path of {len(found.steps)} checkpoints, from step {found.steps[0]} (dot) to {found.steps[-1]} (star), on "
-        "the plane through the last along the path's two principal axes, and the loss in that plane. Its axes hold "
+        f"The plane through the last checkpoint, along the two principal axes of the path of {len(found.steps)}, from "
+        f"step {found.steps[0]} (dot) to {found.steps[-1]} (star), and the loss in it. Its axes hold "
         f"{100 * shares[0]:.0f} % and {100 * shares[1]:.0f} % of the path's variance; a random walk of so many points "
-        "would show "
-        f"{100 * walk[0]:.0f} % and {100 * walk[1]:.0f} %. The checkpoints' own losses are {own[0]:.2f} at first and "
-        f"{own[-1]:.2f} at last; the lowest in the plane is {_finite(grid).min():.2f}. What is drawn "
-        f"is their shadow: that of step {found.steps[far]} lies "
+        f"would show {100 * walk[0]:.0f} % and {100 * walk[1]:.0f} %. The checkpoints' own losses are "
+        f"{_value(own[0])} at first and {_value(own[-1])} at last; the lowest of the grid is "
+        f"{_value(_finite(grid).min())}. What is drawn is their shadow: that of step {found.steps[far]} lies "
         f"{found.plane.distances[far]:.2g} off, where the first and last are {length:.2g} apart. {_lost(grid)}"
     )
     beside = "On the surface each checkpoint stands at the height of its own loss, above or below its shadow's."
@@ -150,6 +165,10 @@ def plates_of_path(found: OfPath, losses: Floats, *, name: str, unit: str) -> li
 def _finite(losses: Floats) -> Floats:
     """The losses, with infinity in place of what is not finite; all may be."""
     return np.where(np.isfinite(losses), losses, np.inf)
+
+
+def _value(loss: float) -> str:
+    return f"{loss:.2f}" if np.isfinite(loss) else "not finite"
 
 
 def _lost(grid: Floats) -> str:

@@ -1,6 +1,5 @@
 """How sharp and how noisy the loss of a subject is: the Hessian's ends, the noise scale, and what they mean."""
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,11 +14,13 @@ from unbraid.errors import UserError
 from unbraid.lab.curvature import WAYS, Extremes, Loss, best_way, extremes, gradient, hessian_product
 from unbraid.lab.noise import NoiseScale, noise_scale
 from unbraid.lab.subject import Subject, mean_loss
+from unbraid.records import json_row
 from unbraid.robust.precision import Precision
-from unbraid.train.stop import StopRequest, stop_on_signals
+from unbraid.train.stop import StopRequest
 
 MAX_BATCHES = 64
 _ROOM_BYTES = 1_000_000_000
+_ROUNDING = 1e-5
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Sharpness:
         noise: The gradient noise scale; None where a signal came first.
         way: How products with the Hessian were taken, one of `WAYS`.
         n_items: Over how many mixtures.
-        lr: What the recipe's training begins with; None where it names none.
+        lr: The recipe's ``optim.lr``, which a warm-up leads up to; None where it names none.
         optimizer: Its name.
         signal: What stopped it; 0 for nothing.
     """
@@ -45,18 +46,12 @@ class Sharpness:
     signal: int = 0
 
     def as_json(self) -> dict[str, Any]:
-        """All numbers; those that are not finite are null."""
+        """All numbers; those that are not finite are null, with a text beside, as in a run's records."""
         ends = {k: v for k, v in asdict(self.extremes).items() if k != "vector"}
         ends |= {"converged": self.extremes.converged, "lowest_converged": self.extremes.lowest_converged}
         told: dict[str, Any] = {"hessian": ends, "noise_scale": self.noise and asdict(self.noise), "way": self.way}
         told |= {"items": self.n_items, "lr": self.lr, "optimizer": self.optimizer}
-        return {name: _finite(part) for name, part in told.items()}
-
-
-def _finite(part: Any) -> Any:
-    if isinstance(part, dict):
-        return {name: _finite(value) for name, value in part.items()}
-    return None if isinstance(part, float) and not math.isfinite(part) else part
+        return json_row(told)
 
 
 def sharpness_of(
@@ -67,11 +62,10 @@ def sharpness_of(
     tolerance: float = 1e-3,
     split: Literal["train", "valid"] = "train",
     seed: int = 0,
+    stop: StopRequest | None = None,
     progress: Callable[[float, str], None] = lambda done, text: None,
 ) -> Sharpness:
     """The ends of the Hessian's spectrum and the gradient noise scale, in float32 and eval mode, on a copy.
-
-    Ctrl-C or SIGTERM ends it after the product at hand, with what there is.
 
     Args:
         subject: Whose model, loss and mixtures.
@@ -80,6 +74,7 @@ def sharpness_of(
         tolerance: Residual to end at.
         split: Of which talkers.
         seed: Of the vector to start from.
+        stop: Ends it after the product or gradient at hand, with what there is.
         progress: Is told products or gradients so far, and the eigenvalue.
 
     Raises:
@@ -94,22 +89,22 @@ def sharpness_of(
     n_weights = sum(parameter.numel() for parameter in model.parameters())
     drawn = generator(seed, "sharpness").standard_normal(n_weights)
     first = next(model.parameters())
-    with stop_on_signals() as stop:
-        way = best_way(model, losses[0])
+    stop = stop or StopRequest()
+    way = best_way(model, losses[0])
 
-        def heard(found: Extremes) -> bool:
-            progress(found.n_products, f"eigenvalue {found.highest:.4g}, residual {found.residual:.1e}")
-            return not stop.signal
+    def heard(found: Extremes) -> bool:
+        progress(found.n_products, f"eigenvalue {found.highest:.4g}, residual {found.residual:.1e}")
+        return not stop.signal
 
-        ends = extremes(
-            hessian_product(model, losses, weights, way=way),
-            torch.from_numpy(drawn).to(first),
-            n_products=n_products,
-            tolerance=tolerance,
-            n_kept=min(24, max(8, _ROOM_BYTES // (8 * n_weights))),
-            heard=heard,
-        )
-        noise = _noise(subject, n_items, split, partial(gradient, model, weights=[1.0], way=way), stop, progress)
+    ends = extremes(
+        hessian_product(model, losses, weights, way=way),
+        torch.from_numpy(drawn).to(first),
+        n_products=n_products,
+        tolerance=tolerance,
+        n_kept=min(24, max(8, _ROOM_BYTES // (8 * n_weights))),
+        heard=heard,
+    )
+    noise = _noise(subject, n_items, split, partial(gradient, model, weights=[1.0], way=way), stop, progress)
     lr = subject.recipe.optim.options.get("lr")
     return Sharpness(
         ends, noise, way, n_items, lr if lr is None else float(lr), subject.recipe.optim.name, int(stop.signal)
@@ -167,30 +162,32 @@ def tell(found: Sharpness) -> Iterator[str]:
     if ends.converged and ends.highest > 0:
         yield _about_lr(found)
     doubt = "" if ends.lowest_converged else f" (not converged, residual {ends.lowest_residual:.1e})"
-    yield f"Smallest eigenvalue: {ends.lowest:.4g}{doubt}{_below(ends)}."
+    yield f"Smallest eigenvalue: {ends.lowest:.4g}{doubt}{_about_lowest(ends)}."
     if found.noise is not None:
         yield _about_noise(found.noise)
 
 
-def _below(ends: Extremes) -> str:
-    """What a smallest eigenvalue below 0 means, if it is more than its residual and rounding leave open."""
-    largest = max(abs(ends.highest), abs(ends.lowest))
-    if ends.lowest < -max(ends.tolerance, ends.lowest_residual) * largest:
+def _about_lowest(ends: Extremes) -> str:
+    rounding = max(ends.tolerance, _ROUNDING) * max(abs(ends.highest), abs(ends.lowest))
+    if ends.lowest < -rounding:
         return ": the loss bends downwards along some direction, so this is no minimum"
-    return ", 0 to within what rounding and the residual leave open" if ends.lowest < 0 else ""
+    return ", 0 to within rounding and tolerance" if ends.lowest <= rounding and ends.lowest_converged else ""
 
 
 def _about_lr(found: Sharpness) -> str:
     limit = 2 / found.extremes.highest
     told = (
         "On the quadratic that touches the loss here, plain gradient descent swings ever wider along that direction at "
-        f"learning rates above 2/lambda = {limit:.3g}."
+        f"learning rates above 2/lambda = {limit:.3g}; the loss itself bends otherwise farther off."
     )
     if found.lr is None:
         return told
     if found.optimizer == "sgd":
         side = "above" if found.lr > limit else "below"
-        return f"{told} The recipe's sgd, warm-up aside, begins at {found.lr:g}, {side} that; momentum moves the limit."
+        return (
+            f"{told} The recipe's sgd has lr = {found.lr:g}, {side} that; momentum moves the limit, and a "
+            "schedule the rate."
+        )
     return f"{told} The recipe's {found.optimizer}, at {found.lr:g}, scales each weight's step and has another limit."
 
 

@@ -13,13 +13,14 @@ def sharpness(args: argparse.Namespace) -> int:
     from unbraid.lab.sharpness import sharpness_of, tell
     from unbraid.lab.subject import of_checkpoint
     from unbraid.screen import progress_bar
+    from unbraid.train.stop import stop_on_signals
 
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
     subject = of_checkpoint(args.checkpoint, overrides=args.set, trust=args.trust)
     asked = {"n_items": args.items, "n_products": args.iterations, "split": args.split, "seed": args.seed}
-    with progress_bar("multiplying", args.iterations) as advance:
-        found = sharpness_of(subject, **asked, progress=advance)
+    with stop_on_signals() as stop, progress_bar("multiplying", args.iterations) as advance:
+        found = sharpness_of(subject, **asked, stop=stop, progress=advance)
     print("\n".join(tell(found)))
     if args.out:
         write_atomically(args.out, json.dumps(found.as_json(), indent=1, allow_nan=False) + "\n")

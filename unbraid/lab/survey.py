@@ -15,7 +15,7 @@ from unbraid.errors import UserError
 from unbraid.files import write_atomically
 from unbraid.lab.directions import Floats
 from unbraid.lab.landscape import Chart, Measure
-from unbraid.train.stop import stop_on_signals
+from unbraid.train.stop import StopRequest
 
 KEEP_EVERY_SECONDS = 10.0
 
@@ -45,9 +45,15 @@ class Surveyed:
 
 
 def survey(
-    chart: Chart, measure: Measure, kept: Path, key: Mapping[str, Any], progress: Callable[[float, str], None]
+    chart: Chart,
+    measure: Measure,
+    kept: Path,
+    key: Mapping[str, Any],
+    *,
+    stop: StopRequest | None = None,
+    progress: Callable[[float, str], None] = lambda done, text: None,
 ) -> Surveyed:
-    """Take the loss at each point; Ctrl-C or SIGTERM ends it after the point at hand, and what there is, is kept.
+    """Take the loss at each point, and keep what there is, however it ends.
 
     Args:
         chart: The points.
@@ -55,25 +61,25 @@ def survey(
         kept: File for the losses so far: written every ten seconds, and at the end; those that are there are not
             taken again.
         key: What decides the losses, as JSON holds it; it stands in the file.
+        stop: Ends it after the point at hand.
         progress: Is told how many points are done, and how fast it goes.
 
     Raises:
         UserError: If the file holds other points, or no points at all.
     """
-    losses = read_points(kept, key)
+    stop, losses = stop or StopRequest(), read_points(kept, key)
     n_known, n_points, began = len(losses), len(chart.coefficients), time.monotonic()
     written = began
     try:
-        with stop_on_signals() as stop:
-            for loss in chart.losses(measure, tuple(losses)):
-                losses.append(loss)
-                now = time.monotonic()
-                progress(len(losses), f"{(len(losses) - n_known) / (now - began):.1f} points/s")
-                if now - written >= KEEP_EVERY_SECONDS:
-                    write_points(kept, key, losses)
-                    written = now
-                if stop.signal:
-                    break
+        for loss in chart.losses(measure, tuple(losses)):
+            losses.append(loss)
+            now = time.monotonic()
+            progress(len(losses), f"{(len(losses) - n_known) / (now - began):.1f} points/s")
+            if now - written >= KEEP_EVERY_SECONDS:
+                write_points(kept, key, losses)
+                written = now
+            if stop.signal:
+                break
     finally:  # also after a second Ctrl-C, which is not held back
         if len(losses) > n_known:
             write_points(kept, key, losses)
