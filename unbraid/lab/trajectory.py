@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from unbraid.data.batch import Batch
 from unbraid.draws import seeded_torch
 from unbraid.health.columns import Floats
+from unbraid.lab.curvature import exact_float32
 from unbraid.lab.subject import Subject
 from unbraid.parts import build_part
 from unbraid.recipe import Part, Recipe
@@ -206,7 +207,7 @@ def gradient_of(model: nn.Module, loss: ExampleLoss, parts: Sequence[Batch], *, 
     def gradient(weights: Tensor) -> Tensor:
         _put(model, weights)
         model.zero_grad(set_to_none=True)
-        with torch.enable_grad(), seeded_torch(seed, "step", step, 0):
+        with torch.enable_grad(), exact_float32(), seeded_torch(seed, "step", step, 0):
             for part in parts:
                 losses = losses_of(model, loss, precision, part)[1]
                 ((losses * part.weight).sum() / n_examples).backward()
