@@ -16,9 +16,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from unbraid.files import replacing
-from unbraid.lab.chapter import figure_of
 from unbraid.lab.line_plates import line_plates
-from unbraid.lab.plates import Plate
+from unbraid.lab.plates import Plate, figure_of
 from unbraid.lab.surface_plates import surface_plates
 
 FIGURES = Path(__file__).resolve().parent.parent / "docs" / "learn" / "figures"

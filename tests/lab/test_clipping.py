@@ -9,8 +9,15 @@ import pytest
 from unbraid import cli
 from unbraid.errors import RecipeError, UserError
 from unbraid.lab.clipping import CONTESTS, PUBLISHED, TESTED, clipping_cells, clipping_markdown, reading
+from unbraid.lab.clipping_report import (
+    TABLE_BEGINS,
+    TABLE_ENDS,
+    steps_of,
+    table_in,
+    trained_and_tested,
+    write_table_into,
+)
 from unbraid.lab.grid import Arm, Interrupted, cells_of, run_cells
-from unbraid.lab.race_report import TABLE_BEGINS, TABLE_ENDS, steps_of, table_in, trained_and_tested, write_table_into
 from unbraid.recipe import load_recipe
 from unbraid.records import read_steps
 from unbraid.train.stop import StopRequest

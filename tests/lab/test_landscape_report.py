@@ -14,9 +14,9 @@ from PIL import Image
 
 from unbraid import cli
 from unbraid.errors import UserError
-from unbraid.lab.chapter import figure_of
 from unbraid.lab.landscape import Around, Between, Chart
 from unbraid.lab.landscape_report import folder_for, loss_of, view_around
+from unbraid.lab.plates import figure_of
 from unbraid.lab.relief import Field, plate_between, plates_around
 from unbraid.lab.subject import mean_loss, of_checkpoint, of_recipe
 from unbraid.recipe import load_recipe

@@ -13,7 +13,6 @@ import torch
 
 from unbraid import cli
 from unbraid.errors import RecipeError
-from unbraid.lab.chapter import figure_of
 from unbraid.lab.lr_range import (
     LrGrid,
     Point,
@@ -28,6 +27,7 @@ from unbraid.lab.lr_range import (
     why_lost,
 )
 from unbraid.lab.lr_range_plate import SMOOTHED, lr_range_plate, numbers, words
+from unbraid.lab.plates import figure_of
 from unbraid.lab.subject import of_recipe
 from unbraid.recipe import Part, load_recipe
 from unbraid.train.stop import StopRequest

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from unbraid.files import replacing, write_atomically
 from unbraid.lab.animate import frames, has_ffmpeg, write_gif, write_mp4
 from unbraid.lab.line_plates import line_plates
-from unbraid.lab.plates import Plate
+from unbraid.lab.plates import Plate, write_figure
 from unbraid.lab.surface_plates import surface_plates
 from unbraid.plots import check_matplotlib
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 Progress = Callable[[float, str], None]
 
@@ -64,8 +64,7 @@ def write_chapter(
 
 
 def _write_plate(out: Path, plate: Plate, *, animate: bool, videos: bool) -> None:
-    with replacing(out / f"{plate.name}.png") as path:
-        figure_of(plate).savefig(path, dpi=140, format="png")
+    write_figure(plate, out)
     moving = plate.motion if animate else None
     pictures = [] if moving is None else list(frames(moving, plate.size))
     for suffix, wanted, write in ((".gif", True, write_gif), (".mp4", videos, write_mp4)):
@@ -74,15 +73,6 @@ def _write_plate(out: Path, plate: Plate, *, animate: bool, videos: bool) -> Non
             continue
         with replacing(out / f"{plate.name}{suffix}") as path:
             write(path, pictures, frames_per_second=moving.frames_per_second)
-
-
-def figure_of(plate: Plate) -> "Figure":
-    """A plate's still figure, drawn."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=plate.size, layout="constrained")
-    plate.draw(figure)
-    return figure
 
 
 def _as_json(plate: Plate) -> dict[str, Any]:

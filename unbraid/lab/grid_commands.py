@@ -8,14 +8,16 @@ from unbraid.arguments import Add, add_set, file_to_write, folder, positive
 
 def race(args: argparse.Namespace) -> int:
     """Several optimizers, clippers or other choices from the same weights on the same batches: who is ahead."""
-    from unbraid.lab.race_report import run_race, run_to_end
+    from unbraid.lab.grid_report import run_to_end
+    from unbraid.lab.race_report import run_race
 
     return run_to_end(args, run_race)
 
 
 def clipping(args: argparse.Namespace) -> int:
     """The AutoClip paper's table in small: percentiles by losses, trained and scored on unseen talkers."""
-    from unbraid.lab.race_report import run_clipping, run_to_end
+    from unbraid.lab.clipping_report import run_clipping
+    from unbraid.lab.grid_report import run_to_end
 
     return run_to_end(args, run_clipping)
 

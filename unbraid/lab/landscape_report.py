@@ -13,11 +13,10 @@ import torch
 
 from unbraid.assemble import choose_device
 from unbraid.errors import CheckpointError, UserError
-from unbraid.files import replacing, write_atomically
-from unbraid.lab.chapter import figure_of
+from unbraid.files import write_atomically
 from unbraid.lab.directions import Floats, digest_of, filters_of
 from unbraid.lab.landscape import Chart, Measure, around, between, measured, of_path
-from unbraid.lab.plates import Plate
+from unbraid.lab.plates import Plate, write_figure
 from unbraid.lab.relief import plate_between, plates_around, plates_of_path
 from unbraid.lab.subject import Subject, mean_loss, model_of
 from unbraid.lab.survey import Surveyed, kept_name, survey
@@ -223,8 +222,7 @@ def look(
         raise UserError(f"At none of the {len(found.losses)} points is the loss finite: there is nothing to draw.")
     plates = view.plates(found.losses)
     for plate in plates:
-        with replacing(out / f"{plate.name}.png") as path:
-            figure_of(plate).savefig(path, dpi=140, format="png")
+        write_figure(plate, out)
     told = {
         "subject": subject.name,
         "step": subject.step,

@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from unbraid.files import replacing, write_atomically
+from unbraid.files import write_atomically
 from unbraid.health.columns import Floats
-from unbraid.lab.chapter import figure_of
 from unbraid.lab.lr_range import LrGrid, RangeTest, short
-from unbraid.lab.plates import Plate
+from unbraid.lab.plates import Plate, write_figure
 from unbraid.records import json_row
 
 if TYPE_CHECKING:
@@ -108,9 +107,7 @@ def write_lr_range(out: Path, test: RangeTest, grid: LrGrid | None = None) -> Pa
     """
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "lr-range.json", json.dumps(numbers(test, grid), indent=1, allow_nan=False) + "\n")
-    with replacing(out / "lr-range.png") as path:
-        figure_of(lr_range_plate(test, grid)).savefig(path, dpi=140, format="png")
-    return out / "lr-range.png"
+    return write_figure(lr_range_plate(test, grid), out)
 
 
 def _draw(figure: "Figure", test: RangeTest, grid: LrGrid | None) -> None:

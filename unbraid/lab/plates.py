@@ -2,7 +2,10 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from unbraid.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,3 +47,20 @@ class Plate:
     draw: "Callable[[Figure], None]"
     size: tuple[float, float] = (6.4, 4.0)
     motion: Motion | None = field(default=None)
+
+
+def figure_of(plate: Plate) -> "Figure":
+    """A plate's still figure, drawn."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=plate.size, layout="constrained")
+    plate.draw(figure)
+    return figure
+
+
+def write_figure(plate: Plate, folder: Path) -> Path:
+    """Write a plate's still figure as ``NAME.png``, whole or not at all."""
+    path = folder / f"{plate.name}.png"
+    with replacing(path) as temporary:
+        figure_of(plate).savefig(temporary, dpi=140, format="png")
+    return path

@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from unbraid.errors import RecipeError
 from unbraid.lab.grid import Arm, Cell, Outcome, arms_of, cells_of
 from unbraid.lab.intervals import Interval, interval
@@ -105,30 +103,6 @@ def _entry(arm: str, of_arm: Sequence[Outcome]) -> Entry:
         clipped=sum(one.clipped for one in of_arm) / len(of_arm),
         fallen=tuple(f"seed {one.seed} {one.ended.how} at step {one.ended.step}" for one in fallen),
     )
-
-
-def race_table(entries: Sequence[Entry], n_seeds: int) -> Table:
-    """A row for each arm: mean and standard deviation over the seeds."""
-    title = (
-        f"Mean ± standard deviation over those of {n_seeds} seed{'s' * (n_seeds > 1)} that finished: training loss "
-        "over the last tenth of the steps, median gradient norm, SI-SDRi of the last validation"
-    )
-    table = Table(title=title, title_justify="left", show_lines=any("," in entry.arm for entry in entries))
-    table.add_column("arm", no_wrap=True)
-    for name in ("loss at the end", "norm", "SI-SDRi, dB", "clipped", "left out"):
-        table.add_column(name, justify="right")
-    for entry in entries:
-        norm = _with_spread(entry.grad_norm, ".3g")
-        numbers = [_with_spread(entry.loss), norm, _with_spread(entry.si_sdri)]
-        arm = "\n".join([*entry.arm.split(","), *entry.fallen])
-        table.add_row(arm, *numbers, f"{entry.clipped:.0%}", str(entry.left_out))
-    return table
-
-
-def _with_spread(found: Interval, digits: str = ".2f") -> str:
-    if not found.n:
-        return "-"
-    return f"{found.mean:{digits}}" + (f" ± {found.spread:{digits}}" if found.n > 1 else "")
 
 
 def who_is_ahead(outcomes: Sequence[Outcome]) -> str:

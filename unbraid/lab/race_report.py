@@ -1,64 +1,23 @@
-"""What `unbraid lab race` and `unbraid lab clipping` do from start to end, and what they print and write."""
+"""What `unbraid lab race` does from start to end, and what it prints and writes."""
 
 import argparse
 import json
-import re
-import shlex
-from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
-from functools import partial
-from pathlib import Path
+from collections.abc import Sequence
 
 from rich.console import Console
+from rich.table import Table
 
-from unbraid.arguments import EXIT_STOPPED, find_recipe
-from unbraid.errors import RecipeError, UserError
-from unbraid.files import replacing, write_atomically
-from unbraid.lab.chapter import figure_of
-from unbraid.lab.clipping import (
-    CONTESTS,
-    PERCENTILES,
-    clipping_cells,
-    clipping_json,
-    clipping_markdown,
-    cuts_of,
-    reading,
-    score,
-)
-from unbraid.lab.grid import Cell, Ended, Interrupted, outcome_of, overrides_for_steps, run_cells, what_fell
-from unbraid.lab.plates import Plate
-from unbraid.lab.race import entries_of, race_cells, race_json, race_table, who_is_ahead
+from unbraid.arguments import find_recipe
+from unbraid.files import write_atomically
+from unbraid.lab.grid import Cell, Ended, outcome_of, overrides_for_steps, run_cells, what_fell
+from unbraid.lab.grid_report import make_folders, say, side_by_side
+from unbraid.lab.intervals import Interval
+from unbraid.lab.plates import write_figure
+from unbraid.lab.race import Entry, entries_of, race_cells, race_json, who_is_ahead
 from unbraid.lab.race_figure import race_plate
 from unbraid.plots import check_matplotlib
-from unbraid.screen import Advance, program, progress_bar
-from unbraid.train.stop import StopRequest, stop_on_signals
-
-Run = Callable[[argparse.Namespace, StopRequest], list[str]]
-
-TABLE_BEGINS, TABLE_ENDS = "<!-- table: unbraid lab clipping -->", "<!-- end of table -->"
-"""Between these a file given as ``--markdown`` gets the table; one without them is the table alone."""
-
-
-def run_to_end(args: argparse.Namespace, run: Run) -> int:
-    """Run a grid; where a signal stops it, say how to go on.
-
-    Returns:
-        The exit status: 0, or 128 and the signal.
-    """
-    try:
-        with stop_on_signals() as stop:
-            told = run(args, stop)
-    except Interrupted as interrupted:
-        words = shlex.join(args.words)
-        _say(f"Stopped by signal {interrupted.number}; the same command goes on: {program()} {words}")
-        return EXIT_STOPPED + interrupted.number
-    for line in told:
-        _say(line)
-    return 0
-
-
-def _say(line: str) -> None:
-    Console(soft_wrap=True).print(line, markup=False, highlight=False)
+from unbraid.screen import progress_bar
+from unbraid.train.stop import StopRequest
 
 
 def run_race(args: argparse.Namespace, stop: StopRequest) -> list[str]:
@@ -69,11 +28,11 @@ def run_race(args: argparse.Namespace, stop: StopRequest) -> list[str]:
         UserError: If something given cannot be used.
     """
     check_matplotlib()
-    _check_out(args.json)
+    make_folders(args.json)
     overrides = [f"validate.every_steps={max(1, args.steps // 5)}", *args.set, *overrides_for_steps(args.steps)]
     cells, notes = race_cells(find_recipe(args.recipe), args.over, seeds=args.seeds, out=args.out, overrides=overrides)
     if notes:
-        _say(notes)
+        say(notes)
     ended = _trained(cells, stop)
     outcomes = [outcome_of(cell, how) for cell, how in ended]
     entries = entries_of(outcomes)
@@ -81,7 +40,7 @@ def run_race(args: argparse.Namespace, stop: StopRequest) -> list[str]:
     numbers = args.json or args.out / "race.json"
     write_atomically(numbers, json.dumps(race_json(entries, outcomes, notes=notes), indent=1, allow_nan=False) + "\n")
     verdict = who_is_ahead(outcomes)
-    picture = _draw(race_plate(ended, verdict), args.out)
+    picture = write_figure(race_plate(ended, verdict), args.out)
     return [*what_fell(ended), verdict, f"Curves: {picture}; numbers: {numbers}", side_by_side(args.out)]
 
 
@@ -90,140 +49,25 @@ def _trained(cells: list[Cell], stop: StopRequest) -> list[tuple[Cell, Ended]]:
         return list(run_cells(cells, stop=stop, progress=advance))
 
 
-def _draw(plate: Plate, out: Path) -> Path:
-    path = out / f"{plate.name}.png"
-    with replacing(path) as temporary:
-        figure_of(plate).savefig(temporary, dpi=140, format="png")
-    return path
-
-
-def side_by_side(out: Path) -> str:
-    """The command that shows the runs beside each other."""
-    return f"All runs side by side: {program()} dashboard {shlex.quote(str(out))}"
-
-
-def run_clipping(args: argparse.Namespace, stop: StopRequest) -> list[str]:
-    """Train and score every percentile of every loss with every seed; print and write the table.
-
-    Raises:
-        Interrupted: If a signal came.
-        UserError: If something given cannot be used.
-    """
-    _check_out(args.json)
-    _check_out(args.markdown)
-    losses = args.losses or list(CONTESTS)
-    cells = clipping_cells(
-        find_recipe(args.recipe),
-        percentiles=PERCENTILES if args.percentiles is None else args.percentiles,
-        losses=losses,
-        seeds=args.seeds,
-        steps=steps_of(args.steps, losses),
-        out=args.out,
-        overrides=args.set,
+def race_table(entries: Sequence[Entry], n_seeds: int) -> Table:
+    """A row for each arm: mean and standard deviation over the seeds."""
+    title = (
+        f"Mean ± standard deviation over those of {n_seeds} seed{'s' * (n_seeds > 1)} that finished: training loss "
+        "over the last tenth of the steps, median gradient norm, SI-SDRi of the last validation"
     )
-    ended = trained_and_tested(cells, stop, args.test_items)
-    cuts = cuts_of(ended, n_items=args.test_items)
-    date, command = datetime.now(UTC).date().isoformat(), _shown(args.words)
-    found = clipping_json(cuts, cells, n_items=args.test_items, date=date, machine=machine(), command=command)
-    table = clipping_markdown(found["rows"])
-    write_atomically(args.json or args.out / "clipping.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
-    if args.markdown:
-        write_table_into(args.markdown, table)
-    over = f"mean over {args.seeds} seeds ± half its 95 % interval" if args.seeds > 1 else "one seed"
-    about = f"SI-SDRi in dB on {args.test_items} test mixtures: {over}."
-    few = "With two seeds Student's t makes it 12.7 standard errors wide." if args.seeds == 2 else ""
-    return [f"{about} {few}".strip(), "", table, *what_fell(ended), *reading(found["rows"]), side_by_side(args.out)]
+    table = Table(title=title, title_justify="left", show_lines=any("," in entry.arm for entry in entries))
+    table.add_column("arm", no_wrap=True)
+    for name in ("loss at the end", "norm", "SI-SDRi, dB", "clipped", "left out"):
+        table.add_column(name, justify="right")
+    for entry in entries:
+        norm = _with_spread(entry.grad_norm, ".3g")
+        numbers = [_with_spread(entry.loss), norm, _with_spread(entry.si_sdri)]
+        arm = "\n".join([*entry.arm.split(","), *entry.fallen])
+        table.add_row(arm, *numbers, f"{entry.clipped:.0%}", str(entry.left_out))
+    return table
 
 
-def trained_and_tested(cells: list[Cell], stop: StopRequest, n_items: int) -> list[tuple[Cell, Ended]]:
-    """Train and score what is not yet, each run's scores after its training.
-
-    Raises:
-        Interrupted: If a signal came.
-    """
-    ended: list[tuple[Cell, Ended]] = []
-    with progress_bar("training", 1.0) as advance:
-        for cell, how in run_cells(cells, stop=stop, progress=advance):
-            if how.how == "finished":
-                share = min(0.999, (len(ended) + 1) / len(cells))
-                score(cell, n_items=n_items, progress=partial(_beside, advance, stop, share))
-            ended.append((cell, how))
-        advance(1.0, "")
-    return ended
-
-
-def _beside(advance: Advance, stop: StopRequest, share: float, _: float, text: str) -> None:
-    """Say something beside a bar that stays where it is, unless a signal came."""
-    if stop.signal:
-        raise Interrupted(stop.signal)
-    advance(share, text)
-
-
-def steps_of(given: list[str], losses: list[str]) -> Mapping[str, int] | int | None:
-    """``--steps``: one number for all, or one for each loss by its name.
-
-    Raises:
-        RecipeError: If it is neither.
-    """
-    if not given:
-        return None
-    if len(given) == 1 and given[0].isdigit() and int(given[0]):
-        return int(given[0])
-    found = {}
-    for text in given:
-        name, _, number = text.partition("=")
-        if name not in losses or not number.isdigit() or not int(number) or name in found:
-            allowed = f"one number above 0, or one for each of {', '.join(losses)}, such as {losses[0]}=600"
-            raise RecipeError(f"--steps {' '.join(given)} must be {allowed}.")
-        found[name] = int(number)
-    return found
-
-
-def write_table_into(path: Path, table: str) -> None:
-    """Write the table between its marks in a Markdown file, or as a file of its own.
-
-    Raises:
-        UserError: If the file is there and has no such marks.
-    """
-    text = path.read_text(encoding="utf-8") if path.exists() else f"{TABLE_BEGINS}\n{TABLE_ENDS}\n"
-    before, begins, rest = text.partition(TABLE_BEGINS)
-    _, ends, after = rest.partition(TABLE_ENDS)
-    if not begins or not ends:
-        raise UserError(f"{path} has no lines {TABLE_BEGINS} and {TABLE_ENDS} to write the table between.")
-    write_atomically(path, f"{before}{TABLE_BEGINS}\n\n{table}\n{TABLE_ENDS}{after}")
-
-
-def table_in(text: str) -> str:
-    """The table that stands between its marks in a Markdown text."""
-    return text.partition(TABLE_BEGINS)[2].partition(TABLE_ENDS)[0].strip() + "\n"
-
-
-def _check_out(path: Path | None) -> None:
-    """Refuse a file that could not be written, before the work."""
-    if path is None:
-        return
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; name the file to write.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-
-
-def _shown(words: list[str]) -> str:
-    """The command as others may run it: of paths the name alone."""
-    plain = [re.sub(r"(^|=)/\S*/([^/]+)$", r"\1\2", word) for word in words]
-    return f"unbraid {shlex.join(plain)}"
-
-
-def machine() -> str:
-    """The processor and how many threads."""
-    import platform
-
-    import torch
-
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    n = torch.get_num_threads()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{name}, {n} thread{'s' * (n > 1)}"
-    return f"{device}, torch {torch.__version__}"
+def _with_spread(found: Interval, digits: str = ".2f") -> str:
+    if not found.n:
+        return "-"
+    return f"{found.mean:{digits}}" + (f" ± {found.spread:{digits}}" if found.n > 1 else "")
