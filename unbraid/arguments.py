@@ -30,7 +30,7 @@ def positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
 
     def convert(text: str) -> Any:
         if kind(text) <= 0:
-            raise ValueError(text)
+            raise argparse.ArgumentTypeError(f"{text} must be above 0")
         return kind(text)
 
     convert.__name__ = "number above 0"

@@ -215,7 +215,7 @@ def test_bad_words_end_in_one_sentence_before_any_point(run, tmp_path, capsys):
         (["--points", "1"], "3 or more"),
         (["--points", "-5"], "3 or more"),
         (["--points", "1000001"], "at most 1001"),
-        (["--to", run, "--span", "1e9"], "at most 1001"),
+        (["--to", run / "checkpoints" / "step-000002", "--span", "1e9"], "at most 1001"),
         (["--span", "nan"], "has no inside"),
         (["--to", tmp_path / "speech"], "is no checkpoint"),
         (["--to", run, "--set", "model.hidden=8"], "weights of another model"),
@@ -260,3 +260,8 @@ def test_figures_of_two_checkpoints_lie_in_two_folders_and_none_in_a_run(run, tm
     assert folder_for(run, subject, tmp_path) == tmp_path
     with pytest.raises(UserError, match="nothing of a run is touched"):
         folder_for(run, subject, run)
+
+
+def test_the_way_to_the_same_weights_is_refused(run, tmp_path, capsys):
+    assert look(tmp_path / "out", run / "checkpoints" / "last", "--to", run / "checkpoints" / "step-000006") == 2
+    assert "holds the same weights" in capsys.readouterr().err

@@ -179,6 +179,7 @@ def test_the_correlation_is_that_of_logarithms_where_both_are_known():
     found = arm.correlation("grad_norm")
     assert found.value == pytest.approx(1)
     assert found.n_points == 3
+    assert all(math.isnan(end) for end in found.interval)
     assert correlation(logarithms(norms), logarithms(1 / smooth)).value == pytest.approx(-1)
     assert math.isnan(correlation(norms[:2], smooth[:2]).value)
     assert math.isnan(correlation(np.ones(4), np.arange(1.0, 5.0)).value)
@@ -213,6 +214,15 @@ def test_every_arm_begins_alike_and_only_the_clipping_differs(subject, tmp_path)
     assert none.clipped == 0
     assert auto.clipped == sum(r.grad_norm > r.limit for r in auto.readings) > 0
     assert auto.readings[5].limit == pytest.approx(np.percentile(auto.column("grad_norm"), 10))
+
+
+def test_the_interval_of_a_correlation_holds_the_truth_as_often_as_it_says():
+    rng, truth = np.random.default_rng(0), 0.6
+    pairs = rng.multivariate_normal([0, 0], [[1, truth], [truth, 1]], (2000, 20))
+    ends = np.array([correlation(one[:, 0], one[:, 1]).interval for one in pairs])
+    held = np.mean((ends[:, 0] < truth) & (truth < ends[:, 1]))
+
+    assert held == pytest.approx(0.95, abs=0.02)
 
 
 def test_a_step_is_clipped_where_its_norm_after_transforms_was_too_long(subject, tmp_path):
@@ -321,7 +331,7 @@ def test_ctrl_c_draws_what_is_known_and_the_same_command_goes_on(recipe_file, tm
     [
         (["--clip", "autoclop"], "is not one of autoclip, fixed, none, zclip. Did you mean 'autoclip'?"),
         (["--every", "9", "--steps", "8"], "--every 9 is more than --steps 8"),
-        (["--steps", "0"], "invalid number above 0 value: '0'"),
+        (["--steps", "0"], "argument --steps: 0 must be above 0"),
         (["--set", "optim.lr=fast"], "optim.lr"),
         (["--set", "data.path=nowhere"], "nowhere"),
     ],

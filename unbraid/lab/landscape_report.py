@@ -105,6 +105,8 @@ def view_between(subject: Subject, other: Path, *, beyond: float = 0.25, n_point
     """
     checkpoint = read_checkpoint(find_checkpoint(other))
     weights = model_of(checkpoint, subject.recipe, trust=subject.trusted).state_dict()
+    if digest_of([weights]) == digest_of([subject.weights]):
+        raise CheckpointError(f"{other} holds the same weights: --to needs those of another checkpoint.")
     found = between(subject.weights, weights, beyond=beyond, n_points=n_points)
     names = _two_names(subject, checkpoint.path)
     arrays = {"at": found.at.tolist(), "order": "along the line"}

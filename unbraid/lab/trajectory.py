@@ -70,6 +70,17 @@ class Correlation:
     value: float
     n_points: int
 
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Its 95 % interval by Fisher's transform, were the points independent; NaN of fewer than four.
+
+        Neighbours along a training are alike, so that the true one is wider.
+        """
+        if self.n_points < 4 or not abs(self.value) < 1:
+            return math.nan, math.nan
+        middle, reach = math.atanh(self.value), 1.959964 / math.sqrt(self.n_points - 3)
+        return math.tanh(middle - reach), math.tanh(middle + reach)
+
 
 @dataclass(frozen=True)
 class Trajectory:

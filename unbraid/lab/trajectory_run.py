@@ -62,7 +62,9 @@ class Course:
         for arm in self.arms:
             found = arm.correlation("grad_norm")
             late = arm.correlation("grad_norm", first_step=self.n_steps // 2 + 1)
+            low, high = found.interval
             told = "cannot be told yet" if math.isnan(found.value) else f"is {found.value:.2f}"
+            told += "" if math.isnan(low) else f", from {low:.2f} to {high:.2f} or wider (95 %)"
             told += "" if math.isnan(late.value) else f" ({late.value:.2f} in the second half)"
             lines.append(
                 f"{arm.clip}: {len(arm.readings)} of {self.n_steps} steps, {arm.clipped} clipped, "
