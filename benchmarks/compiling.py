@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from machine import processor
 
-from unbraid.advice import Variant
 from unbraid.bench import in_a_fresh_process
-from unbraid.recipe import Recipe, recipe_from_table
+from unbraid.bench_advice import Variant
+from unbraid.config.recipe import Recipe, recipe_from_table
 from unbraid.robust.precision import best_precision
 
 ROOT = Path(__file__).parents[1]

@@ -37,14 +37,13 @@ from machine import processor
 from peers import AsOurs, asteroid_loss, missing
 from torch import nn
 
-from unbraid.arguments import find_recipe
-from unbraid.assemble import build_corpus, choose_device, list_tracks, load_model, train
+from unbraid.build import build_corpus, choose_device, list_tracks, load_model, train
+from unbraid.config.recipe import Recipe, find_recipe, load_recipe, recipe_table
+from unbraid.console import show_training
+from unbraid.data.dataset import mixtures
 from unbraid.data.loader import StepKeys, batches
-from unbraid.data.mixtures import mixtures
 from unbraid.evaluate import evaluate
-from unbraid.recipe import Recipe, load_recipe, recipe_table
 from unbraid.records import RunDirectory, read_steps
-from unbraid.screen import show_training
 
 ROOT = Path(__file__).parents[1]
 BY_TIME = ("asteroid", "ours")

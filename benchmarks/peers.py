@@ -11,7 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from unbraid.compiling import compile_model
+from unbraid.compilation import compile_model
 from unbraid.data.batch import Batch
 from unbraid.losses.pit import SeparationLoss
 from unbraid.losses.waveform import neg_si_sdr

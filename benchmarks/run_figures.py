@@ -14,7 +14,7 @@ from pathlib import Path
 
 from machine import processor
 
-from unbraid.assemble import load_model
+from unbraid.build import load_model
 from unbraid.evaluate import summarise
 from unbraid.records import RunDirectory, read_rows, read_steps
 

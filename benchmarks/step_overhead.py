@@ -27,7 +27,7 @@ import torch
 from machine import processor
 from torch import nn
 
-from unbraid.compiling import compile_model
+from unbraid.compilation import compile_model
 from unbraid.data.batch import Batch
 from unbraid.losses.pit import SeparationLoss
 from unbraid.losses.waveform import neg_si_sdr
@@ -35,10 +35,10 @@ from unbraid.models import MODELS
 from unbraid.robust.clip import FixedClip
 from unbraid.robust.filter import ThresholdFilter
 from unbraid.robust.precision import Precision
+from unbraid.train.block_stats import EVERY_STEPS
 from unbraid.train.optim import OPTIMIZERS
 from unbraid.train.state import TrainState
 from unbraid.train.step import train_step
-from unbraid.train.watch import EVERY_STEPS
 
 ROOT = Path(__file__).parents[1]
 SAMPLE_RATE = 8000

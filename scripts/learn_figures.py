@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 .venv/bin/python scripts/learn_figures.py [FOLDER]
 
-tests/lab/test_learn_page.py makes the plates again and compares: a figure that is out of date fails there, and so does
-a number in the text that its figure does not have.
+tests/textbook/test_learn_page.py makes the plates again and compares: a figure that is out of date fails there,
+and so does a number in the text that its figure does not have.
 """
 
 import argparse
@@ -15,10 +15,10 @@ from pathlib import Path
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from unbraid.files import replacing
-from unbraid.lab.line_plates import line_plates
-from unbraid.lab.plates import Plate, figure_of
-from unbraid.lab.surface_plates import surface_plates
+from unbraid.figures import Plate, figure_of
+from unbraid.io import replacing
+from unbraid.textbook.line_figure import line_plates
+from unbraid.textbook.surfaces_figure import surface_plates
 
 FIGURES = Path(__file__).resolve().parent.parent / "docs" / "learn" / "figures"
 DPI, N_COLORS = 120, 128

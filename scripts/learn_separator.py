@@ -19,11 +19,11 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from unbraid.data.voices import make_voices
-from unbraid.files import replacing, write_atomically
-from unbraid.lab.subject import Subject, of_recipe
-from unbraid.recipe import load_recipe
-from unbraid.spectrum import spectrogram_db
+from unbraid.config.recipe import load_recipe
+from unbraid.data.synthetic import make_voices
+from unbraid.io import replacing, write_atomically
+from unbraid.lab.experiment import Subject, of_recipe
+from unbraid.spectrogram import spectrogram_db
 from unbraid.train.loop import Scores
 from unbraid.train.state import TrainState
 from unbraid.train.step import train_step

@@ -20,14 +20,14 @@ from pathlib import Path
 
 import torch
 
-from unbraid.assemble import train
 from unbraid.audio import read_audio, write_audio
+from unbraid.build import train
+from unbraid.columns import NUMBERS
+from unbraid.config.recipe import load_recipe
 from unbraid.data.folders import speakers
 from unbraid.dsp import resample
-from unbraid.health.columns import NUMBERS
 from unbraid.health.rules import examine
 from unbraid.health.series import read_series
-from unbraid.recipe import load_recipe
 from unbraid.records import RunDirectory, read_rows
 
 RECIPE = """

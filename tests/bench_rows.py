@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from unbraid.advice import BenchRow, Variant
-from unbraid.recipe import recipe_from_table
+from unbraid.bench_advice import BenchRow, Variant
+from unbraid.config.recipe import recipe_from_table
 
 TINY = {"name": "conv_tasnet", "n_filters": 8, "bottleneck": 8, "hidden": 8, "skip": 8, "n_blocks": 1, "n_repeats": 1}
 

@@ -2,8 +2,8 @@
 
 import torch
 
+from unbraid.model_output import sources_of, tensors_in
 from unbraid.models import MODELS
-from unbraid.separation import sources_of, tensors_in
 
 TINY = {
     "blstm": {"hidden": 12, "n_layers": 2, "n_fft": 16, "hop_length": 8},

@@ -10,8 +10,8 @@ from bench_rows import TINY, recipe, row, without
 from rich.console import Console
 
 from unbraid import bench
-from unbraid.advice import Variant, advise
 from unbraid.bench import fits, in_a_fresh_process, measure, run_bench, variants
+from unbraid.bench_advice import Variant, advise
 from unbraid.errors import UserError
 
 CPU = torch.device("cpu")

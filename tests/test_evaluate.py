@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from unbraid.audio import read_audio
+from unbraid.config.recipe import Recipe
+from unbraid.data.dataset import DataSettings, mixtures
 from unbraid.data.folders import speakers
-from unbraid.data.mixtures import DataSettings, mixtures
 from unbraid.data.tracks import with_splits
 from unbraid.evaluate import evaluate, summarise, write_table
-from unbraid.recipe import Recipe
 
 
 class Passes(nn.Module):
@@ -35,7 +35,7 @@ class Knows(nn.Module):
         self.gain = nn.Parameter(torch.ones(()))
 
     def forward(self, mixture):
-        from unbraid.data.mixtures import Key
+        from unbraid.data.dataset import Key
 
         sources = torch.from_numpy(self.dataset[Key(0, self.count)].audio.sources)
         self.count += 1

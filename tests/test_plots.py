@@ -9,7 +9,7 @@ import pytest
 from made_up import BLOCKS, Run
 from matplotlib.figure import Figure
 
-from unbraid.cli import main
+from unbraid.cli.main import main
 from unbraid.errors import UserError
 from unbraid.health.series import read_series
 from unbraid.plots import PLOTS, draw_plots, draw_run

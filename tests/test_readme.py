@@ -15,10 +15,10 @@ import pytest
 import soundfile
 import torch
 
-from unbraid.assemble import load_model
+from unbraid.build import load_model
+from unbraid.config.recipe import recipe_table
 from unbraid.data.batch import Batch
 from unbraid.models.conv_tasnet import ConvTasNet
-from unbraid.recipe import recipe_table
 from unbraid.train.incident import Incident, write_incident
 
 ROOT = Path(__file__).resolve().parent.parent

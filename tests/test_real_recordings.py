@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from unbraid.arguments import recipes_folder
-from unbraid.cli import main
+from unbraid.cli.main import main
+from unbraid.config.recipe import recipes_folder
+from unbraid.data.dataset import DataSettings, Key, mixtures
 from unbraid.data.folders import noises, speakers
-from unbraid.data.mixtures import DataSettings, Key, mixtures
 from unbraid.dsp import power_db
 from unbraid.records import RunDirectory, read_rows
 

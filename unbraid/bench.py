@@ -20,19 +20,19 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from unbraid.advice import Advice, BenchRow, Variant, advise, keys_of, rate_of, short
-from unbraid.assemble import build_model, build_state, choose_device
-from unbraid.compiling import absent_for_compiling, compile_model
+from unbraid.bench_advice import Advice, BenchRow, Variant, advise, keys_of, rate_of, short
+from unbraid.build import build_model, build_state, choose_device
+from unbraid.compilation import absent_for_compiling, compile_model
+from unbraid.config.recipe import Recipe
 from unbraid.data.batch import Batch
 from unbraid.dsp import to_amplitude
 from unbraid.errors import UserError
 from unbraid.models import MODELS
-from unbraid.recipe import Recipe
 from unbraid.records import StepRecord
 from unbraid.robust.precision import best_precision
+from unbraid.train.block_stats import peak_memory
 from unbraid.train.state import TrainState
 from unbraid.train.step import Launched, finish, launch
-from unbraid.train.watch import peak_memory
 
 TIMES = (1, 2, 4)
 """The recipe's batch size, and multiples of it."""

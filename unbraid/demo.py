@@ -4,15 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from unbraid.assemble import train
-from unbraid.data.voices import make_voices
+from unbraid.build import train
+from unbraid.config.recipe import load_recipe
+from unbraid.console import program, progress_bar, show_training
+from unbraid.data.synthetic import make_voices
 from unbraid.evaluate import Summary, evaluate_checkpoint
 from unbraid.health.rules import bulletin
 from unbraid.plots import check_matplotlib, draw_run
-from unbraid.recipe import load_recipe
 from unbraid.records import RunDirectory
-from unbraid.screen import program, progress_bar, show_training
-from unbraid.train.stop import stop_on_signals
+from unbraid.signals import stop_on_signals
 from unbraid.web.report import write_report
 
 N_TEST_ITEMS, N_AUDIO, N_WORST = 100, 5, 3

@@ -3,6 +3,12 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+EXIT_USER_ERROR = 2
+"""A user's mistake, or a run that a stop rule ended: one sentence on stderr."""
+
+EXIT_STOPPED = 128
+"""Plus the signal's number: the run was asked to stop, and has left a checkpoint to go on from."""
+
 
 class UserError(ValueError):
     """Bad input. The command line prints the message as one line on stderr and ends with status 2."""

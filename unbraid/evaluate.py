@@ -12,19 +12,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from unbraid.assemble import list_tracks, load_model
+from unbraid.build import list_tracks, load_model
+from unbraid.config.recipe import Recipe
 from unbraid.data.batch import Batch
+from unbraid.data.dataset import Key, Mixtures, mixtures
 from unbraid.data.loader import Loaded, collate
 from unbraid.data.mixing import AudioFault
-from unbraid.data.mixtures import Key, Mixtures, mixtures
 from unbraid.dsp import SILENCE
 from unbraid.errors import UserError
-from unbraid.infer import separate
+from unbraid.inference import separate
 from unbraid.losses.pit import judge_by, order_as_targets
 from unbraid.metrics import sdr, si_sdr
-from unbraid.recipe import Recipe
 from unbraid.train.checkpoint import find_checkpoint
-from unbraid.train.sound import write_estimates, write_given
+from unbraid.train.validation_audio import write_estimates, write_given
 
 METRICS = ("si_sdr", "si_sdri", "sdr", "sdri")
 TABLE_SUFFIXES = (".csv", ".parquet")

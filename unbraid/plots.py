@@ -8,12 +8,12 @@ import numpy as np
 import numpy.typing as npt
 
 from unbraid.audio import Audio, read_audio
-from unbraid.curves import bin_starts, running_mean, shares, thin
+from unbraid.columns import Floats
 from unbraid.errors import UserError
-from unbraid.health.columns import Floats
 from unbraid.health.series import Series, read_series
+from unbraid.plot_data import bin_starts, running_mean, shares, thin
 from unbraid.records import RunDirectory, StepRecord, read_steps, read_validation
-from unbraid.spectrum import spectrogram_db
+from unbraid.spectrogram import spectrogram_db
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,12 +4,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from unbraid.assemble import build_model, choose_device
+from unbraid.build import build_model, choose_device
+from unbraid.config.recipe import recipe_from_table
+from unbraid.config.registry import build_loss
 from unbraid.errors import CheckpointError
-from unbraid.parts import build_loss
-from unbraid.recipe import recipe_from_table
 from unbraid.robust.precision import PRECISIONS, Precision
-from unbraid.train.blame import Verdict, diagnose
+from unbraid.train.diagnose import Verdict, diagnose
 from unbraid.train.incident import Incident, own_code, read_incident
 
 

@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from unbraid.assemble import load_model
 from unbraid.audio import SUFFIXES, first_bad_sample, read_audio, write_audio
+from unbraid.build import load_model
 from unbraid.errors import AudioError, UserError
-from unbraid.infer import separate_audio
+from unbraid.inference import separate_audio
 
 
 def separate_files(files: Sequence[Path], model: Path, out: Path, *, trust: bool = False) -> Iterator[Path]:

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
+from unbraid.data.dataset import DataSettings, Key, mixtures
 from unbraid.data.folders import speakers
-from unbraid.data.mixtures import DataSettings, Key, mixtures
 from unbraid.dsp import power_db
 from unbraid.errors import DataError
 

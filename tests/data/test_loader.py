@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unbraid.audio import write_audio
+from unbraid.data.dataset import DataSettings, Key, mixtures
 from unbraid.data.folders import noises, speakers
 from unbraid.data.loader import FixedKeys, StepKeys, batches, collate
-from unbraid.data.mixtures import DataSettings, Key, mixtures
 from unbraid.data.tracks import with_splits, write_manifest
 from unbraid.dsp import power_db
 from unbraid.errors import DataError

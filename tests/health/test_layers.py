@@ -10,9 +10,9 @@ from unbraid.health.series import series_of
 from unbraid.losses.pit import SeparationLoss
 from unbraid.losses.waveform import neg_snr
 from unbraid.records import to_json_row
+from unbraid.train.block_stats import EVERY_STEPS
 from unbraid.train.state import TrainState
 from unbraid.train.step import train_step
-from unbraid.train.watch import EVERY_STEPS
 
 
 class Recurrent(nn.Module):

@@ -7,10 +7,10 @@ import pytest
 import tomli_w
 from made_up import Run
 
+from unbraid.config.recipe import load_recipe
 from unbraid.health.faults import ADVICE
 from unbraid.health.finding import CODES
 from unbraid.health.rules import RULES, examine, status, verdict
-from unbraid.recipe import load_recipe
 
 
 def codes(run, **options):

@@ -10,13 +10,13 @@ import test_rules
 from made_up import Run
 
 from unbraid import records
-from unbraid.cli import main
+from unbraid.cli.main import main
+from unbraid.columns import Columns
+from unbraid.config.recipe import recipe_from_table, to_toml
 from unbraid.errors import CheckpointError
-from unbraid.health.columns import Columns
 from unbraid.health.rules import bulletin, examine
 from unbraid.health.series import DB_LOSSES, read_series
 from unbraid.losses import IN_DB, LOSSES
-from unbraid.recipe import recipe_from_table, to_toml
 
 
 def write(run, path):
@@ -91,8 +91,8 @@ def test_whether_a_loss_is_in_db_is_what_the_run_says_and_else_its_name(tmp_path
 
 
 def test_what_is_kept_of_a_long_run_is_spread_over_it_and_holds_all_of_its_end(tmp_path, monkeypatch):
-    monkeypatch.setattr("unbraid.health.columns._Evenly.LIMIT", 8)
-    monkeypatch.setattr("unbraid.health.columns._Evenly.N_LAST", 3)
+    monkeypatch.setattr("unbraid.columns._Evenly.LIMIT", 8)
+    monkeypatch.setattr("unbraid.columns._Evenly.N_LAST", 3)
 
     sampled = read_series(write(Run(2000), tmp_path / "run")).sampled
 
@@ -135,7 +135,7 @@ def test_the_losses_in_db_are_those_of_the_library():
 
 def test_the_doctor_needs_no_torch(tmp_path):
     path = write(Run(1200), tmp_path / "run")
-    code = "import sys; from unbraid.cli import main; main(sys.argv[1:]); print('torch' in sys.modules)"
+    code = "import sys; from unbraid.cli.main import main; main(sys.argv[1:]); print('torch' in sys.modules)"
 
     said = subprocess.run([sys.executable, "-c", code, "doctor", str(path)], capture_output=True, text=True, check=True)
 

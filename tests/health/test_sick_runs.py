@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import soundfile
 
-from unbraid.assemble import train
-from unbraid.data import loader, mixtures
+from unbraid.build import train
+from unbraid.config.recipe import load_recipe
+from unbraid.data import dataset, loader
 from unbraid.health.rules import examine
 from unbraid.health.series import read_series
-from unbraid.recipe import load_recipe
 from unbraid.records import RunDirectory
 from unbraid.train import validate
 
@@ -165,13 +165,13 @@ def test_outputs_that_are_the_same(doctored):
 
 @pytest.mark.slow
 def test_a_loader_that_sleeps(doctored, monkeypatch):
-    read = mixtures.read_excerpt
+    read = dataset.read_excerpt
 
     def slowly(*given, **named):
         time.sleep(0.04)
         return read(*given, **named)
 
-    monkeypatch.setattr(mixtures, "read_excerpt", slowly)
+    monkeypatch.setattr(dataset, "read_excerpt", slowly)
 
     assert worst(doctored("data.batch_size=1")) == "LOADER_BOUND"
 
@@ -238,6 +238,6 @@ def test_data_that_are_not_shuffled(doctored, speaker_folder, monkeypatch):
         place = key.index % len(self.tracks)
         return [self.tracks[place], self.tracks[-1 - place]]
 
-    monkeypatch.setattr(mixtures.Mixtures, "_draw_talkers", in_order)
+    monkeypatch.setattr(dataset.Mixtures, "_draw_talkers", in_order)
 
     assert worst(doctored(table, "train.max_steps=800")) == "NOT_SHUFFLED"

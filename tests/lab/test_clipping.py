@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from unbraid import cli
+from unbraid.cli import main as cli
+from unbraid.config.recipe import load_recipe
 from unbraid.errors import RecipeError, UserError
 from unbraid.lab.clipping import CONTESTS, PUBLISHED, TESTED, clipping_cells, clipping_markdown, reading
-from unbraid.lab.clipping_report import (
+from unbraid.lab.clipping_run import (
     TABLE_BEGINS,
     TABLE_ENDS,
     steps_of,
@@ -17,10 +18,9 @@ from unbraid.lab.clipping_report import (
     trained_and_tested,
     write_table_into,
 )
-from unbraid.lab.grid import Arm, Interrupted, cells_of, run_cells
-from unbraid.recipe import load_recipe
+from unbraid.lab.sweep import Arm, Interrupted, cells_of, run_cells
 from unbraid.records import read_steps
-from unbraid.train.stop import StopRequest
+from unbraid.signals import StopRequest
 
 SHORT = ["validate.every_steps=0", "save.every_steps=0", "data.batch_size=2"]
 

@@ -8,7 +8,7 @@ from unbraid.dsp import stft
 from unbraid.lab.clustering import Clustered, centres, masks_of, nearest_centre
 from unbraid.losses.pit import judge_by, order_as_targets
 from unbraid.metrics import si_sdr
-from unbraid.separation import Separation
+from unbraid.model_output import Separation
 
 N_FFT, HOP = 256, 64
 

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from unbraid.errors import UserError
-from unbraid.lab.directions import combined
 from unbraid.lab.landscape import Chart, around, barrier, between, measured, of_path, steps_from
+from unbraid.lab.weight_directions import combined
 
 NAMES = ("weight", "bias")
 

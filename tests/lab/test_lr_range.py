@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from unbraid import cli
+from unbraid.cli import main as cli
+from unbraid.config.recipe import Part, load_recipe
 from unbraid.errors import RecipeError
+from unbraid.figures import figure_of
+from unbraid.lab.experiment import of_recipe
 from unbraid.lab.lr_range import (
     LrGrid,
     Point,
@@ -26,11 +29,8 @@ from unbraid.lab.lr_range import (
     sweep,
     why_lost,
 )
-from unbraid.lab.lr_range_plate import SMOOTHED, lr_range_plate, numbers, words
-from unbraid.lab.plates import figure_of
-from unbraid.lab.subject import of_recipe
-from unbraid.recipe import Part, load_recipe
-from unbraid.train.stop import StopRequest
+from unbraid.lab.lr_range_figure import SMOOTHED, lr_range_plate, numbers, words
+from unbraid.signals import StopRequest
 
 BLSTM = ["model.name=blstm", "model.hidden=16", "model.n_layers=1", "model.n_fft=128", "model.hop_length=64"]
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from unbraid import cli
-from unbraid.lab.grid import Ended, Outcome
-from unbraid.lab.intervals import interval
+from unbraid.cli import main as cli
+from unbraid.lab.confidence import interval
 from unbraid.lab.race import entries_of, race_cells, who_is_ahead
 from unbraid.lab.race_figure import Courses, draw_race
+from unbraid.lab.sweep import Ended, Outcome
 
 
 def outcome(arm, seed, si_sdri, *, how="finished", loss=1.0):

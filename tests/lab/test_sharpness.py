@@ -10,13 +10,13 @@ import torch
 from small_models import TINY
 from torch import nn
 
-from unbraid import cli
+from unbraid.cli import main as cli
+from unbraid.config.recipe import load_recipe
 from unbraid.lab import sharpness
-from unbraid.lab.curvature import WAYS, Extremes, best_way, extremes, hessian_product
-from unbraid.lab.noise import NoiseScale
+from unbraid.lab.experiment import mean_loss, of_recipe
+from unbraid.lab.gradient_noise import NoiseScale
+from unbraid.lab.hessian import WAYS, Extremes, best_way, extremes, hessian_product
 from unbraid.lab.sharpness import Sharpness, sharpness_of, tell
-from unbraid.lab.subject import mean_loss, of_recipe
-from unbraid.recipe import load_recipe
 from unbraid.robust.precision import Precision
 
 

@@ -11,10 +11,11 @@ import pytest
 import torch
 from toys import assert_same
 
-from unbraid import cli
+from unbraid.cli import main as cli
+from unbraid.config.recipe import load_recipe
 from unbraid.errors import RecipeError, UserError
 from unbraid.lab import trajectory_run
-from unbraid.lab.subject import of_recipe
+from unbraid.lab.experiment import of_recipe
 from unbraid.lab.trajectory import (
     Reading,
     Trajectory,
@@ -28,9 +29,8 @@ from unbraid.lab.trajectory import (
     with_clip,
 )
 from unbraid.lab.trajectory_run import run_arms
-from unbraid.recipe import load_recipe
+from unbraid.signals import StopRequest
 from unbraid.train.step import train_step
-from unbraid.train.stop import StopRequest
 
 DROPOUT = ["model.name=blstm", "model.hidden=4", "model.n_layers=2", "model.dropout=0.5", "model.n_fft=32"]
 DROPOUT += ["model.hop_length=16"]

@@ -9,8 +9,8 @@ from toys import SIGNAL_LOSSES
 from unbraid.errors import UserError
 from unbraid.losses import LOSSES
 from unbraid.losses.mixit import mixit_ways
+from unbraid.losses.pairwise import Term
 from unbraid.losses.pit import SeparationLoss, assign_sources, order_as_targets
-from unbraid.losses.terms import Term
 from unbraid.losses.waveform import l1, neg_sa_sdr, neg_si_sdr, neg_snr, neg_thresholded_snr
 
 every_loss = pytest.mark.parametrize("name", SIGNAL_LOSSES)

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unbraid.models.chunks import cut, join, published_pads
+from unbraid.models.chunking import cut, join, published_pads
 from unbraid.models.dprnn import DPRNN
 
 

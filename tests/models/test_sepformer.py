@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from unbraid.models.chunks import cut, join, published_pads
+from unbraid.models.chunking import cut, join, published_pads
 from unbraid.models.sepformer import RESepFormer, SepFormer, sinusoids
 
 both = pytest.mark.parametrize("model_class", [SepFormer, RESepFormer])

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from unbraid.errors import CheckpointError, RecipeError
 from unbraid.robust.clip import AutoClip, FixedClip, NoClip, ZClip, clip_
-from unbraid.robust.history import DeviceHistory, DeviceWindow, HostHistory, HostWindow
+from unbraid.robust.quantile import DeviceHistory, DeviceWindow, HostHistory, HostWindow
 
 NORMS = st.one_of(
     st.floats(1e-6, 1e6),

@@ -11,7 +11,7 @@ from waits import counted_waits
 from unbraid.robust import CLIPPERS, FILTERS, TRANSFORMS
 from unbraid.robust.clip import AutoClip, clip_
 from unbraid.robust.guard import guarded_step
-from unbraid.robust.history import DeviceHistory, DeviceWindow, Recent
+from unbraid.robust.quantile import DeviceHistory, DeviceWindow, Recent
 
 
 @pytest.fixture

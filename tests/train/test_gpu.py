@@ -6,7 +6,7 @@ from toys import make_batch, make_state, with_nan
 
 from unbraid.robust import CLIPPERS, FILTERS
 from unbraid.robust.precision import Precision
-from unbraid.train.average import Average
+from unbraid.train.ema import Average
 from unbraid.train.step import finish, launch
 
 pytestmark = [

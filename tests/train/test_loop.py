@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import soundfile
 
-from unbraid.assemble import train
+from unbraid.build import train
+from unbraid.config.recipe import load_recipe
 from unbraid.data.folders import speakers
 from unbraid.data.tracks import with_splits
 from unbraid.errors import CheckpointError, TrainingStopped, UserError
-from unbraid.recipe import load_recipe
 from unbraid.records import TIMING_FIELDS, Event, RunDirectory, StepRecord, read_rows
 from unbraid.train.checkpoint import newest_checkpoint, read_checkpoint
 

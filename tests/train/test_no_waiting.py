@@ -6,9 +6,9 @@ from toys import make_batch, make_state
 from waits import counted_waits
 
 from unbraid.robust import CLIPPERS, FILTERS, TRANSFORMS, clip
-from unbraid.robust.history import DeviceHistory, DeviceWindow
 from unbraid.robust.precision import Precision
-from unbraid.train.average import Average
+from unbraid.robust.quantile import DeviceHistory, DeviceWindow
+from unbraid.train.ema import Average
 from unbraid.train.optim import OPTIMIZERS
 from unbraid.train.step import finish, launch
 

@@ -29,7 +29,7 @@ from unbraid.robust.clip import AutoClip, FixedClip, NoClip
 from unbraid.robust.filter import OutlierFilter, PercentileFilter, ThresholdFilter
 from unbraid.robust.guard import prime
 from unbraid.robust.precision import PRECISIONS, Precision
-from unbraid.train.average import Average
+from unbraid.train.ema import Average
 from unbraid.train.optim import OPTIMIZERS
 from unbraid.train.state import FaultWindow, TrainState
 from unbraid.train.step import train_step

@@ -10,11 +10,11 @@ import pytest
 import torch
 from toys import assert_same
 
-from unbraid.assemble import load_model, train
-from unbraid.cli import main
+from unbraid.build import load_model, train
+from unbraid.cli.main import main
+from unbraid.config.recipe import load_recipe
+from unbraid.config.registry import _load_module as find_module
 from unbraid.errors import RecipeError, TrainingStopped
-from unbraid.parts import _load_module as find_module
-from unbraid.recipe import load_recipe
 from unbraid.records import TIMING_FIELDS, Event, RunDirectory, StepRecord, read_rows
 from unbraid.train.checkpoint import read_checkpoint
 

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from toys import make_state
 
+from unbraid.data.dataset import DataSettings, Key, mixtures
 from unbraid.data.folders import speakers
-from unbraid.data.mixtures import DataSettings, Key, mixtures
 from unbraid.data.tracks import with_splits
 from unbraid.losses.pit import SeparationLoss
 from unbraid.losses.waveform import neg_snr

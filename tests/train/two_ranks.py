@@ -20,11 +20,11 @@ from unbraid.errors import TrainingStopped
 from unbraid.records import Event, ItemId, RunDirectory
 from unbraid.robust.clip import AutoClip, NoClip
 from unbraid.robust.filter import OutlierFilter, PercentileFilter, ThresholdFilter
+from unbraid.signals import StopRequest
 from unbraid.train.loop import Scores, fit
 from unbraid.train.settings import Job, SaveSettings, TrainSettings, ValidateSettings
 from unbraid.train.state import TrainState
 from unbraid.train.step import finish, launch, train_step
-from unbraid.train.stop import StopRequest
 
 
 def squared_error(estimate, target):

@@ -8,7 +8,7 @@ import soundfile
 from browser import comes_true, foreign, ink, opened
 from runs import add_sounds, write_run
 
-from unbraid.cli import main
+from unbraid.cli.main import main
 from unbraid.web.report import write_report
 
 HOSTILE = "</script><img src=x onerror=alert(1)>.wav"

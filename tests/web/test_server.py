@@ -12,8 +12,8 @@ import pytest
 from runs import add_sounds, add_steps, write_run
 from served import dashboard, until
 
-from unbraid.cli import main
-from unbraid.web.facts import run_id
+from unbraid.cli.main import main
+from unbraid.web.run_payloads import run_id
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_the_links_token_opens_and_is_kept_in_a_cookie(served):
     assert "samesite=lax" in headers["set-cookie"].lower()
 
 
-@pytest.mark.parametrize("path", ["/", "/api/runs", "/api/live", "/static/page.js", "/?token=guessed", "/?token="])
+@pytest.mark.parametrize("path", ["/", "/api/runs", "/api/live", "/static/app.js", "/?token=guessed", "/?token="])
 def test_without_it_nothing_is_told(served, path):
     status, _, body = served.ask(path, cookie=False)
 

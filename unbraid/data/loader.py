@@ -16,8 +16,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from unbraid.data.batch import Batch
+from unbraid.data.dataset import Example, Key, Mixtures
 from unbraid.data.mixing import AudioFault
-from unbraid.data.mixtures import Example, Key, Mixtures
 from unbraid.errors import DataError
 
 GRACE_SECONDS = 20.0

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from unbraid.health.finding import Finding
-from unbraid.health.rolling import episodes, highest, middle, usual
+from unbraid.health.rolling_median import episodes, highest, middle, usual
 from unbraid.health.series import LEFT_ALONE, Series
 
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from unbraid.health.columns import Floats
+from unbraid.columns import Floats
 from unbraid.health.faults import ADVICE
 from unbraid.health.finding import Finding
-from unbraid.health.rolling import highest, middle, usual
+from unbraid.health.rolling_median import highest, middle, usual
 from unbraid.health.series import Series
 
 RECENT = 1000

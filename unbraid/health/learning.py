@@ -3,9 +3,9 @@
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from unbraid.health.columns import Floats
+from unbraid.columns import Floats
 from unbraid.health.finding import Finding
-from unbraid.health.rolling import highest, lowest, middle, where_lowest
+from unbraid.health.rolling_median import highest, lowest, middle, where_lowest
 from unbraid.health.series import Series
 
 

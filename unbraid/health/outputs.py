@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from unbraid.health.columns import Floats, rows_of
+from unbraid.columns import Floats, rows_of
 from unbraid.health.finding import Finding
-from unbraid.health.rolling import highest, middle
+from unbraid.health.rolling_median import highest, middle
 from unbraid.health.series import Series
 
 SILENT_DB, BELOW_LOUDEST_DB = -180.0, 80.0

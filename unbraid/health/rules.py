@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from unbraid.errors import UserError, nearest
-from unbraid.health import faults, gradients, held_out, learning, outputs, pace
+from unbraid.health import faults, gradients, learning, outputs, throughput, validation
 from unbraid.health.finding import CODES, SEVERITIES, Finding
 from unbraid.health.series import Series, read_series
 
@@ -32,9 +32,9 @@ RULES: dict[str, Rule] = {
         learning.rate_never_moved,
         learning.worse_than_mixture,
         learning.not_shuffled,
-        held_out.validation_not_finite,
-        held_out.validation_in_training,
-        held_out.permutation_flips,
+        validation.validation_not_finite,
+        validation.validation_in_training,
+        validation.permutation_flips,
         outputs.dead_output,
         outputs.collapsed_outputs,
         outputs.output_is_mixture,
@@ -42,10 +42,10 @@ RULES: dict[str, Rule] = {
         outputs.foreign_targets,
         outputs.foreign_sum,
         outputs.silent_sources,
-        pace.loader_bound,
-        pace.slow_rank,
-        pace.slowing_down,
-        pace.memory_creeps,
+        throughput.loader_bound,
+        throughput.slow_rank,
+        throughput.slowing_down,
+        throughput.memory_creeps,
     )
 }
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from unbraid.columns import Columns, Floats, Row, Sampled, numbers
 from unbraid.errors import CheckpointError
-from unbraid.health.columns import Columns, Floats, Row, Sampled, numbers
 from unbraid.records import RunDirectory, read_rows, row_blocks
 
 DB_LOSSES = ("neg_sa_sdr", "neg_si_sdr", "neg_snr", "neg_thresholded_snr")

@@ -7,18 +7,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from unbraid.assemble import list_tracks, load_model
-from unbraid.data.mixtures import mixtures
+from unbraid.build import list_tracks, load_model
+from unbraid.config.recipe import load_recipe
+from unbraid.config.schema import assignment
+from unbraid.data.dataset import mixtures
 from unbraid.errors import CheckpointError, RecipeError, nearest
 from unbraid.evaluate import evaluate
-from unbraid.files import write_atomically
+from unbraid.io import write_atomically
 from unbraid.lab.clustering import Clustered
-from unbraid.lab.grid import Arm, Cell, Ended, Outcome, cells_of, outcome_of, overrides_for_steps, set_words
-from unbraid.lab.intervals import interval
+from unbraid.lab.confidence import interval
+from unbraid.lab.sweep import Arm, Cell, Ended, Outcome, cells_of, outcome_of, overrides_for_steps, set_words
 from unbraid.models import MODELS
-from unbraid.recipe import load_recipe
 from unbraid.records import to_json_row
-from unbraid.schema import assignment
 
 TESTED = "tested.json"
 """In a run's folder, once it has been scored: SI-SDRi of each mixture of the test split, in dB."""

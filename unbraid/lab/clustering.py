@@ -5,10 +5,10 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from unbraid.draws import generator
 from unbraid.dsp import SILENCE, istft, stft
-from unbraid.infer import infer
-from unbraid.separation import Separation
+from unbraid.inference import infer
+from unbraid.model_output import Separation
+from unbraid.seeding import generator
 
 N_STARTS = 4
 N_ROUNDS = 30

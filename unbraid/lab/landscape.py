@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from unbraid.errors import UserError
-from unbraid.lab.curvature import exact_float32
-from unbraid.lab.directions import (
+from unbraid.lab.hessian import exact_float32
+from unbraid.lab.weight_directions import (
     Filters,
     Floats,
     PathPlane,

@@ -13,15 +13,15 @@ import torch
 from scipy.ndimage import gaussian_filter1d
 from torch import nn
 
-from unbraid.curves import running_mean
+from unbraid.columns import Floats
+from unbraid.config.recipe import Part
 from unbraid.data.batch import Batch
 from unbraid.errors import UserError
-from unbraid.health.columns import Floats
-from unbraid.lab.subject import Subject, mean_loss
-from unbraid.recipe import Part
+from unbraid.lab.experiment import Subject, mean_loss
+from unbraid.plot_data import running_mean
+from unbraid.signals import StopRequest
 from unbraid.train.state import TrainState, judged_weights, set_learning_rate
 from unbraid.train.step import train_step
-from unbraid.train.stop import StopRequest
 
 Progress = Callable[[float, str], None]
 

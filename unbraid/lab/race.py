@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from unbraid.config.recipe import load_recipe
+from unbraid.config.schema import assignment
 from unbraid.errors import RecipeError
-from unbraid.lab.grid import Arm, Cell, Outcome, arms_of, cells_of
-from unbraid.lab.intervals import Interval, interval
-from unbraid.recipe import load_recipe
+from unbraid.lab.confidence import Interval, interval
+from unbraid.lab.sweep import Arm, Cell, Outcome, arms_of, cells_of
 from unbraid.records import to_json_row
-from unbraid.schema import assignment
 from unbraid.train.optim import OPTIMIZERS
 
 

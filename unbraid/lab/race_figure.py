@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from unbraid.curves import running_mean
-from unbraid.health.columns import Floats
-from unbraid.lab.grid import Cell, Ended
-from unbraid.lab.plates import Plate
+from unbraid.columns import Floats
+from unbraid.figures import Plate
+from unbraid.lab.sweep import Cell, Ended
+from unbraid.plot_data import running_mean
 from unbraid.records import read_steps, read_validation
 
 if TYPE_CHECKING:

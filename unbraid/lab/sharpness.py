@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from unbraid.data.batch import Batch
-from unbraid.draws import generator
 from unbraid.errors import UserError
-from unbraid.lab.curvature import WAYS, Extremes, Loss, best_way, extremes, gradient, hessian_product
-from unbraid.lab.noise import NoiseScale, noise_scale
-from unbraid.lab.subject import Subject, mean_loss
+from unbraid.lab.experiment import Subject, mean_loss
+from unbraid.lab.gradient_noise import NoiseScale, noise_scale
+from unbraid.lab.hessian import WAYS, Extremes, Loss, best_way, extremes, gradient, hessian_product
 from unbraid.records import json_row
 from unbraid.robust.precision import Precision
-from unbraid.train.stop import StopRequest
+from unbraid.seeding import generator
+from unbraid.signals import StopRequest
 
 MAX_BATCHES = 64
 _ROOM_BYTES = 1_000_000_000

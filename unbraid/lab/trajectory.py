@@ -9,16 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from unbraid.columns import Floats
+from unbraid.config.recipe import Part, Recipe
+from unbraid.config.registry import build_part
 from unbraid.data.batch import Batch
-from unbraid.draws import seeded_torch
-from unbraid.health.columns import Floats
-from unbraid.lab.curvature import exact_float32
-from unbraid.lab.subject import Subject
-from unbraid.parts import build_part
-from unbraid.recipe import Part, Recipe
+from unbraid.lab.experiment import Subject
+from unbraid.lab.hessian import exact_float32
 from unbraid.records import StepRecord
 from unbraid.robust import CLIPPERS
 from unbraid.robust.precision import Precision
+from unbraid.seeding import seeded_torch
 from unbraid.train.forward import ExampleLoss, losses_of
 from unbraid.train.state import TrainState, set_learning_rate
 from unbraid.train.step import train_step

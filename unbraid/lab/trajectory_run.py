@@ -9,17 +9,17 @@ from time import perf_counter
 from typing import Any
 
 import unbraid
+from unbraid.config.recipe import load_recipe, recipe_table
 from unbraid.errors import UserError
-from unbraid.files import replacing, write_atomically
-from unbraid.lab.directions import digest_of
-from unbraid.lab.subject import Subject, of_recipe
+from unbraid.io import replacing, write_atomically
+from unbraid.lab.experiment import Subject, of_recipe
 from unbraid.lab.trajectory import FRACTIONS, Column, Correlation, Reading, Trajectory, clipped_by, follow, with_clip
+from unbraid.lab.weight_directions import digest_of
 from unbraid.plots import check_matplotlib
-from unbraid.recipe import load_recipe, recipe_table
 from unbraid.records import RunDirectory
+from unbraid.signals import StopRequest
 from unbraid.train.checkpoint import find_checkpoint, read_checkpoint, save_checkpoint
 from unbraid.train.state import TrainState
-from unbraid.train.stop import StopRequest
 
 CLIPS = ("none", "autoclip")
 KEEP_SECONDS = 120.0
@@ -238,7 +238,7 @@ def write_course(course: Course, folder: Path, numbers: Path | None = None) -> l
         return ["No step was made, so that there is nothing to draw."]
     from matplotlib.figure import Figure
 
-    from unbraid.lab.trajectory_drawing import draw, size_of
+    from unbraid.lab.trajectory_figure import draw, size_of
 
     file, picture = numbers or folder / "trajectory.json", folder / "trajectory.png"
     for path in (file, picture):

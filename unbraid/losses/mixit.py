@@ -9,7 +9,7 @@ from torch import Tensor
 
 from unbraid.errors import UserError
 from unbraid.losses import SignalLoss, bare, by_products
-from unbraid.losses.terms import Extras, Term, compares, mixture_power, value_of
+from unbraid.losses.pairwise import Extras, Term, compares, mixture_power, value_of
 from unbraid.losses.waveform import neg_sa_sdr
 from unbraid.metrics import Products, mean_square, pair_products, ratio_db
 

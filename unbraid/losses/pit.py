@@ -10,7 +10,7 @@ from unbraid.dsp import SILENCE, without_autocast
 from unbraid.errors import UserError
 from unbraid.losses import SignalLoss, bare, ignores_level, is_in_db
 from unbraid.losses.mixit import mixit_ways
-from unbraid.losses.terms import Extras, Term, as_terms, compares, pair_losses, value_of, wide
+from unbraid.losses.pairwise import Extras, Term, as_terms, compares, pair_losses, value_of, wide
 from unbraid.losses.waveform import neg_sa_sdr, neg_si_sdr, neg_snr
 from unbraid.metrics import (
     all_orders,

@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 from torch import nn
 
-from unbraid.models.band_split import BSRoFormer
+from unbraid.models.blstm import BLSTM, Chimera
+from unbraid.models.bs_roformer import BSRoFormer
 from unbraid.models.conv_tasnet import ConvTasNet
 from unbraid.models.dprnn import DPRNN
-from unbraid.models.recurrent import BLSTM, Chimera
 from unbraid.models.sepformer import RESepFormer, SepFormer
 from unbraid.models.sepreformer import SepReformer
 from unbraid.models.tf_locoformer import TFLocoformer

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from unbraid.models.depthwise import depthwise_weights, shifted_products
+from unbraid.models.depthwise_conv import depthwise_weights, shifted_products
 from unbraid.models.layers import MASKS, NORMS, LearnedDecoder, LearnedEncoder, fourier_filters, mask_learned
 
 

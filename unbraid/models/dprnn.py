@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from unbraid.models.chunks import cut, join_and_split, published_pads
+from unbraid.models.chunking import cut, join_and_split, published_pads
 from unbraid.models.layers import MASKS, GlobalLayerNorm, LearnedDecoder, LearnedEncoder, lstm_range, mask_learned
 
 

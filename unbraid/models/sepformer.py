@@ -6,7 +6,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from unbraid.models.attention import attend
-from unbraid.models.chunks import cut, join_and_split, published_pads
+from unbraid.models.chunking import cut, join_and_split, published_pads
 from unbraid.models.layers import (
     GlobalLayerNorm,
     LearnedDecoder,

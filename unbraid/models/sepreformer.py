@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from unbraid.dsp import SILENCE
-from unbraid.models.depthwise import LongConv, ShortConv
+from unbraid.models.depthwise_conv import LongConv, ShortConv
 from unbraid.models.layers import NORMS, GlobalLayerNorm, LearnedDecoder, LearnedEncoder, check_mixture
 
 SIZES: dict[str, dict[str, int]] = {

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from unbraid.errors import CheckpointError, RecipeError
-from unbraid.robust.history import History, history_for, widest
+from unbraid.robust.quantile import History, history_for, widest
 
 
 class Clipper(Protocol):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from unbraid.errors import RecipeError
-from unbraid.robust.history import Recent
+from unbraid.robust.quantile import Recent
 
 
 class LossFilter(Protocol):

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from unbraid.errors import CheckpointError
-from unbraid.files import write_atomically
+from unbraid.io import write_atomically
 from unbraid.records import SCHEMA_VERSION, RunDirectory
 
 MANIFEST = "manifest.json"

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from unbraid.data.batch import Batch
 from unbraid.errors import UserError
 from unbraid.losses.pit import Assigned
+from unbraid.model_output import Separation, sources_of
 from unbraid.robust.precision import Precision
-from unbraid.separation import Separation, sources_of
 
 
 class ExampleLoss(Protocol):

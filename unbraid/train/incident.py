@@ -16,11 +16,11 @@ from torch import Tensor
 from unbraid import dist
 from unbraid.data.batch import Batch
 from unbraid.errors import CheckpointError
-from unbraid.files import write_atomically
+from unbraid.io import write_atomically
 from unbraid.records import SCHEMA_VERSION, ItemId, StepRecord, json_row
 from unbraid.robust.precision import Precision
-from unbraid.train.blame import Verdict, diagnose
 from unbraid.train.checkpoint import read_verified, write_tensors
+from unbraid.train.diagnose import Verdict, diagnose
 from unbraid.train.state import TrainState
 
 

@@ -11,16 +11,16 @@ from unbraid.data.mixing import AudioFault
 from unbraid.errors import TrainingStopped, UserError
 from unbraid.health.faults import ADVICE
 from unbraid.records import Event, StepRecord, ValidationRecord
+from unbraid.signals import SIGNALS, StopRequest
+from unbraid.train.batch_source import Load, Source
 from unbraid.train.checkpoint import cut_logs, newest_checkpoint, read_checkpoint, save_checkpoint
-from unbraid.train.logbook import Logbook, Told
-from unbraid.train.observer import Observer
+from unbraid.train.event_log import Logbook, Told
+from unbraid.train.events import Observer
 from unbraid.train.settings import Job, TrainSettings
-from unbraid.train.sound import Sound, drop_later
-from unbraid.train.source import Load, Source
 from unbraid.train.state import FaultWindow, TrainState, first_spoilt, judged_weights, set_learning_rate
 from unbraid.train.step import Launched, finish, launch
-from unbraid.train.stop import SIGNALS, StopRequest
-from unbraid.train.verdicts import Pace
+from unbraid.train.stragglers import Pace
+from unbraid.train.validation_audio import Sound, drop_later
 
 
 class Scores(NamedTuple):

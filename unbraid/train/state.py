@@ -17,9 +17,9 @@ from unbraid.robust.filter import LossFilter, RememberingFilter
 from unbraid.robust.guard import prime
 from unbraid.robust.precision import Precision
 from unbraid.robust.transform import GradientTransform
-from unbraid.train.average import Average
-from unbraid.train.buffers import Place, buffer_places
-from unbraid.train.exchange import Exchange
+from unbraid.train.buffer_snapshot import Place, buffer_places
+from unbraid.train.ddp_recovery import Exchange
+from unbraid.train.ema import Average
 from unbraid.train.forward import ExampleLoss
 from unbraid.train.optim import Constant, Schedule
 

@@ -13,7 +13,17 @@ from unbraid.data.batch import Batch
 from unbraid.records import ItemId, ItemRecord, StepRecord
 from unbraid.robust.clip import as_limit
 from unbraid.robust.guard import acts_on_device, update
-from unbraid.train.attempt import (
+from unbraid.train.block_stats import (
+    Watched,
+    block_records,
+    blocks_of,
+    host_memory,
+    is_sampled,
+    item_record,
+    peak_memory,
+)
+from unbraid.train.buffer_snapshot import KeptBuffers
+from unbraid.train.forward_backward import (
     COUNTS,
     Attempt,
     Ran,
@@ -24,10 +34,8 @@ from unbraid.train.attempt import (
     rescued,
     run_once,
 )
-from unbraid.train.buffers import KeptBuffers
-from unbraid.train.parcel import Parcel
+from unbraid.train.host_transfer import Parcel
 from unbraid.train.state import TrainState
-from unbraid.train.watch import Watched, block_records, blocks_of, host_memory, is_sampled, item_record, peak_memory
 
 
 @dataclass

@@ -8,17 +8,17 @@ from torch import Tensor
 
 from unbraid import dist
 from unbraid.data.batch import Batch
+from unbraid.data.dataset import Mixtures
 from unbraid.data.loader import FixedKeys, collate
 from unbraid.data.mixing import AudioFault
-from unbraid.data.mixtures import Mixtures
-from unbraid.infer import infer
+from unbraid.inference import infer
 from unbraid.losses.pit import judge_by, order_as_targets, output_order
 from unbraid.metrics import mean_over_sounding, reorder, si_sdr
-from unbraid.separation import Separation, sources_of
+from unbraid.model_output import Separation, sources_of
 from unbraid.train.forward import example_losses
 from unbraid.train.loop import Scores, Validate
-from unbraid.train.sound import Listening, Sound, sounds_of
 from unbraid.train.state import TrainState
+from unbraid.train.validation_audio import Listening, Sound, sounds_of
 
 
 def validation(

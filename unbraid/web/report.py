@@ -12,14 +12,14 @@ from typing import Any
 
 from unbraid.audio import read_audio
 from unbraid.errors import AudioError, CheckpointError, UserError
-from unbraid.files import write_atomically
+from unbraid.io import write_atomically
 from unbraid.records import RunDirectory, json_row
-from unbraid.web.charts import chart, scores
-from unbraid.web.facts import about, events, gains, judged, of_last_steps, overview
-from unbraid.web.follow import Followed
-from unbraid.web.library import progress
+from unbraid.web.audio import all_sounds, as_mp3, examples, picture, worst_of_evaluation
+from unbraid.web.chart_payloads import chart, scores
+from unbraid.web.jsonl_tail import Followed
+from unbraid.web.run_payloads import about, events, gains, judged, of_last_steps, overview
+from unbraid.web.run_store import progress
 from unbraid.web.server import STATIC, page
-from unbraid.web.sounds import all_sounds, as_mp3, examples, picture, worst_of_evaluation
 
 BUCKETS, PIECE_BUCKETS, N_PIECES = 500, 200, 6
 """Of all steps; and of those around each of the first findings, so that one can look at them closely."""

@@ -21,8 +21,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from unbraid.errors import UserError
-from unbraid.web.library import TICK_SECONDS, Library, progress
-from unbraid.web.sounds import picture, sound_file
+from unbraid.web.audio import picture, sound_file
+from unbraid.web.run_store import TICK_SECONDS, Library, progress
 
 STATIC = Path(__file__).parent / "static"
 KINDS = {".js": "text/javascript", ".css": "text/css"}

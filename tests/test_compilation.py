@@ -1,0 +1,101 @@
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch._inductor import config
+
+from unbraid.compilation import absent_for_compiling, compile_model
+from unbraid.errors import UserError
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def all_there(monkeypatch):
+    """As if this machine had a compiler."""
+    monkeypatch.setattr("unbraid.compilation.absent_for_compiling", lambda _device: "")
+
+
+class Regions(nn.Module):
+    """Says what was compiled instead of compiling."""
+
+    def __init__(self):
+        super().__init__()
+        self.compiled = []
+
+    def compile(self):
+        self.compiled.append("whole")
+
+
+class Named(Regions):
+    def compile_regions(self):
+        self.compiled.append("regions")
+
+
+@pytest.mark.parametrize(("kind", "expected"), [(Regions, "whole"), (Named, "regions")])
+def test_the_regions_that_a_model_names_are_compiled_else_the_whole(all_there, kind, expected):
+    model = kind()
+    compile_model(model, CPU)
+
+    assert model.compiled == [expected]
+
+
+@pytest.mark.parametrize(
+    ("device", "settings", "there", "absent"),
+    [
+        (CPU, {}, ["g++", "Python.h"], ""),
+        (CPU, {}, ["clang++", "Python.h"], "g++ is not here"),
+        (CPU, {"CXX": "clang++"}, ["clang++", "Python.h"], ""),
+        (CPU, {"CXX": "mine"}, ["g++", "Python.h"], "mine is not here"),
+        (CPU, {}, ["g++"], "Python's header Python.h (python3-dev) is not here"),
+        (CUDA, {}, ["clang", "Python.h"], ""),
+        (CUDA, {}, ["g++", "Python.h"], "gcc or clang is not here"),
+        (CUDA, {"CC": "mine"}, ["gcc", "Python.h"], "mine is not here"),
+    ],
+)
+def test_what_the_compiler_would_not_find_is_named(monkeypatch, tmp_path, device, settings, there, absent):
+    for name in ("CXX", "CC"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (settings | {"PATH": str(tmp_path)}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sysconfig.get_path", lambda kind: str(tmp_path))
+    for name in there:
+        (tmp_path / name).touch(mode=0o755)
+
+    assert absent_for_compiling(device) == absent
+
+
+def test_without_what_compiling_needs_it_is_refused_in_a_sentence(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+
+    with pytest.raises(UserError, match="no-such-compiler is not here, which compiling needs: install it, or set"):
+        compile_model(Regions(), CPU)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere vectors are found out otherwise")
+@pytest.mark.parametrize(
+    ("machine", "before", "after"),
+    [("x86_64", None, True), ("x86_64", False, False), ("x86_64", True, True), ("aarch64", None, None)],
+)
+def test_the_processor_is_taken_at_its_word_unless_told_otherwise(monkeypatch, all_there, machine, before, after):
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    with config.patch({"cpp.vec_isa_ok": before}):
+        compile_model(Regions(), CPU)
+
+        assert config.cpp.vec_isa_ok is after
+
+
+@pytest.mark.slow
+def test_what_the_processor_says_is_what_trying_out_finds():
+    asked = "from torch._inductor.cpu_vec_isa import pick_vec_isa as pick; print(pick(), pick().build_arch_flags())"
+    found = []
+    for word in ("", "1"):  # in a process each, as what was found is kept
+        settings = os.environ | {"TORCHINDUCTOR_VEC_ISA_OK": word}
+        found.append(
+            subprocess.run([sys.executable, "-c", asked], env=settings, capture_output=True, check=True).stdout
+        )
+
+    assert found[0] == found[1]

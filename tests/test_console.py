@@ -1,0 +1,72 @@
+"""What the terminal shows is true."""
+
+import pytest
+
+from unbraid.console import Ticker, progress_bar, show_training
+from unbraid.records import StepRecord, ValidationRecord
+
+
+def step(n, loss, outcome="trained"):
+    trained = outcome == "trained"
+    counts = (4 * trained, 0, 0 if trained else 1)
+    return StepRecord(n, 0, outcome, loss, 8.0, 5.0, 1e-3, 1.0, *counts, clipped=trained, seconds=1.0)
+
+
+def test_a_skipped_step_never_enters_the_mean():
+    ticker = Ticker()
+    for record in (step(1, 26.8), step(2, 30.1), step(3, float("nan"), "nonfinite_loss"), step(4, 0.0, "over_limit")):
+        ticker.add(record)
+
+    assert "loss 28.45" in ticker.text()
+    assert "skipped 2" in ticker.text()
+
+
+def test_easy_batches_are_another_count_than_faults():
+    ticker = Ticker()
+    ticker.add(step(1, -31.0, "all_easy"))
+
+    assert "skipped 0" in ticker.text()
+    assert "all easy 1" in ticker.text()
+
+
+def test_the_share_clipped_and_the_improvement_are_shown():
+    ticker = Ticker()
+    ticker.add(step(1, 1.0))
+    ticker.add(ValidationRecord(1, 2.0, 1.5, 3.25, 10, True, 1e-3))
+
+    assert "clipped 100%" in ticker.text()
+    assert "valid SI-SDRi +3.25 dB" in ticker.text()
+
+
+def test_without_a_terminal_progress_is_plain_lines(capsys):
+    with progress_bar("talkers", 4) as advance:
+        for done in range(5):
+            advance(done, f"{done} of 4")
+
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "talkers   0 %  0 of 4"
+    assert lines[-1] == "talkers 100 %  4 of 4"
+
+
+@pytest.mark.parametrize(("rank", "shown"), [("0", True), ("1", False)])
+def test_one_process_of_several_tells(rank, shown, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", rank)
+    gone_through = []
+
+    def records():
+        for n in (1, 2):
+            gone_through.append(n)
+            yield step(n, 1.0)
+
+    show_training(records(), max_steps=2, max_minutes=0)
+
+    assert gone_through == [1, 2]
+    assert bool(capsys.readouterr().out) is shown
+
+
+def test_a_validation_is_a_line_with_what_the_doctor_says(capsys):
+    records = [step(1, 1.0), ValidationRecord(1, 2.0, 1.5, 3.25, 10, True, 1e-3)]
+
+    show_training(records, max_steps=2, max_minutes=0, bulletin=lambda: "doctor: healthy")
+
+    assert "step 1  valid SI-SDRi +3.25 dB  doctor: healthy" in capsys.readouterr().out.splitlines()

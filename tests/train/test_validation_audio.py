@@ -1,0 +1,291 @@
+"""Validation examples to hear: the right sound under its name, whole or not there, and never at the run's cost."""
+
+import json
+import resource
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from unbraid.audio import read_audio, write_audio
+from unbraid.build import build_corpus, load_model, train
+from unbraid.config.recipe import load_recipe
+from unbraid.data.batch import Batch
+from unbraid.data.dataset import Key
+from unbraid.data.loader import collate
+from unbraid.errors import AudioError
+from unbraid.inference import at_mixture_level, separate
+from unbraid.losses.pit import judge_by, order_as_targets
+from unbraid.metrics import si_sdr
+from unbraid.records import Event, ItemId, RunDirectory, StepRecord, ValidationRecord, read_rows
+from unbraid.train.validation_audio import Listening, Sound, drop_later, save_sounds, sounds_of, spread
+
+
+def make_sound(index=0, *, seed=0, n_channels=1, time=400):
+    rng = np.random.default_rng(seed)
+    references = rng.uniform(-0.5, 0.5, (2, n_channels, time)).astype(np.float32)
+    estimates = references + rng.normal(0, 0.01, references.shape).astype(np.float32)
+    return Sound(index, 8000, references.sum(0), references, estimates, (3.0, 5.0), 4.0)
+
+
+def run_recipe(file, path, *overrides, resume=False):
+    run = RunDirectory(path)
+    return run, list(train(load_recipe(file, overrides), run, resume=resume))
+
+
+def scores_of(run, step):
+    return json.loads((run.audio / f"step-{step:06d}" / "scores.json").read_text())
+
+
+def steps_heard(folder):
+    return sorted(int(path.name[5:]) for path in folder.glob("step-*"))
+
+
+def content(folder):
+    """What is in each file; of sound its samples, as the header says when it was written."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        if path.suffix == ".json"
+        else read_audio(path)[0].tolist()
+        for path in folder.rglob("*.*")
+    }
+
+
+def test_a_run_keeps_what_each_validation_made_of_its_first_examples(recipe_file, tmp_path):
+    run, _ = run_recipe(recipe_file(), tmp_path / "run")
+
+    assert sorted(path.relative_to(run.audio).as_posix() for path in run.audio.rglob("*") if path.is_file()) == sorted(
+        [f"{n:03d}-{name}.wav" for n in (0, 1) for name in ("mixture", "reference-1", "reference-2")]
+        + [f"step-00000{step}/{n:03d}-estimate-{k}.wav" for step in (3, 6) for n in (0, 1) for k in (1, 2)]
+        + [f"step-00000{step}/scores.json" for step in (3, 6)]
+    )
+
+
+def test_what_is_heard_is_what_the_model_makes_of_the_validation_mixture_at_its_level(recipe_file, tmp_path):
+    file = recipe_file()
+    run, _ = run_recipe(file, tmp_path / "run")
+    recipe = load_recipe(file)
+    made = build_corpus(recipe).valid[Key(0, 1)].audio
+    model, _ = load_model(run.checkpoints / "last")
+    estimate = separate(model, torch.from_numpy(made.mixture)[None])
+    sources = torch.from_numpy(made.sources)[None]
+    ordered = order_as_targets(estimate, sources, judge_by("permutation"), assign="permutation")
+
+    heard = [read_audio(run.audio / "step-000006" / f"001-estimate-{k}.wav")[0] for k in (1, 2)]
+
+    assert np.array_equal(read_audio(run.audio / "001-mixture.wav")[0], made.mixture)
+    assert np.array_equal(read_audio(run.audio / "001-reference-2.wav")[0], made.sources[1])
+    assert np.stack(heard) == pytest.approx(at_mixture_level(ordered[0].numpy(), made.mixture), abs=1e-5)
+    item = scores_of(run, 6)["items"][1]
+    drawn = build_corpus(recipe).valid[Key(0, 1)]
+    assert item["files"] == list(collate([drawn]).batch.items[0].files)
+    assert all(Path(file).is_file() for file in item["files"])
+    assert item["si_sdr"] == pytest.approx(si_sdr(ordered, sources)[0, :, 0].tolist(), abs=1e-3)
+    before = si_sdr(torch.from_numpy(made.mixture).expand_as(sources[0]), sources[0])[:, 0]
+    assert item["si_sdri"] == pytest.approx((si_sdr(ordered, sources)[0, :, 0] - before).mean().item(), abs=1e-3)
+
+
+def test_a_loss_that_minds_level_leaves_it_as_the_model_gave_it(recipe_file, tmp_path):
+    file = recipe_file('[loss]\nname = "neg_snr"\n')
+    run, _ = run_recipe(file, tmp_path / "run")
+    made = build_corpus(load_recipe(file)).valid[Key(0, 0)].audio
+    model, _ = load_model(run.checkpoints / "last")
+    power = separate(model, torch.from_numpy(made.mixture)[None])[0].square().sum().item()
+
+    heard = np.stack([read_audio(run.audio / "step-000006" / f"000-estimate-{k}.wav")[0] for k in (1, 2)])
+
+    assert (heard**2).sum() == pytest.approx(power, rel=1e-4)
+
+
+def test_sound_changes_no_bit_of_the_training_and_none_is_kept_where_none_is_asked_for(recipe_file, tmp_path):
+    file = recipe_file()
+    loud, told = run_recipe(file, tmp_path / "loud", "validate.save_audio=3")
+    quiet, silent = run_recipe(file, tmp_path / "quiet", "validate.save_audio=0")
+
+    weights = [(run.checkpoints / "step-000006" / "model.safetensors").read_bytes() for run in (loud, quiet)]
+    assert weights[0] == weights[1]
+    losses = [[r.loss for r in records if isinstance(r, StepRecord | ValidationRecord)] for records in (told, silent)]
+    assert losses[0] == losses[1]
+    assert len(list(loud.audio.glob("*-mixture.wav"))) == 3
+    assert not quiet.audio.exists()
+
+
+def test_a_resumed_run_leaves_the_sound_of_one_that_was_never_stopped(recipe_file, tmp_path):
+    file = recipe_file()
+    whole, _ = run_recipe(file, tmp_path / "whole", "train.max_steps=9")
+    stopped, _ = run_recipe(file, tmp_path / "stopped", "train.max_steps=9", "save.every_steps=4")
+    for step in (8, 9):
+        folder = stopped.checkpoints / f"step-{step:06d}"
+        for path in folder.iterdir():
+            path.unlink()
+        folder.rmdir()
+    (stopped.audio / "step-000012").mkdir()
+
+    run_recipe(file, tmp_path / "stopped", "train.max_steps=9", resume=True)
+
+    assert steps_heard(stopped.audio) == [3, 6, 9]
+    assert content(stopped.audio) == content(whole.audio)
+
+
+def test_how_much_is_kept_may_change_on_resuming(recipe_file, tmp_path):
+    file = recipe_file()
+    run_recipe(file, tmp_path / "run", "train.max_steps=3")
+
+    run, _ = run_recipe(file, tmp_path / "run", "validate.save_audio=1", resume=True)
+
+    assert [len(scores_of(run, step)["items"]) for step in (3, 6)] == [2, 1]
+
+
+def test_a_disk_that_refuses_is_told_of_once_and_the_run_goes_on(recipe_file, tmp_path):
+    run, told = RunDirectory(tmp_path / "run"), []
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        for record in train(load_recipe(recipe_file(), ["validate.every_steps=1", "save.every_steps=0"]), run):
+            told.append(record)
+            if isinstance(record, StepRecord):
+                limit = 12_000 if record.step in (3, 4) else before[0]  # a WAV of half a second is larger
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    events = [record for record in told if isinstance(record, Event)]
+    assert [event.code for event in events if event.code != "CHECKPOINT_FAILED"] == ["AUDIO_NOT_SAVED"]
+    assert [row["step"] for row in read_rows(run.steps)[0]] == [1, 2, 3, 4, 5, 6]
+    assert steps_heard(run.audio) == [1, 2, 5, 6]
+
+
+def test_an_estimate_that_is_not_finite_is_left_out_and_named(recipe_file, tmp_path):
+    (tmp_path / "nets.py").write_text(
+        "import torch\n"
+        "from torch import nn\n"
+        "class Net(nn.Conv1d):\n"
+        "    def __init__(self):\n"
+        "        super().__init__(1, 2, 9, padding=4)\n"
+        "    def forward(self, mixture):\n"
+        "        sources = super().forward(mixture)[:, :, None]\n"
+        "        if not torch.is_grad_enabled():\n"
+        "            sources[1, 0, 0, 7] = float('nan')\n"
+        "        return sources\n"
+    )
+
+    run, told = run_recipe(recipe_file(), tmp_path / "run", "model.name=nets:Net")
+
+    events = [record for record in told if isinstance(record, Event)]
+    assert [event.code for event in events] == ["AUDIO_NOT_SAVED"]
+    assert "estimates of validation example 1 are not finite" in events[0].message
+    assert [item["index"] for item in scores_of(run, 6)["items"]] == [0]
+
+
+def test_channels_stay_together(tmp_path):
+    save_sounds(tmp_path, 5, [make_sound(n_channels=2)])
+
+    assert soundfile.info(tmp_path / "000-mixture.wav").channels == 2
+    assert soundfile.info(tmp_path / "step-000005" / "000-estimate-2.wav").channels == 2
+
+
+def test_scores_say_nothing_of_a_silent_source():
+    sources = torch.stack([torch.linspace(-1, 1, 200), torch.zeros(200)])[None, :, None]
+    batch = Batch.of(sources.sum(1), sources, items=[ItemId("valid", 0, 4)])
+    ratios = si_sdr(sources + 0.1, sources)
+
+    [sound] = sounds_of(Listening(8000), batch, sources, [0], scores=(ratios, torch.tensor([1.5])))
+
+    assert (sound.index, sound.si_sdri) == (4, 1.5)
+    assert sound.si_sdr[0] == pytest.approx(ratios[0, 0, 0].item())
+    assert np.isnan(sound.si_sdr[1])
+
+
+def test_a_silent_sources_score_is_null(tmp_path):
+    save_sounds(tmp_path, 5, [replace(make_sound(), si_sdr=(3.0, float("nan")))])
+
+    assert json.loads((tmp_path / "step-000005" / "scores.json").read_text())["items"][0]["si_sdr"] == [3.0, None]
+
+
+def test_mixture_and_references_are_written_once_and_again_where_they_are_missing_or_damaged(tmp_path):
+    save_sounds(tmp_path, 1, [make_sound()])
+    times = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.wav")}
+    whole = content(tmp_path)
+    (tmp_path / "000-mixture.wav").unlink()
+    (tmp_path / "000-reference-2.wav").write_bytes((tmp_path / "000-reference-2.wav").read_bytes()[:700])
+
+    save_sounds(tmp_path, 1, [make_sound()])
+
+    assert content(tmp_path) == whole
+    assert (tmp_path / "000-reference-1.wav").stat().st_mtime_ns == times["000-reference-1.wav"]
+
+
+def test_estimates_of_another_mixture_do_not_stay_beside_it(tmp_path):
+    save_sounds(tmp_path, 1, [make_sound(seed=0)])
+
+    save_sounds(tmp_path, 2, [make_sound(seed=1)])
+
+    assert steps_heard(tmp_path) == [2]
+
+
+def test_a_folder_without_scores_does_not_stay(tmp_path):
+    (tmp_path / "step-000001").mkdir()
+    write_audio(tmp_path / "step-000001" / "000-estimate-1.wav", np.zeros((1, 10), np.float32), 8000)
+
+    save_sounds(tmp_path, 2, [make_sound()])
+
+    assert steps_heard(tmp_path) == [2]
+
+
+def test_of_a_folder_that_cannot_be_written_whole_nothing_stays(tmp_path, monkeypatch):
+    def refuse(path, text):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("unbraid.train.validation_audio.write_atomically", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        save_sounds(tmp_path, 1, [make_sound()])
+
+    assert steps_heard(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_made_is_said_so(tmp_path):
+    (tmp_path / "audio").touch()
+
+    with pytest.raises(AudioError, match="cannot be written"):
+        save_sounds(tmp_path / "audio", 1, [make_sound()])
+
+
+def test_going_back_drops_what_came_after(tmp_path):
+    for step in (10, 20, 30):
+        save_sounds(tmp_path, step, [make_sound()])
+
+    drop_later(tmp_path, 20)
+
+    assert steps_heard(tmp_path) == [10, 20]
+    assert (tmp_path / "000-mixture.wav").exists()
+
+
+def test_of_many_validations_24_stay(tmp_path):
+    for step in range(10, 310, 10):
+        save_sounds(tmp_path, step, [make_sound(time=8)])
+
+    kept = steps_heard(tmp_path)
+    assert len(kept) == 24
+    assert (kept[0], kept[-1]) == (10, 300)
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=200), st.integers(2, 30))
+def test_however_steps_come_the_first_and_the_last_stay(gaps, n_kept):
+    kept = []
+    for step in np.cumsum(gaps):
+        kept = spread([*kept, int(step)], n_kept)
+        assert (kept[0], kept[-1]) == (gaps[0], step)
+        assert len(kept) <= n_kept
+        assert kept == sorted(kept)
+
+
+def test_steps_that_come_evenly_stay_even():
+    kept = []
+    for step in range(1, 2000):
+        kept = spread([*kept, step], 24)
+        assert len(kept) == min(step, 24)
+        assert step < 24 or max(np.diff(kept)) < 2 * (step - 1) / 23

@@ -1,0 +1,286 @@
+"""The commands: each parses, calls the library, prints. Torch is imported only when a command runs."""
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from unbraid import __version__
+from unbraid.cli.lab import add_lab
+from unbraid.cli.options import Parser, add_set, add_trust, port_number, positive
+from unbraid.config.recipe import find_recipe, recipes_folder
+from unbraid.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
+
+
+def train(args: argparse.Namespace) -> int:
+    """Train a separator by a recipe."""
+    from unbraid.build import train as run_training
+    from unbraid.config.recipe import load_recipe
+    from unbraid.console import program, show_training
+    from unbraid.health.rules import bulletin
+    from unbraid.records import RunDirectory
+    from unbraid.signals import stop_on_signals
+
+    recipe = load_recipe(find_recipe(args.recipe), args.set)
+    run = RunDirectory(args.run or Path("runs") / args.recipe.stem)
+    with stop_on_signals() as stop:
+        records = run_training(recipe, run, resume=args.resume, stop=stop)
+        steps, minutes = recipe.train.max_steps, recipe.train.max_minutes
+        show_training(records, max_steps=steps, max_minutes=minutes, bulletin=lambda: bulletin(run.path))
+    if os.environ.get("RANK", "0") != "0":  # one process of several tells
+        return EXIT_STOPPED + stop.agreed if stop.agreed else 0
+    if stop.agreed:
+        words = [*args.words, *([] if args.resume else ["--resume"])]
+        if "WORLD_SIZE" in os.environ:
+            print(f"Stopped by signal {stop.agreed}; go on with the same torchrun command and --resume.")
+            return EXIT_STOPPED + stop.agreed
+        print(f"Stopped by signal {stop.agreed}; go on with: {program()} {shlex.join(words)}")
+        return EXIT_STOPPED + stop.agreed
+    print(f"The run is in {run.path}; next: {program()} evaluate {run.path}{' --trust' * recipe.has_own_code}")
+    return 0
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Score a trained model on mixtures of unseen talkers."""
+    from unbraid.console import print_summaries, progress_bar
+    from unbraid.evaluate import evaluate_checkpoint
+
+    names = ("data", "split", "n_items", "seconds", "save_audio", "save_worst", "out", "trust")
+    options = {name: getattr(args, name) for name in names}
+    with progress_bar("evaluating", args.n_items) as advance:
+        found = evaluate_checkpoint(args.checkpoint, progress=lambda done, _: advance(done), **options)
+    heard = {file for row in found.rows for file in row["files"].split(" + ")}
+    title = f"{len(found.rows)} mixtures of {len(heard)} files in {found.recipe.data.path} ({args.split})"
+    if found.recipe.assign == "mixit":
+        title += "; outputs added up as suits each mixture best (assign = 'mixit')"
+    print_summaries(found.summaries, title)
+    print(f"A row for each mixture: {found.table}" + (f"; to hear: {found.audio}" if found.audio else ""))
+    if found.worst:
+        print("Worst first: " + ", ".join(f"{row['index']:03d} {row['si_sdri']:+.2f} dB" for row in found.worst))
+    for message in found.bad_files.values():
+        print(f"Left out: {message}")
+    return 0
+
+
+def separate(args: argparse.Namespace) -> int:
+    """Separate audio files with a trained model."""
+    from unbraid.separate import separate_files
+
+    for path in separate_files(args.files, args.model, args.out, trust=args.trust):
+        print(path)
+    return 0
+
+
+def import_foreign(args: argparse.Namespace) -> int:
+    """Read a checkpoint of SpeechBrain, Asteroid or MSST (BS-RoFormer) into a model of ours."""
+    from unbraid.console import program
+    from unbraid.importers import import_checkpoint
+
+    out = args.out
+    recipe = import_checkpoint(args.files, out, sample_rate=args.sample_rate, overrides=args.set)
+    model, data = recipe.model.name, recipe.data
+    print(f"{out} holds a {model} that returns {data.n_sources} source(s), at {data.sample_rate} Hz.")
+    print(f"Next: {program()} separate FILES -m {out} -o FOLDER")
+    print(f"To train it further: init = {str(out.absolute())!r} in [model]")
+    return 0
+
+
+def bench(args: argparse.Namespace) -> int:
+    """Time a recipe's training on this machine: which precision to take, whether to compile, which batch size."""
+    from rich.console import Console
+
+    from unbraid.bench import run_bench
+    from unbraid.config.recipe import load_recipe
+    from unbraid.console import progress_bar
+
+    recipe = load_recipe(find_recipe(args.recipe), ["data.path=.", *args.set])
+    if args.json:
+        found = run_bench(recipe, seconds=args.seconds)
+        print(json.dumps(asdict(found), indent=1))
+    else:
+        with progress_bar("measuring", 1.0) as advance:
+            found = run_bench(recipe, seconds=args.seconds, progress=advance)
+        Console().print(found.table())
+        print(found.advice.words)
+    return EXIT_STOPPED + signal.SIGINT if found.stopped else 0
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """Say what is wrong with a run, from its records alone: status 0 healthy, 1 warnings, 2 critical."""
+    from unbraid.health.rules import examine, status, verdict
+    from unbraid.health.series import read_series
+
+    series = read_series(args.run, last=args.last)
+    findings = examine(series, mute=args.mute)
+    if args.json:
+        found = {"run": str(args.run), "steps": series.last_step, "findings": [asdict(one) for one in findings]}
+        print(json.dumps(found, indent=1))
+        return status(findings)
+    told = findings if args.all else findings[:ADVICES]
+    torn = f" {series.n_torn} lines of its records could not be read." if series.n_torn else ""
+    print(f"{args.run}: {series.last_step} steps, {verdict(findings)}.{torn}")
+    for finding in told:
+        print(f"\n{finding.severity.upper()} {finding.code}, steps {finding.steps[0]} to {finding.steps[1]}")
+        print(f"  {finding.what} {finding.why}")
+        print(f"  {finding.advice}" + (f" [{finding.key}]" if finding.key else ""))
+    if len(told) < len(findings):
+        print(f"\n{len(findings) - len(told)} more with --all.")
+    return status(findings)
+
+
+ADVICES = 3
+"""So many at most, worst first: who is told everything does nothing."""
+
+
+def dashboard(args: argparse.Namespace) -> int:
+    """Show runs on a live page in the browser, on this machine alone."""
+    from unbraid.web.server import serve
+
+    if args.open_to:
+        print(f"Whoever reaches {args.open_to} and has the link can read and hear these runs; it travels unencrypted.")
+    serve(args.runs, address=args.open_to or "127.0.0.1", port=args.port)
+    return 0
+
+
+def report(args: argparse.Namespace) -> int:
+    """Write a run as one file to send, print or keep: curves, findings, sound; it opens with no network."""
+    from unbraid.web.report import write_report
+
+    if args.plots:
+        from unbraid.plots import draw_plots
+        from unbraid.records import RunDirectory
+
+        for path in draw_plots(RunDirectory(args.run), args.plots):
+            print(path)
+    if args.out or not args.plots:
+        print(write_report(args.run, args.out or args.run / "report.html"))
+    return 0
+
+
+def replay(args: argparse.Namespace) -> int:
+    """Run a bad step again: which example, which layer, and in which precision it goes away."""
+    from unbraid.replay import replay as run_again
+
+    for line in run_again(args.incident, trust=args.trust):
+        print(line, flush=True)
+    return 0
+
+
+def demo(args: argparse.Namespace) -> int:
+    """Make talkers on the spot, train on them, evaluate, and leave separated sound and a picture."""
+    from unbraid.console import print_summaries
+    from unbraid.demo import run_demo, what_next
+
+    result = run_demo(recipes_folder() / "demo.toml", args.out, overrides=args.set)
+    if isinstance(result, int):
+        print(f"Stopped by signal {result}; the same command goes on from there.")
+        return EXIT_STOPPED + result
+    print_summaries(result.summaries, f"{result.n_items} mixtures of a low and a high voice, never heard in training")
+    print("\n".join(what_next(result)))
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    top = Parser(prog="unbraid", description="Train networks that pull mixed sounds apart.", allow_abbrev=False)
+    top.add_argument("--version", action="version", version=f"unbraid {__version__}")
+    commands = top.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
+
+    def add(name: str, function: object) -> argparse.ArgumentParser:
+        text = (function.__doc__ or "").strip()
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        command.set_defaults(function=function)
+        return command
+
+    command = add("demo", demo)
+    command.add_argument("-o", "--out", type=Path, default=Path("runs/demo"), help="folder for all of it (%(default)s)")
+    add_set(command)
+
+    command = add("train", train)
+    command.add_argument("recipe", type=Path, help="a TOML file, or the name of one of ours")
+    add_set(command)
+    run_help = "run directory (runs/NAME-OF-THE-RECIPE); behind torchrun write --run-dir, it takes --run for itself"
+    command.add_argument("--run", "--run-dir", dest="run", type=Path, metavar="DIR", help=run_help)
+    command.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the run directory")
+
+    command = add("evaluate", evaluate)
+    command.add_argument("checkpoint", type=Path, help="a run directory or a checkpoint")
+    command.add_argument("data", type=Path, nargs="?", help="speaker folder or manifest (that of the training)")
+    command.add_argument("--split", default="test", choices=("train", "valid", "test"), help="(%(default)s)")
+    command.add_argument("--n-items", type=positive(int), default=200, help="how many mixtures (%(default)s)")
+    command.add_argument("--seconds", type=positive(float), help="length of a mixture (that of the training)")
+    command.add_argument("--save-audio", type=positive(int), default=0, metavar="N", help="write the first N to hear")
+    worst_help = "write the N of the lowest SI-SDRi to hear"
+    command.add_argument("--save-worst", type=positive(int), default=0, metavar="N", help=worst_help)
+    command.add_argument("-o", "--out", type=Path, help="table to write, .csv or .parquet (evaluation.csv in the run)")
+    add_trust(command)
+
+    command = add("separate", separate)
+    command.add_argument("files", type=Path, nargs="+", help="audio of any rate and channel count, or folders of it")
+    command.add_argument("-m", "--model", type=Path, required=True, help="a run directory or a checkpoint")
+    command.add_argument("-o", "--out", type=Path, required=True, help="folder for NAME.source-N.wav")
+    add_trust(command)
+
+    command = add("import", import_foreign)
+    command.add_argument("files", type=Path, nargs="+", help="weights and their YAML, or the folder that holds them")
+    command.add_argument("-o", "--out", type=Path, required=True, help="run directory to make")
+    command.add_argument("--sample-rate", type=positive(int), metavar="HZ", help="where the files do not say it")
+    add_set(command, "model.n_heads=8, where the files do not say it")
+
+    command = add("bench", bench)
+    command.add_argument(
+        "recipe", type=Path, nargs="?", default=Path("conv_tasnet_small"), help="as for train (%(default)s)"
+    )
+    add_set(command)
+    seconds_help = "of steps for each variant, beside its first (%(default)s)"
+    command.add_argument("--seconds", type=positive(float), default=5.0, help=seconds_help)
+    command.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+    command = add("doctor", doctor)
+    command.add_argument("run", type=Path, help="a run directory, during the run or after it")
+    command.add_argument("--all", action="store_true", help=f"tell everything, not the {ADVICES} worst alone")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.add_argument("--mute", action="append", default=[], metavar="CODE", help="leave out what has this code")
+    command.add_argument("--last", type=positive(int), metavar="N", help="look at about the last N steps alone")
+
+    command = add("dashboard", dashboard)
+    command.add_argument(
+        "runs", type=Path, nargs="*", default=[Path("runs")], help="run directories, or folders (runs)"
+    )
+    command.add_argument("--port", type=port_number, help="where to listen (8642, or any that is free)")
+    open_help = "listen at another address than 127.0.0.1: whoever reaches it and has the link can read these runs"
+    command.add_argument("--open-to", metavar="ADDRESS", help=open_help)
+
+    command = add("report", report)
+    command.add_argument("run", type=Path, help="a run directory, during the run or after it")
+    command.add_argument("-o", "--out", type=Path, help="HTML file to write (report.html in the run directory)")
+    command.add_argument("--plots", type=Path, metavar="FOLDER", help="draw each curve as a PNG for a paper instead")
+
+    command = add("replay", replay)
+    command.add_argument("incident", type=Path, help="a folder in the incidents of a run directory")
+    add_trust(command)
+
+    add_lab(commands)
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; a user's mistake ends as one line on stderr and status 2."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    args = parser().parse_args(words)
+    args.words = words
+    try:
+        return args.function(args)
+    except UserError as error:
+        print(f"unbraid: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except OSError as error:
+        print(f"unbraid: {error}. Mend that, and start again.", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        return EXIT_STOPPED + signal.SIGINT

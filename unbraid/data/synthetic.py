@@ -1,0 +1,367 @@
+"""Talkers made on the spot by eSpeak NG, so that a first run downloads nothing.
+
+A talker is an accent, a voice variant and a pitch, range and rate of its own, reading sentences put together from word
+lists. No variant is shared between train, valid and test, and neither are the variants derived from it.
+
+eSpeak NG keeps one global state a process and may print to stderr. So this file is also a program: `make_voices` starts
+it as often as there are groups of talkers, a fresh process each, and the bytes do not depend on how many run at once.
+"""
+
+import csv
+import ctypes
+import importlib.metadata
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import soxr
+
+from unbraid.errors import UserError
+from unbraid.io import replacing
+
+SPLITS = {"train": 0.72, "valid": 0.08, "test": 0.2}
+FORMAT = 2  # to be raised whenever the same parameters would give other audio
+SYNTHESIS_RATE = 22_050
+GROUP = 6  # talkers a process: enough to hide its start, few enough for smooth progress
+GROUP_SECONDS = 300.0  # a process that takes longer hangs
+VOLUME = 35  # of 100 as the usual; louder, and the strong variants clip inside eSpeak
+RMS_DB = -26.0
+COLUMNS = ("path", "speaker", "seconds", "sample_rate", "source", "split", "kind")
+
+# Variants of one root stand together and stay in one split. Whispers, echoes and robots are left out.
+HIGH = "f1|f2|f3|f4|f5|Alicia|Andrea|Annie|anika|aunty|belinda linda|grandma|shelby|steph steph2 steph3"
+LOW = (
+    "m1|m2|m3 Mike|m4|m5|m6|m7 m8 Nguyen|Alex|Andy AnxiousAndy|Denis|Diogo Henrique Hugo michel miguel|Gene Gene2|Jacky"
+    "|Lee|Marco|Mario Michael|Reed|adam|antonio|benjamin|david|ed|edward edward2|gustave marcelo|iven iven2|john|ian"
+    "|norbert|pablo|max paul|mike2|pedro|quincy rob robert|sandro|travis|victor Storm|klatt|klatt2|klatt3|croak|grandpa"
+)
+ACCENTS = "en-us|en|en-gb-scotland|en-gb-x-rp|en-gb-x-gbclan|en-gb-x-gbcwmd|en-029|en-us-nyc"
+# Lowest and highest pitch, in eSpeak's own 0 to 99, and shortening of the vocal tract.
+PITCH = {"high": (40, 75), "low": (25, 55)}
+TRACT = {"high": (1.0, 1.15), "low": (0.88, 1.0)}
+
+OPENINGS = (
+    "today|yesterday|in the morning|after lunch|every summer|on the way home|once more|late at night|now and then"
+)
+PEOPLE = (
+    "my uncle|the baker|her neighbour|a young doctor|the old captain|our teacher|the tall gardener|a quiet painter"
+    "|the postman|his daughter|every student|the two brothers|a busy nurse|the village choir|nobody|the new engineer"
+)
+VERBS = (
+    "carried|found|painted|sold|remembered|mended|watched|opened|borrowed|measured|described|lost|cleaned|followed"
+    "|wanted|noticed|collected|dropped|answered|ordered|photographed|pulled|drew|counted"
+)
+ADJECTIVES = (
+    "small|yellow|heavy|wooden|broken|shiny|strange|narrow|purple|frozen|gentle|noisy|empty|fresh|distant|careful|wide"
+    "|silver|bitter|warm|thirsty|rough|smooth|blue|jagged|clever"
+)
+THINGS = (
+    "boat|window|violin|kettle|letter|garden|bicycle|candle|mountain|jacket|mirror|orange|piano|river|sandwich|telescope"
+    "|umbrella|bridge|cheese|engine|feather|glove|hammer|island|journal|lamp|map|notebook|onion|pillow|rocket|shovel"
+    "|ticket|valley|wheel|box|dish|fish|juice|zebra"
+)
+PLACES = (
+    "behind the station|under the table|near the harbour|across the field|beside the church|in the kitchen|by the lake"
+    "|at the corner shop|between the trees|on the roof|outside the museum|along the beach|in front of the school"
+)
+ENDINGS = (
+    "before the rain began|because the bus was late|while the children slept|and laughed about it|without a word"
+    "|and gave it away|although it was far too cold|until the music stopped|just to be sure|for seventy three pounds"
+)
+
+Audio = np.ndarray[Any, np.dtype[np.float32]]
+
+
+class VoicesError(UserError):
+    """Talkers cannot be made here; the message says what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Talker:
+    """What makes one talker differ from the next.
+
+    Pitch and range are in eSpeak's own 0 to 99, the rate in words a minute. `tract` shortens the vocal tract: all
+    frequencies are multiplied by it, so that few variants make many voices. The kind is `high` or `low`.
+    """
+
+    name: str
+    split: str
+    kind: str
+    voice: str
+    pitch: int
+    pitch_range: int
+    rate: int
+    tract: float
+
+
+def make_voices(
+    folder: Path,
+    *,
+    n_speakers: int = 200,
+    n_utterances: int = 12,
+    sample_rate: int = 8000,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Make talkers and write what they say, or return at once if this was done before with the same parameters.
+
+    The same parameters give the same bytes, however many cores there are. A run that is killed leaves no table, and the
+    next one makes everything again.
+
+    Args:
+        folder: Where `speech/` and `speech.csv` go; made if it is missing.
+        n_speakers: Talkers over all splits, at least 6: 72 % train, 8 % valid, 20 % test, at least two of each.
+        n_utterances: Sentences a talker, 3 to 6 seconds each.
+        sample_rate: Of the files, in Hz.
+        seed: Of talkers and sentences.
+        progress: Called with (talkers done, talkers in all), from the calling thread.
+
+    Returns:
+        The path of the table, with the columns path, speaker, seconds, sample_rate, source, split and kind
+            (``high`` or ``low``).
+
+    Raises:
+        VoicesError: If espeakng-loader is missing, or does not speak on this machine, or a count is too small.
+    """
+    if n_speakers < 6 or n_utterances < 1 or sample_rate < 1:
+        raise VoicesError(
+            f"n_speakers={n_speakers}, n_utterances={n_utterances}, sample_rate={sample_rate}: "
+            "at least 6 speakers, 1 utterance and 1 Hz are needed."
+        )
+    if importlib.util.find_spec("espeakng_loader") is None:
+        raise VoicesError('The demo\'s talkers need eSpeak NG: pip install "unbraid[demo]"')
+    folder = Path(folder).resolve()
+    table, marker = folder / "speech.csv", folder / "speech.json"
+    parameters = {
+        "format": FORMAT,
+        "espeakng_loader": importlib.metadata.version("espeakng_loader"),
+        "n_speakers": n_speakers,
+        "n_utterances": n_utterances,
+        "sample_rate": sample_rate,
+        "seed": seed,
+    }
+    if is_complete(table, marker, parameters):
+        return table
+    marker.unlink(missing_ok=True)
+    table.unlink(missing_ok=True)
+    jobs = [
+        {**asdict(talker), "sentences": make_sentences(n_utterances, seed=seed, index=index)}
+        for index, talker in enumerate(make_talkers(n_speakers, seed=seed))
+    ]
+    rows = []
+    for done in run_groups(folder, jobs, sample_rate):
+        rows.extend(done)
+        if progress is not None:
+            progress(len({row["speaker"] for row in rows}), n_speakers)
+    rows.sort(key=lambda row: str(row["path"]))
+    with replacing(table) as path, path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    with replacing(marker) as path:
+        path.write_text(json.dumps(parameters, indent=1) + "\n", encoding="utf-8")
+    return table
+
+
+def is_complete(table: Path, marker: Path, parameters: dict[str, Any]) -> bool:
+    """Whether `table` was made with these parameters, and every file it names is there."""
+    try:
+        made_with = json.loads(marker.read_text(encoding="utf-8"))
+        with table.open(newline="", encoding="utf-8") as file:
+            paths = [row["path"] for row in csv.DictReader(file)]
+    except (OSError, ValueError, KeyError):
+        return False
+    expected = parameters["n_speakers"] * parameters["n_utterances"]
+    return made_with == parameters and len(paths) == expected and all((table.parent / path).is_file() for path in paths)
+
+
+def make_talkers(n_speakers: int, *, seed: int = 0) -> list[Talker]:
+    """Draw talkers, split by split; high and low voices alternate, and no variant is in two splits."""
+    rng = np.random.default_rng([seed, 1])
+    pools = {kind: split_variants(groups.split("|"), rng) for kind, groups in (("high", HIGH), ("low", LOW))}
+    counts = {split: max(2, round(n_speakers * SPLITS[split])) for split in ("valid", "test")}
+    counts = {"train": n_speakers - sum(counts.values()), **counts}
+    talkers: list[Talker] = []
+    for split, count in counts.items():
+        for i in range(count):
+            kind = "high" if i % 2 else "low"
+            variants = pools[kind][split]
+            accent, variant = rng.choice(ACCENTS.split("|")), variants[i // 2 % len(variants)]
+            talkers.append(
+                Talker(
+                    name=f"{split}-{i:03d}-{accent}-{variant}",
+                    split=split,
+                    kind=kind,
+                    voice=f"{accent}+{variant}",
+                    pitch=int(rng.integers(*PITCH[kind])),
+                    pitch_range=int(rng.integers(25, 71)),
+                    rate=int(rng.integers(145, 196)),
+                    tract=round(float(rng.uniform(*TRACT[kind])), 3),
+                )
+            )
+    return talkers
+
+
+def split_variants(groups: Sequence[str], rng: np.random.Generator) -> dict[str, list[str]]:
+    """Deal groups of related variants out to the splits, at random, in the splits' proportions."""
+    order = [groups[i].split() for i in rng.permutation(len(groups))]
+    n_valid, n_test = (max(1, round(len(groups) * SPLITS[split])) for split in ("valid", "test"))
+    shares = {"valid": order[:n_valid], "test": order[n_valid : n_valid + n_test], "train": order[n_valid + n_test :]}
+    # The first of each group first, so that a split with few talkers has as many roots as possible.
+    return {
+        split: [group[depth] for depth in range(8) for group in share if depth < len(group)]
+        for split, share in shares.items()
+    }
+
+
+def make_sentences(n_sentences: int, *, seed: int = 0, index: int = 0) -> list[str]:
+    """Draw sentences of 10 to 20 words, each like "today a busy nurse painted the wide river by the lake"."""
+    rng = np.random.default_rng([seed, 2, index])
+
+    def pick(words: str) -> str:
+        return str(rng.choice(words.split("|")))
+
+    def sentence() -> str:
+        middle = f"{pick(PEOPLE)} {pick(VERBS)} the {pick(ADJECTIVES)} {pick(THINGS)} {pick(PLACES)}"
+        if rng.random() < 0.5:
+            middle = f"{pick(OPENINGS)} {middle}"
+        return f"{middle} {pick(ENDINGS)}." if rng.random() < 0.7 else f"{middle}, and the {pick(THINGS)} too."
+
+    return [sentence() for _ in range(n_sentences)]
+
+
+def run_groups(folder: Path, jobs: list[dict[str, Any]], sample_rate: int) -> Iterator[list[dict[str, Any]]]:
+    """Let processes of our own speak, as many at once as there are cores (at most 8); yields the rows of each."""
+    stop = threading.Event()
+
+    def run_group(group: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        if stop.is_set():
+            return []
+        command = [sys.executable, "-P", __file__]  # -P: the folder of this file holds names that must not be imported
+        task = json.dumps({"folder": str(folder), "sample_rate": sample_rate, "jobs": group})
+        try:
+            done = subprocess.run(
+                command, input=task, capture_output=True, text=True, timeout=GROUP_SECONDS, check=False
+            )
+        except subprocess.TimeoutExpired:
+            raise VoicesError(f"eSpeak NG took more than {GROUP_SECONDS:.0f} s over {len(group)} talkers.") from None
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+            raise VoicesError(f"eSpeak NG could not speak for {group[0]['voice']} and the next ones: {reason}")
+        return json.loads(done.stdout)
+
+    groups = [jobs[start : start + GROUP] for start in range(0, len(jobs), GROUP)]
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+        try:
+            yield from pool.map(run_group, groups)
+        finally:
+            stop.set()
+
+
+class Speaker:
+    """The eSpeak NG library, loaded and ready; one per process, and it changes the working directory."""
+
+    def __init__(self) -> None:
+        import espeakng_loader
+
+        data = Path(espeakng_loader.get_data_path()).resolve()
+        self.library = ctypes.CDLL(str(Path(espeakng_loader.get_library_path()).resolve()))
+        self.pieces: list[bytes] = []
+        callback_type = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
+        self.callback = callback_type(self.receive)  # kept: the library holds only a pointer to it
+        os.chdir(data.parent)  # eSpeak cuts paths over 159 characters; a relative one is always short
+        synchronous, do_not_exit = 2, 0x8000
+        if self.library.espeak_Initialize(synchronous, 0, b".", do_not_exit) != SYNTHESIS_RATE:
+            raise VoicesError(f"eSpeak NG did not start with the data in {data}.")
+        self.library.espeak_SetSynthCallback(self.callback)
+
+    def receive(self, samples: int | None, n_samples: int, _events: int | None) -> int:
+        """Take a piece of 16-bit audio from the library; 0 tells it to go on."""
+        if samples and n_samples > 0:
+            self.pieces.append(ctypes.string_at(samples, 2 * n_samples))
+        return 0
+
+    def select(self, talker: Talker) -> None:
+        """Become `talker`."""
+        if self.library.espeak_SetVoiceByName(talker.voice.encode()):
+            raise VoicesError(f"eSpeak NG has no voice {talker.voice}.")
+        for parameter, value in (
+            (1, round(talker.rate / talker.tract)),
+            (2, VOLUME),
+            (3, talker.pitch),
+            (4, talker.pitch_range),
+        ):
+            self.library.espeak_SetParameter(parameter, value, 0)
+
+    def say(self, sentence: str) -> Audio:
+        """Speak one sentence: ``(time,)`` at `SYNTHESIS_RATE`, in [-1, 1]."""
+        self.pieces.clear()
+        self.library.espeak_ng_SetRandSeed(ctypes.c_long(1))  # breath is noise, else seeded with the time
+        text, utf8 = sentence.encode() + b"\0", 1
+        failed = self.library.espeak_Synth(text, ctypes.c_size_t(len(text)), 0, 1, 0, utf8, None, None)
+        if failed or self.library.espeak_Synchronize() or not self.pieces:
+            raise VoicesError(f"eSpeak NG said nothing for {sentence!r}.")
+        return np.frombuffer(b"".join(self.pieces), np.int16).astype(np.float32) / np.float32(32768)
+
+
+def trim_and_level(audio: Audio, sample_rate: int) -> Audio:
+    """Cut what is 40 dB below the loudest 10 ms from both ends, and bring the rest to `RMS_DB`."""
+    frame = max(1, sample_rate // 100)
+    frames = audio[: max(1, len(audio) // frame) * frame].reshape(-1, min(frame, len(audio)))
+    power = np.square(frames).mean(-1)
+    loud = np.flatnonzero(power > 1e-4 * power.max())
+    if not len(loud):
+        raise VoicesError("eSpeak NG gave digital silence.")
+    audio = audio[loud[0] * frame : (loud[-1] + 1) * frame]
+    audio = audio - audio.mean()
+    gain = 10 ** (RMS_DB / 20) / np.sqrt(np.square(audio).mean())
+    gain = min(gain, 0.99 / np.abs(audio).max())
+    return (audio * gain).astype(np.float32)
+
+
+def speak(task: dict[str, Any]) -> list[dict[str, Any]]:
+    """Write the files of one group of talkers, in this process; returns their rows of the table."""
+    folder, sample_rate, speaker = Path(task["folder"]), int(task["sample_rate"]), Speaker()
+    rows = []
+    for job in task["jobs"]:
+        sentences = job.pop("sentences")
+        talker = Talker(**job)
+        speaker.select(talker)
+        (folder / "speech" / talker.name).mkdir(parents=True, exist_ok=True)
+        for i, sentence in enumerate(sentences):
+            audio = trim_and_level(
+                soxr.resample(speaker.say(sentence), SYNTHESIS_RATE * talker.tract, sample_rate), sample_rate
+            )
+            path = f"speech/{talker.name}/{i:03d}.flac"
+            soundfile.write(folder / path, audio, sample_rate, subtype="PCM_16")
+            seconds = round(len(audio) / sample_rate, 3)
+            row = (path, talker.name, seconds, sample_rate, "espeak-ng", talker.split, talker.kind)
+            rows.append(dict(zip(COLUMNS, row, strict=True)))
+    return rows
+
+
+def main() -> None:
+    """Read a task from stdin, speak with the library's own stderr closed, write the rows to stdout."""
+    task = json.load(sys.stdin)
+    sys.stderr.flush()
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        rows = speak(task)
+    finally:
+        os.dup2(kept, 2)
+    json.dump(rows, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
