@@ -63,12 +63,12 @@ def write_steps(path: Path, n_steps: int) -> None:
 def line(step: int, noise: float, norm: float) -> str:
     """A step as a run writes it."""
     loss = 1 - 4 * math.log10(1 + step / 1000) + noise
-    counts = {"n_trained": 4, "n_easy": 0, "n_bad": 0}
+    counts = {"n_trained": 4, "n_filtered": 0, "n_bad": 0}
     times = {"seconds": 0.1, "data_seconds": 0.002, "examples_per_second": 39.2, "elapsed_seconds": 0.102 * step}
     blocks = {name: BlockRecord(norm / 4, 1.5e-3) for name in BLOCKS} if step % 50 == 0 else {}
     record = StepRecord(
         step, 0, "trained", loss, norm, 5.0, 1e-3, 1.0, **counts, **times, clipped=norm > 5, blocks=blocks,
-        norm_after=min(norm, 5.0), si_sdr=(-loss, -loss - 1), peak_memory_bytes=2**31,
+        clipped_grad_norm=min(norm, 5.0), si_sdr=(-loss, -loss - 1), peak_memory_bytes=2**31,
     )  # fmt: skip
     return json.dumps(to_json_row(record)) + "\n"
 

@@ -38,10 +38,11 @@ from peers import AsOurs, asteroid_loss, missing
 from torch import nn
 
 from unbraid.build import build_corpus, choose_device, list_tracks, load_model, train
-from unbraid.config.recipe import Recipe, find_recipe, load_recipe, recipe_table
+from unbraid.config.recipe import Recipe, load_recipe, recipe_table
+from unbraid.config.shipped_recipes import find_recipe
 from unbraid.console import show_training
 from unbraid.data.dataset import mixtures
-from unbraid.data.loader import StepKeys, batches
+from unbraid.data.loader import StepSampler, batches
 from unbraid.evaluate import evaluate
 from unbraid.records import RunDirectory, read_steps
 
@@ -208,7 +209,7 @@ def by_asteroid(recipe: Recipe) -> tuple[nn.Module, int]:
     model = AsOurs(net, enter="b c t -> b c t", leave="b s t -> b s 1 t").to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     dataset = build_corpus(recipe).train
-    keys = StepKeys(len(dataset), recipe.data.batch_size)
+    keys = StepSampler(len(dataset), recipe.data.batch_size)
     loader = batches(dataset, keys, workers=recipe.data.workers)
     ends = time.perf_counter() + 60 * recipe.train.max_minutes
     steps = 0

@@ -15,21 +15,21 @@ from pathlib import Path
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from unbraid.figures import Plate, figure_of
-from unbraid.io import replacing
-from unbraid.textbook.line_figure import line_plates
-from unbraid.textbook.surfaces_figure import surface_plates
+from unbraid.figures import FigureSpec, figure_of
+from unbraid.io import atomic_replace
+from unbraid.textbook.line_figure import line_figures
+from unbraid.textbook.surfaces_figure import surface_figures
 
 FIGURES = Path(__file__).resolve().parent.parent / "docs" / "learn" / "figures"
 DPI, N_COLORS = 120, 128
 
 
-def all_plates() -> list[Plate]:
+def all_figures() -> list[FigureSpec]:
     """Every plate of the chapter, by its number, as ``unbraid lab gradient-descent`` makes them."""
-    return sorted([*line_plates(), *surface_plates(seed=0)], key=lambda plate: plate.name)
+    return sorted([*line_figures(), *surface_figures(seed=0)], key=lambda plate: plate.name)
 
 
-def drawn(plate: Plate) -> Image.Image:
+def drawn(plate: FigureSpec) -> Image.Image:
     """A plate's still figure, in few colours: a figure of lines looks the same, at half the bytes."""
     with io.BytesIO() as held:
         figure_of(plate).savefig(held, dpi=DPI, format="png")
@@ -37,14 +37,14 @@ def drawn(plate: Plate) -> Image.Image:
     return picture.quantize(N_COLORS, dither=Image.Dither.NONE)
 
 
-def write_figure(plate: Plate, folder: Path) -> Path:
+def write_figure(plate: FigureSpec, folder: Path) -> Path:
     """Write a plate's figure with its title, caption and numbers as text in the PNG."""
     told = PngInfo()
     told.add_itxt("Title", plate.title)
     told.add_itxt("Caption", plate.caption)
     told.add_itxt("Numbers", json.dumps({name: float(value) for name, value in plate.numbers.items()}))
     out = folder / f"{plate.name}.png"
-    with replacing(out) as path:
+    with atomic_replace(out) as path:
         drawn(plate).save(path, format="png", optimize=True, pnginfo=told)
     return out
 
@@ -52,7 +52,7 @@ def write_figure(plate: Plate, folder: Path) -> Path:
 def write_figures(folder: Path) -> Iterator[Path]:
     """Make every plate, and write each as a figure."""
     folder.mkdir(parents=True, exist_ok=True)
-    for plate in all_plates():
+    for plate in all_figures():
         yield write_figure(plate, folder)
 
 

@@ -21,8 +21,8 @@ from PIL import Image
 
 from unbraid.config.recipe import load_recipe
 from unbraid.data.synthetic import make_voices
-from unbraid.io import replacing, write_atomically
-from unbraid.lab.experiment import Subject, of_recipe
+from unbraid.io import atomic_replace, write_atomically
+from unbraid.lab.experiment import Experiment, of_recipe
 from unbraid.spectrogram import spectrogram_db
 from unbraid.train.loop import Scores
 from unbraid.train.state import TrainState
@@ -36,7 +36,7 @@ SMALLER = ("data.excerpt_seconds=2.0", "data.workers=0", "model.n_filters=128", 
 PLAIN = ("train.precision=fp32", "train.compile=off", "schedule.name=constant", "validate.n_items=32")
 
 
-def trained(subject: Subject) -> dict[int, Scores]:
+def trained(subject: Experiment) -> dict[int, Scores]:
     """Train a fork of a subject; what each validation came to, with the sound of its mixtures, by step."""
     state, steps, recipe = subject.fork(), subject.steps(), subject.recipe
     judge = validation(
@@ -90,7 +90,7 @@ def write_sounds(found: dict[int, Scores], folder: Path) -> None:
     signals = {"mixture": last.mixture[0]}
     signals |= {f"after-{step}": one.estimates[0, 0] for step, one in zip(HEARD[1:], (early, last), strict=True)}
     for name, signal in signals.items():
-        with replacing(folder / f"separator-{name}.ogg") as path:
+        with atomic_replace(folder / f"separator-{name}.ogg") as path:
             soundfile.write(path, 0.5 * signal / np.abs(signal).max(), last.sample_rate, format="OGG")
 
 
@@ -121,7 +121,7 @@ def main() -> None:
         began = time.process_time()
         found = trained(of_recipe(recipe, "demo"))
         seconds = time.process_time() - began
-    with io.BytesIO() as held, replacing(folder / "separator.png") as path:
+    with io.BytesIO() as held, atomic_replace(folder / "separator.png") as path:
         draw(found).savefig(held, dpi=90, format="png")
         picture = Image.open(held).convert("RGB").quantize(N_COLORS, dither=Image.Dither.NONE)
         picture.save(path, format="png", optimize=True)

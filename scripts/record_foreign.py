@@ -23,7 +23,7 @@ warnings.filterwarnings("ignore")
 
 
 def main():
-    """Record what is named, or what lies in the tree."""
+    """Record again what is named, or what lies in the tree."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("names", nargs="*")

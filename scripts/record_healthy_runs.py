@@ -99,7 +99,7 @@ OVERRIDES = {"stems": ["data.kinds=['f', 'm']", "train.ema=0.99"]}
 
 
 def main():
-    """Record what is named, or all."""
+    """Record again what is named, or all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", type=Path)
     parser.add_argument("out", type=Path)

@@ -23,10 +23,10 @@ def test_a_skipped_step_never_enters_the_mean():
 
 def test_easy_batches_are_another_count_than_faults():
     ticker = Ticker()
-    ticker.add(step(1, -31.0, "all_easy"))
+    ticker.add(step(1, -31.0, "all_filtered"))
 
     assert "skipped 0" in ticker.text()
-    assert "all easy 1" in ticker.text()
+    assert "all filtered 1" in ticker.text()
 
 
 def test_the_share_clipped_and_the_improvement_are_shown():

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from unbraid.io import replacing, write_atomically
+from unbraid.io import atomic_replace, write_atomically
 
 
 def test_a_text_is_replaced_whole(tmp_path):
@@ -36,7 +36,7 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
     path.write_text("old")
 
     def stopped_half_way():
-        with replacing(path) as temporary:
+        with atomic_replace(path) as temporary:
             temporary.write_text("half")
             raise KeyboardInterrupt
 

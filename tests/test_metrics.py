@@ -148,10 +148,10 @@ def test_the_pairwise_form_is_si_sdr_of_every_pair(n_estimates, n_targets, ratio
 
     shape = (2, n_estimates, n_targets, 1000)
     each = si_sdr(estimate[:, :, None].expand(shape), target[:, None].expand(shape))
-    sounding = each > -60  # of two signals at right angles only the rounding is left
+    active = each > -60  # of two signals at right angles only the rounding is left
     # Powers are right to some units in the last place; their difference, the distortion, is as coarse as it is small.
-    units = 16 * 2.0**-24 * 10 ** (each[sounding] / 10)
-    assert ((pairs - each)[sounding].abs() <= 0.005 + 4.35 * units).all()
+    units = 16 * 2.0**-24 * 10 ** (each[active] / 10)
+    assert ((pairs - each)[active].abs() <= 0.005 + 4.35 * units).all()
 
 
 @pytest.mark.parametrize("ratio_db", [-10, 20, 60, 100])

@@ -30,14 +30,14 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def written(folder, made):
-    """A run directory of made-up records, in which steps 100 to 109 were left out as NaN and step 7 as all easy."""
+    """A run directory of made-up records, in which steps 100 to 109 were left out as NaN and step 7 as all filtered."""
     folder.mkdir()
     run = RunDirectory(folder)
     for row in made.steps:
         row["examples_per_second"] = 30.0
     for row in made.steps[99:109]:
         row |= {"outcome": "nonfinite_loss", "loss": None, "loss_text": "nan", "grad_norm": 1e9, "clipped": False}
-    made.steps[6:7] = [row | {"outcome": "all_easy", "loss": -500.0, "clipped": False} for row in made.steps[6:7]]
+    made.steps[6:7] = [row | {"outcome": "all_filtered", "loss": -500.0, "clipped": False} for row in made.steps[6:7]]
     run.steps.write_text("".join(json.dumps(row) + "\n" for row in made.steps))
     rows = [row | {"n_items": 5, "best": place == 1} for place, row in enumerate(made.validations)]
     run.validation.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -66,7 +66,7 @@ def test_steps_that_were_left_out_are_marks_with_their_reason_and_no_values(tmp_
     lines, (axes,) = drawn(written(tmp_path / "run", Run(600)), name)
 
     assert lines["left out: nonfinite loss (10)"][:, 0].tolist() == list(range(100, 110))
-    assert lines["left out: all easy (1)"][:, 0].tolist() == [7]
+    assert lines["left out: all filtered (1)"][:, 0].tolist() == [7]
     values = [xy for label, xy in lines.items() if "left out" not in label and label != "limit"]
     assert not {7, *range(100, 110)} & {int(step) for xy in values for step in xy[:, 0]}
     assert axes.get_ylim()[0] > -100

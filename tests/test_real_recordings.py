@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from unbraid.cli.main import main
-from unbraid.config.recipe import recipes_folder
+from unbraid.config.shipped_recipes import recipes_folder
 from unbraid.data.dataset import DataSettings, Key, mixtures
 from unbraid.data.folders import noises, speakers
 from unbraid.dsp import power_db

@@ -27,8 +27,8 @@ from unbraid.records import (
 )
 
 STEP = StepRecord(
-    step=1, epoch=0, outcome="trained", loss=-3.5, grad_norm=1.25, limit=5.0, lr=1e-3, loss_scale=1.0,
-    n_trained=2, n_easy=1, n_bad=0,
+    step=1, epoch=0, outcome="trained", loss=-3.5, grad_norm=1.25, max_norm=5.0, lr=1e-3, loss_scale=1.0,
+    n_trained=2, n_filtered=1, n_bad=0,
 )  # fmt: skip
 ANY_FLOAT = st.one_of(st.none(), st.floats())
 
@@ -40,7 +40,7 @@ def same(one, other):
 
 @given(ANY_FLOAT, ANY_FLOAT, ANY_FLOAT)
 def test_a_step_comes_back_as_it_was_whatever_its_numbers(loss, grad_norm, limit):
-    record = replace(STEP, loss=loss, grad_norm=grad_norm, limit=limit)
+    record = replace(STEP, loss=loss, grad_norm=grad_norm, max_norm=limit)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "steps.jsonl"
         append_record(path, record)

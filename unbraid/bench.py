@@ -80,7 +80,7 @@ def run_bench(
     Args:
         recipe: Its model, loss, optimizer and clipper are what is timed; no data are needed.
         seconds: Of steps for each variant, beside its first one, which compiling can make long.
-        progress: Told the share that is done, and what is under way.
+        progress: Called with the share that is done, and what is under way.
 
     Raises:
         UserError: If the recipe cannot be used.
@@ -204,7 +204,7 @@ def measure(recipe: Recipe, variant: Variant, *, seconds: float) -> BenchRow:
     try:
         for record in steps(state, parts):
             ends.append(perf_counter())
-            wrong |= {record.outcome} - {"trained", "all_easy", "loss_scale"}
+            wrong |= {record.outcome} - {"trained", "all_filtered", "loss_scale"}
             if "out_of_memory" in wrong or (len(ends) > 1 and ends[-1] - ends[0] >= seconds):
                 break
     except (RuntimeError, MemoryError) as error:

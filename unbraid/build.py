@@ -17,17 +17,17 @@ import unbraid
 from unbraid import dist
 from unbraid.compilation import compile_model
 from unbraid.config.auto import choose
-from unbraid.config.recipe import Part, Recipe, differences, recipe_from_table, recipe_table, to_toml
-from unbraid.config.registry import build_loss, build_part, find_part
+from unbraid.config.recipe import Component, Recipe, differences, recipe_from_table, recipe_table, to_toml
+from unbraid.config.registry import build_component, build_loss, find_component
 from unbraid.data import DATASETS
-from unbraid.data.dataset import Mixtures, mixtures
+from unbraid.data.dataset import MixtureDataset, mixtures
 from unbraid.data.folders import noises
 from unbraid.data.leakage import overlap
-from unbraid.data.loader import Loaded, StepKeys, batches
+from unbraid.data.loader import LoadedBatch, StepSampler, batches
 from unbraid.data.tracks import Track, with_splits
 from unbraid.errors import CheckpointError, DataError, RecipeError, UserError
 from unbraid.io import write_atomically
-from unbraid.losses import asks_for
+from unbraid.losses import loss_inputs
 from unbraid.models import MODELS
 from unbraid.records import Event, RunDirectory, append_record, owned
 from unbraid.robust import CLIPPERS, FILTERS, TRANSFORMS
@@ -42,8 +42,8 @@ from unbraid.train.checkpoint import (
     read_checkpoint,
     tidy,
 )
-from unbraid.train.ema import Average
-from unbraid.train.event_log import Logbook, Told
+from unbraid.train.ema import EMA
+from unbraid.train.event_log import Logbook, Record
 from unbraid.train.loggers import LOGGERS, Logger, open_loggers, pass_on
 from unbraid.train.loop import fit
 from unbraid.train.optim import OPTIMIZERS, SCHEDULES
@@ -76,12 +76,12 @@ def build_model(recipe: Recipe, *, trust: bool = True) -> nn.Module:
     """The recipe's model with its initial weights, drawn from the recipe's seed."""
     options = {key: value for key, value in recipe.model.options.items() if key != "init"}
     folder = recipe.folder if trust else None
-    parameters = inspect.signature(find_part("model", recipe.model, MODELS, folder)).parameters
+    parameters = inspect.signature(find_component("model", recipe.model, MODELS, folder)).parameters
     for name, value in {"n_sources": recipe.data.n_sources, "sample_rate": recipe.data.sample_rate}.items():
         if name in parameters:
             options.setdefault(name, value)
     with seeded_torch(recipe.data.seed, "initial weights"):
-        return build_part("model", Part(recipe.model.name, options), MODELS, folder)
+        return build_component("model", Component(recipe.model.name, options), MODELS, folder)
 
 
 def load_model(path: Path, *, trust: bool = False) -> tuple[nn.Module, Recipe]:
@@ -135,8 +135,8 @@ def choose_device() -> torch.device:
 class Corpus:
     """The mixtures to train on and to validate on."""
 
-    train: Mixtures
-    valid: Mixtures
+    train: MixtureDataset
+    valid: MixtureDataset
 
 
 def list_tracks(recipe: Recipe, *, trust: bool = True) -> tuple[list[Track], list[Track]]:
@@ -149,7 +149,7 @@ def list_tracks(recipe: Recipe, *, trust: bool = True) -> tuple[list[Track], lis
     data = recipe.data
     if data.path is None:
         raise RecipeError("[data] needs a path to a speaker folder or a CSV manifest: --set data.path=FOLDER.")
-    tracks = find_part("data", Part(data.name), DATASETS, recipe.folder if trust else None)(data.path)
+    tracks = find_component("data", Component(data.name), DATASETS, recipe.folder if trust else None)(data.path)
     found = with_splits(tracks, n_sources=data.n_sources), noises(data.noise) if data.noise else []
     digest = hashlib.sha256(repr(found).encode()).hexdigest()
     if dist.any_rank(digest != dist.from_main_process(digest), choose_device()):
@@ -175,7 +175,7 @@ def build_state(recipe: Recipe, model: nn.Module, *, precision: str) -> TrainSta
             "one: set model.n_channels = 1."
         )
     loss = build_loss(recipe)
-    filters = [build_part("filter", part, FILTERS, recipe.folder) for part in recipe.filters]
+    filters = [build_component("filter", part, FILTERS, recipe.folder) for part in recipe.filters]
     for part, loss_filter in zip(recipe.filters, filters, strict=True):
         if hasattr(loss_filter, "observe") and not hasattr(loss_filter, "load_state_dict"):
             raise RecipeError(f"[[filter]] {part.name} has observe, and so needs state_dict and load_state_dict too.")
@@ -190,7 +190,7 @@ def build_state(recipe: Recipe, model: nn.Module, *, precision: str) -> TrainSta
             )
     if dist.world_size() > 1:
         _check_statistics(model)
-        wanted = {name for term in loss.terms for name in asks_for(term.loss)}
+        wanted = {name for term in loss.terms for name in loss_inputs(term.loss)}
         if hasattr(model, "embedding") and not wanted >= {"estimate", "embedding"}:
             raise RecipeError(
                 f"[model] {recipe.model.name} returns sources and an embedding: on several processes the loss must "
@@ -199,14 +199,14 @@ def build_state(recipe: Recipe, model: nn.Module, *, precision: str) -> TrainSta
     return TrainState(
         model=dist.wrap(model),
         loss=loss,
-        optimizer=build_part("optim", recipe.optim, OPTIMIZERS, recipe.folder, parameters=model.parameters()),
-        clipper=build_part("clip", recipe.clip, CLIPPERS, recipe.folder),
+        optimizer=build_component("optim", recipe.optim, OPTIMIZERS, recipe.folder, parameters=model.parameters()),
+        clipper=build_component("clip", recipe.clip, CLIPPERS, recipe.folder),
         filters=filters,
-        transforms=[build_part("transform", part, TRANSFORMS, recipe.folder) for part in recipe.transforms],
-        average=Average(model, recipe.train.ema) if recipe.train.ema else None,
+        transforms=[build_component("transform", part, TRANSFORMS, recipe.folder) for part in recipe.transforms],
+        ema=EMA(model, recipe.train.ema) if recipe.train.ema else None,
         on_bad_example=recipe.train.on_bad_example,
         precision=Precision(precision),
-        schedule=build_part("schedule", recipe.schedule, SCHEDULES, recipe.folder),
+        schedule=build_component("schedule", recipe.schedule, SCHEDULES, recipe.folder),
         loss_upper_limit=recipe.train.loss_upper_limit,
         seed=recipe.data.seed,
         examples_per_rank=-(-recipe.data.batch_size // dist.world_size()) + recipe.train.accumulate,
@@ -225,7 +225,7 @@ def _check_statistics(model: nn.Module) -> None:
 
 def train(
     recipe: Recipe, run: RunDirectory, *, resume: bool = False, stop: StopRequest | None = None
-) -> Iterator[Told]:
+) -> Iterator[Record]:
     """Train by a recipe into a run directory.
 
     Args:
@@ -253,8 +253,11 @@ def train(
 
 def _train(
     recipe: Recipe, run: RunDirectory, device: torch.device, *, resume: bool, stop: StopRequest | None
-) -> Iterator[Told]:
-    makers = {name: find_part("train.also_log", Part(name), LOGGERS, recipe.folder) for name in recipe.train.also_log}
+) -> Iterator[Record]:
+    makers = {
+        name: find_component("train.also_log", Component(name), LOGGERS, recipe.folder)
+        for name in recipe.train.also_log
+    }
     checkpoint, notes = _starting_point(recipe, run, resume=resume)
     loggers = _open_loggers(makers, recipe, run)
     yield from pass_on(_go_on(recipe, run, device, checkpoint, notes, stop), loggers, Logbook(run))
@@ -280,7 +283,7 @@ def _go_on(
     checkpoint: Checkpoint | None,
     notes: list[tuple[str, str]],
     stop: StopRequest | None,
-) -> Generator[Told, None, None]:
+) -> Generator[Record, None, None]:
     """From a checkpoint, or from the start, to the end."""
     corpus = build_corpus(recipe)
     model = build_model(recipe).to(device)
@@ -301,8 +304,8 @@ def _go_on(
     if dist.is_main():
         yield from _open_run(recipe, run, corpus, state, checkpoint, notes, choices, device)
 
-    def load(n_steps_done: int) -> Iterator[Loaded]:
-        keys = StepKeys(
+    def load(n_steps_done: int) -> Iterator[LoadedBatch]:
+        keys = StepSampler(
             len(corpus.train),
             recipe.data.batch_size,
             first_step=n_steps_done,
@@ -391,7 +394,7 @@ def _open_run(
     return events
 
 
-def _not_excluded(split: Mixtures) -> list[Track]:
+def _not_excluded(split: MixtureDataset) -> list[Track]:
     excluded = set(split.settings.exclude)
     return [track for track in split.tracks if str(track.path) not in excluded]
 

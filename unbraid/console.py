@@ -112,7 +112,7 @@ class Ticker:
 
     def __init__(self) -> None:
         self.trained: deque[StepRecord] = deque(maxlen=50)
-        self.n_skipped = self.n_all_easy = 0
+        self.n_skipped = self.n_all_filtered = 0
         self.validation = ""
 
     def add(self, record: StepRecord | ValidationRecord) -> None:
@@ -122,8 +122,8 @@ class Ticker:
             self.validation = f"valid SI-SDRi {improvement}"
         elif record.trained:
             self.trained.append(record)
-        elif record.outcome == "all_easy":
-            self.n_all_easy += 1
+        elif record.outcome == "all_filtered":
+            self.n_all_filtered += 1
         else:
             self.n_skipped += 1
 
@@ -133,15 +133,17 @@ class Ticker:
         if self.trained:
             last = self.trained[-1]
             n = len(self.trained)
-            norm = last.grad_norm if last.clipped or last.norm_after is None else last.norm_after  # as the limit saw it
+            norm = (
+                last.grad_norm if last.clipped or last.clipped_grad_norm is None else last.clipped_grad_norm
+            )  # as the limit saw it
             parts = [
                 f"step {last.step}",
                 f"loss {sum(r.loss or 0 for r in self.trained) / n:.2f}",
-                f"norm {norm:.3g} limit {last.limit:.3g}",
+                f"norm {norm:.3g} limit {last.max_norm:.3g}",
                 f"clipped {sum(r.clipped for r in self.trained) / n:.0%}",
                 f"{sum(r.examples_per_second for r in self.trained) / n:.1f} ex/s",
             ]
-        skips = f"skipped {self.n_skipped}" + (f", all easy {self.n_all_easy}" if self.n_all_easy else "")
+        skips = f"skipped {self.n_skipped}" + (f", all filtered {self.n_all_filtered}" if self.n_all_filtered else "")
         return "  ".join([*parts, skips, *([self.validation] if self.validation else [])])
 
 

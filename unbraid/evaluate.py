@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from unbraid.build import list_tracks, load_model
 from unbraid.config.recipe import Recipe
 from unbraid.data.batch import Batch
-from unbraid.data.dataset import Key, Mixtures, mixtures
-from unbraid.data.loader import Loaded, collate
+from unbraid.data.dataset import Key, MixtureDataset, mixtures
+from unbraid.data.loader import LoadedBatch, collate
 from unbraid.data.mixing import AudioFault
 from unbraid.dsp import SILENCE
 from unbraid.errors import UserError
@@ -85,7 +85,7 @@ def evaluate_checkpoint(
         save_worst: Of how many it is written there too, those whose SI-SDR was improved least.
         out: Table to write; ``evaluation.csv`` in the run directory where None.
         trust: Whether code that the checkpoint names may run.
-        progress: Told how many are done, of how many.
+        progress: Called with how many are done, of how many.
 
     Raises:
         UserError: If checkpoint, data or table cannot be used.
@@ -125,7 +125,7 @@ def worst_rows(rows: Sequence[Row]) -> list[Row]:
 
 def evaluate(
     model: nn.Module,
-    dataset: Mixtures,
+    dataset: MixtureDataset,
     recipe: Recipe,
     *,
     n_items: int,
@@ -159,7 +159,7 @@ def evaluate(
             _save_audio(folder, ordered, batch, recipe)
 
 
-def _separated(model: nn.Module, dataset: Mixtures, recipe: Recipe, index: int) -> tuple[Tensor, Loaded]:
+def _separated(model: nn.Module, dataset: MixtureDataset, recipe: Recipe, index: int) -> tuple[Tensor, LoadedBatch]:
     """Estimates of one mixture in the order of its sources, ``(1, source, channel, time)``, and the batch of it."""
     loaded = collate([dataset[Key(0, index)]])
     estimate = separate(model, loaded.batch.mixture).cpu()

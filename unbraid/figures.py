@@ -5,14 +5,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from unbraid.io import replacing
+from unbraid.io import atomic_replace
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
-class Motion:
+class AnimationSpec:
     """A figure that moves.
 
     Attributes:
@@ -27,7 +27,7 @@ class Motion:
 
 
 @dataclass(frozen=True)
-class Plate:
+class FigureSpec:
     """One experiment's outcome.
 
     Attributes:
@@ -46,10 +46,10 @@ class Plate:
     numbers: Mapping[str, float]
     draw: "Callable[[Figure], None]"
     size: tuple[float, float] = (6.4, 4.0)
-    motion: Motion | None = field(default=None)
+    motion: AnimationSpec | None = field(default=None)
 
 
-def figure_of(plate: Plate) -> "Figure":
+def figure_of(plate: FigureSpec) -> "Figure":
     """A plate's still figure, drawn."""
     from matplotlib.figure import Figure
 
@@ -58,9 +58,9 @@ def figure_of(plate: Plate) -> "Figure":
     return figure
 
 
-def write_figure(plate: Plate, folder: Path) -> Path:
+def write_figure(plate: FigureSpec, folder: Path) -> Path:
     """Write a plate's still figure as ``NAME.png``, whole or not at all."""
     path = folder / f"{plate.name}.png"
-    with replacing(path) as temporary:
+    with atomic_replace(path) as temporary:
         figure_of(plate).savefig(temporary, dpi=140, format="png")
     return path

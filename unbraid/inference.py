@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from unbraid.audio import Audio
 from unbraid.dsp import fit_length, resample
 from unbraid.metrics import best_assignment, pairwise_si_sdr, reorder
-from unbraid.model_output import Separation, sources_of
+from unbraid.model_output import ModelOutput, sources_of
 
 
 def separate(model: nn.Module, mixture: Tensor) -> Tensor:
@@ -15,7 +15,7 @@ def separate(model: nn.Module, mixture: Tensor) -> Tensor:
     return sources_of(infer(model, mixture))
 
 
-def infer(model: nn.Module, mixture: Tensor) -> Tensor | Separation:
+def infer(model: nn.Module, mixture: Tensor) -> Tensor | ModelOutput:
     """What a model returns for ``(batch, channel, time)``, its sources in float32 on the model's device.
 
     Without gradients, in evaluation mode, and never compiled for it: a new length would compile anew.
@@ -26,7 +26,9 @@ def infer(model: nn.Module, mixture: Tensor) -> Tensor | Separation:
     try:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             output = model(mixture.to(device, torch.float32))
-            return output._replace(sources=output.sources.float()) if isinstance(output, Separation) else output.float()
+            return (
+                output._replace(sources=output.sources.float()) if isinstance(output, ModelOutput) else output.float()
+            )
     finally:
         model.train(was_training)
 

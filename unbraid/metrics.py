@@ -238,13 +238,13 @@ def pairwise_si_sdr(estimate: Tensor, target: Tensor, *, floor: float = 1e-13) -
     return si_sdr_of(pair_products(estimate, target), floor=floor)
 
 
-def sounding(target: Tensor) -> Tensor:
+def is_active(target: Tensor) -> Tensor:
     """Whether each signal is more than silence, ``(batch, source, channel)``; all count where all are silent."""
     heard = mean_square(target) > SILENCE
     return heard | ~heard.any(dim=(1, 2), keepdim=True)
 
 
-def mean_over_sounding(values: Tensor, target: Tensor) -> Tensor:
+def mean_over_active(values: Tensor, target: Tensor) -> Tensor:
     """Mean of each example's values over the sources and channels whose target is not silent.
 
     Args:
@@ -254,7 +254,7 @@ def mean_over_sounding(values: Tensor, target: Tensor) -> Tensor:
     Returns:
         ``(batch,)``; where all targets are silent, the mean over all.
     """
-    counts = sounding(target)
+    counts = is_active(target)
     return torch.where(counts, values, 0.0).sum((1, 2)) / counts.sum((1, 2))
 
 

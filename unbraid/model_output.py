@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 
-class Separation(NamedTuple):
+class ModelOutput(NamedTuple):
     """Sources, and beside them what a loss may want that no waveform shows.
 
     A model whose losses need nothing but sources returns the tensor alone.
@@ -25,9 +25,9 @@ class Separation(NamedTuple):
     hop_length: int = 0
 
 
-def sources_of(output: Tensor | Separation) -> Tensor:
+def sources_of(output: Tensor | ModelOutput) -> Tensor:
     """The sources alone, ``(batch, source, channel, time)``."""
-    return output.sources if isinstance(output, Separation) else output
+    return output.sources if isinstance(output, ModelOutput) else output
 
 
 def tensors_in(output: Any) -> Iterator[Tensor]:

@@ -83,7 +83,7 @@ def _draw_loss(axes: "Axes", steps: Sequence[StepRecord]) -> None:
 def _draw_norm(axes: "Axes", steps: Sequence[StepRecord]) -> None:
     at = [r.step for r in steps]
     axes.semilogy(at, [r.grad_norm for r in steps], color=NORM, alpha=0.5, linewidth=0.6, label="before clipping")
-    axes.semilogy(at, [r.limit for r in steps], color=LIMIT, label="limit")
+    axes.semilogy(at, [r.max_norm for r in steps], color=LIMIT, label="max_norm")
     share = np.mean([r.clipped for r in steps]) if steps else 0.0
     axes.set(title=f"Gradient norm: {share:.0%} of the steps clipped", xlabel="step")
     axes.legend(frameon=False)
@@ -175,9 +175,9 @@ def _plot_norm(figure: "Figure", curves: Series) -> bool:
     if not len(step):
         return False
     axes.semilogy(*thin(step, norm), color=NORM, alpha=0.6, linewidth=0.6, label="before clipping")
-    at, limit = curves.of_trained("limit")
+    at, limit = curves.of_trained("max_norm")
     if len(at):
-        axes.semilogy(*thin(at, limit), color=LIMIT, linewidth=1.2, label="limit")
+        axes.semilogy(*thin(at, limit), color=LIMIT, linewidth=1.2, label="max_norm")
     _mark_left_out(axes, curves)
     axes.set(xlabel="step", ylabel="gradient norm")
     return True
@@ -248,7 +248,7 @@ PLOTS: dict[str, Callable[["Figure", Series], bool]] = {
 }
 """Each draws into an empty figure, and says whether there was something to draw."""
 
-LEFT_OUT = ("#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#17becf")
+SKIPPED_OUTCOMES = ("#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#17becf")
 THIN: dict[str, Any] = {"linewidth": 0.8, "markersize": 2}
 
 
@@ -276,7 +276,7 @@ def _mark_left_out(axes: "Axes", curves: Series, n_most: int = 1500) -> None:
 
 def _color_of(reason: str, place: int) -> str:
     """Grey for what is no fault."""
-    return "#777777" if reason == "all_easy" else LEFT_OUT[place % len(LEFT_OUT)]
+    return "#777777" if reason == "all_filtered" else SKIPPED_OUTCOMES[place % len(SKIPPED_OUTCOMES)]
 
 
 def _words(outcome: str) -> str:

@@ -14,7 +14,17 @@ from typing import Any
 
 from unbraid.errors import CheckpointError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+"""Of the run directory. Version 2 had other names for some fields and outcomes; `upgrade_row` translates them."""
+
+_FIELDS_OF_VERSION_2 = {"limit": "max_norm", "norm_after": "clipped_grad_norm", "n_easy": "n_filtered"}
+_ITEM_FIELDS_OF_VERSION_2 = {
+    "levels_db": "estimate_levels_db",
+    "likeness": "similarity",
+    "beside_db": "source_residual_db",
+}
+_OUTCOMES_OF_VERSION_2 = {"all_easy": "all_filtered", "loss_scale": "fp16_overflow"}
+_CODES_OF_VERSION_2 = {"STEP_SKIPPED_LOSS_SCALE": "STEP_SKIPPED_FP16_OVERFLOW"}
 
 TIMING_FIELDS = frozenset(
     {
@@ -55,23 +65,24 @@ class ItemRecord:
         loss: Its loss.
         weight: How much it counted; 0 where a filter took it out.
         order: Which output belongs to each target; empty where the loss does not say.
-        levels_db: Mean power of each output, in dB of full scale.
-        likeness: The largest correlation, by absolute value, of two outputs; 1 where they are the same sound.
+        estimate_levels_db: Mean power of each output, in dB of full scale.
+        similarity: The largest correlation, by absolute value, of two outputs; 1 where they are the same sound.
         residual_db: Power of the mixture less the sum of the outputs over that of the mixture, in dB. A loss that
             ignores level leaves it open.
         source_levels_db: Mean power of each source, in dB of full scale.
-        beside_db: Power of what the mixture holds beside the sources, over its own, in dB: noise, or a mistake.
+        source_residual_db: Power of the mixture minus its sources over that of the mixture, in dB: noise, or
+            a mistake.
     """
 
     item: ItemId
     loss: float | None
     weight: float
     order: tuple[int, ...]
-    levels_db: tuple[float, ...]
-    likeness: float | None
+    estimate_levels_db: tuple[float, ...]
+    similarity: float | None
     residual_db: float | None
     source_levels_db: tuple[float, ...] = ()
-    beside_db: float | None = None
+    source_residual_db: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,20 +105,20 @@ class StepRecord:
     Attributes:
         step: Number of the step, from 1; a step left out has a number too.
         epoch: The pass over the data that the first example on the main rank belongs to, from 0.
-        outcome: ``trained``, or why it was left out: ``nonfinite_loss``, ``over_limit``, ``all_easy``,
+        outcome: ``trained``, or why it was left out: ``nonfinite_loss``, ``over_limit``, ``all_filtered``,
             ``nonfinite_gradient``, ``loss_scale``, ``out_of_memory``.
         loss: Weighted mean over the examples trained on; where none was, over all examples as they came out, which
             may be NaN.
         grad_norm: L2 norm of the averaged and unscaled gradient, before clipping; NaN or infinite as it came out.
-        limit: What the clipper allowed; infinite for no limit. None where it was not asked.
+        max_norm:What the clipper allowed; infinite for no limit. None where it was not asked.
         clipped: Whether the step was taken with a gradient longer than that.
-        norm_after: The gradient's norm after transforms and clipping: what the optimizer got.
+        clipped_grad_norm: The gradient's norm after transforms and clipping: what the optimizer got.
         si_sdr: Mean SI-SDR of each source over the examples trained on, in dB; empty where the loss does not say
             which output belongs to which.
         lr: Learning rate of the first parameter group in this step.
         loss_scale: Factor on the loss under fp16; 1 elsewhere.
         n_trained: Examples with weight in the gradient; 0 in a step that was left out.
-        n_easy: Examples a filter took out.
+        n_filtered: Examples a filter took out.
         n_bad: Examples whose loss was not finite or over the limit; where the step was rescued, those set aside.
         bad_items: The examples behind a fault, on this rank: those whose loss or gradient is bad.
         n_micro_batches: Pieces that this rank's examples went through the model in.
@@ -126,15 +137,15 @@ class StepRecord:
     outcome: str
     loss: float | None
     grad_norm: float | None
-    limit: float | None
+    max_norm: float | None
     lr: float
     loss_scale: float
     n_trained: int
-    n_easy: int
+    n_filtered: int
     n_bad: int
     bad_items: tuple[ItemId, ...] = ()
     clipped: bool = False
-    norm_after: float | None = None
+    clipped_grad_norm: float | None = None
     si_sdr: tuple[float | None, ...] = ()
     n_micro_batches: int = 1
     blocks: Mapping[str, BlockRecord] = field(default_factory=dict)
@@ -350,9 +361,28 @@ def row_blocks(
 
 def _parsed(line: bytes) -> Any:
     try:
-        return json.loads(line)
+        row = json.loads(line)
     except (ValueError, RecursionError):
         return None
+    return upgrade_row(row) if isinstance(row, dict) else row
+
+
+def upgrade_row(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of ``steps.jsonl`` or ``events.jsonl`` under today's names, whichever version wrote it."""
+    if "n_easy" in row:  # a step of version 2
+        row = _renamed(row, _FIELDS_OF_VERSION_2)
+        row["outcome"] = _OUTCOMES_OF_VERSION_2.get(str(row.get("outcome")), row.get("outcome"))
+        if row.get("items"):
+            row["items"] = [_renamed(item, _ITEM_FIELDS_OF_VERSION_2) for item in row["items"]]
+    elif row.get("code") in _CODES_OF_VERSION_2:
+        row["code"] = _CODES_OF_VERSION_2[row["code"]]
+    return row
+
+
+def _renamed(row: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    # the text of a value that is not finite stands beside it, under the same name with a suffix
+    texts = {f"{old}_text": f"{new}_text" for old, new in names.items()}
+    return {names.get(name) or texts.get(name) or name: value for name, value in row.items()}
 
 
 _BYTES_A_LINE = 2000
@@ -390,7 +420,7 @@ def _item_id(row: Mapping[str, Any]) -> ItemId:
 
 
 def _item_record(row: dict[str, Any]) -> ItemRecord:
-    tuples = {name: tuple(row.get(name, ())) for name in ("order", "levels_db", "source_levels_db")}
+    tuples = {name: tuple(row.get(name, ())) for name in ("order", "estimate_levels_db", "source_levels_db")}
     return replace(_from_row(ItemRecord, row), item=_item_id(row["item"]), **tuples)
 
 

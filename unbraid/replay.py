@@ -10,7 +10,7 @@ from unbraid.config.registry import build_loss
 from unbraid.errors import CheckpointError
 from unbraid.robust.precision import PRECISIONS, Precision
 from unbraid.train.diagnose import Verdict, diagnose
-from unbraid.train.incident import Incident, own_code, read_incident
+from unbraid.train.incident import Incident, has_custom_code, read_incident
 
 
 def replay(path: Path, *, trust: bool = False) -> Iterator[str]:
@@ -45,7 +45,7 @@ def replay(path: Path, *, trust: bool = False) -> Iterator[str]:
 
 def _folder_of_own_code(path: Path, incident: Incident) -> Path:
     """Where the files lie that the recipe names: here, or in a folder that the incident lies in."""
-    files = [f"{name.partition(':')[0]}.py" for name in own_code(incident.recipe)]
+    files = [f"{name.partition(':')[0]}.py" for name in has_custom_code(incident.recipe)]
     folders = [Path.cwd(), *path.absolute().parents]
     return next((folder for folder in folders if all((folder / file).is_file() for file in files)), Path.cwd())
 

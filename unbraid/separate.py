@@ -46,7 +46,7 @@ def separate_files(files: Sequence[Path], model: Path, out: Path, *, trust: bool
             audio,
             rate,
             model_rate=recipe.data.sample_rate,
-            match_level=recipe.leaves_level_open,
+            match_level=recipe.loss_is_scale_invariant,
             fixed_order=recipe.assign == "fixed",
             silent_below_db=recipe.silent_below_db,
         )

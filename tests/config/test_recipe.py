@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from unbraid.build import build_model, build_state
-from unbraid.config.recipe import differences, load_recipe, recipe_from_table, recipe_table, recipes_folder, to_toml
+from unbraid.config.recipe import differences, load_recipe, recipe_from_table, recipe_table, to_toml
 from unbraid.config.registry import build_loss
+from unbraid.config.shipped_recipes import recipes_folder
 from unbraid.errors import RecipeError
 from unbraid.losses.waveform import l1, neg_thresholded_snr
 from unbraid.models.bs_roformer import runs, uniform_bands

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from unbraid.audio import write_audio
 from unbraid.data.dataset import DataSettings, Key, mixtures
 from unbraid.data.folders import noises, speakers
-from unbraid.data.loader import FixedKeys, StepKeys, batches, collate
+from unbraid.data.loader import FixedSampler, StepSampler, batches, collate
 from unbraid.data.tracks import with_splits, write_manifest
 from unbraid.dsp import power_db
 from unbraid.errors import DataError
@@ -307,7 +307,7 @@ def test_a_split_that_is_not_there_is_refused_with_those_that_are(speaker_folder
 @given(st.integers(1, 40), st.integers(1, 20), st.integers(1, 6), st.integers(1, 4), st.integers(0, 30))
 def test_ranks_and_micro_batches_share_out_the_batch_of_one_process(n_items, batch_size, n_ranks, accumulate, step):
     def keys_of_step(rank, world_size, accumulate):
-        keys = StepKeys(
+        keys = StepSampler(
             n_items, batch_size, first_step=step, rank=rank, world_size=world_size, accumulate=accumulate
         )  # fmt: skip
         return list(itertools.islice(keys, accumulate))
@@ -323,8 +323,8 @@ def test_ranks_and_micro_batches_share_out_the_batch_of_one_process(n_items, bat
 
 @given(st.integers(1, 40), st.integers(1, 20), st.integers(0, 50), st.integers(1, 3))
 def test_going_on_at_a_step_gives_the_batches_that_would_have_come(n_items, batch_size, first_step, accumulate):
-    whole = StepKeys(n_items, batch_size, accumulate=accumulate)
-    resumed = StepKeys(n_items, batch_size, accumulate=accumulate, first_step=first_step)
+    whole = StepSampler(n_items, batch_size, accumulate=accumulate)
+    resumed = StepSampler(n_items, batch_size, accumulate=accumulate, first_step=first_step)
 
     expected = list(itertools.islice(whole, first_step * accumulate, (first_step + 3) * accumulate))
 
@@ -333,7 +333,7 @@ def test_going_on_at_a_step_gives_the_batches_that_would_have_come(n_items, batc
 
 @given(st.integers(1, 40), st.integers(1, 20))
 def test_epochs_follow_each_other_and_each_has_every_index_once(n_items, batch_size):
-    steps = itertools.islice(StepKeys(n_items, batch_size), 3 * n_items)
+    steps = itertools.islice(StepSampler(n_items, batch_size), 3 * n_items)
 
     keys = [key for step in steps for key in step][: 3 * n_items]
 
@@ -342,7 +342,7 @@ def test_epochs_follow_each_other_and_each_has_every_index_once(n_items, batch_s
 
 @given(st.integers(0, 40), st.integers(1, 8), st.integers(1, 5))
 def test_ranks_share_out_the_fixed_examples_and_none_is_seen_twice(n_items, batch_size, n_ranks):
-    shares = [list(FixedKeys(n_items, batch_size, rank=rank, world_size=n_ranks)) for rank in range(n_ranks)]
+    shares = [list(FixedSampler(n_items, batch_size, rank=rank, world_size=n_ranks)) for rank in range(n_ranks)]
 
     keys = [key for share in shares for batch in share for key in batch]
 
@@ -367,7 +367,7 @@ def test_a_batch_holds_each_example_in_its_place(speaker_folder, noise_folder):
 
 
 def first_batches(dataset, n_batches, *, workers):
-    loader = iter(batches(dataset, StepKeys(len(dataset), 4), workers=workers))
+    loader = iter(batches(dataset, StepSampler(len(dataset), 4), workers=workers))
     return list(itertools.islice(loader, n_batches))
 
 

@@ -41,7 +41,7 @@ def sick_spike(run):
 
 
 def sick_memory_of_adam(run):
-    run.change(1990, 1990, grad_norm=3000.0, norm_after=3000.0)
+    run.change(1990, 1990, grad_norm=3000.0, clipped_grad_norm=3000.0)
 
 
 def sick_norms(run):
@@ -54,7 +54,7 @@ def sick_clip(run):
 
 
 def sick_idle_clip(run):
-    run.change(clipped=False, limit=500.0)
+    run.change(clipped=False, max_norm=500.0)
 
 
 def sick_rate_high(run):
@@ -87,7 +87,7 @@ def sick_scale(run):
     run.change(1, 1000, loss_scale=65536.0)
     for k in range(10):
         run.change(1001 + 50 * k, None, loss_scale=65536.0 / 4 ** (k + 1))
-        run.change(1001 + 50 * k, 1001 + 50 * k, outcome="loss_scale")
+        run.change(1001 + 50 * k, 1001 + 50 * k, outcome="fp16_overflow")
 
 
 def sick_oscillation(run):
@@ -186,7 +186,7 @@ def healthy_but_unscored(run):
 
 
 def sick_easy(run):
-    run.change(n_easy=3, n_trained=1)
+    run.change(n_filtered=3, n_trained=1)
 
 
 def sick_schedule(run):
@@ -210,11 +210,11 @@ def sick_order(run):
 
 
 def sick_output(run):
-    run.change_items(levels_db=[-25.0, -200.0])
+    run.change_items(estimate_levels_db=[-25.0, -200.0])
 
 
 def sick_likeness(run):
-    run.change_items(likeness=0.9999)
+    run.change_items(similarity=0.9999)
 
 
 def sick_separation(run):
@@ -231,7 +231,7 @@ def sick_targets(run):
 
 
 def sick_sum(run):
-    run.change_items(beside_db=-19.0)
+    run.change_items(source_residual_db=-19.0)
 
 
 def sick_silence(run):
@@ -417,7 +417,7 @@ def test_odd_records_hide_nothing_and_break_nothing(monkeypatch):
     sick_output(run)
     run.events += [{"code": "SLOW_RANK", "step": None}, {"code": "STEP_RESCUED"}]
     run.steps.append({"outcome": "trained"})
-    run.steps[99]["items"][0]["levels_db"] = [-20.0]
+    run.steps[99]["items"][0]["estimate_levels_db"] = [-20.0]
     run.steps[149]["blocks"]["decoder"] = None
     run.recipe["clip"] = "fixed"
     assert codes(run)[0] == "DEAD_OUTPUT"
@@ -524,11 +524,11 @@ def test_a_spike_is_said_to_have_come_back_or_not():
 
 def test_how_long_adam_remembers_is_what_its_mean_of_squares_does():
     run = Run(4000, seed=1)
-    run.change(norm_after=1.0)
-    run.change(600, 600, norm_after=100.0)
+    run.change(clipped_grad_norm=1.0)
+    run.change(600, 600, clipped_grad_norm=100.0)
     square, seen = 1.0, []
     for row in run.steps:
-        square = 0.999 * square + 0.001 * row["norm_after"] ** 2
+        square = 0.999 * square + 0.001 * row["clipped_grad_norm"] ** 2
         seen.append(square)
     hidden = sum(value > 2 for value in seen)  # as long as the spike's square is more than the usual one
 

@@ -144,7 +144,7 @@ def test_the_doctor_needs_no_torch(tmp_path):
 
 def sick(tmp_path):
     run = Run()
-    run.change_items(levels_db=[-25.0, -200.0]).change(data_seconds=0.2, clipped=False)
+    run.change_items(estimate_levels_db=[-25.0, -200.0]).change(data_seconds=0.2, clipped=False)
     run.change_blocks(update_ratio=1e-3).change(lr=1e-6)
     run.recipe["optim"]["lr"] = 1e-6
     for row in run.validations:
@@ -252,7 +252,7 @@ def test_a_look_costs_no_more_late_in_a_run_than_early(tmp_path, monkeypatch):
 
 def test_a_step_that_was_left_out_is_in_no_curve_of_what_was_trained():
     made = Run(10)
-    for place, outcome in ((3, "nonfinite_loss"), (4, "all_easy")):
+    for place, outcome in ((3, "nonfinite_loss"), (4, "all_filtered")):
         made.steps[place].update(outcome=outcome, loss=-500.0)
 
     series = made.series()
@@ -260,5 +260,5 @@ def test_a_step_that_was_left_out_is_in_no_curve_of_what_was_trained():
     assert series.of_trained("loss")[0].tolist() == [1, 2, 3, 6, 7, 8, 9, 10]
     assert {reason: np.flatnonzero(marked).tolist() for reason, marked in series.left_out.items()} == {
         "nonfinite_loss": [3],
-        "all_easy": [4],
+        "all_filtered": [4],
     }

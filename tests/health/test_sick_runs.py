@@ -238,6 +238,6 @@ def test_data_that_are_not_shuffled(doctored, speaker_folder, monkeypatch):
         place = key.index % len(self.tracks)
         return [self.tracks[place], self.tracks[-1 - place]]
 
-    monkeypatch.setattr(dataset.Mixtures, "_draw_talkers", in_order)
+    monkeypatch.setattr(dataset.MixtureDataset, "_draw_talkers", in_order)
 
     assert worst(doctored(table, "train.max_steps=800")) == "NOT_SHUFFLED"

@@ -175,8 +175,8 @@ def test_the_loss_in_the_recipe_says_what_the_level_means(tmp_path, capsys):
     _, music = take(capsys, files_of(RECORDED / "msst-bs_roformer"), tmp_path / "music")
     _, speech = take(capsys, files_of(RECORDED / "speechbrain-sepformer"), tmp_path / "speech")
 
-    assert (music.leaves_level_open, music.assign) == (False, "fixed")
-    assert (speech.leaves_level_open, speech.assign) == (True, "permutation")
+    assert (music.loss_is_scale_invariant, music.assign) == (False, "fixed")
+    assert (speech.loss_is_scale_invariant, speech.assign) == (True, "permutation")
 
 
 def test_what_no_shape_tells_comes_from_the_options_where_there_is_no_yaml(saved, tmp_path, capsys):

@@ -8,7 +8,7 @@ from unbraid.dsp import stft
 from unbraid.lab.clustering import Clustered, centres, masks_of, nearest_centre
 from unbraid.losses.pit import judge_by, order_as_targets
 from unbraid.metrics import si_sdr
-from unbraid.model_output import Separation
+from unbraid.model_output import ModelOutput
 
 N_FFT, HOP = 256, 64
 
@@ -19,7 +19,7 @@ def tones(n_samples=4000):
     return torch.stack([torch.sin(6.2832 * 500 * time), 0.5 * torch.sin(6.2832 * 2500 * time)])[None, :, None]
 
 
-class Told(nn.Module):
+class Record(nn.Module):
     """A model that knows the answer: the loudest source of each bin, as a vector of unit length."""
 
     def __init__(self, sources, turn):
@@ -30,7 +30,7 @@ class Told(nn.Module):
         window = torch.hann_window(N_FFT).sqrt()
         spectrum = stft(self.sources, n_fft=N_FFT, hop_length=HOP, window=window).abs().transpose(-1, -2)
         vectors = nn.functional.one_hot(spectrum.argmax(1), 2).float() @ self.turn
-        return Separation(torch.zeros_like(self.sources), vectors, n_fft=N_FFT, hop_length=HOP)
+        return ModelOutput(torch.zeros_like(self.sources), vectors, n_fft=N_FFT, hop_length=HOP)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -79,7 +79,7 @@ def test_quiet_bins_do_not_move_the_centres():
 def test_an_embedding_that_tells_the_sources_apart_separates_them():
     sources = tones()
     turn = torch.linalg.qr(torch.randn(2, 2, generator=torch.Generator().manual_seed(3)))[0]
-    separated = Clustered(Told(sources, turn), n_sources=2)(sources.sum(1))
+    separated = Clustered(Record(sources, turn), n_sources=2)(sources.sum(1))
     ordered = order_as_targets(separated, sources, judge_by("permutation"), assign="permutation")
 
     assert separated.shape == sources.shape
@@ -89,14 +89,14 @@ def test_an_embedding_that_tells_the_sources_apart_separates_them():
 
 def test_one_embedding_for_all_bins_separates_nothing():
     sources = tones()
-    separated = Clustered(Told(sources, torch.ones(2, 2) / 2**0.5), n_sources=2)(sources.sum(1))
+    separated = Clustered(Record(sources, torch.ones(2, 2) / 2**0.5), n_sources=2)(sources.sum(1))
 
     assert sorted(separated.square().mean((0, 2, 3)).tolist())[0] == 0  # all of the mixture in one
 
 
 def test_silence_is_separated_into_silence():
     sources = torch.zeros(1, 2, 1, 1000)
-    separated = Clustered(Told(sources, torch.eye(2)), n_sources=2)(sources.sum(1))
+    separated = Clustered(Record(sources, torch.eye(2)), n_sources=2)(sources.sum(1))
 
     assert torch.equal(separated, sources)
 

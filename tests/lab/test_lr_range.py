@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from unbraid.cli import main as cli
-from unbraid.config.recipe import Part, load_recipe
+from unbraid.config.recipe import Component, load_recipe
 from unbraid.errors import RecipeError
 from unbraid.figures import figure_of
 from unbraid.lab.experiment import of_recipe
@@ -29,7 +29,7 @@ from unbraid.lab.lr_range import (
     sweep,
     why_lost,
 )
-from unbraid.lab.lr_range_figure import SMOOTHED, lr_range_plate, numbers, words
+from unbraid.lab.lr_range_figure import SMOOTHED, lr_range_figure, numbers, words
 from unbraid.signals import StopRequest
 
 BLSTM = ["model.name=blstm", "model.hidden=16", "model.n_layers=1", "model.n_fft=128", "model.hop_length=64"]
@@ -196,9 +196,9 @@ def test_the_recipe_s_own_rate_schedule_filters_and_average_do_not_act(subject):
     recipe = subject.recipe
     others = replace(
         recipe,
-        optim=Part("adam", {"lr": 7.0}),
-        schedule=Part("cosine", {"warmup_steps": 500}),
-        filters=(Part("threshold", {"threshold_db": 100.0}),),
+        optim=Component("adam", {"lr": 7.0}),
+        schedule=Component("cosine", {"warmup_steps": 500}),
+        filters=(Component("threshold", {"threshold_db": 100.0}),),
         train=replace(recipe.train, ema=0.999),
     )
     lrs = np.geomspace(1e-4, 1e-1, 20)
@@ -211,7 +211,7 @@ def test_an_optimizer_without_a_learning_rate_is_refused(subject, tmp_path):
     (tmp_path / "mine.py").write_text(
         "from torch.optim import SGD\ndef own(parameters):\n    return SGD(parameters, 1)\n"
     )
-    recipe = replace(subject.recipe, optim=Part("mine:own"), folder=tmp_path)
+    recipe = replace(subject.recipe, optim=Component("mine:own"), folder=tmp_path)
 
     with pytest.raises(RecipeError, match="no key 'lr'"):
         lr_range(replace(subject, recipe=recipe))
@@ -253,7 +253,7 @@ def test_what_is_not_finite_is_null_in_json_and_the_capped_curve_is_called_so(su
     test.losses[3], test.grad_norms[4] = np.nan, np.inf
     found = LrGrid(np.array([0.01, 0.03]), np.array([np.inf, 2.0]), 50, 32)
     told = json.loads(json.dumps(numbers(test, found), allow_nan=False))
-    labels = [line.get_label() for line in figure_of(lr_range_plate(test, found)).axes[0].lines]
+    labels = [line.get_label() for line in figure_of(lr_range_figure(test, found)).axes[0].lines]
 
     assert (told["losses"][3], told["grad_norms"][4], told["grid_losses"]) == (None, None, [None, 2.0])
     assert "smoothed_capped" in told

@@ -148,7 +148,7 @@ def test_a_schedule_counts_over_the_steps_of_the_experiment(subject):
     tiny = subject("optim.name=sgd", "optim.momentum=0", "schedule.name=cosine", "clip.name=fixed")
     readings = list(follow(tiny, tiny.fork(), n_steps=4, every=4))
 
-    rates = [r.step_size / min(r.grad_norm, r.limit) for r in readings]
+    rates = [r.step_size / min(r.grad_norm, r.max_norm) for r in readings]
     wanted = [(1 + math.cos(math.pi * done / 4)) / 2 for done in range(4)]
     assert np.allclose(rates, np.array(wanted) * rates[0], rtol=1e-2)
 
@@ -209,11 +209,11 @@ def test_every_arm_begins_alike_and_only_the_clipping_differs(subject, tmp_path)
 
     assert [arm.clip for arm in course.arms] == ["none", "autoclip", "recipe"]
     assert none.readings[0].loss == auto.readings[0].loss == own.readings[0].loss
-    assert all(r.limit == math.inf for r in none.readings)
-    assert all(r.limit == 5.0 for r in own.readings)
+    assert all(r.max_norm == math.inf for r in none.readings)
+    assert all(r.max_norm == 5.0 for r in own.readings)
     assert none.clipped == 0
-    assert auto.clipped == sum(r.grad_norm > r.limit for r in auto.readings) > 0
-    assert auto.readings[5].limit == pytest.approx(np.percentile(auto.column("grad_norm"), 10))
+    assert auto.clipped == sum(r.grad_norm > r.max_norm for r in auto.readings) > 0
+    assert auto.readings[5].max_norm == pytest.approx(np.percentile(auto.column("grad_norm"), 10))
 
 
 def test_the_interval_of_a_correlation_holds_the_truth_as_often_as_it_says():
@@ -298,7 +298,7 @@ def test_the_command_leaves_figure_and_numbers(recipe_file, tmp_path, capsys):
         assert len(arm["loss"]) == len(arm["grad_norm"]) == len(arm["step_size"]) == 8
         assert list(arm["smoothness"]) == ["2", "4", "6", "8"]
         assert arm["correlations"]["gradient norm with smoothness"]["points"] == 4
-    assert set(told["arms"][0]["limit"]) == {None}
+    assert set(told["arms"][0]["max_norm"]) == {None}
     assert (tmp_path / "out" / "trajectory.png").read_bytes().startswith(b"\x89PNG")
     said = capsys.readouterr().out
     assert str(numbers) in said

@@ -103,7 +103,7 @@ def test_a_scaled_loss_gives_the_same_step(name):
     ]
 
     assert torch.equal(plain, scaled)
-    assert results[0].norm.item() == results[1].norm.item() == 5.0
+    assert results[0].grad_norm.item() == results[1].grad_norm.item() == 5.0
 
 
 @every_optimizer
@@ -122,7 +122,7 @@ def test_all_groups_make_one_norm_and_what_has_no_gradient_stays(name):
     frozen.requires_grad_(False)
     optimizer = OPTIMIZERS[name]([{"params": [one, idle]}, {"params": [other, frozen]}])
 
-    assert guarded_step(optimizer, NoClip()).norm.item() == 5.0
+    assert guarded_step(optimizer, NoClip()).grad_norm.item() == 5.0
     assert [p.item() == 1.0 for p in (one, other, idle, frozen)] == [False, False, True, True]
 
 
@@ -130,7 +130,7 @@ def test_without_any_gradient_nothing_moves():
     parameter = parameter_with(1.0)
     parameter.grad = None
 
-    assert guarded_step(torch.optim.SGD([parameter], lr=1.0), AutoClip()).norm.item() == 0
+    assert guarded_step(torch.optim.SGD([parameter], lr=1.0), AutoClip()).grad_norm.item() == 0
     assert parameter.item() == 1.0
 
 
@@ -192,5 +192,5 @@ def test_ones_own_clipper_may_return_a_number_here_as_in_the_step():
     assert torch.allclose(weight.grad, torch.tensor([0.6, 0.8]))
     step = guarded_step(torch.optim.SGD([weight], lr=1.0), lambda norm, finite: 0.5)
 
-    assert step.limit == 0.5
+    assert step.max_norm == 0.5
     assert torch.allclose(weight.detach(), torch.tensor([-0.3, -0.4]))

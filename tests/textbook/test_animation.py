@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from unbraid.errors import UserError
-from unbraid.figures import Motion
+from unbraid.figures import AnimationSpec
 from unbraid.textbook.animation import frames, has_ffmpeg, write_gif, write_mp4
 
 
@@ -29,7 +29,7 @@ def a_walk(*, animated, seen=None):
 
         return to
 
-    return Motion(4, draw, frames_per_second=10)
+    return AnimationSpec(4, draw, frames_per_second=10)
 
 
 def centre_of_red(picture):

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from unbraid.cli import main as cli
-from unbraid.figures import Motion, Plate
+from unbraid.figures import AnimationSpec, FigureSpec
 from unbraid.textbook import chapter
 from unbraid.textbook.chapter import page, write_chapter
 
@@ -25,18 +25,18 @@ def draw_moving(figure):
     return lambda frame: line.set_data([0, frame], [0, 1])
 
 
-def a_plate(name, *, motion=False, numbers=None, title="A title", caption="What to see.", draw=draw):
-    moving = Motion(3, draw_moving) if motion else None
-    return Plate(name, title, caption, {"loss": 0.5} if numbers is None else numbers, draw, (2.0, 1.5), moving)
+def a_figure(name, *, motion=False, numbers=None, title="A title", caption="What to see.", draw=draw):
+    moving = AnimationSpec(3, draw_moving) if motion else None
+    return FigureSpec(name, title, caption, {"loss": 0.5} if numbers is None else numbers, draw, (2.0, 1.5), moving)
 
 
 @pytest.fixture
 def plates(monkeypatch):
     """Small plates in place of the chapter's own, and no ffmpeg; returns the calls made for them."""
     asked = []
-    line = [a_plate("02-b", motion=True), a_plate("15-d")]
-    monkeypatch.setattr(chapter, "line_plates", lambda loss, seed: asked.append((loss, seed)) or line)
-    monkeypatch.setattr(chapter, "surface_plates", lambda seed: asked.append(seed) or [a_plate("12-c")])
+    line = [a_figure("02-b", motion=True), a_figure("15-d")]
+    monkeypatch.setattr(chapter, "line_figures", lambda loss, seed: asked.append((loss, seed)) or line)
+    monkeypatch.setattr(chapter, "surface_figures", lambda seed: asked.append(seed) or [a_figure("12-c")])
     monkeypatch.setattr(chapter, "has_ffmpeg", lambda: False)
     return asked
 
@@ -114,7 +114,7 @@ def test_all_that_the_page_loads_lies_beside_it(tmp_path, plates):
 
 def test_hostile_words_on_the_page_are_words():
     bad = '<script>alert("1")</script>&<img src=x onerror=y>'
-    plate = a_plate("01-a", title=bad, caption=bad, numbers={bad: 1.0})
+    plate = a_figure("01-a", title=bad, caption=bad, numbers={bad: 1.0})
 
     found = Page(page([plate], loss="l2", seed=0, animate=True, videos=False))
 
@@ -125,7 +125,7 @@ def test_hostile_words_on_the_page_are_words():
 
 def test_numbers_without_a_value_are_null_in_json_and_named_on_the_page(tmp_path, plates, monkeypatch):
     lost = {"lost": math.inf, "unknown": math.nan, "kept": 2.0}
-    monkeypatch.setattr(chapter, "surface_plates", lambda seed: [a_plate("12-c", numbers=lost)])
+    monkeypatch.setattr(chapter, "surface_figures", lambda seed: [a_figure("12-c", numbers=lost)])
 
     write_chapter(tmp_path, animate=False)
 
@@ -134,7 +134,7 @@ def test_numbers_without_a_value_are_null_in_json_and_named_on_the_page(tmp_path
     assert "<td>inf</td>" in (tmp_path / "index.html").read_text()
 
 
-def test_progress_rises_from_0_to_1_and_names_the_plates(tmp_path, plates):
+def test_progress_rises_from_0_to_1_and_names_the_figures(tmp_path, plates):
     heard = []
 
     write_chapter(tmp_path, progress=lambda done, text: heard.append((done, text)))
@@ -151,7 +151,7 @@ def test_ctrl_c_ends_with_130_and_leaves_whole_files_only(tmp_path, plates, monk
         os.kill(os.getpid(), signal.SIGINT)
         draw(figure)
 
-    monkeypatch.setattr(chapter, "surface_plates", lambda seed: [a_plate("12-c", draw=struck)])
+    monkeypatch.setattr(chapter, "surface_figures", lambda seed: [a_figure("12-c", draw=struck)])
 
     assert cli.main(["lab", "gradient-descent", "-o", str(tmp_path)]) == 130
 

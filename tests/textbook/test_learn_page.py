@@ -197,7 +197,7 @@ def test_figures_and_sounds_are_small_enough_for_git():
 def made():
     """Every plate, made anew, and what draws it."""
     figures = script("learn_figures")
-    return figures.drawn, {plate.name: plate for plate in figures.all_plates()}
+    return figures.drawn, {plate.name: plate for plate in figures.all_figures()}
 
 
 MEND = "a plate is not what it was; run scripts/learn_figures.py, put its caption into the page, read the text again"

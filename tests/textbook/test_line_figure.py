@@ -11,12 +11,12 @@ from matplotlib.figure import Figure
 from unbraid.errors import UserError
 from unbraid.textbook.drawing import drawable
 from unbraid.textbook.line import noisy_points, untrained_line
-from unbraid.textbook.line_figure import line_plates
+from unbraid.textbook.line_figure import line_figures
 
 
 @cache
 def made(loss, seed=0):
-    return {plate.name: plate for plate in line_plates(loss, seed)}
+    return {plate.name: plate for plate in line_figures(loss, seed)}
 
 
 @pytest.fixture
@@ -197,7 +197,7 @@ def test_with_l1_the_caption_says_that_the_norm_hardly_falls(plates):
 
 def test_an_unknown_loss_is_refused():
     with pytest.raises(UserError, match="'l3' is not one of"):
-        line_plates("l3", 0)
+        line_figures("l3", 0)
 
 
 @pytest.mark.parametrize(

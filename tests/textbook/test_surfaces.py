@@ -27,7 +27,7 @@ from unbraid.textbook.surfaces import (
     recurrent_gradients,
     training_norms,
 )
-from unbraid.textbook.surfaces_figure import PERCENTILES, autoclip, cliff, recurrence, surface_plates
+from unbraid.textbook.surfaces_figure import PERCENTILES, autoclip, cliff, recurrence, surface_figures
 from unbraid.train.optim import OPTIMIZERS
 
 VALLEY = Quadratic.turned((0.08, 8.0), 30, (1.0, 0.5))
@@ -255,7 +255,7 @@ def test_autoclip_at_100_never_clips_and_at_0_all_but_each_new_smallest():
 
 @pytest.mark.slow
 def test_the_plates_of_surfaces_come_in_order_and_repeat():
-    first, again = surface_plates(3), surface_plates(3)
+    first, again = surface_figures(3), surface_figures(3)
 
     assert [plate.name for plate in first] == sorted(plate.name for plate in first)
     assert [plate.numbers for plate in first] == [plate.numbers for plate in again]

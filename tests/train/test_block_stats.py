@@ -103,7 +103,7 @@ def test_the_update_ratio_is_learning_rate_times_clipped_norm_over_the_weights()
 
     record = sampled_step(state, make_batch())
 
-    assert record.norm_after == pytest.approx(1e-2)
+    assert record.clipped_grad_norm == pytest.approx(1e-2)
     assert record.blocks["filters"].update_ratio == pytest.approx(0.25 * 1e-2 / weights, rel=1e-3)
 
 
@@ -131,10 +131,10 @@ def test_each_example_of_a_sampled_step_is_recorded_with_what_the_model_made_of_
     assert [list(one.order) for one in record.items] == wanted.order.tolist()
     assert {one.weight for one in record.items} == {1.0}
     for one, outputs in zip(record.items, estimate[:, :, 0], strict=True):
-        assert one.levels_db == pytest.approx((10 * outputs.square().mean(-1).log10()).tolist(), abs=1e-3)
+        assert one.estimate_levels_db == pytest.approx((10 * outputs.square().mean(-1).log10()).tolist(), abs=1e-3)
     for one, sources in zip(record.items, batch.sources[:, :, 0], strict=True):
         assert one.source_levels_db == pytest.approx((10 * sources.square().mean(-1).log10()).tolist(), abs=1e-3)
-        assert one.beside_db < -100
+        assert one.source_residual_db < -100
     append_record(tmp_path / "steps.jsonl", record)
     assert read_steps(tmp_path / "steps.jsonl") == [record]
 
@@ -145,17 +145,17 @@ def test_likeness_and_residual_have_their_known_values():
     mixture = (low + high)[None, None]
 
     def details(first, second):
-        *levels, likeness, residual = item_details(torch.stack([first, second])[None, :, None], mixture)[0].tolist()
-        return levels, likeness, residual
+        *levels, similarity, residual = item_details(torch.stack([first, second])[None, :, None], mixture)[0].tolist()
+        return levels, similarity, residual
 
-    levels, likeness, residual = details(low, high)
+    levels, similarity, residual = details(low, high)
     assert levels == pytest.approx([-3.01, -3.01], abs=0.01)
-    assert likeness == pytest.approx(0, abs=1e-3)
+    assert similarity == pytest.approx(0, abs=1e-3)
     assert residual < -100
-    _, likeness, residual = details(low, -2 * low)
-    assert likeness == pytest.approx(1)
-    _, likeness, residual = details(low, torch.zeros(800))
-    assert likeness == 0
+    _, similarity, residual = details(low, -2 * low)
+    assert similarity == pytest.approx(1)
+    _, similarity, residual = details(low, torch.zeros(800))
+    assert similarity == 0
     assert residual == pytest.approx(-3.01, abs=0.01)
 
 
@@ -199,8 +199,8 @@ def test_a_loss_that_tells_no_order_is_recorded_without():
 def test_a_step_is_clipped_where_its_gradient_was_longer_than_the_limit(max_norm, clipped):
     record = train_step(make_state(loss=squared_error, clipper=FixedClip(max_norm=max_norm)), make_batch())
 
-    assert (record.clipped, record.limit) == (clipped, max_norm)
-    assert record.norm_after == pytest.approx(min(record.grad_norm, max_norm))
+    assert (record.clipped, record.max_norm) == (clipped, max_norm)
+    assert record.clipped_grad_norm == pytest.approx(min(record.grad_norm, max_norm))
 
 
 def test_memory_is_recorded():
@@ -238,7 +238,7 @@ def test_a_mixture_of_more_channels_than_the_outputs_is_recorded_without_a_resid
     record = sampled_step(state, Batch.of(batch.mixture.expand(-1, 4, -1), batch.sources, items=batch.items))
 
     assert all(one.residual_db != one.residual_db for one in record.items)
-    assert all(len(one.levels_db) == 2 for one in record.items)
+    assert all(len(one.estimate_levels_db) == 2 for one in record.items)
 
 
 def test_an_example_of_silence_alone_has_no_say_in_the_si_sdr():

@@ -22,7 +22,7 @@ from unbraid.robust.clip import AutoClip, NoClip
 from unbraid.robust.filter import ThresholdFilter
 from unbraid.robust.precision import Precision
 from unbraid.robust.transform import ValueClip
-from unbraid.train.ema import Average
+from unbraid.train.ema import EMA
 from unbraid.train.state import TrainState
 from unbraid.train.step import train_step
 
@@ -63,7 +63,7 @@ BAD = {
 @pytest.mark.parametrize("bad", BAD)
 def test_a_rescued_step_is_the_step_without_its_bad_example(bad, precision, cut):
     rescuing, without = (
-        normed_state(on_bad_example="rescue", loss_upper_limit=1e6, precision=Precision(precision), average=None)
+        normed_state(on_bad_example="rescue", loss_upper_limit=1e6, precision=Precision(precision), ema=None)
         for _ in range(2)
     )
     for state in (rescuing, without):
@@ -98,7 +98,7 @@ def test_an_overflow_of_fp16_is_not_rescued_but_scaled():
 
     record = train_step(state, make_batch(scale=100))
 
-    assert (record.outcome, record.n_bad, state.precision.scale) == ("loss_scale", 0, 2.0**39)
+    assert (record.outcome, record.n_bad, state.precision.scale) == ("fp16_overflow", 0, 2.0**39)
 
 
 def test_without_a_fault_rescue_changes_nothing():
@@ -168,7 +168,7 @@ def test_transforms_see_the_averaged_and_unscaled_gradient():
     wanted = (before - plain.model.filters.weight.detach()).clamp(-limit, limit)
     assert torch.allclose(before - state.model.filters.weight.detach(), wanted, atol=2e-5)
     assert record.grad_norm == pytest.approx(unclipped.grad_norm, rel=1e-2)
-    assert record.norm_after < record.grad_norm
+    assert record.clipped_grad_norm < record.grad_norm
 
 
 def test_easy_examples_are_told_from_bad_ones_in_a_rescued_step():
@@ -177,19 +177,19 @@ def test_easy_examples_are_told_from_bad_ones_in_a_rescued_step():
 
     record = train_step(state, batch)
 
-    assert (record.n_trained, record.n_easy, record.n_bad) == (2, 1, 1)
+    assert (record.n_trained, record.n_filtered, record.n_bad) == (2, 1, 1)
 
 
 def test_the_moving_average_moves_with_the_steps_taken_alone():
-    state = make_state(average=None)
-    state.average = Average(state.model, 0.5)
+    state = make_state(ema=None)
+    state.ema = EMA(state.model, 0.5)
     expected = state.model.filters.weight.detach().clone()
     for seed, decay in ((1, 2 / 11), (2, 3 / 12), (3, 4 / 13)):
         train_step(state, with_nan(make_batch(), 0))
         train_step(state, make_batch(seed=seed))
         expected = decay * expected + (1 - decay) * state.model.filters.weight.detach()
 
-    assert torch.allclose(state.average.weights[0], expected, atol=1e-6)
+    assert torch.allclose(state.ema.weights[0], expected, atol=1e-6)
 
 
 def test_memory_that_runs_out_when_a_step_is_rescued_is_no_end_either():
@@ -215,5 +215,5 @@ def test_a_rescued_step_whose_others_are_easy_is_no_fault_and_names_its_bad_exam
 
     record = train_step(state, marked(with_nan(make_batch(3), 2), EASY, 0, 1))
 
-    assert (record.outcome, record.n_easy, record.n_bad) == ("all_easy", 2, 1)
+    assert (record.outcome, record.n_filtered, record.n_bad) == ("all_filtered", 2, 1)
     assert [item.index for item in record.bad_items] == [2]

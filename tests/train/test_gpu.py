@@ -6,7 +6,7 @@ from toys import make_batch, make_state, with_nan
 
 from unbraid.robust import CLIPPERS, FILTERS
 from unbraid.robust.precision import Precision
-from unbraid.train.ema import Average
+from unbraid.train.ema import EMA
 from unbraid.train.step import finish, launch
 
 pytestmark = [
@@ -25,7 +25,7 @@ def test_no_step_of_twenty_waits_for_the_host(clipper, precision):
         precision=Precision(precision),
         filters=[f() for f in FILTERS.values()],
     )
-    state.average = Average(state.model, 0.99)
+    state.ema = EMA(state.model, 0.99)
     batches = [make_batch(seed=seed).to(device) for seed in range(24)]
     with_nan(batches[9], 0)
     for batch in batches[:4]:

@@ -16,8 +16,8 @@ from unbraid.records import Event, RunDirectory, StepRecord, ValidationRecord, r
 from unbraid.train.loggers import LOGGERS, numbers_of
 
 STEP = StepRecord(
-    step=7, epoch=0, outcome="trained", loss=-3.5, grad_norm=8.0, limit=5.0, lr=1e-3, loss_scale=1.0, n_trained=2,
-    n_easy=0, n_bad=0, clipped=True, norm_after=5.0, si_sdr=(3.0, None, 4.0), examples_per_second=12.0,
+    step=7, epoch=0, outcome="trained", loss=-3.5, grad_norm=8.0, max_norm=5.0, lr=1e-3, loss_scale=1.0, n_trained=2,
+    n_filtered=0, n_bad=0, clipped=True, clipped_grad_norm=5.0, si_sdr=(3.0, None, 4.0), examples_per_second=12.0,
 )  # fmt: skip
 
 OWN = """
@@ -84,8 +84,8 @@ def test_of_a_trained_step_loss_norms_rate_and_speed_are_told():
     assert numbers_of(STEP) == {
         "train/loss": -3.5,
         "train/grad_norm": 8.0,
-        "train/limit": 5.0,
-        "train/norm_after": 5.0,
+        "train/max_norm": 5.0,
+        "train/clipped_grad_norm": 5.0,
         "train/si_sdr": 3.5,
         "train/lr": 1e-3,
         "train/examples_per_second": 12.0,
@@ -93,7 +93,7 @@ def test_of_a_trained_step_loss_norms_rate_and_speed_are_told():
 
 
 def test_a_step_that_was_left_out_is_a_mark_with_its_reason_and_no_loss():
-    left_out = replace(STEP, outcome="nonfinite_loss", loss=float("nan"), norm_after=None)
+    left_out = replace(STEP, outcome="nonfinite_loss", loss=float("nan"), clipped_grad_norm=None)
 
     assert numbers_of(left_out) == {
         "left_out/nonfinite_loss": 1.0,
@@ -103,7 +103,7 @@ def test_a_step_that_was_left_out_is_a_mark_with_its_reason_and_no_loss():
 
 
 def test_what_is_not_finite_or_not_known_is_left_out():
-    assert "train/limit" not in numbers_of(replace(STEP, limit=float("inf")))
+    assert "train/max_norm" not in numbers_of(replace(STEP, max_norm=float("inf")))
     assert "train/si_sdr" not in numbers_of(replace(STEP, si_sdr=()))
     validation = ValidationRecord(5, loss=None, si_sdr=float("nan"), si_sdri=2.0, n_items=3, best=False, lr=1e-3)
     assert numbers_of(validation) == {"valid/si_sdri": 2.0}

@@ -8,7 +8,7 @@ from waits import counted_waits
 from unbraid.robust import CLIPPERS, FILTERS, TRANSFORMS, clip
 from unbraid.robust.precision import Precision
 from unbraid.robust.quantile import DeviceHistory, DeviceWindow
-from unbraid.train.ema import Average
+from unbraid.train.ema import EMA
 from unbraid.train.optim import OPTIMIZERS
 from unbraid.train.step import finish, launch
 
@@ -32,7 +32,7 @@ def test_a_step_launches_without_waiting_and_ends_with_one_transfer(monkeypatch,
         filters=[FILTERS[name]() for name in sorted(FILTERS)],
         transforms=[TRANSFORMS[name]() for name in sorted(TRANSFORMS)],
     )
-    state.average = Average(state.model, 0.99)
+    state.ema = EMA(state.model, 0.99)
     launch(state, [make_batch()])
     state.step = 48
     for step in (49, 50):  # a plain one, and one that is looked at closely

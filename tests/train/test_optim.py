@@ -16,7 +16,7 @@ from unbraid.robust.guard import prime, update
 from unbraid.train import muon
 from unbraid.train.muon import Muon, as_matrix, orthogonalised
 from unbraid.train.optim import OPTIMIZERS
-from unbraid.train.state import TrainState, judged_weights
+from unbraid.train.state import TrainState, evaluation_weights
 
 every_optimizer = pytest.mark.parametrize("name", sorted(OPTIMIZERS))
 
@@ -329,7 +329,7 @@ def test_schedule_free_is_judged_by_the_packages_average():
 
     theirs.eval()
 
-    with judged_weights(state):
+    with evaluation_weights(state):
         assert_equal(reference.state_dict(), state.model.state_dict())
     assert_equal(reference.state_dict(), state.state_dict()["model"])
     assert not torch.equal(reference.matrix, state.model.matrix)
@@ -338,7 +338,7 @@ def test_schedule_free_is_judged_by_the_packages_average():
 def test_schedule_free_is_the_same_run_however_often_it_is_validated_saved_or_resumed():
     never, often = schedule_free_state(), schedule_free_state()
     for seed in range(5):
-        with judged_weights(often):
+        with evaluation_weights(often):
             pass
         saved = copy.deepcopy(often.state_dict())
         often = schedule_free_state()

@@ -29,7 +29,7 @@ from unbraid.robust.clip import AutoClip, FixedClip, NoClip
 from unbraid.robust.filter import OutlierFilter, PercentileFilter, ThresholdFilter
 from unbraid.robust.guard import prime
 from unbraid.robust.precision import PRECISIONS, Precision
-from unbraid.train.ema import Average
+from unbraid.train.ema import EMA
 from unbraid.train.optim import OPTIMIZERS
 from unbraid.train.state import FaultWindow, TrainState
 from unbraid.train.step import train_step
@@ -91,7 +91,7 @@ FAULTS = {
     "nonfinite_loss": lambda: with_nan(make_batch(), 0),
     "over_limit": lambda: marked(make_batch(), TOO_LARGE, 1),
     "nonfinite_gradient": lambda: marked(make_batch(), KINKED, 1),
-    "all_easy": lambda: marked(make_batch(), EASY, 0, 1),
+    "all_filtered": lambda: marked(make_batch(), EASY, 0, 1),
     "out_of_memory": lambda: make_batch(time=3000),
 }
 
@@ -125,14 +125,14 @@ def test_a_step_that_is_left_out_changes_nothing(optimizer, clipper, precision, 
         CLIPPERS[clipper](),
         filters=[ThresholdFilter(threshold_db=-30.0), PercentileFilter(percentile=0.0), OutlierFilter(at_least_db=1e3)],
         precision=Precision(precision, scale=Precision.MIN_SCALE),  # where an overflow is a fault like any other
-        average=Average(model, 0.9),
+        ema=EMA(model, 0.9),
         loss_upper_limit=1e6,
     )
     if not first:
         for seed in (5, 6):
             assert train_step(state, make_batch(seed=seed)).trained
     before = snapshot(state)
-    if outcome == "all_easy":  # no fault: what filters remember may move, and nothing else
+    if outcome == "all_filtered":  # no fault: what filters remember may move, and nothing else
         before = {name: part for name, part in before.items() if not name.startswith("filter")}
 
     record = train_step(state, FAULTS[outcome]())
@@ -223,7 +223,7 @@ def test_an_overflow_under_fp16_moves_the_scale_and_nothing_else():
     record = train_step(state, make_batch(scale=100))
 
     after = snapshot(state)
-    assert record.outcome == "loss_scale"
+    assert record.outcome == "fp16_overflow"
     assert after.pop("precision")["scale"] == before.pop("precision")["scale"] / 2
     assert_same(before, after)
 
@@ -252,7 +252,7 @@ def test_easy_examples_have_no_say_in_the_gradient():
     record = train_step(filtered, mixed)
     train_step(alone, hard)
 
-    assert (record.n_trained, record.n_easy) == (2, 1)
+    assert (record.n_trained, record.n_filtered) == (2, 1)
     assert torch.allclose(filtered.model.filters.weight, alone.model.filters.weight, atol=1e-7)
 
 
@@ -262,7 +262,7 @@ def test_a_batch_of_easy_examples_alone_is_no_fault_and_no_step():
 
     record = train_step(state, make_batch())
 
-    assert (record.outcome, record.n_easy, record.n_bad) == ("all_easy", 2, 0)
+    assert (record.outcome, record.n_filtered, record.n_bad) == ("all_filtered", 2, 0)
     assert math.isfinite(record.loss)
     assert record.loss != 0
     assert state.faults.in_a_row == 0
@@ -354,9 +354,9 @@ def test_the_callers_generator_is_left_where_it_was():
 def test_twenty_faults_in_a_row_end_the_run_and_nineteen_do_not():
     window = FaultWindow()
     for _ in range(19):
-        window.add("loss_scale")
+        window.add("fp16_overflow")
     assert window.verdict() is None
-    window.add("loss_scale")
+    window.add("fp16_overflow")
     assert "20 steps in a row" in window.verdict()
 
 
@@ -374,7 +374,7 @@ def test_more_than_one_percent_of_faults_end_the_run():
 def test_easy_batches_never_end_a_run():
     window = FaultWindow()
     for _ in range(50):
-        window.add("all_easy")
+        window.add("all_filtered")
     assert window.verdict() is None
 
 
@@ -425,19 +425,19 @@ def test_a_buffer_that_is_replaced_in_the_forward_hears_of_no_bad_step(rule):
 def test_ones_own_clipper_may_return_a_number():
     state = make_state(loss=squared_error, clipper=lambda norm, finite: 0.25)
 
-    assert train_step(state, make_batch()).limit == 0.25
+    assert train_step(state, make_batch()).max_norm == 0.25
 
 
 def test_weights_that_are_spoilt_leave_their_moving_average_alone():
     state = make_state()
-    state.average = Average(state.model, 0.9)
+    state.ema = EMA(state.model, 0.9)
     train_step(state, make_batch())
-    before = [weights.clone() for weights in state.average.weights]
+    before = [weights.clone() for weights in state.ema.weights]
     with torch.no_grad():
         state.model.filters.weight[0, 0, 0] = torch.nan
 
     assert train_step(state, make_batch()).outcome == "nonfinite_loss"
-    assert_same(before, state.average.weights)
+    assert_same(before, state.ema.weights)
 
 
 def test_a_step_without_a_batch_is_refused():

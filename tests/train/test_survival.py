@@ -192,7 +192,7 @@ def test_a_loss_scale_that_collapses_ends_the_run_within_20_steps_with_the_modul
         run_recipe(file, tmp_path / "run", "model.name=nets:Overflows", "train.precision=fp16", "train.max_steps=100")
 
     rows = read_rows(tmp_path / "run" / "steps.jsonl")[0]
-    assert [row["outcome"] for row in rows] == ["loss_scale"] * 20
+    assert [row["outcome"] for row in rows] == ["fp16_overflow"] * 20
     assert 'train.precision = "bf16"' in str(ended.value)
     assert "backward of steep" in str(ended.value)
 

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from unbraid import dist
 from unbraid.data.batch import Batch
-from unbraid.data.loader import Loaded
+from unbraid.data.loader import LoadedBatch
 from unbraid.errors import TrainingStopped
 from unbraid.records import Event, ItemId, RunDirectory
 from unbraid.robust.clip import AutoClip, NoClip
@@ -234,7 +234,7 @@ def fit_on_two(folder, name, *, change=None, stop=None, **train):
         for step in itertools.count(n_steps_done):
             batch = make_batch(2, 10 * step + dist.rank(), torch.float32)
             items = [ItemId("train", dist.rank(), 2 * step + place, (f"{place}.wav",)) for place in range(2)]
-            yield Loaded(Batch.of(batch.mixture, batch.sources, weight=batch.weight, items=items), ())
+            yield LoadedBatch(Batch.of(batch.mixture, batch.sources, weight=batch.weight, items=items), ())
 
     settings = TrainSettings(**{"max_steps": 400, "compare_every_steps": 0} | train)
     job = Job(run, settings, ValidateSettings(every_steps=0), SaveSettings(every_steps=0), {}, {})

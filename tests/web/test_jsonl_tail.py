@@ -88,7 +88,7 @@ def test_zoomed_far_in_each_step_is_shown_though_buckets_hold_many(tmp_path, mon
 def test_the_mean_loss_is_that_of_trained_steps_alone(tmp_path):
     def sick(run):
         run.steps[3].update(outcome="nonfinite_loss", loss=None, loss_text="nan")
-        run.steps[4].update(outcome="all_easy", loss=-40.0)
+        run.steps[4].update(outcome="all_filtered", loss=-40.0)
 
     run = read(write_run(tmp_path / "run", n_steps=10, change=sick))
 
@@ -96,7 +96,7 @@ def test_the_mean_loss_is_that_of_trained_steps_alone(tmp_path):
 
     assert np.isnan(thinned.mean[LOSS, 3:5]).all()
     assert thinned.total[COLUMNS.index("nonfinite_loss")].tolist() == [0, 0, 0, 1, 0, 0, 0, 0, 0, 0]
-    assert thinned.total[COLUMNS.index("all_easy")].sum() == 1
+    assert thinned.total[COLUMNS.index("all_filtered")].sum() == 1
 
 
 def test_runs_are_found_below_a_folder_and_links_are_not_followed(tmp_path):

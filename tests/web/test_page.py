@@ -251,7 +251,7 @@ def test_a_million_steps_are_thinned_and_exact_where_one_looks_close(tmp_path):
         for step in range(1, 1_000_001):
             loss = 50.0 if step == 654_321 else -step / 1e5
             file.write(
-                f'{{"step":{step},"outcome":"trained","loss":{loss},"grad_norm":1.0,"limit":5.0,"clipped":false}}\n'
+                f'{{"step":{step},"outcome":"trained","loss":{loss},"grad_norm":1.0,"max_norm":5.0,"clipped":false}}\n'
             )
     with dashboard(path) as served, opened() as page:
         show(page, served, "long")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unbraid.cli.options import Add, add_set, folder
-from unbraid.config.recipe import find_recipe
+from unbraid.config.shipped_recipes import find_recipe
 from unbraid.errors import EXIT_STOPPED
 
 if TYPE_CHECKING:

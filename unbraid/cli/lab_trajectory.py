@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 from unbraid.cli.options import Add, add_set, file_to_write, folder, positive
-from unbraid.config.recipe import find_recipe
+from unbraid.config.shipped_recipes import find_recipe
 from unbraid.errors import EXIT_STOPPED
 
 

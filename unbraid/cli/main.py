@@ -13,7 +13,7 @@ from pathlib import Path
 from unbraid import __version__
 from unbraid.cli.lab import add_lab
 from unbraid.cli.options import Parser, add_set, add_trust, port_number, positive
-from unbraid.config.recipe import find_recipe, recipes_folder
+from unbraid.config.shipped_recipes import find_recipe, recipes_folder
 from unbraid.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
 
 
@@ -41,7 +41,7 @@ def train(args: argparse.Namespace) -> int:
             return EXIT_STOPPED + stop.agreed
         print(f"Stopped by signal {stop.agreed}; go on with: {program()} {shlex.join(words)}")
         return EXIT_STOPPED + stop.agreed
-    print(f"The run is in {run.path}; next: {program()} evaluate {run.path}{' --trust' * recipe.has_own_code}")
+    print(f"The run is in {run.path}; next: {program()} evaluate {run.path}{' --trust' * recipe.has_custom_code}")
     return 0
 
 

@@ -11,8 +11,8 @@ import tomli_w
 
 from unbraid.config.schema import Table, as_type, assignment, checked
 from unbraid.data.dataset import DataSettings
-from unbraid.errors import RecipeError, UserError, nearest
-from unbraid.losses import LOSSES, asks_for, ignores_level
+from unbraid.errors import RecipeError, nearest
+from unbraid.losses import LOSSES, is_scale_invariant, loss_inputs
 from unbraid.models import MODELS
 from unbraid.robust import CLIPPERS
 from unbraid.train.optim import OPTIMIZERS, SCHEDULES
@@ -21,7 +21,7 @@ from unbraid.train.validation_audio import Listening
 
 
 @dataclass(frozen=True)
-class Part:
+class Component:
     """A table with a ``name``: which entry of a registry, and its keyword arguments."""
 
     name: str
@@ -48,13 +48,13 @@ class Recipe:
     """
 
     data: DataSettings = field(default_factory=DataSettings)
-    model: Part = field(default_factory=lambda: Part("conv_tasnet"))
-    loss: Part = field(default_factory=lambda: Part("neg_si_sdr"))
-    optim: Part = field(default_factory=lambda: Part("adam"))
-    schedule: Part = field(default_factory=lambda: Part("plateau"))
-    clip: Part = field(default_factory=lambda: Part("fixed"))
-    filters: tuple[Part, ...] = ()
-    transforms: tuple[Part, ...] = ()
+    model: Component = field(default_factory=lambda: Component("conv_tasnet"))
+    loss: Component = field(default_factory=lambda: Component("neg_si_sdr"))
+    optim: Component = field(default_factory=lambda: Component("adam"))
+    schedule: Component = field(default_factory=lambda: Component("plateau"))
+    clip: Component = field(default_factory=lambda: Component("fixed"))
+    filters: tuple[Component, ...] = ()
+    transforms: tuple[Component, ...] = ()
     train: TrainSettings = field(default_factory=TrainSettings)
     validate: ValidateSettings = field(default_factory=ValidateSettings)
     save: SaveSettings = field(default_factory=SaveSettings)
@@ -71,13 +71,13 @@ class Recipe:
         return 25.0 if self.loss.options.get("inactive_weight", 0) else None
 
     @property
-    def has_own_code(self) -> bool:
+    def has_custom_code(self) -> bool:
         """Whether a model, loss or data set is named that is not one of ours: what uses it has to be trusted."""
         losses = [part.name for part, _ in self.loss_terms]
         return any(":" in name for name in (self.model.name, *losses, self.data.name))
 
     @property
-    def loss_terms(self) -> list[tuple[Part, float]]:
+    def loss_terms(self) -> list[tuple[Component, float]]:
         """The losses and their weights: those of ``[[loss.terms]]`` where the name is ``sum``, or else the one.
 
         Raises:
@@ -85,29 +85,29 @@ class Recipe:
         """
         options = {key: value for key, value in self.loss.options.items() if key not in ("assign", "inactive_weight")}
         if self.loss.name != "sum":
-            return [(Part(self.loss.name, options), 1.0)]
+            return [(Component(self.loss.name, options), 1.0)]
         if set(options) - {"terms"}:
             listed = ", ".join(sorted(set(options) - {"terms"}))
             raise RecipeError(f"[loss] name = 'sum' has no key {listed}; it has terms, assign and inactive_weight.")
         found = []
         for part in _parts_of("loss.terms", options.get("terms", [])):
             weight = as_type(part.options.get("weight", 1.0), float, "loss.terms.weight")
-            found.append((Part(part.name, {k: v for k, v in part.options.items() if k != "weight"}), weight))
+            found.append((Component(part.name, {k: v for k, v in part.options.items() if k != "weight"}), weight))
         if not found:
             raise RecipeError("[loss] name = 'sum' needs [[loss.terms]], each with a name and a weight.")
         return found
 
     @property
-    def leaves_level_open(self) -> bool:
+    def loss_is_scale_invariant(self) -> bool:
         """Whether the loss does not care for the level of the model's outputs, which is then taken from the mixture."""
         losses = [LOSSES.get(part.name) for part, _ in self.loss_terms]
-        of_sources = [loss for loss in losses if loss is None or "estimate" in asks_for(loss)]
-        return bool(of_sources) and all(ignores_level(loss) for loss in of_sources)
+        of_sources = [loss for loss in losses if loss is None or "estimate" in loss_inputs(loss)]
+        return bool(of_sources) and all(is_scale_invariant(loss) for loss in of_sources)
 
     @property
     def listening(self) -> Listening:
         """How the model's outputs become sound."""
-        return Listening(self.data.sample_rate, self.leaves_level_open, self.silent_below_db)
+        return Listening(self.data.sample_rate, self.loss_is_scale_invariant, self.silent_below_db)
 
 
 _SETTINGS: dict[str, type[Any]] = {
@@ -198,7 +198,7 @@ def recipe_table(recipe: Recipe) -> Table:
     """The whole recipe as plain dicts, defaults written out: what a run directory and a checkpoint keep."""
     table: Table = {name: _plain(asdict(getattr(recipe, name))) for name in _SETTINGS}
     for name in _PARTS:
-        part: Part = getattr(recipe, name)
+        part: Component = getattr(recipe, name)
         table[name] = _plain({"name": part.name, **part.options})
     for name in _LISTS:
         table[name] = [_plain({"name": part.name, **part.options}) for part in getattr(recipe, f"{name}s")]
@@ -229,14 +229,14 @@ def _table(table: Table, name: str) -> Table:
     return found
 
 
-def _part(where: str, table: Table) -> Part:
+def _part(where: str, table: Table) -> Component:
     name = table.get("name")
     if not isinstance(name, str):
         raise RecipeError(f'[{where}] needs a name, such as name = "...".')
-    return Part(name, {key: value for key, value in table.items() if key != "name"})
+    return Component(name, {key: value for key, value in table.items() if key != "name"})
 
 
-def _parts_of(where: str, rows: Any) -> tuple[Part, ...]:
+def _parts_of(where: str, rows: Any) -> tuple[Component, ...]:
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise RecipeError(f"A {where} is written as [[{where}]], with two brackets: there can be several.")
     return tuple(_part(where, row) for row in rows)
@@ -346,20 +346,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(part) for part in value]
     return str(value) if isinstance(value, Path) else value
-
-
-def find_recipe(path: Path) -> Path:
-    """A recipe by its path, or one of ours by its name."""
-    shipped = recipes_folder()
-    candidates = [path, shipped / path.name, shipped / f"{path.name}.toml"] if path.parent == Path() else [path]
-    found = next((candidate for candidate in candidates if candidate.is_file()), None)
-    if found is None:
-        names = sorted(recipe.stem for recipe in shipped.glob("*.toml"))
-        raise UserError(f"There is no recipe {path}; ours are {', '.join(names)}.{nearest(path.stem, names)}")
-    return found
-
-
-def recipes_folder() -> Path:
-    """Where the shipped recipes lie: inside an installed package, or at the top of a checkout."""
-    installed = Path(__file__).parents[1] / "recipes"
-    return installed if installed.is_dir() else Path(__file__).parents[2] / "recipes"

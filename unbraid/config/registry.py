@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from unbraid.config.recipe import Part, Recipe
+from unbraid.config.recipe import Component, Recipe
 from unbraid.config.schema import checked
 from unbraid.errors import RecipeError, nearest
-from unbraid.losses import LOSSES, NAMES, SignalLoss, asks_for
+from unbraid.losses import LOSSES, NAMES, SignalLoss, loss_inputs
 from unbraid.losses.pairwise import Term
 from unbraid.losses.pit import SeparationLoss
 
@@ -22,8 +22,8 @@ MAY_BE_ZERO = frozenset({"skip"})
 """Whole numbers of a model that mean something when they are 0; all others count something there must be."""
 
 
-def find_part(
-    kind: str, part: Part, registry: dict[str, Callable[..., Any]], folder: Path | None
+def find_component(
+    kind: str, part: Component, registry: dict[str, Callable[..., Any]], folder: Path | None
 ) -> Callable[..., Any]:
     """The object that a name stands for: an entry of the registry, or ``my_file:MyClass`` beside the recipe.
 
@@ -75,15 +75,15 @@ def _load_module(path: Path) -> Any:
     return module
 
 
-def build_part(
-    kind: str, part: Part, registry: dict[str, Callable[..., Any]], folder: Path | None, **given: Any
+def build_component(
+    kind: str, part: Component, registry: dict[str, Callable[..., Any]], folder: Path | None, **given: Any
 ) -> Any:
     """Find a part and call it with the recipe's options, and with what the code supplies itself.
 
     Raises:
         RecipeError: If a key is unknown, or a value of the wrong type or refused by the part.
     """
-    signature = find_part(kind, part, registry, folder)
+    signature = find_component(kind, part, registry, folder)
     if not callable(signature):
         raise RecipeError(f"[{kind}] name = {part.name!r} is a {type(signature).__name__}, nothing that can be called.")
     options = checked(kind, signature, part.options, given=tuple(given))
@@ -126,10 +126,10 @@ def build_loss(recipe: Recipe, *, trust: bool = True) -> SeparationLoss:
         raise RecipeError(f"[loss] {error}") from error
 
 
-def _bound_loss(part: Part, folder: Path | None) -> SignalLoss:
+def _bound_loss(part: Component, folder: Path | None) -> SignalLoss:
     """A loss with the recipe's options, tried on a moment of noise: what it refuses, it shall refuse before a run."""
-    loss = find_part("loss", part, LOSSES, folder)
-    asked = asks_for(loss)
+    loss = find_component("loss", part, LOSSES, folder)
+    asked = loss_inputs(loss)
     kept = NAMES if "embedding" in asked else NAMES[:3]  # n_fft and hop_length are an embedding's, or else one's own
     called = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss)
     supplied = (*kept, *([*called.parameters][:2] if "estimate" in asked else []))

@@ -88,7 +88,7 @@ class Example(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Mixtures(Dataset[Example]):
+class MixtureDataset(Dataset[Example]):
     """Mixtures of one split, made when they are asked for; example (epoch, index) is the same wherever it is made.
 
     Attributes:
@@ -185,7 +185,7 @@ def _order(seed: int, purpose: str, epoch: int, n_tracks: int) -> npt.NDArray[np
 
 def mixtures(
     tracks: Sequence[Track], settings: DataSettings, purpose: str, *, noises: Sequence[Track] = ()
-) -> Mixtures:
+) -> MixtureDataset:
     """The mixtures of one split, after checking that they can be made.
 
     Args:
@@ -222,7 +222,7 @@ def mixtures(
             f"The split {purpose!r} of {settings.path} has {n_speakers} speaker{'s' * (n_speakers != 1)}, "
             f"but a mixture of {settings.n_sources} needs as many different ones."
         )
-    return Mixtures(chosen, noise, settings, purpose)
+    return MixtureDataset(chosen, noise, settings, purpose)
 
 
 def _check_excluded(settings: DataSettings, tracks: Sequence[Track]) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from unbraid.data.batch import Batch
-from unbraid.data.dataset import Example, Key, Mixtures
+from unbraid.data.dataset import Example, Key, MixtureDataset
 from unbraid.data.mixing import AudioFault
 from unbraid.errors import DataError
 
@@ -24,14 +24,14 @@ GRACE_SECONDS = 20.0
 """How long a data worker goes on after a SIGTERM."""
 
 
-class Loaded(NamedTuple):
+class LoadedBatch(NamedTuple):
     """A batch, and what was found wrong on the way to it."""
 
     batch: Batch
     faults: tuple[AudioFault, ...]
 
 
-def collate(examples: Sequence[Example]) -> Loaded:
+def collate(examples: Sequence[Example]) -> LoadedBatch:
     """Put examples of one length together."""
     noise = [example.audio.noise for example in examples]
     batch = Batch.of(
@@ -41,10 +41,10 @@ def collate(examples: Sequence[Example]) -> Loaded:
         noise=None if noise[0] is None else torch.from_numpy(np.stack([part for part in noise if part is not None])),
         items=[example.item for example in examples],
     )
-    return Loaded(batch, tuple(fault for example in examples for fault in example.faults))
+    return LoadedBatch(batch, tuple(fault for example in examples for fault in example.faults))
 
 
-class StepKeys(Sampler[list[Key]]):
+class StepSampler(Sampler[list[Key]]):
     """Which examples each micro-batch of this rank holds, from any step on, without end.
 
     The examples of a step follow from its number alone. Ranks and micro-batches take even shares of them; where there
@@ -84,7 +84,7 @@ class StepKeys(Sampler[list[Key]]):
             step += 1
 
 
-def batches(dataset: Mixtures, keys: Sampler[list[Key]], *, workers: int) -> Iterator[Loaded]:
+def batches(dataset: MixtureDataset, keys: Sampler[list[Key]], *, workers: int) -> Iterator[LoadedBatch]:
     """Prepare batches ahead in worker processes, and yield them in the order of the keys.
 
     Raises:
@@ -109,9 +109,9 @@ def batches(dataset: Mixtures, keys: Sampler[list[Key]], *, workers: int) -> Ite
 
 @dataclass(frozen=True)
 class _Told(Dataset[Example | DataError]):
-    """Mixtures whose errors are handed over: raised in a worker, they would arrive as the text of a traceback."""
+    """MixtureDataset whose errors are handed over: raised in a worker, they would arrive as the text of a traceback."""
 
-    mixtures: Mixtures
+    mixtures: MixtureDataset
 
     def __getitem__(self, key: Key) -> Example | DataError:
         try:
@@ -120,7 +120,7 @@ class _Told(Dataset[Example | DataError]):
             return error
 
 
-def _collate_told(examples: Sequence[Example | DataError]) -> Loaded | DataError:
+def _collate_told(examples: Sequence[Example | DataError]) -> LoadedBatch | DataError:
     made = [example for example in examples if not isinstance(example, DataError)]
     return next((example for example in examples if isinstance(example, DataError)), None) or collate(made)
 
@@ -151,7 +151,7 @@ def _exit_after(parent: BaseProcess) -> None:
     os._exit(1)
 
 
-class FixedKeys(Sampler[list[Key]]):
+class FixedSampler(Sampler[list[Key]]):
     """The first ``n_items`` examples of epoch 0, those of this rank, ``batch_size`` at a time: for validation."""
 
     def __init__(self, n_items: int, batch_size: int, *, rank: int = 0, world_size: int = 1) -> None:

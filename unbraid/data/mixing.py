@@ -135,20 +135,20 @@ def _is_silent(audio: Audio) -> bool:
 
 
 def mix(
-    sources: Sequence[Audio], levels_db: Sequence[float], noise: Audio | None = None, snr_db: float = 0.0
+    sources: Sequence[Audio], estimate_levels_db: Sequence[float], noise: Audio | None = None, snr_db: float = 0.0
 ) -> Mixture:
     """Add sources up, each at its own level, and noise below them.
 
     Args:
         sources: Each ``(channel, time)``, of one length.
-        levels_db: Mean power that each source gets, in dB of full scale. Silence stays silence.
+        estimate_levels_db: Mean power that each source gets, in dB of full scale. Silence stays silence.
         noise: ``(channel, time)``, or None.
         snr_db: Power of the sum of the sources over that of the noise.
 
     Returns:
         The mixture, which is exactly the sum of its parts; all are turned down together where its peak passed 0.99.
     """
-    scaled = np.stack([_at_level(source, level) for source, level in zip(sources, levels_db, strict=True)])
+    scaled = np.stack([_at_level(source, level) for source, level in zip(sources, estimate_levels_db, strict=True)])
     total = scaled.sum(axis=0)
     if noise is not None:
         noise = _at_level(noise, power_db(total) - snr_db)

@@ -27,7 +27,7 @@ import soundfile
 import soxr
 
 from unbraid.errors import UserError
-from unbraid.io import replacing
+from unbraid.io import atomic_replace
 
 SPLITS = {"train": 0.72, "valid": 0.08, "test": 0.2}
 FORMAT = 2  # to be raised whenever the same parameters would give other audio
@@ -164,11 +164,11 @@ def make_voices(
         if progress is not None:
             progress(len({row["speaker"] for row in rows}), n_speakers)
     rows.sort(key=lambda row: str(row["path"]))
-    with replacing(table) as path, path.open("w", newline="", encoding="utf-8") as file:
+    with atomic_replace(table) as path, path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    with replacing(marker) as path:
+    with atomic_replace(marker) as path:
         path.write_text(json.dumps(parameters, indent=1) + "\n", encoding="utf-8")
     return table
 

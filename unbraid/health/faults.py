@@ -29,7 +29,7 @@ ADVICE = {
         "Lower the learning rate, or raise the limit if the loss is meant to be so large.", "optim.lr"
     ),
     "out_of_memory": Advice("Take shorter excerpts, a smaller batch or a smaller model.", "data.excerpt_seconds"),
-    "loss_scale": Advice('Take bf16, which has the range of fp32 (train.precision = "bf16").', "train.precision"),
+    "fp16_overflow": Advice('Take bf16, which has the range of fp32 (train.precision = "bf16").', "train.precision"),
 }
 """What to do where steps are left out, by their outcome."""
 
@@ -181,7 +181,7 @@ def adam_remembers(series: Series) -> Finding | None:
     trained = np.flatnonzero(series.trained)
     if beta2 is None or not 0 < beta2 < 1 or not len(trained):
         return None
-    norm, steps = series.of_step["norm_after"][trained], series.of_step["step"][trained]
+    norm, steps = series.of_step["clipped_grad_norm"][trained], series.of_step["step"][trained]
     median, _ = usual(norm)
     share = (1 - beta2) * np.square(norm / np.maximum(median, 1e-30))
     share = np.where(np.isfinite(share) & (steps > 100), share, 0.0)  # before that Adam's own correction rules

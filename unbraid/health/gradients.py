@@ -31,7 +31,7 @@ def norm_spikes(series: Series) -> Finding | None:
     worst = spikes[above[spikes].argmax()]
     if max(often) < 3 and above[worst] < 2:
         return None
-    got = series.of_step["norm_after"][trained]
+    got = series.of_step["clipped_grad_norm"][trained]
     cut = bool((got[spikes] <= 3 * middle(got)).all())
     return Finding(
         code="NORM_SPIKES",
@@ -61,7 +61,7 @@ def clip_is_the_rate(series: Series) -> Finding | None:
     if not np.isfinite(clipped).any():
         return None
     share = float(clipped[np.isfinite(clipped)].mean())
-    limit, norm = middle(series.of_step["limit"][trained]), middle(series.of_step["grad_norm"][trained])
+    limit, norm = middle(series.of_step["max_norm"][trained]), middle(series.of_step["grad_norm"][trained])
     span = int(series.of_step["step"][trained[0]]), int(series.of_step["step"][trained[-1]])
     if 0.001 <= share <= 0.9:
         return None
@@ -188,7 +188,7 @@ def loss_scale_sinks(series: Series) -> Finding | None:
     top = highest(scale)
     if not top > 1 or not scale[-1] <= top / 256:
         return None
-    overflows = int((series.outcome == "loss_scale").sum())
+    overflows = int((series.outcome == "fp16_overflow").sum())
     return Finding(
         code="LOSS_SCALE_SINKS",
         severity="critical" if scale[-1] < 4 else "warning",

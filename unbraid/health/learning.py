@@ -107,7 +107,7 @@ def _overfits(series: Series) -> tuple[int, float, float] | None:
 
 def easy_share(series: Series) -> Finding | None:
     """Filters that take most examples out."""
-    easy, trained = (np.nansum(series.of_step[name][-1000:]) for name in ("n_easy", "n_trained"))
+    easy, trained = (np.nansum(series.of_step[name][-1000:]) for name in ("n_filtered", "n_trained"))
     if len(series) < 100 or easy <= trained:
         return None
     steps = series.of_step["step"][-1000:]
@@ -177,15 +177,15 @@ def not_shuffled(series: Series) -> Finding | None:
     rest = (level[AROUND:-AROUND] - np.median(around, axis=1))[np.isfinite(around).all(1)]
     if len(rest) < 400:
         return None
-    likeness = _autocorrelation(rest)
-    if likeness < 0.5:
+    similarity = _autocorrelation(rest)
+    if similarity < 0.5:
         return None
     return Finding(
         code="NOT_SHUFFLED",
         severity="warning",
         what="Neighbouring steps are alike: the data seem to come in order.",
         why=(
-            f"What is left of the loss without its trend has a correlation of {likeness:.2f} from step to step, "
+            f"What is left of the loss without its trend has a correlation of {similarity:.2f} from step to step, "
             "where shuffled data have none."
         ),
         advice="Shuffle the data set.",

@@ -29,7 +29,7 @@ def _span(series: Series) -> tuple[int, int]:
 
 def dead_output(series: Series) -> Finding | None:
     """An output that is silent whatever the mixture."""
-    levels = [item["levels_db"] for item in _last_items(series) if item.get("levels_db")]
+    levels = [item["estimate_levels_db"] for item in _last_items(series) if item.get("estimate_levels_db")]
     if len(series.sampled.step) < 3 or len(levels) < 3 or series.said("loss.inactive_weight", 0):
         return None
     table = rows_of(levels)
@@ -55,17 +55,17 @@ def dead_output(series: Series) -> Finding | None:
 
 def collapsed_outputs(series: Series) -> Finding | None:
     """Outputs that are the same sound."""
-    likeness = np.array([item["likeness"] for item in _last_items(series) if item.get("likeness") is not None])
+    similarity = np.array([item["similarity"] for item in _last_items(series) if item.get("similarity") is not None])
     n_full = int(series.at_full_rate.sum())
-    if len(series.sampled.step) < LAST_SAMPLES or n_full < 300 or not middle(likeness) > 0.99:
+    if len(series.sampled.step) < LAST_SAMPLES or n_full < 300 or not middle(similarity) > 0.99:
         return None
     return Finding(
         code="OUTPUTS_ALIKE",
         severity="critical" if n_full > 2000 else "warning",
         what="The outputs are the same sound.",
         why=(
-            f"In the last {len(likeness)} examples looked at, two outputs had a correlation of "
-            f"{middle(likeness):.3f} (median)."
+            f"In the last {len(similarity)} examples looked at, two outputs had a correlation of "
+            f"{middle(similarity):.3f} (median)."
         ),
         advice=(
             "Begin again with a lower learning rate or another seed; see that the loss takes the best order "
@@ -180,7 +180,12 @@ def silent_sources(series: Series) -> Finding | None:
 def foreign_sum(series: Series) -> Finding | None:
     """Sources that do not add up to the mixture, where no noise was asked for."""
     beside = np.array(
-        [item["beside_db"] for items in series.sampled.items for item in items if item.get("beside_db") is not None]
+        [
+            item["source_residual_db"]
+            for items in series.sampled.items
+            for item in items
+            if item.get("source_residual_db") is not None
+        ]
     )
     if len(beside) < 20 or series.said("data.noise") or not middle(beside) > -30:
         return None

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from unbraid.config.recipe import find_recipe
+from unbraid.config.shipped_recipes import find_recipe
 from unbraid.console import Advance, progress_bar
 from unbraid.errors import RecipeError, UserError
 from unbraid.io import write_atomically

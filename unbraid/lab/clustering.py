@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from unbraid.dsp import SILENCE, istft, stft
 from unbraid.inference import infer
-from unbraid.model_output import Separation
+from unbraid.model_output import ModelOutput
 from unbraid.seeding import generator
 
 N_STARTS = 4
@@ -87,7 +87,7 @@ class Clustered(nn.Module):
     For evaluation; there is no gradient through it.
 
     Args:
-        model: It returns a `Separation` with an embedding.
+        model: It returns a `ModelOutput` with an embedding.
         n_sources: How many sources.
         seed: Of the clustering, the same for every mixture.
 
@@ -106,7 +106,7 @@ class Clustered(nn.Module):
             ValueError: If the model returns no embedding.
         """
         output = infer(self.model, mixture)
-        if not isinstance(output, Separation) or output.embedding is None:
+        if not isinstance(output, ModelOutput) or output.embedding is None:
             raise ValueError("The model returns no embedding to cluster.")
         window = torch.hann_window(output.n_fft, device=mixture.device).sqrt()
         batch, time = len(mixture), mixture.shape[-1]

@@ -14,7 +14,7 @@ from unbraid.config.recipe import Recipe, recipe_with
 from unbraid.config.registry import build_loss
 from unbraid.data.batch import Batch
 from unbraid.data.dataset import Key
-from unbraid.data.loader import StepKeys, batches, collate
+from unbraid.data.loader import StepSampler, batches, collate
 from unbraid.errors import DataError, RecipeError
 from unbraid.losses.pit import SeparationLoss
 from unbraid.robust.precision import Precision, best_precision
@@ -26,7 +26,7 @@ from unbraid.train.validate import validation
 
 
 @dataclass(frozen=True)
-class Subject:
+class Experiment:
     """A point in the space of weights, and the mixtures to look at it with.
 
     Attributes:
@@ -86,7 +86,7 @@ class Subject:
     def steps(self, *, first_step: int = 0) -> Iterator[list[Batch]]:
         """The micro-batches of each training step from one on, without end; the same ones for every experiment."""
         data, accumulate = self.recipe.data, self.recipe.train.accumulate
-        keys = StepKeys(len(self.corpus.train), data.batch_size, first_step=first_step, accumulate=accumulate)
+        keys = StepSampler(len(self.corpus.train), data.batch_size, first_step=first_step, accumulate=accumulate)
         loaded = batches(self.corpus.train, keys, workers=data.workers)
         while True:
             yield [next(loaded).batch.to(choose_device()) for _ in range(accumulate)]
@@ -112,7 +112,7 @@ class Subject:
         return validation(self.corpus.valid, n_items=n_items, batch_size=size, assign=recipe.assign)(state)
 
 
-def of_recipe(recipe: Recipe, name: str) -> Subject:
+def of_recipe(recipe: Recipe, name: str) -> Experiment:
     """The model of a recipe as a run by it would begin: weights from its seed, or from ``model.init``.
 
     Raises:
@@ -121,10 +121,10 @@ def of_recipe(recipe: Recipe, name: str) -> Subject:
     corpus, model = build_corpus(recipe), build_model(recipe)
     if "init" in recipe.model.options:
         load_weights(model, read_checkpoint(find_checkpoint(Path(recipe.model.options["init"]))))
-    return Subject(name, recipe, corpus, _copied(model))
+    return Experiment(name, recipe, corpus, _copied(model))
 
 
-def of_checkpoint(path: Path, *, overrides: Sequence[str] = (), trust: bool = False) -> Subject:
+def of_checkpoint(path: Path, *, overrides: Sequence[str] = (), trust: bool = False) -> Experiment:
     """The model of a checkpoint, with the mixtures that it was trained on.
 
     Args:
@@ -143,7 +143,7 @@ def of_checkpoint(path: Path, *, overrides: Sequence[str] = (), trust: bool = Fa
         corpus = build_corpus(recipe, trust=trust)
     except DataError as error:
         raise DataError(f"{error} Where the recordings lie elsewhere now: --set data.path=THERE.") from error
-    return Subject(checkpoint.path.name, recipe, corpus, _copied(model), trusted=trust, step=step)
+    return Experiment(checkpoint.path.name, recipe, corpus, _copied(model), trusted=trust, step=step)
 
 
 def model_of(checkpoint: Checkpoint, recipe: Recipe, *, trust: bool) -> nn.Module:

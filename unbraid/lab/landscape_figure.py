@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from unbraid.figures import Plate
+from unbraid.figures import FigureSpec
 from unbraid.lab.landscape import Around, Between, OfPath, barrier
 from unbraid.lab.weight_directions import Floats, random_walk_shares
 
@@ -19,7 +19,7 @@ MODEL, PATH, LINES = "#d62728", "#d62728", ("#1f77b4", "#ff7f0e", "#2ca02c", "#9
 _CURVE, _CONTOUR, _SURFACE = (6.4, 4.0), (6.4, 5.0), (6.4, 5.4)
 
 
-def plates_around(found: Around, losses: Floats, *, name: str, unit: str) -> list[Plate]:
+def plates_around(found: Around, losses: Floats, *, name: str, unit: str) -> list[FigureSpec]:
     """Curves, contours and surface around a model.
 
     Args:
@@ -66,9 +66,9 @@ def plates_around(found: Around, losses: Floats, *, name: str, unit: str) -> lis
     title = f"The loss around {name}"
     curves = partial(_draw_lines, found.offsets, lines, unit)
     return [
-        Plate("around-lines", f"{title}, along lines", about_lines, numbers, curves, _CURVE),
-        Plate("around-contour", title, about_grid, numbers, field.draw_contour, _CONTOUR),
-        Plate("around-surface", f"{title}, as a surface", about_grid, numbers, field.draw_surface, _SURFACE),
+        FigureSpec("around-lines", f"{title}, along lines", about_lines, numbers, curves, _CURVE),
+        FigureSpec("around-contour", title, about_grid, numbers, field.draw_contour, _CONTOUR),
+        FigureSpec("around-surface", f"{title}, as a surface", about_grid, numbers, field.draw_surface, _SURFACE),
     ]
 
 
@@ -84,7 +84,7 @@ def _about_rises(rises: Sequence[float]) -> str:
     )
 
 
-def plate_between(found: Between, losses: Floats, *, names: tuple[str, str], unit: str) -> Plate:
+def plate_between(found: Between, losses: Floats, *, names: tuple[str, str], unit: str) -> FigureSpec:
     """The curve from one model to another, with the barrier.
 
     Args:
@@ -121,10 +121,10 @@ def plate_between(found: Between, losses: Floats, *, names: tuple[str, str], uni
         "and have a barrier all the same."
     )
     title = f"The loss from {names[0]} to {names[1]}"
-    return Plate("between", title, caption, numbers, partial(_draw_between, found.at, losses, unit), _CURVE)
+    return FigureSpec("between", title, caption, numbers, partial(_draw_between, found.at, losses, unit), _CURVE)
 
 
-def plates_of_path(found: OfPath, losses: Floats, *, name: str, unit: str) -> list[Plate]:
+def plates_of_path(found: OfPath, losses: Floats, *, name: str, unit: str) -> list[FigureSpec]:
     """Contours and surface in the plane of a run's path, with the path.
 
     Args:
@@ -157,8 +157,10 @@ def plates_of_path(found: OfPath, losses: Floats, *, name: str, unit: str) -> li
     field = Field(found.x, found.y, grid, unit, labels, found.plane.path, own)
     title = f"The path of {name}"
     return [
-        Plate("path-contour", title, caption.strip(), numbers, field.draw_contour, _CONTOUR),
-        Plate("path-surface", f"{title}, on the surface", f"{caption}{beside}", numbers, field.draw_surface, _SURFACE),
+        FigureSpec("path-contour", title, caption.strip(), numbers, field.draw_contour, _CONTOUR),
+        FigureSpec(
+            "path-surface", f"{title}, on the surface", f"{caption}{beside}", numbers, field.draw_surface, _SURFACE
+        ),
     ]
 
 

@@ -13,9 +13,9 @@ import torch
 
 from unbraid.build import choose_device
 from unbraid.errors import CheckpointError, UserError
-from unbraid.figures import Plate, write_figure
+from unbraid.figures import FigureSpec, write_figure
 from unbraid.io import write_atomically
-from unbraid.lab.experiment import Subject, mean_loss, model_of
+from unbraid.lab.experiment import Experiment, mean_loss, model_of
 from unbraid.lab.landscape import Chart, Measure, around, between, measured, of_path
 from unbraid.lab.landscape_figure import plate_between, plates_around, plates_of_path
 from unbraid.lab.landscape_points import Surveyed, kept_name, survey
@@ -39,12 +39,12 @@ class View:
 
     name: Literal["around", "between", "path"]
     chart: Chart
-    plates: Callable[[Floats], list[Plate]]
+    plates: Callable[[Floats], list[FigureSpec]]
     arrays: dict[str, Any] = field(default_factory=dict)
 
 
 def view_of(
-    subject: Subject,
+    subject: Experiment,
     *,
     other: Path | None = None,
     run: Path | None = None,
@@ -69,7 +69,7 @@ def view_of(
     return view_around(subject, span=1.0 if span is None else span, n_points=n_points, seed=seed)
 
 
-def tell(found: Surveyed, plates: list[Plate], out: Path, n_items: int) -> Iterator[str]:
+def tell(found: Surveyed, plates: list[FigureSpec], out: Path, n_items: int) -> Iterator[str]:
     """What to say of it, line by line."""
     if found.n_new:
         yield (
@@ -86,7 +86,7 @@ def tell(found: Surveyed, plates: list[Plate], out: Path, n_items: int) -> Itera
     yield f"Figures and numbers are in {out}: {', '.join(f'{plate.name}.png' for plate in plates)}."
 
 
-def view_around(subject: Subject, *, span: float = 1.0, n_points: int = 21, seed: int = 0) -> View:
+def view_around(subject: Experiment, *, span: float = 1.0, n_points: int = 21, seed: int = 0) -> View:
     """Random directions around a subject; as `around`."""
     filters = filters_of(subject.model())
     found = around(subject.weights, parameters_of(subject), span=span, n_points=n_points, seed=seed, filters=filters)
@@ -97,7 +97,7 @@ def view_around(subject: Subject, *, span: float = 1.0, n_points: int = 21, seed
     )
 
 
-def view_between(subject: Subject, other: Path, *, beyond: float = 0.25, n_points: int = 21) -> View:
+def view_between(subject: Experiment, other: Path, *, beyond: float = 0.25, n_points: int = 21) -> View:
     """The line from a subject to another checkpoint of the same model; as `between`.
 
     Raises:
@@ -114,14 +114,14 @@ def view_between(subject: Subject, other: Path, *, beyond: float = 0.25, n_point
     return View("between", found.chart, lambda losses: [plate_between(found, losses, names=names, unit=unit)], arrays)
 
 
-def _two_names(subject: Subject, other: Path) -> tuple[str, str]:
+def _two_names(subject: Experiment, other: Path) -> tuple[str, str]:
     """Names that tell two checkpoints apart."""
     if other.name != subject.name:
         return subject.name, other.name
     return f"the first {subject.name}", f"the other {other.name}"
 
 
-def folder_for(checkpoint: Path, subject: Subject, out: Path | None) -> Path:
+def folder_for(checkpoint: Path, subject: Experiment, out: Path | None) -> Path:
     """Where to write: what was said, or a folder that no other checkpoint's figures are in.
 
     Raises:
@@ -135,7 +135,7 @@ def folder_for(checkpoint: Path, subject: Subject, out: Path | None) -> Path:
     return out
 
 
-def view_path(subject: Subject, run: Path, *, margin: float = 0.25, n_points: int = 21) -> View:
+def view_path(subject: Experiment, run: Path, *, margin: float = 0.25, n_points: int = 21) -> View:
     """The plane of the checkpoints of a run directory; as `of_path`.
 
     Raises:
@@ -165,17 +165,17 @@ def view_path(subject: Subject, run: Path, *, margin: float = 0.25, n_points: in
     return View("path", found.chart, lambda losses: plates_of_path(found, losses, name=name, unit=unit), arrays)
 
 
-def parameters_of(subject: Subject) -> list[str]:
+def parameters_of(subject: Experiment) -> list[str]:
     """Names of the model's parameters."""
     return [name for name, _ in subject.model().named_parameters()]
 
 
-def unit_of(subject: Subject) -> str:
+def unit_of(subject: Experiment) -> str:
     """What to write at an axis of losses."""
     return "loss (dB)" if subject.loss().in_db else "loss"
 
 
-def loss_of(subject: Subject, n_items: int, split: Literal["train", "valid"] = "train") -> tuple[Measure, str]:
+def loss_of(subject: Experiment, n_items: int, split: Literal["train", "valid"] = "train") -> tuple[Measure, str]:
     """The mean loss over the first mixtures of a split, in float32, and a digest of the mixtures."""
     some, loss, precision = subject.fixed(n_items, split=split), subject.loss(), Precision("fp32")
     digest = digest_of([{"mixture": batch.mixture, "sources": batch.sources} for batch in some])
@@ -183,7 +183,7 @@ def loss_of(subject: Subject, n_items: int, split: Literal["train", "valid"] = "
 
 
 def look(
-    subject: Subject,
+    subject: Experiment,
     view: View,
     out: Path,
     *,
@@ -191,7 +191,7 @@ def look(
     split: Literal["train", "valid"] = "train",
     stop: StopRequest | None = None,
     progress: Callable[[float, str], None] = lambda done, text: None,
-) -> tuple[Surveyed, list[Plate]]:
+) -> tuple[Surveyed, list[FigureSpec]]:
     """Take the losses of a view, draw them into a folder, and write their numbers beside; no plates if it is stopped.
 
     Args:

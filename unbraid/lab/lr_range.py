@@ -14,13 +14,13 @@ from scipy.ndimage import gaussian_filter1d
 from torch import nn
 
 from unbraid.columns import Floats
-from unbraid.config.recipe import Part
+from unbraid.config.recipe import Component
 from unbraid.data.batch import Batch
 from unbraid.errors import UserError
-from unbraid.lab.experiment import Subject, mean_loss
+from unbraid.lab.experiment import Experiment, mean_loss
 from unbraid.plot_data import running_mean
 from unbraid.signals import StopRequest
-from unbraid.train.state import TrainState, judged_weights, set_learning_rate
+from unbraid.train.state import TrainState, evaluation_weights, set_learning_rate
 from unbraid.train.step import train_step
 
 Progress = Callable[[float, str], None]
@@ -126,7 +126,7 @@ def rates(start: float = FROM, end: float = TO, n_steps: int = N_STEPS) -> Float
 
 
 def lr_range(
-    subject: Subject,
+    subject: Experiment,
     lrs: Floats | None = None,
     *,
     stop: StopRequest | None = None,
@@ -170,11 +170,13 @@ def lr_range(
     )
 
 
-def without_schedule(subject: Subject) -> Subject:
+def without_schedule(subject: Experiment) -> Experiment:
     """The same with a constant learning rate of 1 to be multiplied, and without loss filters and average."""
     recipe = subject.recipe
     optim = replace(recipe.optim, options={**recipe.optim.options, "lr": 1.0})
-    bare = replace(recipe, optim=optim, schedule=Part("constant"), filters=(), train=replace(recipe.train, ema=0.0))
+    bare = replace(
+        recipe, optim=optim, schedule=Component("constant"), filters=(), train=replace(recipe.train, ema=0.0)
+    )
     return replace(subject, recipe=bare)
 
 
@@ -330,7 +332,7 @@ def suggest(
 
 
 def lr_grid(
-    subject: Subject,
+    subject: Experiment,
     lrs: Sequence[float] | Floats,
     *,
     n_steps: int = 50,
@@ -369,7 +371,7 @@ def lr_grid(
 
 def _judged(state: TrainState, fixed: Sequence[Batch]) -> float:
     state.bare_model.eval()
-    with torch.no_grad(), judged_weights(state):
+    with torch.no_grad(), evaluation_weights(state):
         return float(mean_loss(state.bare_model, state.loss, state.precision, fixed))
 
 

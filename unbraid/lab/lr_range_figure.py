@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from unbraid.columns import Floats
-from unbraid.figures import Plate, write_figure
+from unbraid.figures import FigureSpec, write_figure
 from unbraid.io import write_atomically
 from unbraid.lab.lr_range import LrGrid, RangeTest, short
 from unbraid.records import json_row
@@ -26,7 +26,7 @@ OFF = {
 """How far the suggestion was found to lie from the best rate of a grid, by optimizer or clipper; see `suggest`."""
 
 
-def lr_range_plate(test: RangeTest, grid: LrGrid | None = None) -> Plate:
+def lr_range_figure(test: RangeTest, grid: LrGrid | None = None) -> FigureSpec:
     """The figure: loss over learning rate, with the grid's if there is one; gradient norm and size of updates below.
 
     Args:
@@ -35,7 +35,7 @@ def lr_range_plate(test: RangeTest, grid: LrGrid | None = None) -> Plate:
     """
     told = numbers(test, grid)
     known = {name: told[name] for name in ("suggestion", "grid_best") if told.get(name) is not None}
-    return Plate(
+    return FigureSpec(
         "lr-range",
         f"Learning-rate range test of {test.name}, {test.optimizer}",
         " ".join(words(test, grid)),
@@ -107,7 +107,7 @@ def write_lr_range(out: Path, test: RangeTest, grid: LrGrid | None = None) -> Pa
     """
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "lr-range.json", json.dumps(numbers(test, grid), indent=1, allow_nan=False) + "\n")
-    return write_figure(lr_range_plate(test, grid), out)
+    return write_figure(lr_range_figure(test, grid), out)
 
 
 def _draw(figure: "Figure", test: RangeTest, grid: LrGrid | None) -> None:

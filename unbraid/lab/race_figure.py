@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from unbraid.columns import Floats
-from unbraid.figures import Plate
+from unbraid.figures import FigureSpec
 from unbraid.lab.sweep import Cell, Ended
 from unbraid.plot_data import running_mean
 from unbraid.records import read_steps, read_validation
@@ -48,7 +48,7 @@ def courses_of(cells: Sequence[tuple[Cell, Ended]]) -> Courses:
     return Courses(losses, norms, scores)
 
 
-def race_plate(ended: Sequence[tuple[Cell, Ended]], verdict: str) -> Plate:
+def race_figure(ended: Sequence[tuple[Cell, Ended]], verdict: str) -> FigureSpec:
     """The figure of a race that was run."""
     courses = courses_of(ended)
     n_seeds = len({cell.seed for cell, _ in ended})
@@ -62,7 +62,7 @@ def race_plate(ended: Sequence[tuple[Cell, Ended]], verdict: str) -> Plate:
         arm: float(np.mean([v[-1] for _, v in of_arm if len(v)] or [np.nan])) for arm, of_arm in courses.scores.items()
     }
     draw = partial(draw_race, courses, about=about)
-    return Plate("race", "A race from the same weights", caption, numbers, draw, size=(12.0, 4.4))
+    return FigureSpec("race", "A race from the same weights", caption, numbers, draw, size=(12.0, 4.4))
 
 
 def draw_race(courses: Courses, figure: "Figure", *, about: str = "") -> None:

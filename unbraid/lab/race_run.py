@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from unbraid.config.recipe import find_recipe
+from unbraid.config.shipped_recipes import find_recipe
 from unbraid.console import progress_bar
 from unbraid.figures import write_figure
 from unbraid.io import write_atomically
 from unbraid.lab.confidence import Interval
 from unbraid.lab.race import Entry, entries_of, race_cells, race_json, who_is_ahead
-from unbraid.lab.race_figure import race_plate
+from unbraid.lab.race_figure import race_figure
 from unbraid.lab.sweep import Cell, Ended, outcome_of, overrides_for_steps, run_cells, what_fell
 from unbraid.lab.sweep_run import make_folders, say, side_by_side
 from unbraid.plots import check_matplotlib
@@ -40,7 +40,7 @@ def run_race(args: argparse.Namespace, stop: StopRequest) -> list[str]:
     numbers = args.json or args.out / "race.json"
     write_atomically(numbers, json.dumps(race_json(entries, outcomes, notes=notes), indent=1, allow_nan=False) + "\n")
     verdict = who_is_ahead(outcomes)
-    picture = write_figure(race_plate(ended, verdict), args.out)
+    picture = write_figure(race_figure(ended, verdict), args.out)
     return [*what_fell(ended), verdict, f"Curves: {picture}; numbers: {numbers}", side_by_side(args.out)]
 
 

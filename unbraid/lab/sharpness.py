@@ -10,7 +10,7 @@ from torch import Tensor
 
 from unbraid.data.batch import Batch
 from unbraid.errors import UserError
-from unbraid.lab.experiment import Subject, mean_loss
+from unbraid.lab.experiment import Experiment, mean_loss
 from unbraid.lab.gradient_noise import NoiseScale, noise_scale
 from unbraid.lab.hessian import WAYS, Extremes, Loss, best_way, extremes, gradient, hessian_product
 from unbraid.records import json_row
@@ -55,7 +55,7 @@ class Sharpness:
 
 
 def sharpness_of(
-    subject: Subject,
+    subject: Experiment,
     *,
     n_items: int = 32,
     n_products: int = 200,
@@ -116,7 +116,7 @@ class _Stopped(Exception):
 
 
 def _noise(
-    subject: Subject,
+    subject: Experiment,
     n_items: int,
     split: Literal["train", "valid"],
     gradient_of: Callable[..., Tensor],
@@ -142,7 +142,7 @@ def _noise(
         return None
 
 
-def _loss_of(subject: Subject, batch: Batch) -> Loss:
+def _loss_of(subject: Experiment, batch: Batch) -> Loss:
     loss, precision = subject.loss(), Precision("fp32")
     return lambda model: mean_loss(model, loss, precision, [batch])
 

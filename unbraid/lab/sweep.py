@@ -32,7 +32,7 @@ ENDED = "ended.json"
 SHARE_AT_THE_END = 0.1
 """The final loss is the mean over this share of the steps."""
 
-FAULTS = frozenset({"nonfinite_loss", "nonfinite_gradient", "over_limit", "loss_scale"})
+FAULTS = frozenset({"nonfinite_loss", "nonfinite_gradient", "over_limit", "fp16_overflow"})
 
 
 @dataclass(frozen=True)

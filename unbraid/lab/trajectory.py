@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from unbraid.columns import Floats
-from unbraid.config.recipe import Part, Recipe
-from unbraid.config.registry import build_part
+from unbraid.config.recipe import Component, Recipe
+from unbraid.config.registry import build_component
 from unbraid.data.batch import Batch
-from unbraid.lab.experiment import Subject
+from unbraid.lab.experiment import Experiment
 from unbraid.lab.hessian import exact_float32
 from unbraid.records import StepRecord
 from unbraid.robust import CLIPPERS
@@ -39,7 +39,7 @@ class Reading:
         outcome: ``trained``, or why it was left out.
         loss: Of the batch, before the step; None where it has none.
         grad_norm: Before clipping.
-        limit: What the clipper allowed; infinite for no limit.
+        max_norm:What the clipper allowed; infinite for no limit.
         step_size: L2 norm of the change of all weights; 0 where the step was left out.
         smoothness: As `smoothness` measures it; None where it was not, or not finite.
         clipped: Whether the step was shortened: its norm after transforms, if there are any, was above the limit.
@@ -49,13 +49,13 @@ class Reading:
     outcome: str
     loss: float | None
     grad_norm: float | None
-    limit: float | None
+    max_norm: float | None
     step_size: float
     smoothness: float | None = None
     clipped: bool = False
 
 
-Column = Literal["step", "loss", "grad_norm", "limit", "step_size", "smoothness"]
+Column = Literal["step", "loss", "grad_norm", "max_norm", "step_size", "smoothness"]
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def smoothness(gradient: Gradient, weights: Tensor, change: Tensor, fractions: S
     return found
 
 
-def follow(subject: Subject, state: TrainState, *, n_steps: int, every: int) -> Iterator[Reading]:
+def follow(subject: Experiment, state: TrainState, *, n_steps: int, every: int) -> Iterator[Reading]:
     """Train a state up to a step, and read what each step does; it ends earlier where a training would be ended.
 
     The smoothness is that of the mean loss of the step's batch, in float32 and without filters, with the noise that
@@ -174,7 +174,7 @@ def follow(subject: Subject, state: TrainState, *, n_steps: int, every: int) -> 
 
     Args:
         subject: Whose batches are taken; the state's step says from which on.
-        state: Of `Subject.fork`; changed in place.
+        state: Of `Experiment.fork`; changed in place.
         n_steps: Where to end, as a number of steps from the beginning; a schedule's budget too.
         every: Measure the smoothness in each step whose number is a multiple of it.
 
@@ -199,7 +199,7 @@ def follow(subject: Subject, state: TrainState, *, n_steps: int, every: int) -> 
 
 def _reading(record: StepRecord, step_size: float, found: float) -> Reading:
     known = found if math.isfinite(found) else None
-    told = record.step, record.outcome, record.loss, record.grad_norm, record.limit
+    told = record.step, record.outcome, record.loss, record.grad_norm, record.max_norm
     return Reading(*told, step_size, known, record.clipped)
 
 
@@ -244,7 +244,7 @@ AS_RECIPE = "recipe"
 """The name that stands for the recipe's own clipper, with its options."""
 
 
-def with_clip(subject: Subject, name: str) -> Subject:
+def with_clip(subject: Experiment, name: str) -> Experiment:
     """The same subject, clipped by something else, as `clipped_by` takes it."""
     return replace(subject, recipe=clipped_by(subject.recipe, name))
 
@@ -257,5 +257,5 @@ def clipped_by(recipe: Recipe, name: str) -> Recipe:
     """
     if name in (AS_RECIPE, recipe.clip.name):
         return recipe
-    build_part("clip", Part(name), CLIPPERS, recipe.folder)
-    return replace(recipe, clip=Part(name))
+    build_component("clip", Component(name), CLIPPERS, recipe.folder)
+    return replace(recipe, clip=Component(name))

@@ -55,7 +55,7 @@ def _draw_series(axes: "Axes", arm: Trajectory, name: Column, color: str) -> Non
     style = {"marker": ".", "markersize": 3} if name == "smoothness" else {}
     axes.plot(step[known], values[known], color=color, linewidth=0.8, **style)  # type: ignore[arg-type]
     if name == "grad_norm":
-        limit = arm.column("limit")
+        limit = arm.column("max_norm")
         there = np.isfinite(limit)
         if there.any():
             axes.plot(step[there], limit[there], color=LIMIT, linewidth=1.6, label="clipped to")

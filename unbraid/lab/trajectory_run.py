@@ -11,8 +11,8 @@ from typing import Any
 import unbraid
 from unbraid.config.recipe import load_recipe, recipe_table
 from unbraid.errors import UserError
-from unbraid.io import replacing, write_atomically
-from unbraid.lab.experiment import Subject, of_recipe
+from unbraid.io import atomic_replace, write_atomically
+from unbraid.lab.experiment import Experiment, of_recipe
 from unbraid.lab.trajectory import FRACTIONS, Column, Correlation, Reading, Trajectory, clipped_by, follow, with_clip
 from unbraid.lab.weight_directions import digest_of
 from unbraid.plots import check_matplotlib
@@ -85,7 +85,8 @@ class Course:
             for name, found in self.correlations(arm).items()
         }
         columns = {
-            name: [_plain(value) for value in arm.column(name)] for name in ("loss", "grad_norm", "limit", "step_size")
+            name: [_plain(value) for value in arm.column(name)]
+            for name in ("loss", "grad_norm", "max_norm", "step_size")
         }
         measured = {r.step: _plain(r.smoothness) for r in arm.readings if r.smoothness is not None}
         left_out = {r.step: r.outcome for r in arm.readings if r.outcome != "trained"}
@@ -99,7 +100,7 @@ def _plain(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else float(f"{value:.6g}")
 
 
-def prepare(path: Path, overrides: Sequence[str], *, clips: Sequence[str], n_steps: int, every: int) -> Subject:
+def prepare(path: Path, overrides: Sequence[str], *, clips: Sequence[str], n_steps: int, every: int) -> Experiment:
     """The subject of a recipe, after every check that can be made before any work.
 
     Raises:
@@ -126,7 +127,7 @@ def check(n_steps: int, every: int) -> None:
 
 
 def run_arms(
-    subject: Subject,
+    subject: Experiment,
     folder: Path,
     *,
     clips: Sequence[str] = CLIPS,
@@ -144,7 +145,7 @@ def run_arms(
         n_steps: Of each arm.
         every: Steps from one measurement to the next.
         stop: Where a signal asks for it, the step at hand is the last.
-        progress: Told the share that is done, and what is under way.
+        progress: Called with the share that is done, and what is under way.
 
     Raises:
         UserError: If a clipper is unknown, the interval too long, or the folder holds another experiment.
@@ -184,7 +185,7 @@ def _told(reading: Reading) -> str:
 class _Track:
     """One arm, and the checkpoint that keeps its state together with what was read so far."""
 
-    def __init__(self, run: RunDirectory, subject: Subject, n_steps: int, every: int) -> None:
+    def __init__(self, run: RunDirectory, subject: Experiment, n_steps: int, every: int) -> None:
         self.run, self.subject, self.n_steps, self.every = run, subject, n_steps, every
         self.state: TrainState  # made when the arm begins
         self.recipe = recipe_table(subject.recipe)
@@ -246,6 +247,6 @@ def write_course(course: Course, folder: Path, numbers: Path | None = None) -> l
     write_atomically(file, json.dumps(course.table(), allow_nan=False) + "\n")
     figure = Figure(figsize=size_of(course), layout="constrained")
     draw(figure, course)
-    with replacing(picture) as temporary:
+    with atomic_replace(picture) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
     return [f"The figure is {picture}, the numbers are in {file}."]

@@ -1,7 +1,7 @@
 """LOSSES, by name: ``(estimate, target)``, both ``(..., time)``, to one value per signal; lower is better.
 
 A loss may ask for more, by the names of its parameters: the ``mixture``, ``(batch, channel, time)``; and of a model
-that returns a `Separation` the ``embedding``, and ``n_fft`` and ``hop_length`` of its spectrum. Those that do are
+that returns a `ModelOutput` the ``embedding``, and ``n_fft`` and ``hop_length`` of its spectrum. Those that do are
 given signals ``(batch, source, channel, time)``, and may return one value per example, ``(batch,)``. Keyword arguments
 of other names are keys of the recipe.
 """
@@ -41,7 +41,7 @@ LOSSES: dict[str, SignalLoss] = {
 IN_DB: frozenset[SignalLoss] = frozenset({neg_si_sdr, neg_snr, neg_thresholded_snr, neg_sa_sdr})
 """Losses whose values are in dB, so that a threshold in dB means something."""
 
-IGNORE_LEVEL: frozenset[SignalLoss] = frozenset({neg_si_sdr})
+SCALE_INVARIANT: frozenset[SignalLoss] = frozenset({neg_si_sdr})
 """Losses that do not care for an estimate's gain, and to which a silent target means nothing."""
 
 BY_PRODUCTS: dict[SignalLoss, Callable[..., Tensor]] = {
@@ -61,9 +61,12 @@ def bare(loss: SignalLoss | None) -> SignalLoss | None:
     return loss.func if isinstance(loss, functools.partial) else loss
 
 
-def ignores_level(loss: SignalLoss | None) -> bool:
-    """Whether a loss leaves the level open: one of `IGNORE_LEVEL`, or your own with ``ignores_level = True``."""
-    return bare(loss) in IGNORE_LEVEL or getattr(bare(loss), "ignores_level", False) is True
+def is_scale_invariant(loss: SignalLoss | None) -> bool:
+    """Return whether a loss ignores the level, as those in `SCALE_INVARIANT` do.
+
+    A loss of your own says so with the attribute ``is_scale_invariant = True``.
+    """
+    return bare(loss) in SCALE_INVARIANT or getattr(bare(loss), "is_scale_invariant", False) is True
 
 
 def is_in_db(loss: SignalLoss) -> bool:
@@ -78,7 +81,7 @@ def by_products(loss: SignalLoss) -> Callable[[Products], Tensor] | None:
     return functools.partial(found, **loss.keywords) if found and isinstance(loss, functools.partial) else found
 
 
-def asks_for(loss: SignalLoss) -> dict[str, bool]:
+def loss_inputs(loss: SignalLoss) -> dict[str, bool]:
     """Which of `NAMES` a loss is given, and whether it cannot do without.
 
     Estimate and target are its first two parameters, whatever they are called, unless it asks for an embedding

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from unbraid.errors import UserError
-from unbraid.losses import SignalLoss, asks_for, by_products, ignores_level
-from unbraid.metrics import mean_square, pair_products, sounding
+from unbraid.losses import SignalLoss, by_products, is_scale_invariant, loss_inputs
+from unbraid.metrics import is_active, mean_square, pair_products
 
 Extras = Mapping[str, Any]
 """What a loss may ask for by name: ``mixture`` (batch, channel, time), ``embedding``, ``n_fft``, ``hop_length``."""
@@ -33,7 +33,7 @@ def as_terms(loss: SignalLoss | Sequence[Term]) -> Sequence[Term]:
 
 def compares(loss: SignalLoss) -> bool:
     """Whether it depends on which estimate is held against which target."""
-    return "estimate" in asks_for(loss)
+    return "estimate" in loss_inputs(loss)
 
 
 def pair_losses(loss: SignalLoss, estimate: Tensor, target: Tensor, extras: Extras) -> Tensor:
@@ -48,9 +48,9 @@ def pair_losses(loss: SignalLoss, estimate: Tensor, target: Tensor, extras: Extr
             for i in range(estimate.shape[1])
         ]
         pairs = torch.stack([torch.stack([_by_channel(pair) for pair in row], -1) for row in rows], -2)
-    if not ignores_level(loss):
+    if not is_scale_invariant(loss):
         return pairs.mean(1) / target.shape[1]
-    counts = sounding(target).transpose(1, 2)[:, :, None]
+    counts = is_active(target).transpose(1, 2)[:, :, None]
     return torch.where(counts, pairs, 0.0).sum(1) / counts.sum((1, 3)).unsqueeze(-1)
 
 
@@ -71,7 +71,7 @@ def value_of(loss: SignalLoss, estimate: Tensor, target: Tensor, extras: Extras)
     Raises:
         UserError: If there is not what it asks for, or it returned neither.
     """
-    asked = asks_for(loss)
+    asked = loss_inputs(loss)
     known = {"estimate": estimate, "target": target, **extras}
     given = {name: known[name] for name in asked if known.get(name) is not None}
     missing = [name for name, needed in asked.items() if needed and name not in given]

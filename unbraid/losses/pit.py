@@ -8,7 +8,7 @@ from torch import Tensor
 
 from unbraid.dsp import SILENCE, without_autocast
 from unbraid.errors import UserError
-from unbraid.losses import SignalLoss, bare, ignores_level, is_in_db
+from unbraid.losses import SignalLoss, bare, is_in_db, is_scale_invariant
 from unbraid.losses.mixit import mixit_ways
 from unbraid.losses.pairwise import Extras, Term, as_terms, compares, pair_losses, value_of, wide
 from unbraid.losses.waveform import neg_sa_sdr, neg_si_sdr, neg_snr
@@ -16,7 +16,7 @@ from unbraid.metrics import (
     all_orders,
     best_assignment,
     distortion_of,
-    mean_over_sounding,
+    mean_over_active,
     mean_square,
     pair_products,
     ratio_db,
@@ -35,13 +35,13 @@ class Assigned(NamedTuple):
         losses: ``(batch,)``.
         order: Which output belongs to each target, ``(batch, source)``, int64; with MixIT the one most like it.
         si_sdr: Of each target's output, mean over channels, in dB, ``(batch, source)``; no gradient.
-        sounding: Whether each target is more than silence, ``(batch, source)``.
+        active: Whether each target is more than silence, ``(batch, source)``.
     """
 
     losses: Tensor
     order: Tensor
     si_sdr: Tensor
-    sounding: Tensor
+    active: Tensor
 
 
 class SeparationLoss:
@@ -55,7 +55,7 @@ class SeparationLoss:
         assign: ``"permutation"`` takes the order of the outputs that makes the loss smallest, for each example;
             ``"fixed"`` keeps output ``i`` for source ``i``; ``"mixit"`` takes the targets for mixtures themselves, and
             adds each output to the one where it makes the loss smallest.
-        inactive_weight: How much outputs count that no sounding target belongs to, because it is silent or there are
+        inactive_weight: How much outputs count that no active target belongs to, because it is silent or there are
             fewer targets than outputs: their level above 30 dB under the mixture, in dB, mean over all outputs. With 0
             they are left to themselves, but for what a loss that cares for level says of a silent target.
 
@@ -80,7 +80,7 @@ class SeparationLoss:
             raise ValueError("A sum of losses needs one or more terms, each with a weight above 0.")
         if not 0 <= inactive_weight < float("inf"):
             raise ValueError(f"inactive_weight = {inactive_weight} must be 0 or more.")
-        if assign == "mixit" and any(ignores_level(term.loss) for term in self.terms):
+        if assign == "mixit" and any(is_scale_invariant(term.loss) for term in self.terms):
             raise ValueError(
                 "assign = 'mixit' adds outputs up, which needs a loss that cares for level, as neg_snr does."
             )
@@ -123,7 +123,7 @@ class SeparationLoss:
             found = value_of(loss, held.estimate, held.target, extras)
             if found.dim() == 3:
                 values = found
-                found = mean_over_sounding(found, held.target) if ignores_level(loss) else found.mean((1, 2))
+                found = mean_over_active(found, held.target) if is_scale_invariant(loss) else found.mean((1, 2))
             total = total + (found if weight == 1 else weight * found)
         if self.inactive_weight:
             total = total + self.inactive_weight * _inactivity(estimate, target, held, extras)
@@ -169,8 +169,8 @@ def _hold(
     if assign == "mixit":
         ways = mixit_ways(terms, estimate, target, extras)
         summed = torch.einsum("bno,boct->bnct", ways.to(estimate.dtype), estimate)
-        likeness = pair_products(estimate.detach().transpose(1, 2), target.transpose(1, 2)).dot.mean(1)
-        order = torch.where(ways, likeness.transpose(1, 2).nan_to_num(), -torch.inf).argmax(-1)
+        similarity = pair_products(estimate.detach().transpose(1, 2), target.transpose(1, 2)).dot.mean(1)
+        order = torch.where(ways, similarity.transpose(1, 2).nan_to_num(), -torch.inf).argmax(-1)
         return _Held(summed, target, order, by_target=True)
     order = output_order(estimate, target, terms, assign=assign, extras=extras, inactive_weight=inactive_weight)
     if assign == "fixed" or estimate.shape[1] != target.shape[1]:
@@ -282,7 +282,7 @@ def _best_whole_order(pairs: Tensor, weight: float, estimate: Tensor, target: Te
 
 
 def _inactivity(estimate: Tensor, target: Tensor, held: _Held, extras: Extras) -> Tensor:
-    """How far the outputs without a sounding target are above silence, in dB, mean over all outputs, ``(batch,)``."""
+    """How far the outputs without a active target are above silence, in dB, mean over all outputs, ``(batch,)``."""
     none = torch.zeros(estimate.shape[:2], dtype=torch.bool, device=estimate.device)
     active = none.scatter(1, held.order, _active(target))
     return torch.where(active[..., None], 0.0, _levels(estimate, target, extras)).mean((1, 2))

@@ -151,7 +151,7 @@ def deep_clustering(
     weighting: Literal["magnitude", "active"] = "magnitude",
     range_db: float = 40.0,
 ) -> Tensor:
-    """How far the likeness of two bins is from whether the same source is the loudest in both.
+    """How far the similarity of two bins is from whether the same source is the loudest in both.
 
     The weighted mean, over all pairs of bins, of the squared difference between the product of their vectors and 1 or
     0: from 0, whatever the length and level. The order of the sources does not count. Silence gives 0.

@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from unbraid.dsp import SILENCE, istft, stft
-from unbraid.model_output import Separation
+from unbraid.model_output import ModelOutput
 from unbraid.models.layers import MASKS, GlobalLayerNorm, check_mixture, lstm_range
 
 FLOOR = 1e-8
@@ -143,12 +143,12 @@ class Chimera(nn.Module):
         self.n_sources, self.embedding_dim = n_sources, embedding_dim
         self.embedding = nn.Linear(2 * hidden, (n_fft // 2 + 1) * embedding_dim)
 
-    def forward(self, mixture: Tensor) -> Separation:
+    def forward(self, mixture: Tensor) -> ModelOutput:
         """Separate ``(batch, channel, time)``; the embedding is ``(batch, channel, frame, freq, dim)``."""
         sources, hidden = self.masker.separate(mixture)
         vectors = rearrange(self.embedding(hidden), "(b c) l (f d) -> b c l f d", b=len(mixture), d=self.embedding_dim)
         embedding = F.normalize(vectors.float().sigmoid(), dim=-1)
-        return Separation(sources, embedding, n_fft=self.masker.n_fft, hop_length=self.masker.hop_length)
+        return ModelOutput(sources, embedding, n_fft=self.masker.n_fft, hop_length=self.masker.hop_length)
 
 
 def log_magnitude(spectrum: Tensor) -> Tensor:

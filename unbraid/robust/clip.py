@@ -24,7 +24,7 @@ class Clipper(Protocol):
         ...
 
 
-def as_limit(limit: Tensor | float, norm: Tensor) -> Tensor:
+def as_max_norm(limit: Tensor | float, norm: Tensor) -> Tensor:
     """What a clipper returned as a 0-d tensor beside the norm; your own may simply return a number."""
     return limit if isinstance(limit, Tensor) else torch.full_like(norm, float(limit))
 
@@ -198,7 +198,7 @@ def clip_(parameters: Tensor | Iterable[Tensor], clipper: Clipper) -> Tensor:
         return torch.zeros(())
     norm = nn.utils.get_total_norm(gradients)
     finite = norm.isfinite()
-    divisor = (norm / as_limit(clipper(norm, finite), norm)).clamp_min(1)
+    divisor = (norm / as_max_norm(clipper(norm, finite), norm)).clamp_min(1)
     divide_(gradients, torch.where(finite, divisor, 1))
     return norm
 

@@ -8,15 +8,15 @@ from torch.optim import LBFGS, Optimizer
 
 from unbraid import dist
 from unbraid.errors import UserError
-from unbraid.robust.clip import Clipper, as_limit, divide_
+from unbraid.robust.clip import Clipper, as_max_norm, divide_
 
 
 class GuardedStep(NamedTuple):
     """What became of a step, in 0-d tensors that nobody has waited for yet."""
 
-    norm: Tensor
+    grad_norm: Tensor
     """Of the unscaled gradient, before clipping."""
-    limit: Tensor
+    max_norm: Tensor
     taken: Tensor
     """False where loss or norm were not finite, and nothing was changed."""
 
@@ -63,7 +63,7 @@ def guarded_step(
     if loss is not None:
         bad = loss.detach().isfinite().logical_not().any().float()
         fine = fine & (dist.sum_over_ranks(bad) == 0).to(fine.device)
-    limit = as_limit(clipper(norm, fine), norm)
+    limit = as_max_norm(clipper(norm, fine), norm)
     update(optimizer, gradients, scale * (norm / limit).clamp_min(1), fine)
     return GuardedStep(norm, limit, fine)
 

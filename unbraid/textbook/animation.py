@@ -10,13 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from unbraid.errors import UserError
-from unbraid.figures import Motion
+from unbraid.figures import AnimationSpec
 
 Frame = npt.NDArray[np.uint8]
 """``(height, width, 3)``, red, green and blue."""
 
 
-def frames(motion: Motion, size: tuple[float, float], *, dpi: int = 80) -> Iterator[Frame]:
+def frames(motion: AnimationSpec, size: tuple[float, float], *, dpi: int = 80) -> Iterator[Frame]:
     """Draw each frame of what moves.
 
     Where the motion's artists are made with ``animated=True``, all else is drawn once and they are drawn over it; where

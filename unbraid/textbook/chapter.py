@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unbraid.figures import Plate, write_figure
-from unbraid.io import replacing, write_atomically
+from unbraid.figures import FigureSpec, write_figure
+from unbraid.io import atomic_replace, write_atomically
 from unbraid.plots import check_matplotlib
 from unbraid.textbook.animation import frames, has_ffmpeg, write_gif, write_mp4
-from unbraid.textbook.line_figure import line_plates
-from unbraid.textbook.surfaces_figure import surface_plates
+from unbraid.textbook.line_figure import line_figures
+from unbraid.textbook.surfaces_figure import surface_figures
 
 if TYPE_CHECKING:
     pass
@@ -48,14 +48,14 @@ def write_chapter(
     out.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=out).close()  # before the work, not after it
     progress(0.0, "computing the line")
-    plates = line_plates(loss, seed)
+    plates = line_figures(loss, seed)
     progress(0.15, "computing the surfaces")
-    plates = sorted([*plates, *surface_plates(seed)], key=lambda plate: plate.name)
+    plates = sorted([*plates, *surface_figures(seed)], key=lambda plate: plate.name)
     videos = animate and has_ffmpeg()
     work = [1 + 5 * (animate and plate.motion is not None) for plate in plates]
     for place, plate in enumerate(plates):
         progress(0.3 + 0.7 * sum(work[:place]) / sum(work), plate.name)
-        _write_plate(out, plate, animate=animate, videos=videos)
+        _write_figure(out, plate, animate=animate, videos=videos)
     told = {"loss": loss, "seed": seed, "plates": [_as_json(plate) for plate in plates]}
     write_atomically(out / "numbers.json", json.dumps(told, indent=1, allow_nan=False) + "\n")
     write_atomically(out / "index.html", page(plates, loss=loss, seed=seed, animate=animate, videos=videos))
@@ -63,7 +63,7 @@ def write_chapter(
     return out / "index.html"
 
 
-def _write_plate(out: Path, plate: Plate, *, animate: bool, videos: bool) -> None:
+def _write_figure(out: Path, plate: FigureSpec, *, animate: bool, videos: bool) -> None:
     write_figure(plate, out)
     moving = plate.motion if animate else None
     pictures = [] if moving is None else list(frames(moving, plate.size))
@@ -71,17 +71,17 @@ def _write_plate(out: Path, plate: Plate, *, animate: bool, videos: bool) -> Non
         if moving is None or not wanted:
             (out / f"{plate.name}{suffix}").unlink(missing_ok=True)
             continue
-        with replacing(out / f"{plate.name}{suffix}") as path:
+        with atomic_replace(out / f"{plate.name}{suffix}") as path:
             write(path, pictures, frames_per_second=moving.frames_per_second)
 
 
-def _as_json(plate: Plate) -> dict[str, Any]:
+def _as_json(plate: FigureSpec) -> dict[str, Any]:
     """JSON knows no infinity and no NaN: those are null."""
     numbers = {name: float(value) if math.isfinite(value) else None for name, value in plate.numbers.items()}
     return {"name": plate.name, "title": plate.title, "caption": plate.caption, "numbers": numbers}
 
 
-def page(plates: Sequence[Plate], *, loss: str, seed: int, animate: bool, videos: bool) -> str:
+def page(plates: Sequence[FigureSpec], *, loss: str, seed: int, animate: bool, videos: bool) -> str:
     """The page: each plate's figure, animation, caption and numbers, from files beside it and from nowhere else.
 
     Args:
@@ -98,7 +98,7 @@ def page(plates: Sequence[Plate], *, loss: str, seed: int, animate: bool, videos
     return _PAGE.format(style=_STYLE, about=html.escape(about), links=links, sections=sections)
 
 
-def _section(plate: Plate, *, animate: bool, videos: bool) -> str:
+def _section(plate: FigureSpec, *, animate: bool, videos: bool) -> str:
     name, title = html.escape(plate.name), html.escape(plate.title)
     parts = [f'<img src="{name}.png" alt="{title}" loading="lazy">']
     if animate and plate.motion is not None:

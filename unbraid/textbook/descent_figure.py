@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unbraid.figures import Motion, Plate
+from unbraid.figures import AnimationSpec, FigureSpec
 from unbraid.textbook.drawing import (
     BEST,
     PATH,
@@ -46,7 +46,7 @@ LOST = 1e6
 """So many times the first loss, and a descent is lost."""
 
 
-def by_hand_plate(problem: Problem, *, lr: float = 0.1, n_steps: int = N_FRAMES - 1) -> Plate:
+def by_hand_figure(problem: Problem, *, lr: float = 0.1, n_steps: int = N_FRAMES - 1) -> FigureSpec:
     """Descent seen three ways at once: the line in the data, its path on the contours, the loss."""
     path = descend(problem.points, problem.start, lr=lr, n_steps=n_steps, loss=problem.loss)
     losses = mean_loss(problem.points, path, problem.loss)
@@ -76,7 +76,7 @@ def by_hand_plate(problem: Problem, *, lr: float = 0.1, n_steps: int = N_FRAMES 
 
         return move
 
-    return Plate(
+    return FigureSpec(
         name="09-descent-by-hand",
         title="Descent by hand",
         caption=f"Backward, then parameters -= {lr:g} * gradient, {n_steps} times. The first steps fall across the "
@@ -93,7 +93,7 @@ def by_hand_plate(problem: Problem, *, lr: float = 0.1, n_steps: int = N_FRAMES 
         ),
         draw=lambda figure: begin(figure)(n_steps),
         size=(12.0, 4.0),
-        motion=Motion(n_steps + 1, begin),
+        motion=AnimationSpec(n_steps + 1, begin),
     )
 
 
@@ -133,7 +133,7 @@ def _outcome(losses: Tensor) -> tuple[str, float]:
     return ("last_loss", float(losses[-1])) if lost is None else ("lost_at_step", float(lost))
 
 
-def rates_plate(six: SixRates) -> Plate:
+def rates_figure(six: SixRates) -> FigureSpec:
     """Six learning rates from one start, side by side."""
     problem, paths, losses, words = six.problem, six.paths, six.losses, six.words
     grid = brute_force(problem.points, problem.loss)
@@ -163,7 +163,7 @@ def rates_plate(six: SixRates) -> Plate:
         f"{lr:g} {'is lost at step' if name == 'lost_at_step' else 'ends at'} {number:.4g}"
         for lr, (name, number) in zip(RATES, outcomes, strict=True)
     )
-    return Plate(
+    return FigureSpec(
         name="10-six-learning-rates",
         title="Six learning rates from one start",
         caption=f"The same start and {N_STEPS} steps: {told} (lost: over a million times the first loss; the lowest "
@@ -172,7 +172,7 @@ def rates_plate(six: SixRates) -> Plate:
         | finite(first_loss=losses[0, 0], l2_stable_below=highest_stable_lr(problem.points)),
         draw=lambda figure: begin(figure)(N_FRAMES - 1),
         size=(10.0, 6.4),
-        motion=Motion(N_FRAMES, begin),
+        motion=AnimationSpec(N_FRAMES, begin),
     )
 
 
@@ -190,7 +190,7 @@ def _short(loss: float) -> str:
     return f"{loss:.4g}" if loss < LOST else "beyond a million"
 
 
-def norms_plate(six: SixRates) -> Plate:
+def norms_figure(six: SixRates) -> FigureSpec:
     """Loss and gradient norm of the six; and a norm that is not one."""
     problem, paths, losses, words = six.problem, six.paths, six.losses, six.words
     norms = gradients(problem.points, paths, problem.loss).norm(dim=-1)
@@ -226,7 +226,7 @@ def norms_plate(six: SixRates) -> Plate:
         if problem.loss == "l1"
         else f"; at the end it is {norms[right, -1]:.2g}."
     )
-    return Plate(
+    return FigureSpec(
         name="11-loss-and-gradient-norm",
         title="Loss and gradient norm at six learning rates",
         caption=f"{falls}{tail} The norm is the L2 norm over all parameters; the root of the squared sums of each "
@@ -262,7 +262,7 @@ def _limits(curves: Tensor) -> tuple[float, float]:
     return 0.5 * float(seen.min()), 2 * float(seen.max())
 
 
-def batch_plate(problem: Problem, *, lr: float = 0.1, batch_size: int = 4, n_steps: int = 150) -> Plate:
+def batch_figure(problem: Problem, *, lr: float = 0.1, batch_size: int = 4, n_steps: int = 150) -> FigureSpec:
     """All points at every step, or a few drawn anew."""
     points, best, loss = problem.points, problem.best, problem.loss
     full = descend(points, problem.start, lr=lr, n_steps=n_steps, loss=loss)
@@ -292,7 +292,7 @@ def batch_plate(problem: Problem, *, lr: float = 0.1, batch_size: int = 4, n_ste
         curve.set(xlabel="step", ylabel="mean loss over all points", yscale="log")
         curve.legend(frameon=False)
 
-    return Plate(
+    return FigureSpec(
         name="11b-batch-and-stochastic",
         title="All points at every step, or a few",
         caption=f"Descent on all {len(points.x)} points is not stochastic: it ends {ends[0]:.1e} from the minimum "

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unbraid.figures import Plate
-from unbraid.textbook.descent_figure import batch_plate, by_hand_plate, norms_plate, rates_plate, six_rates
+from unbraid.figures import FigureSpec
+from unbraid.textbook.descent_figure import batch_figure, by_hand_figure, norms_figure, rates_figure, six_rates
 from unbraid.textbook.drawing import (
     BEST,
     PATH,
@@ -36,7 +36,7 @@ from unbraid.textbook.line import (
     mean_loss,
     point_losses,
 )
-from unbraid.textbook.training_figure import early_stopping_plate, schedule_plate
+from unbraid.textbook.training_figure import early_stopping_figure, schedule_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 AXES = (("m", M_RANGE, TRUE_M), ("b", B_RANGE, TRUE_B))
 
 
-def line_plates(loss: str = "l2", seed: int = 0) -> list[Plate]:
+def line_figures(loss: str = "l2", seed: int = 0) -> list[FigureSpec]:
     """Every experiment on the line, in the chapter's order; nothing is drawn yet.
 
     Args:
@@ -58,24 +58,24 @@ def line_plates(loss: str = "l2", seed: int = 0) -> list[Plate]:
     problem = make_problem(loss, seed)
     six = six_rates(problem)
     return [
-        untrained_plate(problem),
-        data_plate(problem),
-        losses_plate(problem),
-        brute_force_plate(problem),
-        slices_plate(problem),
-        backward_plate(problem),
-        gradient_along_plate(problem, 0),
-        gradient_along_plate(problem, 1),
-        by_hand_plate(problem),
-        rates_plate(six),
-        norms_plate(six),
-        batch_plate(problem),
-        early_stopping_plate(seed),
-        schedule_plate(seed),
+        untrained_figure(problem),
+        data_figure(problem),
+        losses_figure(problem),
+        brute_force_figure(problem),
+        slices_figure(problem),
+        backward_figure(problem),
+        gradient_along_figure(problem, 0),
+        gradient_along_figure(problem, 1),
+        by_hand_figure(problem),
+        rates_figure(six),
+        norms_figure(six),
+        batch_figure(problem),
+        early_stopping_figure(seed),
+        schedule_figure(seed),
     ]
 
 
-def untrained_plate(problem: Problem) -> Plate:
+def untrained_figure(problem: Problem) -> FigureSpec:
     """The line before anything is learnt."""
     m, b = problem.start.tolist()
 
@@ -89,7 +89,7 @@ def untrained_plate(problem: Problem) -> Plate:
         axes.set(xlabel="x", ylabel="y", ylim=(b - 2, b + 2))
         axes.legend(frameon=False)
 
-    return Plate(
+    return FigureSpec(
         name="01-untrained-line",
         title="The untrained line",
         caption=f"A linear layer of one unit is a line. Before training its two numbers are whatever the generator "
@@ -99,7 +99,7 @@ def untrained_plate(problem: Problem) -> Plate:
     )
 
 
-def data_plate(problem: Problem) -> Plate:
+def data_figure(problem: Problem) -> FigureSpec:
     """What the line is to go through."""
     points = problem.points
     off = points.y - (TRUE_M * points.x + TRUE_B)
@@ -112,7 +112,7 @@ def data_plate(problem: Problem) -> Plate:
         draw_line(axes, problem.start, START, "untrained")
         axes.legend(frameon=False)
 
-    return Plate(
+    return FigureSpec(
         name="02-data",
         title="Noisy data and the first prediction",
         caption=f"{len(off)} points lie around {equation((TRUE_M, TRUE_B))}, off it by {off.std():.3f} (standard "
@@ -124,7 +124,7 @@ def data_plate(problem: Problem) -> Plate:
     )
 
 
-def losses_plate(problem: Problem) -> Plate:
+def losses_figure(problem: Problem) -> FigureSpec:
     """One loss a point, and three ways to make one number of them."""
     points, start = problem.points, problem.start
     losses = point_losses(points, start, problem.loss)
@@ -144,7 +144,7 @@ def losses_plate(problem: Problem) -> Plate:
         right.set(xlabel="point, from left to right", ylabel=f"{problem.loss} loss", title=f"sum {total:.1f}")
         right.legend(frameon=False)
 
-    return Plate(
+    return FigureSpec(
         name="03-loss-of-each-point",
         title="The loss of each point, and of all",
         caption=f"Each point has a loss of its own. Their mean is {mean:.3f}, their sum {total:.1f}, the largest "
@@ -157,7 +157,7 @@ def losses_plate(problem: Problem) -> Plate:
     )
 
 
-def brute_force_plate(problem: Problem) -> Plate:
+def brute_force_figure(problem: Problem) -> FigureSpec:
     """Every pair of values tried."""
     grid = brute_force(problem.points, problem.loss)
     found, lowest = grid.best, grid.losses.min()
@@ -180,7 +180,7 @@ def brute_force_plate(problem: Problem) -> Plate:
         draw_line(fitted, found, BEST, equation(found))
         fitted.legend(frameon=False)
 
-    return Plate(
+    return FigureSpec(
         name="04-brute-force",
         title="Brute force: every m with every b",
         caption=f"The lowest of {n_tried:,} losses is {lowest:.4f} at m = {found[0]:.3f}, b = {found[1]:.3f}; the "
@@ -201,7 +201,7 @@ def brute_force_plate(problem: Problem) -> Plate:
     )
 
 
-def slices_plate(problem: Problem) -> Plate:
+def slices_figure(problem: Problem) -> FigureSpec:
     """The loss along one number: with the other held, or averaged over."""
     grid = brute_force(problem.points, problem.loss)
     curves: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
@@ -224,7 +224,7 @@ def slices_plate(problem: Problem) -> Plate:
         for axes, (name, _, _), each in zip(figure.subplots(1, 2), AXES, curves, strict=True):
             _draw_slices(axes, name, *each)
 
-    return Plate(
+    return FigureSpec(
         name="05-slices-and-means",
         title="The loss along one number",
         caption=f"A slice holds the other number still; the mean over all its values on the grid is another curve, "
@@ -249,7 +249,7 @@ def _draw_slices(axes: "Axes", name: str, at: Tensor, best: Tensor, start: Tenso
     axes.legend(framealpha=0.9, edgecolor="white", fontsize="small")
 
 
-def backward_plate(problem: Problem) -> Plate:
+def backward_figure(problem: Problem) -> FigureSpec:
     """PyTorch's gradient against gradients got without it."""
     points, loss, lines = problem.points, problem.loss, torch.stack([problem.best, problem.start])
     backward, differences = gradients(points, lines, loss), difference_gradient(points, lines, loss)
@@ -276,7 +276,7 @@ def backward_plate(problem: Problem) -> Plate:
         if loss == "l1"
         else ""
     )
-    return Plate(
+    return FigureSpec(
         name="06-backward",
         title="Backward, checked",
         caption=f"At the minimum backward gives a gradient of norm {backward[0].norm():.1e}, at the start "
@@ -303,7 +303,7 @@ def _draw_sizes(axes: "Axes", shown: dict[str, Tensor]) -> None:
     axes.legend(frameon=False, loc="center left")
 
 
-def gradient_along_plate(problem: Problem, axis: int) -> Plate:
+def gradient_along_figure(problem: Problem, axis: int) -> FigureSpec:
     """The gradient along m (axis 0) or b (1): zero at the minimum, and elsewhere on another slice."""
     name, span, truth = AXES[axis]
     values = torch.linspace(*span, 281, dtype=torch.float64)
@@ -324,7 +324,7 @@ def gradient_along_plate(problem: Problem, axis: int) -> Plate:
         axes.legend(frameon=False)
 
     held = AXES[1 - axis][0]
-    return Plate(
+    return FigureSpec(
         name=f"{7 + axis:02d}-gradient-along-{name}",
         title=f"The gradient along {name}",
         caption=f"With {held} held at its best value the derivative by {name} is negative to the left, positive to the "

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from unbraid.figures import Motion, Plate
+from unbraid.figures import AnimationSpec, FigureSpec
 from unbraid.seeding import generator
 from unbraid.textbook.surfaces import (
     GRID,
@@ -41,7 +41,7 @@ N_FRAMES = 55
 PERCENTILES = (0, 1, 10, 25, 50, 90, 100)
 
 
-def surface_plates(seed: int) -> list[Plate]:
+def surface_figures(seed: int) -> list[FigureSpec]:
     """Experiments 12, 13 and 14, in order; each is computed here, and drawn when its ``draw`` is called."""
     return [valley(), spiky(seed), cliff(), recurrence(seed), autoclip(seed)]
 
@@ -70,7 +70,7 @@ class _Ground:
         axes.set(xlim=(self.x[0], self.x[-1]), ylim=(self.y[0], self.y[-1]), xlabel=labels[0], ylabel=labels[1])
 
 
-def valley() -> Plate:
+def valley() -> FigureSpec:
     """Optimizers on a long valley a hundred times as steep across as along."""
     loss, n_steps = Quadratic.turned((0.08, 8.0), 30, (1.0, 0.5)), 150
     found = race(loss, [[-4.0, 2.0]], n_steps)
@@ -93,7 +93,7 @@ def valley() -> Plate:
     )
 
 
-def spiky(seed: int, n_starts: int = 40) -> Plate:
+def spiky(seed: int, n_starts: int = 40) -> FigureSpec:
     """Optimizers on a bowl full of dents: from one start in the figure, from many in the numbers."""
     loss, n_steps = Dents.drawn(seed), 150
     ground = _Ground.of(loss, (-4.2, 4.2), (-4.2, 4.2), 301)
@@ -183,7 +183,7 @@ def _moving(
     numbers: Mapping[str, float],
     show: "Callable[[Figure], Callable[[int], None]]",
     n_steps: int,
-) -> Plate:
+) -> FigureSpec:
     """A plate whose still figure is the last frame of its animation."""
 
     def draw(figure: "Figure") -> None:
@@ -193,10 +193,10 @@ def _moving(
         to = show(figure)
         return lambda frame: to(round(frame * n_steps / (N_FRAMES - 1)))
 
-    return Plate(name, title, caption, numbers, draw, size=(7.2, 4.2), motion=Motion(N_FRAMES, draw_moving))
+    return FigureSpec(name, title, caption, numbers, draw, size=(7.2, 4.2), motion=AnimationSpec(N_FRAMES, draw_moving))
 
 
-def cliff() -> Plate:
+def cliff() -> FigureSpec:
     """Descent at a wall, not clipped and clipped in three ways."""
     loss, start, lr, n_steps, most = FedBack(), (5.5, -2.2), 0.3, 80, 0.1
     found = {
@@ -226,7 +226,7 @@ def cliff() -> Plate:
     grounds = (_Ground.of(loss, (4.3, 9.0), (-4.0, 4.5)), _Ground.of(loss, (4.9, 5.65), (-2.75, -2.1), 241))
     show = partial(_show_cliff, found, grounds)
     plate = _moving("13-cliff", "A cliff, and what clipping does there", caption, numbers, show, n_steps)
-    return Plate(**{**vars(plate), "size": (9.6, 4.0)})
+    return FigureSpec(**{**vars(plate), "size": (9.6, 4.0)})
 
 
 def _show_cliff(
@@ -241,7 +241,7 @@ def _show_cliff(
     return _trails(figure, far, beside, found, near)
 
 
-def recurrence(seed: int, n_times: int = 100, n_units: int = 32) -> Plate:
+def recurrence(seed: int, n_times: int = 100, n_units: int = 32) -> FigureSpec:
     """How far back a loss at the end is felt in recurrent nets."""
     rng = generator(seed, "recurrence")
     turn, inputs = orthogonal(rng, n_units), rng.normal(0, 0.1, (n_times, n_units))
@@ -268,7 +268,9 @@ def recurrence(seed: int, n_times: int = 100, n_units: int = 32) -> Plate:
         f"against what explodes, not against what vanishes."
     )
     draw = partial(_draw_recurrence, norms)
-    return Plate("13-recurrent-gradients", "Gradients that vanish and explode", caption, numbers, draw, size=(7.2, 4.4))
+    return FigureSpec(
+        "13-recurrent-gradients", "Gradients that vanish and explode", caption, numbers, draw, size=(7.2, 4.4)
+    )
 
 
 def _draw_recurrence(norms: Mapping[str, Floats], figure: "Figure") -> None:
@@ -284,7 +286,7 @@ def _draw_recurrence(norms: Mapping[str, Floats], figure: "Figure") -> None:
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
 
 
-def autoclip(seed: int) -> Plate:
+def autoclip(seed: int) -> FigureSpec:
     """AutoClip's limit for several percentiles, over the same norms."""
     norms = training_norms(seed)
     limits = {percentile: autoclip_limits(norms, percentile) for percentile in PERCENTILES}
@@ -301,7 +303,7 @@ def autoclip(seed: int) -> Plate:
         f"it would be 100 less p. With p at 10 most steps are cut: it sets how long steps are, and is no guard against "
         f"outliers alone."
     )
-    return Plate(
+    return FigureSpec(
         "14-autoclip",
         "How AutoClip's limit follows the norms",
         caption,

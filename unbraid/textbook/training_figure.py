@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from unbraid.figures import Plate
+from unbraid.figures import FigureSpec
 from unbraid.textbook.drawing import BEST, DATA, PATH, START, TRUTH, finite
 from unbraid.textbook.line import make_problem
 from unbraid.textbook.training import (
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 VALIDATE_EVERY, PATIENCE = 5, 20
 
 
-def early_stopping_plate(seed: int, *, n_steps: int = 5000) -> Plate:
+def early_stopping_figure(seed: int, *, n_steps: int = 5000) -> FigureSpec:
     """A polynomial with a weight for nearly every point, fitted until it fits the noise."""
     curve = noisy_curve(seed)
     design = features(curve.train.x, curve.degree)
@@ -54,7 +54,7 @@ def early_stopping_plate(seed: int, *, n_steps: int = 5000) -> Plate:
         right.set(xlabel="x", ylabel="y", ylim=(-2.5, 2.5))
         right.legend(frameon=False, fontsize="small")
 
-    return Plate(
+    return FigureSpec(
         name="15-early-stopping",
         title="Training against validation loss",
         caption=f"A polynomial of degree {curve.degree} on {len(curve.train.x)} noisy points: from step {best} to step "
@@ -75,9 +75,9 @@ def early_stopping_plate(seed: int, *, n_steps: int = 5000) -> Plate:
     )
 
 
-def schedule_plate(
+def schedule_figure(
     seed: int, *, lr: float = 0.1, batch_size: int = 4, n_steps: int = 500, warmup_steps: int = 50, n_runs: int = 256
-) -> Plate:
+) -> FigureSpec:
     """Constant learning rates end at a floor of noise; one that falls does not."""
     problem = make_problem("l2", seed)
     points, start = problem.points, problem.start
@@ -111,7 +111,7 @@ def schedule_plate(
         below.set(xlabel="step", ylabel=f"distance from the minimum\n(root mean square of {n_runs} runs)")
         below.legend(frameon=False, ncols=2, fontsize="small")
 
-    return Plate(
+    return FigureSpec(
         name="16-warm-up-and-decay",
         title="Warm-up and decay",
         caption=f"Under a constant rate of {lr:g} the noise of {batch_size}-point gradients keeps the line {high:.3f} "

@@ -4,11 +4,11 @@ import itertools
 from collections.abc import Callable, Generator, Iterable, Iterator
 from pickle import UnpicklingError
 
-from unbraid.data.loader import Loaded
+from unbraid.data.loader import LoadedBatch
 from unbraid.errors import TrainingStopped
 from unbraid.train.event_log import Logbook
 
-Load = Callable[[int], Iterable[Loaded]]
+Load = Callable[[int], Iterable[LoadedBatch]]
 """From a number of steps done to the batches of this rank from there on, without end."""
 
 
@@ -31,7 +31,7 @@ class Source:
 
     def __init__(self, load: Load, accumulate: int) -> None:
         self.load, self.accumulate = load, accumulate
-        self.batches: Iterator[Loaded] | None = None
+        self.batches: Iterator[LoadedBatch] | None = None
         self.n_lost = 0
 
     def close(self) -> None:
@@ -40,7 +40,7 @@ class Source:
             self.batches.close()
         self.batches = None
 
-    def next_parts(self, n_steps_done: int, log: Logbook) -> list[Loaded]:
+    def next_parts(self, n_steps_done: int, log: Logbook) -> list[LoadedBatch]:
         """The micro-batches of the next step.
 
         Raises:

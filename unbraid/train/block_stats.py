@@ -96,7 +96,7 @@ def block_records(names: Iterable[str], gradients: Sequence[float], ratios: Sequ
 
 
 def item_details(estimate: Tensor, mixture: Tensor) -> Tensor:
-    """Level of each output in dB, likeness of outputs, and what is missing to the mixture in dB; no gradient.
+    """Level of each output in dB, similarity of outputs, and what is missing to the mixture in dB; no gradient.
 
     Args:
         estimate: ``(batch, source, channel, time)``.
@@ -144,10 +144,10 @@ def item_record(
     item: ItemId, loss: float, weight: float, order: Sequence[float], details: Sequence[float], truth: Sequence[float]
 ) -> ItemRecord:
     """One example, with a row of `item_details` and one of `item_truth`."""
-    *levels, likeness, residual = details
+    *levels, similarity, residual = details
     *of_sources, beside = truth
     outputs = tuple(map(int, order)), tuple(levels)
-    return ItemRecord(item, loss, weight, *outputs, likeness, residual, tuple(of_sources), beside)
+    return ItemRecord(item, loss, weight, *outputs, similarity, residual, tuple(of_sources), beside)
 
 
 def peak_memory(device: torch.device) -> int:

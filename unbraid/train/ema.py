@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Average:
+class EMA:
     """Exponential moving average of parameters: often better than the weights of any single step.
 
     In the first steps it forgets faster, by (1 + n) / (10 + n) after n steps, so that the first weights are soon gone.

@@ -7,7 +7,7 @@ from typing import Any
 from unbraid import dist
 from unbraid.records import Event, RunDirectory, StepRecord, ValidationRecord, append_record
 
-Told = StepRecord | ValidationRecord | Event
+Record = StepRecord | ValidationRecord | Event
 """What a run yields."""
 
 
@@ -23,7 +23,7 @@ class Logbook:
         self.untold: list[Event] = []
         self.refused: set[Path] = set()
 
-    def append(self, path: Path, record: Told) -> None:
+    def append(self, path: Path, record: Record) -> None:
         """Write a record; a disk that refuses is told of once, and does not end the run."""
         try:
             append_record(path, record)

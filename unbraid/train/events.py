@@ -7,7 +7,7 @@ from unbraid.data.mixing import AudioFault
 from unbraid.errors import AudioError
 from unbraid.records import Event, StepRecord
 from unbraid.train.event_log import Logbook
-from unbraid.train.incident import incident_of, joined, own_code, write_incident
+from unbraid.train.incident import has_custom_code, incident_of, joined, write_incident
 from unbraid.train.settings import Job
 from unbraid.train.state import TrainState
 from unbraid.train.step import Launched
@@ -54,8 +54,8 @@ class Observer:
 
     def tell_of_fault(self, record: StepRecord, launched: Launched) -> None:
         """Name the examples behind a step that was left out or rescued, and keep them for a replay."""
-        rescued = record.n_bad > 0 and record.outcome in ("trained", "all_easy")
-        if record.outcome in ("trained", "all_easy") and not rescued:
+        rescued = record.n_bad > 0 and record.outcome in ("trained", "all_filtered")
+        if record.outcome in ("trained", "all_filtered") and not rescued:
             return
         self.verdict = ""
         mine = [self._fault(record, launched, rescued=rescued)] if self._is_concerned(record) else []
@@ -68,7 +68,7 @@ class Observer:
 
     def _is_concerned(self, record: StepRecord) -> bool:
         """Whether this rank has something to tell of a fault: its own examples, or what is nobody's."""
-        return bool(record.bad_items) or (dist.is_main() and record.outcome == "loss_scale")
+        return bool(record.bad_items) or (dist.is_main() and record.outcome == "fp16_overflow")
 
     def _fault(self, record: StepRecord, launched: Launched, *, rescued: bool) -> Event:
         outcome, files = record.outcome.replace("_", " "), list[str]()
@@ -80,7 +80,7 @@ class Observer:
                 f"Step {record.step} was left out: fp16 overflowed at a loss scale of {record.loss_scale:g}; halved."
             )
         blames_weights = False
-        if record.outcome != "loss_scale" or self.state.faults.verdict() is not None:
+        if record.outcome != "fp16_overflow" or self.state.faults.verdict() is not None:
             self.verdict, blames_weights = self._keep_for_replay(record, launched)
             message += f" {self.verdict}" if self.verdict else ""
         if not blames_weights:
@@ -109,7 +109,7 @@ class Observer:
         except OSError as error:
             self.log.tell("INCIDENT_FAILED", record.step, f"The bad step could not be kept for a replay ({error}).")
             return sentence, verdict.kind == "weights"
-        trust = " --trust" if own_code(self.job.recipe) else ""
+        trust = " --trust" if has_custom_code(self.job.recipe) else ""
         return f"{sentence} To run it again: unbraid replay {path}{trust}".strip(), verdict.kind == "weights"
 
     def tell_of_health(self, record: StepRecord, seconds: Sequence[float]) -> None:

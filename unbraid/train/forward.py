@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from unbraid.data.batch import Batch
 from unbraid.errors import UserError
 from unbraid.losses.pit import Assigned
-from unbraid.model_output import Separation, sources_of
+from unbraid.model_output import ModelOutput, sources_of
 from unbraid.robust.precision import Precision
 
 
@@ -39,7 +39,7 @@ def losses_of(
     return sources_of(output), losses, assigned
 
 
-def example_losses(loss: ExampleLoss, output: Tensor | Separation, batch: Batch) -> tuple[Tensor, Assigned | None]:
+def example_losses(loss: ExampleLoss, output: Tensor | ModelOutput, batch: Batch) -> tuple[Tensor, Assigned | None]:
     """One loss for each example, ``(batch,)``, in float32 (float64 stays), and what else the loss tells.
 
     Args:
@@ -61,12 +61,12 @@ def example_losses(loss: ExampleLoss, output: Tensor | Separation, batch: Batch)
     return (losses.flatten(1).mean(1) if losses.dim() > 1 else losses), assigned
 
 
-def extras_of(output: Tensor | Separation, batch: Batch) -> dict[str, Any]:
+def extras_of(output: Tensor | ModelOutput, batch: Batch) -> dict[str, Any]:
     """What a loss may ask for by name beside estimate and target."""
-    beside = output._asdict() if isinstance(output, Separation) else {}
+    beside = output._asdict() if isinstance(output, ModelOutput) else {}
     return {"mixture": batch.mixture} | {k: v for k, v in beside.items() if k != "sources" and _is_known(v)}
 
 
 def _is_known(value: Any) -> bool:
-    """Whether a field of a `Separation` was given: an embedding, or a size above 0."""
+    """Whether a field of a `ModelOutput` was given: an embedding, or a size above 0."""
     return value is not None and (isinstance(value, Tensor) or value > 0)

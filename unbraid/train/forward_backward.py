@@ -35,7 +35,7 @@ class Ran:
     real: Tensor  # no stand-in
     order: Tensor | None = None  # (batch, source)
     si_sdr: Tensor | None = None  # (batch, source)
-    sounding: Tensor | None = None  # (batch, source)
+    active: Tensor | None = None  # (batch, source)
     details: Tensor | None = None  # (batch, output + 2), in sampled steps
     truth: Tensor | None = None  # (batch, source + 1), in sampled steps
 
@@ -161,7 +161,7 @@ def _forward_backward(state: TrainState, batch: Batch, busy: Stopwatch, *, last:
         total.backward()
     ran = Ran(batch, judged, weights, bad, given > 0)
     if assigned is not None:
-        ran.order, ran.si_sdr, ran.sounding = assigned.order, assigned.si_sdr, assigned.sounding
+        ran.order, ran.si_sdr, ran.active = assigned.order, assigned.si_sdr, assigned.active
     if sampled and estimate.dim() == 4:
         ran.details = item_details(estimate, batch.mixture)
         ran.truth = item_truth(batch.mixture, batch.sources)
@@ -193,7 +193,7 @@ COUNTS = (
     "loss",
     "real",
     "trained",
-    "easy",
+    "filtered",
     "nonfinite",
     "over",
     "out_of_memory",
@@ -219,8 +219,8 @@ def _tally(
         flagged = torch.stack([one.real, used, one.real & ~counted, one.bad & ~finite, one.bad & finite])
         known = torch.stack([weights, torch.where(counted, weights * losses, 0), torch.where(one.real, losses, 0)])
         head[:_N_SUMS] += torch.cat([known, flagged.to(head.dtype)]).sum(1)
-        if one.si_sdr is not None and one.sounding is not None:
-            heard = one.sounding & used[:, None]
+        if one.si_sdr is not None and one.active is not None:
+            heard = one.active & used[:, None]
             si_sdr += torch.stack([torch.where(heard, one.si_sdr, 0).to(head.dtype), heard.to(head.dtype)]).sum(1)
     told["si_sdr"] = si_sdr
     if state.remembering_filters:

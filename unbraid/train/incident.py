@@ -86,7 +86,7 @@ def incident_of(
     return Incident(about, _without_paths(recipe), state.bare_model.state_dict(), batch), verdict
 
 
-def own_code(recipe: Mapping[str, Any]) -> list[str]:
+def has_custom_code(recipe: Mapping[str, Any]) -> list[str]:
     """Names such as ``my_file:MyModel`` of what a replay would build, in a recipe given as plain dicts."""
     loss = recipe.get("loss", {})
     parts = [recipe.get("model", {}), loss, *loss.get("terms", [])]

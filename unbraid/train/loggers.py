@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from unbraid.errors import UserError
 from unbraid.records import Event, RunDirectory, StepRecord, ValidationRecord
-from unbraid.train.event_log import Logbook, Told
+from unbraid.train.event_log import Logbook, Record
 
 
 class Logger(Protocol):
@@ -18,7 +18,7 @@ class Logger(Protocol):
     It is made from the run directory and the resolved recipe, as plain dicts, before the first step.
     """
 
-    def __call__(self, record: Told) -> None:
+    def __call__(self, record: Record) -> None:
         """Hear of a step, a validation or an event."""
         ...
 
@@ -38,8 +38,8 @@ def numbers_of(record: StepRecord | ValidationRecord) -> dict[str, float]:
     named = {
         "train/loss": record.loss,
         "train/grad_norm": record.grad_norm,
-        "train/limit": record.limit,
-        "train/norm_after": record.norm_after,
+        "train/max_norm": record.max_norm,
+        "train/clipped_grad_norm": record.clipped_grad_norm,
         "train/si_sdr": sum(known) / len(known) if known else None,
     }
     return _finite(named | always)
@@ -63,7 +63,7 @@ class TensorBoard:
         self.writer: Any = None
         self.last = 0
 
-    def __call__(self, record: Told) -> None:
+    def __call__(self, record: Record) -> None:
         """Write a record; what an earlier way past its step left is taken back."""
         again = isinstance(record, StepRecord) and record.step <= self.last
         if self.writer is None or again:
@@ -110,7 +110,7 @@ class WeightsAndBiases:
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
 
-    def __call__(self, record: Told) -> None:
+    def __call__(self, record: Record) -> None:
         """Log a record; an event as text."""
         said = {"event": f"{record.code}: {record.message}"} if isinstance(record, Event) else numbers_of(record)
         self.run.log({"step": record.step} | said)
@@ -132,7 +132,7 @@ class Trackio:
         project = os.environ.get("TRACKIO_PROJECT", "unbraid")
         self.run = _package("trackio", "trackio").init(project, name=run.path.absolute().name, config=dict(recipe))
 
-    def __call__(self, record: Told) -> None:
+    def __call__(self, record: Record) -> None:
         """Log a record; an event as text."""
         said = {"event": f"{record.code}: {record.message}"} if isinstance(record, Event) else numbers_of(record)
         self.run.log(said, step=record.step)
@@ -188,8 +188,8 @@ def open_loggers(
 
 
 def pass_on(
-    records: Generator[Told, None, None], loggers: Mapping[str, Logger], log: Logbook
-) -> Generator[Told, None, None]:
+    records: Generator[Record, None, None], loggers: Mapping[str, Logger], log: Logbook
+) -> Generator[Record, None, None]:
     """A run's records, each after every logger has heard it; one that raises is told of once, and then left out.
 
     Args:

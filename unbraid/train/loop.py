@@ -14,10 +14,10 @@ from unbraid.records import Event, StepRecord, ValidationRecord
 from unbraid.signals import SIGNALS, StopRequest
 from unbraid.train.batch_source import Load, Source
 from unbraid.train.checkpoint import cut_logs, newest_checkpoint, read_checkpoint, save_checkpoint
-from unbraid.train.event_log import Logbook, Told
+from unbraid.train.event_log import Logbook, Record
 from unbraid.train.events import Observer
 from unbraid.train.settings import Job, TrainSettings
-from unbraid.train.state import FaultWindow, TrainState, first_spoilt, judged_weights, set_learning_rate
+from unbraid.train.state import FaultWindow, TrainState, evaluation_weights, first_nonfinite, set_learning_rate
 from unbraid.train.step import Launched, finish, launch
 from unbraid.train.stragglers import Pace
 from unbraid.train.validation_audio import Sound, drop_later
@@ -48,7 +48,7 @@ def fit(
     validate: Validate,
     job: Job,
     stop: StopRequest | None = None,
-) -> Iterator[Told]:
+) -> Iterator[Record]:
     """Train until the budget is spent, yielding each record after it was written.
 
     Args:
@@ -102,7 +102,7 @@ class _Course:
         self.n_returns = 0
         self.reason = ""  # why the run has to stop
 
-    def run(self) -> Iterator[Told]:
+    def run(self) -> Iterator[Record]:
         state, job = self.state, self.job
         self.done, self.saved = self._over_before_it_began(), True
         if self.done and not self.stop.agreed and state.step > state.validated_step:
@@ -187,7 +187,7 @@ class _Course:
         seconds[first : first + len(Pace.SECTIONS)] = self.busy_seconds
         return [*signals, clock, float(bool(self.observer.new(faults))), *seconds]
 
-    def _conclude(self, under_way: "_UnderWay") -> Iterator[Told]:
+    def _conclude(self, under_way: "_UnderWay") -> Iterator[Record]:
         """Hear what became of a step, write it down, and act on it; the same on every rank."""
         state, job = self.state, self.job
         record, notes = finish(state, under_way.launched)
@@ -235,10 +235,10 @@ class _Course:
         blamed = f" {self.observer.verdict}".rstrip()
         if (fault := state.faults.verdict()) is not None:
             advice, key = ADVICE.get(record.outcome, ADVICE["nonfinite_loss"])
-            of_files = record.outcome not in ("loss_scale", "out_of_memory")
+            of_files = record.outcome not in ("fp16_overflow", "out_of_memory")
             files = f" {job.run.events} names the files behind it." if of_files else ""
             return f"Stopped at step {record.step}: {fault}, the last by {reason}. {advice} [{key}]{files}{blamed}"
-        if job.train.on_bad_example == "stop" and record.outcome not in ("trained", "all_easy", "loss_scale"):
+        if job.train.on_bad_example == "stop" and record.outcome not in ("trained", "all_filtered", "fp16_overflow"):
             return (
                 f'Stopped at step {record.step} by {reason}, as train.on_bad_example = "stop" asks; --resume goes on '
                 f"after it.{blamed}"
@@ -252,7 +252,7 @@ class _Course:
             TrainingStopped: If there is none, or that has been done too often.
         """
         state, run = self.state, self.job.run
-        name = first_spoilt(state)
+        name = first_nonfinite(state)
         if not dist.any_rank(name is not None, state.device):
             return
         (rank, where), *_ = dist.gather([name] if name else [], state.device)
@@ -294,7 +294,7 @@ class _Course:
     def _validated(self) -> ValidationRecord:
         state, job = self.state, self.job
         started = perf_counter()
-        with judged_weights(state):
+        with evaluation_weights(state):
             scores = self.validate(state)
         if dist.any_rank(bool(self.observer.new(scores.faults)), state.device):
             self.observer.set_aside(scores.faults)
@@ -332,7 +332,7 @@ class _Course:
         """
         state, job = self.state, self.job
         self._compare()
-        name = first_spoilt(state)
+        name = first_nonfinite(state)
         if dist.any_rank(name is not None, state.device):
             raise TrainingStopped(
                 f"At step {state.step} the model is not finite (first in {name}); checkpoints before it are whole, "

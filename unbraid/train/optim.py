@@ -80,8 +80,8 @@ def schedule_free(
     """AdamW that averages its weights instead of lowering the learning rate, from the extra ``schedule_free``.
 
     It wants the schedule ``constant``, and a warm-up there. What is good are the averaged weights, which its ``eval()``
-    puts in the model, and ``train()`` takes out again, with a rounding: `judged_weights` does it without. It comes in
-    training mode.
+    puts in the model, and ``train()`` takes out again, with a rounding: `evaluation_weights` does it without.
+    It comes in training mode.
 
     Raises:
         RecipeError: If the extra is not installed.

@@ -19,7 +19,7 @@ from unbraid.robust.precision import Precision
 from unbraid.robust.transform import GradientTransform
 from unbraid.train.buffer_snapshot import Place, buffer_places
 from unbraid.train.ddp_recovery import Exchange
-from unbraid.train.ema import Average
+from unbraid.train.ema import EMA
 from unbraid.train.forward import ExampleLoss
 from unbraid.train.optim import Constant, Schedule
 
@@ -39,9 +39,9 @@ class FaultWindow:
 
     def add(self, outcome: str) -> None:
         """Count one step."""
-        fault = outcome not in ("trained", "all_easy")
+        fault = outcome not in ("trained", "all_filtered")
         self.in_a_row = self.in_a_row + 1 if fault else 0
-        self.recent.append(fault and outcome != "loss_scale")
+        self.recent.append(fault and outcome != "fp16_overflow")
 
     def verdict(self) -> str | None:
         """Why the run has to stop; None where it need not."""
@@ -73,7 +73,7 @@ class TrainState:
         clipper: Limit on the gradient's norm.
         filters: Weights for finite losses, multiplied.
         transforms: Changes to single gradients, before the whole norm is limited.
-        average: Moving average of the weights, validated and saved in their place; None for none.
+        ema: Moving average of the weights, validated and saved in their place; None for none.
         on_bad_example: ``skip`` and ``stop`` leave a step out that holds one; ``rescue`` repeats it on the clean ones.
         precision: Number format of the forward, and the loss scale.
         schedule: Of the learning rate.
@@ -100,7 +100,7 @@ class TrainState:
     clipper: Clipper = field(default_factory=FixedClip)
     filters: Sequence[LossFilter] = ()
     transforms: Sequence[GradientTransform] = ()
-    average: Average | None = None
+    ema: EMA | None = None
     on_bad_example: Literal["skip", "rescue", "stop"] = "skip"
     precision: Precision = field(default_factory=Precision)
     schedule: Schedule = field(default_factory=Constant)
@@ -151,7 +151,7 @@ class TrainState:
 
     def _parts(self) -> dict[str, Any]:
         parts = {"optimizer": self.optimizer, "clipper": self.clipper, "precision": self.precision}
-        parts |= {"schedule": self.schedule, "faults": self.faults, "average": self.average}
+        parts |= {"schedule": self.schedule, "faults": self.faults, "ema": self.ema}
         parts |= {f"filter.{place}": part for place, part in enumerate(self.filters)}
         return {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
 
@@ -163,7 +163,7 @@ class TrainState:
         state = {name: part.state_dict() for name, part in self._parts().items()}
         if self._judged_apart:
             state["training_weights"] = _copied(self.bare_model)
-        with judged_weights(self):
+        with evaluation_weights(self):
             state["model"] = _copied(self.bare_model) if self._judged_apart else self.bare_model.state_dict()
         state["progress"] = {name: getattr(self, name) for name in self._PROGRESS} | {"bad_files": dict(self.bad_files)}
         return state
@@ -172,9 +172,9 @@ class TrainState:
         """Take up where another run stood; the parts must be of the same kinds."""
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
-        if self.average is not None:
+        if self.ema is not None:
             self.bare_model.load_state_dict(state["model"])
-            torch._foreach_copy_(self.average.weights, [p.detach() for p in self.bare_model.parameters()])
+            torch._foreach_copy_(self.ema.weights, [p.detach() for p in self.bare_model.parameters()])
         self.bare_model.load_state_dict(state.get("training_weights", state["model"]))
         for name in self._PROGRESS:
             setattr(self, name, state["progress"][name])
@@ -184,7 +184,7 @@ class TrainState:
     @property
     def _judged_apart(self) -> bool:
         """Whether other weights are judged than trained."""
-        return self.average is not None or _has_modes(self.optimizer)
+        return self.ema is not None or _has_modes(self.optimizer)
 
     _PROGRESS = ("step", "best_loss", "best_step", "validated_step", "elapsed_seconds", "n_pieces")
 
@@ -199,7 +199,7 @@ def _has_modes(optimizer: Optimizer) -> bool:
 
 
 @contextmanager
-def judged_weights(state: TrainState) -> Iterator[None]:
+def evaluation_weights(state: TrainState) -> Iterator[None]:
     """Within it the model has the weights that are validated and saved; afterwards those of training, bit for bit."""
     if not state._judged_apart:
         yield
@@ -209,8 +209,8 @@ def judged_weights(state: TrainState) -> Iterator[None]:
     kept = [p.clone() for p in parameters]
     if _has_modes(optimizer):
         optimizer.eval()
-    if state.average is not None:
-        torch._foreach_copy_(parameters, state.average.weights)
+    if state.ema is not None:
+        torch._foreach_copy_(parameters, state.ema.weights)
     try:
         yield
     finally:
@@ -219,7 +219,7 @@ def judged_weights(state: TrainState) -> Iterator[None]:
         torch._foreach_copy_(parameters, kept)
 
 
-def first_spoilt(state: TrainState) -> str | None:
+def first_nonfinite(state: TrainState) -> str | None:
     """Name of the first weight that is not finite, or has optimizer state that is not, or else of a buffer with NaN.
 
     A buffer may hold infinity, as masks do.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from unbraid import dist
 from unbraid.data.batch import Batch
 from unbraid.records import ItemId, ItemRecord, StepRecord
-from unbraid.robust.clip import as_limit
+from unbraid.robust.clip import as_max_norm
 from unbraid.robust.guard import acts_on_device, update
 from unbraid.train.block_stats import (
     Watched,
@@ -145,7 +145,7 @@ def finish(state: TrainState, launched: Launched) -> tuple[StepRecord, list[floa
             state.n_pieces *= 2
         return finish(state, _again(state, launched))
     record = _record(state, launched, values, told)
-    if not record.trained and record.outcome not in ("all_easy", "loss_scale"):
+    if not record.trained and record.outcome not in ("all_filtered", "fp16_overflow"):
         record = replace(record, bad_items=(*record.bad_items, *_bad_items(state, launched, record.outcome)))
     state.faults.add(record.outcome)
     return record, values["notes"]
@@ -182,8 +182,8 @@ def _apply(state: TrainState, attempt: Attempt, step: int, kept: KeptBuffers) ->
         norm, divisor = nn.utils.get_total_norm(gradients), torch.ones_like(divisor)
     finite = attempt.norm.isfinite() & norm.isfinite()
     fine = sound & weighs & finite
-    limit = as_limit(state.clipper(norm, fine), norm)
-    parcel |= {"norm_transformed": norm, "limit": limit}
+    limit = as_max_norm(state.clipper(norm, fine), norm)
+    parcel |= {"norm_transformed": norm, "max_norm": limit}
     divisor, sent = divisor * (norm / limit).clamp_min(1), None
     if acts_on_device(state.optimizer):
         update(state.optimizer, gradients, divisor, fine)
@@ -191,8 +191,8 @@ def _apply(state: TrainState, attempt: Attempt, step: int, kept: KeptBuffers) ->
         sent = Parcel(parcel | {"fine": fine})
         update(state.optimizer, gradients, divisor, torch.tensor(bool(sent.open()["fine"][0])))
     kept.give_back(unless=fine)
-    if state.average is not None:
-        state.average.update(state.bare_model, fine)
+    if state.ema is not None:
+        state.ema.update(state.bare_model, fine)
     state.precision.update(sound & weighs & ~finite, fine)
     for loss_filter in state.remembering_filters:
         loss_filter.observe(told["losses"], told["losses"].isfinite() & (fine | (sound & ~weighs)))
@@ -227,7 +227,7 @@ def _closely(ran: Sequence[Ran]) -> dict[str, Tensor]:
 def _record(
     state: TrainState, launched: Launched, values: dict[str, list[float]], told: dict[str, float]
 ) -> StepRecord:
-    one = told | {name: values[name][0] for name in ("scale", "norm", "norm_transformed", "limit")}
+    one = told | {name: values[name][0] for name in ("scale", "norm", "norm_transformed", "max_norm")}
     weight, n_real, attempt = one["weight"], one["real"], launched.attempt
     if one["out_of_memory"]:
         outcome = "out_of_memory"
@@ -236,9 +236,9 @@ def _record(
     elif one["over"]:
         outcome = "over_limit"
     elif weight == 0:
-        outcome = "all_easy"
+        outcome = "all_filtered"
     elif not math.isfinite(one["norm"]) or not math.isfinite(one["norm_transformed"]):
-        outcome = "loss_scale" if can_shrink(state, one["scale"]) else "nonfinite_gradient"
+        outcome = "fp16_overflow" if can_shrink(state, one["scale"]) else "nonfinite_gradient"
     else:
         outcome = "trained"
     trained, seconds = outcome == "trained", perf_counter() - launched.started
@@ -253,14 +253,14 @@ def _record(
         outcome=outcome,
         loss=loss if n_real else None,
         grad_norm=one["norm"],
-        limit=one["limit"],
-        clipped=trained and one["norm_transformed"] > one["limit"],
-        norm_after=min(one["norm_transformed"], one["limit"]) if trained else None,
+        max_norm=one["max_norm"],
+        clipped=trained and one["norm_transformed"] > one["max_norm"],
+        clipped_grad_norm=min(one["norm_transformed"], one["max_norm"]) if trained else None,
         si_sdr=tuple(total / n if n else None for total, n in zip(*_rows(values["si_sdr"], 2), strict=True)),
         lr=launched.rates[0],
         loss_scale=one["scale"],
         n_trained=round(one["trained"]) if trained else 0,
-        n_easy=round(one["easy"]),
+        n_filtered=round(one["filtered"]),
         n_bad=attempt.n_set_aside or round(one["nonfinite"] + one["over"]),
         bad_items=attempt.set_aside,
         n_micro_batches=len(attempt.ran),

@@ -80,12 +80,12 @@ class DeadOutputs:
             return []
         silent = {
             output
-            for output in range(len(items[0].levels_db))
-            if all(item.levels_db[output] < self._silence(item) for item in items)
+            for output in range(len(items[0].estimate_levels_db))
+            if all(item.estimate_levels_db[output] < self._silence(item) for item in items)
         }
         self.in_a_row = {output: self.in_a_row.get(output, 0) + 1 for output in silent}
         return sorted(output for output, n in self.in_a_row.items() if n == self.IN_A_ROW)
 
     def _silence(self, item: ItemRecord) -> float:
         """Below which level an output counts as silent: a loss that ignores level lets all of them be faint."""
-        return max(SILENT_DB, max(item.levels_db) - BELOW_LOUDEST_DB)
+        return max(SILENT_DB, max(item.estimate_levels_db) - BELOW_LOUDEST_DB)

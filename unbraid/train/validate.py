@@ -8,13 +8,13 @@ from torch import Tensor
 
 from unbraid import dist
 from unbraid.data.batch import Batch
-from unbraid.data.dataset import Mixtures
-from unbraid.data.loader import FixedKeys, collate
+from unbraid.data.dataset import MixtureDataset
+from unbraid.data.loader import FixedSampler, collate
 from unbraid.data.mixing import AudioFault
 from unbraid.inference import infer
 from unbraid.losses.pit import judge_by, order_as_targets, output_order
-from unbraid.metrics import mean_over_sounding, reorder, si_sdr
-from unbraid.model_output import Separation, sources_of
+from unbraid.metrics import mean_over_active, reorder, si_sdr
+from unbraid.model_output import ModelOutput, sources_of
 from unbraid.train.forward import example_losses
 from unbraid.train.loop import Scores, Validate
 from unbraid.train.state import TrainState
@@ -22,7 +22,7 @@ from unbraid.train.validation_audio import Listening, Sound, sounds_of
 
 
 def validation(
-    dataset: Mixtures,
+    dataset: MixtureDataset,
     *,
     n_items: int,
     batch_size: int,
@@ -46,7 +46,7 @@ def validation(
     def validate(state: TrainState) -> Scores:
         sums, faults, sounds = torch.zeros(4, dtype=torch.float64), list[AudioFault](), list[Sound]()
         of_items = torch.zeros(n_items, 1 + dataset.settings.n_sources, dtype=torch.float64)
-        for keys in FixedKeys(n_items, batch_size, rank=dist.rank(), world_size=dist.world_size()):
+        for keys in FixedSampler(n_items, batch_size, rank=dist.rank(), world_size=dist.world_size()):
             loaded = collate([dataset[key] for key in keys])
             faults.extend(loaded.faults)
             batch = loaded.batch.to(state.device)
@@ -54,9 +54,9 @@ def validation(
             losses, _ = example_losses(state.loss, output, batch)
             estimate, order = _ordered(sources_of(output), batch.sources, assign)
             ratios = si_sdr(estimate, batch.sources)
-            after = mean_over_sounding(ratios, batch.sources)
+            after = mean_over_active(ratios, batch.sources)
             unprocessed = batch.mixture[:, None].expand_as(batch.sources)
-            before = mean_over_sounding(si_sdr(unprocessed, batch.sources), batch.sources)
+            before = mean_over_active(si_sdr(unprocessed, batch.sources), batch.sources)
             sums[:3] += torch.stack([losses.sum(), after.sum(), (after - before).sum()]).double().cpu()
             sums[3] += len(losses)
             places = [key.index for key in keys]
@@ -90,7 +90,7 @@ def _ordered(estimate: Tensor, target: Tensor, assign: str) -> tuple[Tensor, Ten
     return reorder(estimate, order), order
 
 
-def _separate(state: TrainState, batch: Batch) -> Tensor | Separation:
+def _separate(state: TrainState, batch: Batch) -> Tensor | ModelOutput:
     """The model's outputs, in as many pieces as memory asks for.
 
     Raises:
@@ -107,10 +107,10 @@ def _separate(state: TrainState, batch: Batch) -> Tensor | Separation:
         n_pieces *= 2
 
 
-def _joined(outputs: Sequence[Tensor | Separation]) -> Tensor | Separation:
+def _joined(outputs: Sequence[Tensor | ModelOutput]) -> Tensor | ModelOutput:
     """Batches that went through the model one after the other, as if they had gone together."""
     first, sources = outputs[0], torch.cat([sources_of(output) for output in outputs])
-    if not isinstance(first, Separation):
+    if not isinstance(first, ModelOutput):
         return sources
-    embeddings = [o.embedding for o in outputs if isinstance(o, Separation) and o.embedding is not None]
+    embeddings = [o.embedding for o in outputs if isinstance(o, ModelOutput) and o.embedding is not None]
     return first._replace(sources=sources, embedding=torch.cat(embeddings) if embeddings else None)

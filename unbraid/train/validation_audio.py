@@ -16,7 +16,7 @@ from unbraid.data.batch import Batch
 from unbraid.errors import AudioError
 from unbraid.inference import at_mixture_level
 from unbraid.io import write_atomically
-from unbraid.metrics import sounding
+from unbraid.metrics import is_active
 from unbraid.records import json_row
 
 MAX_FOLDERS = 24
@@ -91,7 +91,7 @@ def sounds_of(
         scores: SI-SDR in dB, ``(batch, source, channel)``, and its mean improvement, ``(batch,)``.
     """
     ratios, improvements = scores
-    of_sources = ratios.where(sounding(batch.sources), torch.nan).nanmean(-1).tolist()
+    of_sources = ratios.where(is_active(batch.sources), torch.nan).nanmean(-1).tolist()
     found = []
     for place in places:
         sound = listening.sound(batch.items[place].index, batch.mixture[place], batch.sources[place], ordered[place])

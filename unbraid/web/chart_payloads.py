@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from unbraid.web.downsample import Floats, Thinned
-from unbraid.web.step_columns import COLUMNS, LEFT_OUT
+from unbraid.web.step_columns import COLUMNS, SKIPPED_OUTCOMES
 
-SPREAD = ("loss", "grad_norm", "norm_after", "si_sdr")
+SPREAD = ("loss", "grad_norm", "clipped_grad_norm", "si_sdr")
 """Columns whose least and greatest value are drawn beside their mean."""
 
 SCORES = ("step", "loss", "si_sdr", "si_sdri", "best")
@@ -28,7 +28,7 @@ def chart(thinned: Thinned) -> dict[str, Any]:
         is known.
     """
     place = {name: number for number, name in enumerate(COLUMNS)}
-    counted = ("rescued", *LEFT_OUT)
+    counted = ("rescued", *SKIPPED_OUTCOMES)
     known = [name for name in COLUMNS if name not in counted and np.isfinite(thinned.mean[place[name]]).any()]
     counts = {name: thinned.total[place[name]] for name in counted}
     return {

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from unbraid.records import RunDirectory
+from unbraid.records import RunDirectory, upgrade_row
 from unbraid.web.chart_payloads import SCORES, finite
 from unbraid.web.downsample import Buckets, Thinned, of_each_step
 from unbraid.web.step_columns import COLUMNS, columns
@@ -102,6 +102,7 @@ def _parsed(line: bytes) -> Row | None:
         row = json.loads(line, parse_constant=lambda _: None)
     except (ValueError, RecursionError):
         return None
+    row = upgrade_row(row) if isinstance(row, dict) else None
     step = row.get("step") if isinstance(row, dict) else None
     return row if isinstance(step, int) and not isinstance(step, bool) and 0 <= step < 2**52 else None
 

@@ -8,8 +8,15 @@ import numpy as np
 from unbraid.columns import numbers
 from unbraid.web.downsample import Floats
 
-RECORDED = ("grad_norm", "limit", "norm_after", "lr", "seconds", "data_seconds", "examples_per_second")
-LEFT_OUT = ("all_easy", "loss_scale", "out_of_memory", "over_limit", "nonfinite_loss", "nonfinite_gradient")
+RECORDED = ("grad_norm", "max_norm", "clipped_grad_norm", "lr", "seconds", "data_seconds", "examples_per_second")
+SKIPPED_OUTCOMES = (
+    "all_filtered",
+    "fp16_overflow",
+    "out_of_memory",
+    "over_limit",
+    "nonfinite_loss",
+    "nonfinite_gradient",
+)
 """Why a step was left out: each has a column, 1 where it was. The first is no fault."""
 
 COLUMNS = (
@@ -20,7 +27,7 @@ COLUMNS = (
     "update_ratio",
     "memory_bytes",
     "rescued",
-    *LEFT_OUT,
+    *SKIPPED_OUTCOMES,
 )
 
 
@@ -38,7 +45,7 @@ def columns(rows: Sequence[Mapping[str, Any]]) -> Floats:
     found["si_sdr"] = np.where(trained, [_mean(row.get("si_sdr")) for row in rows], np.nan)
     found["update_ratio"] = np.array([_update_ratio(row.get("blocks")) for row in rows], dtype=float)
     found["rescued"] = (trained & (numbers(rows, "n_bad") > 0)).astype(float)
-    found |= {name: np.array([outcome == name for outcome in outcomes], dtype=float) for name in LEFT_OUT}
+    found |= {name: np.array([outcome == name for outcome in outcomes], dtype=float) for name in SKIPPED_OUTCOMES}
     return np.stack([found[name] for name in COLUMNS])
 
 

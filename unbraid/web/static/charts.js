@@ -10,7 +10,7 @@ const CHARTS = [
     say: "On sources not trained on. Zero is the mixture itself." },
   { key: "norm", title: "Gradient norm", log: true,
     lines: [{ of: "grad_norm", smooth: true, spread: true, name: "before clipping" }, { of: "limit", dash: [6, 4], name: "limit" },
-      { of: "norm_after", smooth: true, name: "after", dash: [2, 3] }],
+      { of: "clipped_grad_norm", smooth: true, name: "after", dash: [2, 3] }],
     say: "Bold: before clipping; dotted: after; dashed: the limit." },
   { key: "update_ratio", title: "Update over weight", log: true, lines: [{ of: "update_ratio" }],
     say: "How far a step moves the weights, as a share of them (median over blocks). Around 1e-3 is usual with Adam." },
