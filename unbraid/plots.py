@@ -248,7 +248,7 @@ PLOTS: dict[str, Callable[["Figure", Series], bool]] = {
 }
 """Each draws into an empty figure, and says whether there was something to draw."""
 
-SKIPPED_OUTCOMES = ("#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#17becf")
+SKIP_COLORS = ("#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#17becf")
 THIN: dict[str, Any] = {"linewidth": 0.8, "markersize": 2}
 
 
@@ -276,7 +276,7 @@ def _mark_left_out(axes: "Axes", curves: Series, n_most: int = 1500) -> None:
 
 def _color_of(reason: str, place: int) -> str:
     """Grey for what is no fault."""
-    return "#777777" if reason == "all_filtered" else SKIPPED_OUTCOMES[place % len(SKIPPED_OUTCOMES)]
+    return "#777777" if reason == "all_filtered" else SKIP_COLORS[place % len(SKIP_COLORS)]
 
 
 def _words(outcome: str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from unbraid.errors import CheckpointError
 
@@ -25,6 +25,20 @@ _ITEM_FIELDS_OF_VERSION_2 = {
 }
 _OUTCOMES_OF_VERSION_2 = {"all_easy": "all_filtered", "loss_scale": "fp16_overflow"}
 _CODES_OF_VERSION_2 = {"STEP_SKIPPED_LOSS_SCALE": "STEP_SKIPPED_FP16_OVERFLOW"}
+
+Outcome = Literal[
+    "trained", "all_filtered", "nonfinite_loss", "over_limit", "nonfinite_gradient", "fp16_overflow", "out_of_memory"
+]
+"""What became of a step: ``trained``, or why it was skipped."""
+
+OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
+
+SKIPPED_OUTCOMES: tuple[Outcome, ...] = tuple(outcome for outcome in OUTCOMES if outcome != "trained")
+"""Outcomes of steps that changed no weights."""
+
+FAULT_OUTCOMES: tuple[Outcome, ...] = ("nonfinite_loss", "over_limit", "nonfinite_gradient", "out_of_memory")
+"""Outcomes that mean something is wrong. A batch of filtered examples is no fault, nor is an fp16 overflow: the loss
+scale is found by overflowing now and then."""
 
 TIMING_FIELDS = frozenset(
     {
@@ -134,7 +148,7 @@ class StepRecord:
 
     step: int
     epoch: int
-    outcome: str
+    outcome: Outcome
     loss: float | None
     grad_norm: float | None
     max_norm: float | None

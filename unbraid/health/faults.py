@@ -2,36 +2,14 @@
 
 import math
 from collections import Counter
-from typing import NamedTuple
 
 import numpy as np
 
+from unbraid.fault_advice import ADVICE
 from unbraid.health.finding import Finding
 from unbraid.health.rolling_median import episodes, highest, middle, usual
-from unbraid.health.series import LEFT_ALONE, Series
-
-
-class Advice(NamedTuple):
-    """What to do, in one sentence, and the recipe's key that it is done with."""
-
-    words: str
-    key: str
-
-
-ADVICE = {
-    "nonfinite_loss": Advice(
-        "Replay the incident to see which example or layer it is, and leave its file out.", "data.exclude"
-    ),
-    "nonfinite_gradient": Advice(
-        "Replay the incident: it names the layer, and the precision in which it goes away.", "train.precision"
-    ),
-    "over_limit": Advice(
-        "Lower the learning rate, or raise the limit if the loss is meant to be so large.", "optim.lr"
-    ),
-    "out_of_memory": Advice("Take shorter excerpts, a smaller batch or a smaller model.", "data.excerpt_seconds"),
-    "fp16_overflow": Advice('Take bf16, which has the range of fp32 (train.precision = "bf16").', "train.precision"),
-}
-"""What to do where steps are left out, by their outcome."""
+from unbraid.health.series import Series
+from unbraid.records import FAULT_OUTCOMES
 
 OF_EXAMPLES = (
     "STEP_RESCUED",
@@ -49,7 +27,7 @@ ADAM_BETA2 = {"adam": 0.999, "adamw": 0.999, "schedule_free": 0.999}
 
 def faults_in_a_row(series: Series) -> Finding | None:
     """Steps left out one after the other."""
-    faults = ~np.isin(series.outcome, LEFT_ALONE)
+    faults = np.isin(series.outcome, FAULT_OUTCOMES)
     runs = episodes(faults, gap=1)
     if not runs:
         return None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from unbraid.columns import Floats
-from unbraid.health.faults import ADVICE
+from unbraid.fault_advice import ADVICE
 from unbraid.health.finding import Finding
 from unbraid.health.rolling_median import highest, middle, usual
 from unbraid.health.series import Series
@@ -194,8 +194,8 @@ def loss_scale_sinks(series: Series) -> Finding | None:
         severity="critical" if scale[-1] < 4 else "warning",
         what="fp16 overflows again and again.",
         why=f"The loss scale sank from {top:g} to {scale[-1]:g} in {overflows} overflows.",
-        advice=ADVICE["loss_scale"].words,
-        key=ADVICE["loss_scale"].key,
+        advice=ADVICE["fp16_overflow"].words,
+        key=ADVICE["fp16_overflow"].key,
         steps=(int(steps[np.flatnonzero(scale == top)[-1]]), int(steps[-1])),
         confidence=0.95,
     )

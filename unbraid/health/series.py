@@ -17,9 +17,6 @@ from unbraid.records import RunDirectory, read_rows, row_blocks
 DB_LOSSES = ("neg_sa_sdr", "neg_si_sdr", "neg_snr", "neg_thresholded_snr")
 """The losses of ours that are in dB, by name: for runs that have not written down whether theirs is."""
 
-LEFT_ALONE = ("trained", "all_filtered", "fp16_overflow")
-"""Outcomes of a step that are no fault of example or model."""
-
 SCORES = ("step", "loss", "si_sdri", "lr", "best")
 
 

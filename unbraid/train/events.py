@@ -75,7 +75,7 @@ class Observer:
         message = f"Step {record.step} was left out ({outcome}); weights are as before."
         if rescued:
             message = f"Step {record.step} was done without {record.n_bad} of its examples."
-        elif record.outcome == "loss_scale":
+        elif record.outcome == "fp16_overflow":
             message = (
                 f"Step {record.step} was left out: fp16 overflowed at a loss scale of {record.loss_scale:g}; halved."
             )

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from unbraid import dist
 from unbraid.data.mixing import AudioFault
 from unbraid.errors import TrainingStopped, UserError
-from unbraid.health.faults import ADVICE
+from unbraid.fault_advice import ADVICE
 from unbraid.records import Event, StepRecord, ValidationRecord
 from unbraid.signals import SIGNALS, StopRequest
 from unbraid.train.batch_source import Load, Source

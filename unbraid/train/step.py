@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from unbraid import dist
 from unbraid.data.batch import Batch
-from unbraid.records import ItemId, ItemRecord, StepRecord
+from unbraid.records import ItemId, ItemRecord, Outcome, StepRecord
 from unbraid.robust.clip import as_max_norm
 from unbraid.robust.guard import acts_on_device, update
 from unbraid.train.block_stats import (
@@ -229,6 +229,7 @@ def _record(
 ) -> StepRecord:
     one = told | {name: values[name][0] for name in ("scale", "norm", "norm_transformed", "max_norm")}
     weight, n_real, attempt = one["weight"], one["real"], launched.attempt
+    outcome: Outcome
     if one["out_of_memory"]:
         outcome = "out_of_memory"
     elif one["nonfinite"]:

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from unbraid.records import SKIPPED_OUTCOMES
 from unbraid.web.downsample import Floats, Thinned
-from unbraid.web.step_columns import COLUMNS, SKIPPED_OUTCOMES
+from unbraid.web.step_columns import COLUMNS
 
 SPREAD = ("loss", "grad_norm", "clipped_grad_norm", "si_sdr")
 """Columns whose least and greatest value are drawn beside their mean."""

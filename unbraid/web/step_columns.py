@@ -6,19 +6,10 @@ from typing import Any
 import numpy as np
 
 from unbraid.columns import numbers
+from unbraid.records import SKIPPED_OUTCOMES
 from unbraid.web.downsample import Floats
 
 RECORDED = ("grad_norm", "max_norm", "clipped_grad_norm", "lr", "seconds", "data_seconds", "examples_per_second")
-SKIPPED_OUTCOMES = (
-    "all_filtered",
-    "fp16_overflow",
-    "out_of_memory",
-    "over_limit",
-    "nonfinite_loss",
-    "nonfinite_gradient",
-)
-"""Why a step was left out: each has a column, 1 where it was. The first is no fault."""
-
 COLUMNS = (
     "loss",
     *RECORDED,

@@ -63,7 +63,7 @@ function remaining(run) {
 const REASONS = {
   rescued: "done without bad examples",
   all_filtered: "all examples easy",
-  loss_scale: "fp16 overflow",
+  fp16_overflow: "fp16 overflow",
   out_of_memory: "out of memory",
   over_limit: "loss over its limit",
   nonfinite_loss: "loss not finite",
@@ -72,7 +72,7 @@ const REASONS = {
 const REASON_COLOURS = {
   rescued: "#3f9d8f",
   all_filtered: "#8f9aa3",
-  loss_scale: "#b07cc6",
+  fp16_overflow: "#b07cc6",
   out_of_memory: "#7a6a55",
   over_limit: "#e08a2e",
   nonfinite_loss: "#d6453d",
