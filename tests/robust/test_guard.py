@@ -7,7 +7,7 @@ from torch import nn
 
 from unbraid.errors import UserError
 from unbraid.robust.clip import AutoClip, FixedClip, NoClip, clip_
-from unbraid.robust.guard import acts_on_device, guarded_step
+from unbraid.robust.guard import guarded_step, supports_found_inf
 
 OPTIMIZERS = {
     "fused Adam": lambda p: torch.optim.Adam(p, lr=0.1, fused=True),
@@ -174,7 +174,7 @@ def test_an_optimizer_in_a_wrapper_is_guarded_and_steps_through_the_wrapper(fuse
     parameter = parameter_with(3.0, math.nan)
     wrapper = Wrapper(torch.optim.SGD([parameter], lr=1.0, fused=fused))
 
-    assert acts_on_device(wrapper) == fused
+    assert supports_found_inf(wrapper) == fused
     assert not guarded_step(wrapper, NoClip()).taken
     assert parameter.tolist() == [1.0, 1.0]
     parameter.grad = torch.tensor([3.0, 0.0])

@@ -12,7 +12,7 @@ from unbraid.errors import RecipeError
 from unbraid.losses.pit import SeparationLoss
 from unbraid.losses.waveform import neg_si_sdr
 from unbraid.models import MODELS
-from unbraid.robust.guard import prime, update
+from unbraid.robust.guard import apply_update, initialise_optimizer_state
 from unbraid.train import muon
 from unbraid.train.muon import Muon, as_matrix, orthogonalised
 from unbraid.train.optim import OPTIMIZERS
@@ -49,13 +49,13 @@ def gradients_at(model, *, seed, unused=()):
 
 def step(model, optimizer, *, seed, divisor=1.0, fine=True, unused=()):
     gradients = gradients_at(model, seed=seed, unused=unused)
-    update(optimizer, gradients, torch.tensor(divisor), torch.tensor(fine))
+    apply_update(optimizer, gradients, torch.tensor(divisor), torch.tensor(fine))
 
 
 def make(name, **options):
     model = Weights()
     optimizer = OPTIMIZERS[name](model.parameters(), **options)
-    prime(optimizer)
+    initialise_optimizer_state(optimizer)
     return model, optimizer
 
 
@@ -125,7 +125,7 @@ def test_dividing_in_the_update_is_dividing_before_it(name):
         step(*inside, seed=seed, divisor=8.0)
         gradients = gradients_at(before[0], seed=seed)
         torch._foreach_div_(gradients, 8.0)
-        update(before[1], gradients, torch.tensor(1.0), torch.tensor(True))
+        apply_update(before[1], gradients, torch.tensor(1.0), torch.tensor(True))
 
     assert_equal(before[0].state_dict(), inside[0].state_dict())
 

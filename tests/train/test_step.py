@@ -27,7 +27,7 @@ from unbraid.data.batch import Batch
 from unbraid.robust import CLIPPERS
 from unbraid.robust.clip import AutoClip, FixedClip, NoClip
 from unbraid.robust.filter import OutlierFilter, PercentileFilter, ThresholdFilter
-from unbraid.robust.guard import prime
+from unbraid.robust.guard import initialise_optimizer_state
 from unbraid.robust.precision import PRECISIONS, Precision
 from unbraid.train.ema import EMA
 from unbraid.train.optim import OPTIMIZERS
@@ -68,7 +68,7 @@ def test_a_first_step_left_out_before_momentum_leaves_the_next_what_it_would_hav
     states = [make_state(), make_state()]
     for state in states:
         state.optimizer = sgd(state.model)
-        prime(state.optimizer)
+        initialise_optimizer_state(state.optimizer)
     train_step(states[0], with_nan(make_batch(), 0))
     for state in states:
         for seed in (1, 2):

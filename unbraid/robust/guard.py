@@ -54,7 +54,7 @@ def guarded_step(
             "LBFGS calls the model several times within one step, where no gradient can be guarded from outside; take "
             "an optimizer that steps once, such as AdamW."
         )
-    prime(optimizer)
+    initialise_optimizer_state(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     gradients = [p.grad for p in parameters if p.grad is not None]
     total = nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=parameters[0].device)
@@ -64,11 +64,11 @@ def guarded_step(
         bad = loss.detach().isfinite().logical_not().any().float()
         fine = fine & (dist.sum_over_ranks(bad) == 0).to(fine.device)
     limit = as_max_norm(clipper(norm, fine), norm)
-    update(optimizer, gradients, scale * (norm / limit).clamp_min(1), fine)
+    apply_update(optimizer, gradients, scale * (norm / limit).clamp_min(1), fine)
     return GuardedStep(norm, limit, fine)
 
 
-def prime(optimizer: Optimizer) -> None:
+def initialise_optimizer_state(optimizer: Optimizer) -> None:
     """Let a fused optimizer make its state before the first step, so that a first step left out finds it clean.
 
     It steps once with ``found_inf`` set: nothing moves, but moments are made. Fused SGD leaves its momentum buffer
@@ -76,7 +76,7 @@ def prime(optimizer: Optimizer) -> None:
     torch spares the very first step).
     """
     optimizer = _bare(optimizer)
-    if not acts_on_device(optimizer) or optimizer.state:
+    if not supports_found_inf(optimizer) or optimizer.state:
         return
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     if not parameters:
@@ -94,13 +94,13 @@ def prime(optimizer: Optimizer) -> None:
                 moment.zero_()
 
 
-def update(optimizer: Optimizer, gradients: list[Tensor], divisor: Tensor, fine: Tensor) -> None:
+def apply_update(optimizer: Optimizer, gradients: list[Tensor], divisor: Tensor, fine: Tensor) -> None:
     """Divide the gradients and let the optimizer step, or leave everything alone where the step is not fine.
 
     An optimizer that takes ``grad_scale`` and ``found_inf`` does both in its own pass, where the tensors are. For any
     other the host decides, which on an accelerator costs one synchronisation.
     """
-    if not acts_on_device(optimizer):
+    if not supports_found_inf(optimizer):
         if bool(fine):
             divide_(gradients, divisor)
             optimizer.step()
@@ -114,7 +114,7 @@ def update(optimizer: Optimizer, gradients: list[Tensor], divisor: Tensor, fine:
         del bare.grad_scale, bare.found_inf  # type: ignore[attr-defined]
 
 
-def acts_on_device(optimizer: Optimizer) -> bool:
+def supports_found_inf(optimizer: Optimizer) -> bool:
     """Whether it takes ``grad_scale`` and ``found_inf``, as torch's fused ones do: leaving a step out needs no host."""
     return bool(getattr(_bare(optimizer), "_step_supports_amp_scaling", False))
 

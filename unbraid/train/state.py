@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from unbraid.robust.clip import Clipper, FixedClip
 from unbraid.robust.filter import LossFilter, RememberingFilter
-from unbraid.robust.guard import prime
+from unbraid.robust.guard import initialise_optimizer_state
 from unbraid.robust.precision import Precision
 from unbraid.robust.transform import GradientTransform
 from unbraid.train.buffer_snapshot import Place, buffer_places
@@ -123,7 +123,7 @@ class TrainState:
     def __post_init__(self) -> None:
         for group in self.optimizer.param_groups:
             group.setdefault("initial_lr", float(group["lr"]))
-        prime(self.optimizer)
+        initialise_optimizer_state(self.optimizer)
         if isinstance(self.model, DistributedDataParallel):
             self.exchange = Exchange(self.model)
 

@@ -12,7 +12,7 @@ from unbraid import dist
 from unbraid.data.batch import Batch
 from unbraid.records import ItemId, ItemRecord, Outcome, StepRecord
 from unbraid.robust.clip import as_max_norm
-from unbraid.robust.guard import acts_on_device, update
+from unbraid.robust.guard import apply_update, supports_found_inf
 from unbraid.train.block_stats import (
     Watched,
     block_records,
@@ -185,11 +185,11 @@ def _apply(state: TrainState, attempt: Attempt, step: int, kept: KeptBuffers) ->
     limit = as_max_norm(state.clipper(norm, fine), norm)
     parcel |= {"norm_transformed": norm, "max_norm": limit}
     divisor, sent = divisor * (norm / limit).clamp_min(1), None
-    if acts_on_device(state.optimizer):
-        update(state.optimizer, gradients, divisor, fine)
+    if supports_found_inf(state.optimizer):
+        apply_update(state.optimizer, gradients, divisor, fine)
     else:  # the host decides: it needs the scalars before the update
         sent = Parcel(parcel | {"fine": fine})
-        update(state.optimizer, gradients, divisor, torch.tensor(bool(sent.open()["fine"][0])))
+        apply_update(state.optimizer, gradients, divisor, torch.tensor(bool(sent.open()["fine"][0])))
     kept.give_back(unless=fine)
     if state.ema is not None:
         state.ema.update(state.bare_model, fine)
