@@ -24,7 +24,7 @@ from unbraid.data.synthetic import make_voices
 from unbraid.io import atomic_replace, write_atomically
 from unbraid.lab.experiment import Experiment, of_recipe
 from unbraid.spectrogram import spectrogram_db
-from unbraid.train.loop import Scores
+from unbraid.train.loop import ValidationScores
 from unbraid.train.state import TrainState
 from unbraid.train.step import train_step
 from unbraid.train.validate import validation
@@ -36,14 +36,14 @@ SMALLER = ("data.excerpt_seconds=2.0", "data.workers=0", "model.n_filters=128", 
 PLAIN = ("train.precision=fp32", "train.compile=off", "schedule.name=constant", "validate.n_items=32")
 
 
-def trained(subject: Experiment) -> dict[int, Scores]:
+def trained(subject: Experiment) -> dict[int, ValidationScores]:
     """Train a fork of a subject; what each validation came to, with the sound of its mixtures, by step."""
     state, steps, recipe = subject.fork(), subject.steps(), subject.recipe
     judge = validation(
         subject.corpus.valid,
         n_items=N_ITEMS,
         batch_size=recipe.data.batch_size,
-        listening=recipe.listening,
+        audio_options=recipe.audio_options,
         save_audio=EXAMPLE + 1,
     )
     found = {0: _judged(judge, state)}
@@ -55,14 +55,14 @@ def trained(subject: Experiment) -> dict[int, Scores]:
     return found
 
 
-def _judged(judge, state: TrainState) -> Scores:
+def _judged(judge, state: TrainState) -> ValidationScores:
     state.model.eval()
     scores = judge(state)
     state.model.train()
     return scores
 
 
-def draw(found: dict[int, Scores]) -> Figure:
+def draw(found: dict[int, ValidationScores]) -> Figure:
     """The curve of the validations, and one example's spectrograms as training goes on."""
     figure = Figure(figsize=(11.0, 5.6), layout="constrained")
     axes = figure.add_subplot(2, 3, 1)
@@ -84,7 +84,7 @@ def draw(found: dict[int, Scores]) -> Figure:
     return figure
 
 
-def write_sounds(found: dict[int, Scores], folder: Path) -> None:
+def write_sounds(found: dict[int, ValidationScores], folder: Path) -> None:
     """The mixture, and the first talker as estimated early and at the end; at one peak, so that they compare."""
     early, last = (found[step].sounds[EXAMPLE] for step in HEARD[1:])
     signals = {"mixture": last.mixture[0]}
@@ -94,7 +94,7 @@ def write_sounds(found: dict[int, Scores], folder: Path) -> None:
             soundfile.write(path, 0.5 * signal / np.abs(signal).max(), last.sample_rate, format="OGG")
 
 
-def told(found: dict[int, Scores], seconds: float) -> dict:
+def told(found: dict[int, ValidationScores], seconds: float) -> dict:
     """What is kept of it: each validation, and the example that is heard."""
     return {
         "date": date.today().isoformat(),

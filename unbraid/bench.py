@@ -32,7 +32,7 @@ from unbraid.records import StepRecord
 from unbraid.robust.precision import best_precision
 from unbraid.train.block_stats import peak_memory
 from unbraid.train.state import TrainState
-from unbraid.train.step import Launched, finish, launch
+from unbraid.train.step import LaunchedStep, finish, launch
 
 TIMES = (1, 2, 4)
 """The recipe's batch size, and multiples of it."""
@@ -234,7 +234,7 @@ def noise(recipe: Recipe, batch_size: int) -> Batch:
 def steps(state: TrainState, parts: Sequence[Batch]) -> Iterator[StepRecord]:
     """Steps without end on the same micro-batches; on an accelerator one is launched before the last is finished."""
     ahead = 1 if state.device.type == "cuda" and state.on_bad_example == "skip" else 0
-    under_way: list[Launched] = []
+    under_way: list[LaunchedStep] = []
     while True:
         under_way.append(launch(state, parts))
         if len(under_way) > ahead:

@@ -36,21 +36,21 @@ from unbraid.seeding import seeded_torch
 from unbraid.signals import StopRequest
 from unbraid.train.checkpoint import (
     Checkpoint,
-    cut_logs,
     find_checkpoint,
     newest_checkpoint,
     read_checkpoint,
-    tidy,
+    remove_partial_checkpoints,
+    truncate_logs,
 )
 from unbraid.train.ema import EMA
-from unbraid.train.event_log import Logbook, Record
-from unbraid.train.loggers import LOGGERS, Logger, open_loggers, pass_on
+from unbraid.train.event_log import EventLog, Record
+from unbraid.train.loggers import LOGGERS, Logger, forward_to_loggers, open_loggers
 from unbraid.train.loop import fit
 from unbraid.train.optim import OPTIMIZERS, SCHEDULES
 from unbraid.train.settings import Job
 from unbraid.train.state import TrainState
-from unbraid.train.validate import validation
-from unbraid.train.validation_audio import drop_later
+from unbraid.train.validate import make_validator
+from unbraid.train.validation_audio import remove_later_audio
 
 _MAY_CHANGE = (
     "train.max_steps",
@@ -260,7 +260,7 @@ def _train(
     }
     checkpoint, notes = _starting_point(recipe, run, resume=resume)
     loggers = _open_loggers(makers, recipe, run)
-    yield from pass_on(_go_on(recipe, run, device, checkpoint, notes, stop), loggers, Logbook(run))
+    yield from forward_to_loggers(_go_on(recipe, run, device, checkpoint, notes, stop), loggers, EventLog(run))
 
 
 def _open_loggers(makers: dict[str, Callable[..., Logger]], recipe: Recipe, run: RunDirectory) -> dict[str, Logger]:
@@ -315,12 +315,12 @@ def _go_on(
         )
         return batches(corpus.train, keys, workers=recipe.data.workers)
 
-    validate = validation(
+    validate = make_validator(
         corpus.valid,
         n_items=recipe.validate.n_items,
         batch_size=max(1, recipe.data.batch_size // (dist.world_size() * recipe.train.accumulate)),
         assign=recipe.assign,
-        listening=recipe.listening,
+        audio_options=recipe.audio_options,
         save_audio=recipe.validate.save_audio,
     )
     yield from fit(state, load, validate, job, stop)
@@ -377,9 +377,9 @@ def _open_run(
         What there is to tell of it.
     """
     run.checkpoints.mkdir(parents=True, exist_ok=True)
-    cut_logs(run, checkpoint.log_bytes if checkpoint else {})
-    tidy(run, checkpoint)
-    drop_later(run.audio, state.step)
+    truncate_logs(run, checkpoint.log_bytes if checkpoint else {})
+    remove_partial_checkpoints(run, checkpoint)
+    remove_later_audio(run.audio, state.step)
     for log in run.logs:
         log.touch()
     write_atomically(run.recipe, to_toml(recipe))

@@ -24,7 +24,7 @@ from unbraid.inference import separate
 from unbraid.losses.pit import judge_by, order_as_targets
 from unbraid.metrics import sdr, si_sdr
 from unbraid.train.checkpoint import find_checkpoint
-from unbraid.train.validation_audio import write_estimates, write_given
+from unbraid.train.validation_audio import write_estimates, write_mixture_and_references
 
 METRICS = ("si_sdr", "si_sdri", "sdr", "sdri")
 TABLE_SUFFIXES = (".csv", ".parquet")
@@ -184,8 +184,8 @@ def _scores(ordered: Tensor, batch: Batch) -> Row:
 
 
 def _save_audio(folder: Path, ordered: Tensor, batch: Batch, recipe: Recipe) -> None:
-    sound = recipe.listening.sound(batch.items[0].index, batch.mixture[0], batch.sources[0], ordered[0])
-    write_given(folder, sound)
+    sound = recipe.audio_options.sound(batch.items[0].index, batch.mixture[0], batch.sources[0], ordered[0])
+    write_mixture_and_references(folder, sound)
     write_estimates(folder, sound)
 
 

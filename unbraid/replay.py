@@ -9,7 +9,7 @@ from unbraid.config.recipe import recipe_from_table
 from unbraid.config.registry import build_loss
 from unbraid.errors import CheckpointError
 from unbraid.robust.precision import PRECISIONS, Precision
-from unbraid.train.diagnose import Verdict, diagnose
+from unbraid.train.diagnose import Diagnosis, diagnose
 from unbraid.train.incident import Incident, has_custom_code, read_incident
 
 
@@ -50,7 +50,7 @@ def _folder_of_own_code(path: Path, incident: Incident) -> Path:
     return next((folder for folder in folders if all((folder / file).is_file() for file in files)), Path.cwd())
 
 
-def _settled(incident: Incident, precision: str, folder: Path, *, trust: bool) -> Verdict:
+def _settled(incident: Incident, precision: str, folder: Path, *, trust: bool) -> Diagnosis:
     """What goes wrong in a precision; under fp16 with a loss scale that a run would have come to."""
     if precision != "fp16" or incident.about["precision"] == "fp16":
         return _again(incident, precision, incident.about["loss_scale"], folder, trust=trust)
@@ -62,7 +62,7 @@ def _settled(incident: Incident, precision: str, folder: Path, *, trust: bool) -
     return verdict
 
 
-def _again(incident: Incident, precision: str, scale: float, folder: Path, *, trust: bool) -> Verdict:
+def _again(incident: Incident, precision: str, scale: float, folder: Path, *, trust: bool) -> Diagnosis:
     about, device = incident.about, choose_device()
     recipe = recipe_from_table(dict(incident.recipe), folder)
     model = build_model(recipe, trust=trust)
@@ -82,7 +82,7 @@ def _again(incident: Incident, precision: str, scale: float, folder: Path, *, tr
     )
 
 
-def _conclusion(about: Mapping[str, Any], verdicts: dict[str, Verdict]) -> str:
+def _conclusion(about: Mapping[str, Any], verdicts: dict[str, Diagnosis]) -> str:
     recorded = about["precision"]
     cured = [name for name, verdict in verdicts.items() if verdict.kind == "none"]
     if recorded in cured:

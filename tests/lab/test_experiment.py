@@ -11,7 +11,7 @@ from unbraid.config.recipe import load_recipe
 from unbraid.errors import CheckpointError, DataError, RecipeError
 from unbraid.lab.experiment import mean_loss, of_checkpoint, of_recipe
 from unbraid.robust.precision import Precision
-from unbraid.train.forward import losses_of
+from unbraid.train.forward import compute_losses
 from unbraid.train.step import train_step
 
 
@@ -34,7 +34,7 @@ def test_two_forks_of_a_subject_train_alike_and_leave_it_as_it_was(recipe_file):
         state, stream = subject.fork(), subject.steps()
         for _ in range(3):
             train_step(state, next(stream))
-        ends.append(state.bare_model.state_dict())
+        ends.append(state.unwrapped_model.state_dict())
 
     assert_same(ends[0], ends[1])
     assert_same(before, dict(subject.weights))
@@ -51,7 +51,7 @@ def test_a_recipe_starts_where_its_training_would(recipe_file, tmp_path):
         train_step(state, next(stream))
 
     assert trained.step == 6
-    for name, weight in state.bare_model.state_dict().items():
+    for name, weight in state.unwrapped_model.state_dict().items():
         torch.testing.assert_close(weight, trained.weights[name])
 
 
@@ -77,7 +77,7 @@ def test_the_mean_loss_weighs_examples_alike_whatever_the_batches(recipe_file):
     subject = of_recipe(load_recipe(recipe_file()), "tiny")
     model, loss, precision = subject.model(), subject.loss(), Precision("fp32")
     whole, cut = subject.fixed(5, batch_size=5), subject.fixed(5, batch_size=2)
-    each = [losses_of(model, loss, precision, one)[1] for one in subject.fixed(5, batch_size=1)]
+    each = [compute_losses(model, loss, precision, one)[1] for one in subject.fixed(5, batch_size=1)]
 
     assert [len(batch.mixture) for batch in cut] == [2, 2, 1]
     torch.testing.assert_close(mean_loss(model, loss, precision, cut), torch.cat(each).mean())

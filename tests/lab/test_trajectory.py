@@ -112,7 +112,7 @@ def test_measuring_leaves_the_training_bit_for_bit_as_it_was(subject, overrides)
 def test_the_gradient_that_is_compared_is_that_of_the_step(subject, overrides):
     tiny = subject(*overrides)
     state, parts = tiny.fork(), next(tiny.steps())
-    model, before = tiny.model().train(), flat(state.bare_model)
+    model, before = tiny.model().train(), flat(state.unwrapped_model)
     record = train_step(state, parts)
     gradient = gradient_of(model, state.loss, parts, seed=state.seed, step=record.step)(before)
 
@@ -123,9 +123,9 @@ def test_what_is_measured_in_float32_is_what_float64_gives(subject):
     tiny = subject(*DROPOUT, "model.dropout=0")
     state, parts = tiny.fork(), next(tiny.steps())
     wide = [replace(p, mixture=p.mixture.double(), sources=p.sources.double()) for p in parts]
-    before = flat(state.bare_model)
+    before = flat(state.unwrapped_model)
     train_step(state, parts)
-    change = flat(state.bare_model) - before
+    change = flat(state.unwrapped_model) - before
     narrow = gradient_of(tiny.model().train(), state.loss, parts, seed=0, step=1)
     exact = gradient_of(tiny.model().double().train(), state.loss, wide, seed=0, step=1)
 

@@ -6,8 +6,8 @@ import pytest
 
 from unbraid.errors import TrainingStopped
 from unbraid.records import RunDirectory, read_rows
-from unbraid.train.batch_source import Source
-from unbraid.train.event_log import Logbook
+from unbraid.train.batch_source import BatchSource
+from unbraid.train.event_log import EventLog
 
 
 def loads(*errors):
@@ -28,26 +28,26 @@ DEATHS = [RuntimeError("DataLoader worker (pid(s) 1) exited unexpectedly"), EOFE
 
 
 def test_the_batches_after_a_death_are_those_that_would_have_come(tmp_path):
-    source, log = Source(loads(*DEATHS), 1), Logbook(RunDirectory(tmp_path))
+    source, log = BatchSource(loads(*DEATHS), 1), EventLog(RunDirectory(tmp_path))
 
-    assert [source.next_parts(step, log)[0] for step in range(8)] == list(range(8))
+    assert [source.next_micro_batches(step, log)[0] for step in range(8)] == list(range(8))
     assert [event.code for event in log.take()] == ["DATA_WORKER_LOST"] * 3
     assert [row["step"] for row in read_rows(tmp_path / "events.jsonl")[0]] == [3, 5, 7]
 
 
 def test_after_too_many_deaths_the_run_ends_with_advice(tmp_path):
-    source, log = Source(loads(*DEATHS, *DEATHS), 1), Logbook(RunDirectory(tmp_path))
+    source, log = BatchSource(loads(*DEATHS, *DEATHS), 1), EventLog(RunDirectory(tmp_path))
 
     with pytest.raises(TrainingStopped, match=r"died 4 times.*lower data\.workers"):
-        list(map(source.next_parts, range(20), itertools.repeat(log)))
+        list(map(source.next_micro_batches, range(20), itertools.repeat(log)))
 
 
 @pytest.mark.parametrize("error", [OSError("Input/output error"), RuntimeError("Caught ValueError"), KeyError("x")])
 def test_what_is_no_death_comes_through_as_it_is(tmp_path, error):
-    source, log = Source(loads(error), 1), Logbook(RunDirectory(tmp_path))
-    source.next_parts(0, log)
-    source.next_parts(1, log)
+    source, log = BatchSource(loads(error), 1), EventLog(RunDirectory(tmp_path))
+    source.next_micro_batches(0, log)
+    source.next_micro_batches(1, log)
 
     with pytest.raises(type(error)):
-        source.next_parts(2, log)
+        source.next_micro_batches(2, log)
     assert log.take() == []

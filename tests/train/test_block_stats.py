@@ -14,17 +14,24 @@ from unbraid.metrics import si_sdr
 from unbraid.models import MODELS
 from unbraid.records import append_record, read_steps
 from unbraid.robust.clip import FixedClip, NoClip
-from unbraid.train.block_stats import EVERY_STEPS, MAX_BLOCKS, blocks_of, is_sampled, item_details, item_truth
+from unbraid.train.block_stats import (
+    MAX_BLOCKS,
+    SAMPLE_EVERY_STEPS,
+    is_sampled_step,
+    output_stats,
+    parameters_by_block,
+    source_stats,
+)
 from unbraid.train.step import train_step
 
 
 def sampled_step(state, batch):
-    state.step = EVERY_STEPS - 1
+    state.step = SAMPLE_EVERY_STEPS - 1
     return train_step(state, batch)
 
 
 def test_the_first_and_most_steps_are_not_sampled_and_every_fiftieth_is():
-    assert [step for step in range(1, 151) if is_sampled(step)] == [50, 100, 150]
+    assert [step for step in range(1, 151) if is_sampled_step(step)] == [50, 100, 150]
     record = train_step(make_state(), make_batch())
 
     assert (record.blocks, record.items) == ({}, ())
@@ -38,7 +45,7 @@ def test_blocks_are_named_up_to_their_first_number():
         }
     )
 
-    blocks = blocks_of(model)
+    blocks = parameters_by_block(model)
 
     assert list(blocks) == ["encoder", "stack.blocks.0", "stack.blocks.1"]
     assert sum(map(len, blocks.values())) == len(list(model.parameters()))
@@ -61,7 +68,7 @@ class Deep(nn.Module):
 def test_stacks_within_stacks_and_layers_of_an_lstm_are_blocks_of_their_own():
     model = Deep()
 
-    blocks = blocks_of(model)
+    blocks = parameters_by_block(model)
 
     assert list(blocks) == [
         "encoder",
@@ -77,7 +84,7 @@ def test_stacks_within_stacks_and_layers_of_an_lstm_are_blocks_of_their_own():
 
 
 def test_a_model_with_too_many_blocks_is_looked_at_in_coarser_ones():
-    blocks = blocks_of(Deep(n_outer=3, n_inner=30))
+    blocks = parameters_by_block(Deep(n_outer=3, n_inner=30))
 
     assert list(blocks) == ["encoder", "dual.0", "dual.1", "dual.2", "head.0", "rnn"]
 
@@ -87,7 +94,7 @@ def test_no_model_of_ours_has_more_blocks_than_a_record_should_hold(name):
     with torch.device("meta"):
         model = MODELS[name](**({"n_sources": 2} if name != "bs_roformer" else {}))
 
-    assert 1 < len(blocks_of(model)) <= MAX_BLOCKS
+    assert 1 < len(parameters_by_block(model)) <= MAX_BLOCKS
 
 
 @pytest.mark.parametrize("clipper", [NoClip(), FixedClip(max_norm=1e-3)])
@@ -145,7 +152,7 @@ def test_likeness_and_residual_have_their_known_values():
     mixture = (low + high)[None, None]
 
     def details(first, second):
-        *levels, similarity, residual = item_details(torch.stack([first, second])[None, :, None], mixture)[0].tolist()
+        *levels, similarity, residual = output_stats(torch.stack([first, second])[None, :, None], mixture)[0].tolist()
         return levels, similarity, residual
 
     levels, similarity, residual = details(low, high)
@@ -165,13 +172,13 @@ def test_what_a_mixture_holds_beside_its_sources_is_told():
     mixture = sources.sum(1)
     mixture[2] *= 0.9
 
-    levels, beside = item_truth(mixture, sources).split([2, 1], 1)
+    levels, beside = source_stats(mixture, sources).split([2, 1], 1)
 
     assert levels[1, 1] == -200
     assert levels[0].tolist() == pytest.approx([0, 0], abs=0.2)
     assert (beside[:2] < -100).all()
     assert beside[2].item() == pytest.approx(20 * math.log10(0.1 / 0.9), abs=1e-2)
-    assert item_truth(mixture.expand(-1, 2, -1), sources)[:, 2].isnan().all()
+    assert source_stats(mixture.expand(-1, 2, -1), sources)[:, 2].isnan().all()
 
 
 def test_si_sdr_of_each_source_is_the_mean_over_the_examples_trained_on():

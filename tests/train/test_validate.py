@@ -11,7 +11,7 @@ from unbraid.data.tracks import with_splits
 from unbraid.losses.pit import SeparationLoss
 from unbraid.losses.waveform import neg_snr
 from unbraid.metrics import si_sdr
-from unbraid.train.validate import validation
+from unbraid.train.validate import make_validator
 
 N_ITEMS = 7
 
@@ -36,7 +36,7 @@ def test_order_and_improvement_of_each_item_are_those_of_its_own_mixture(dataset
         wanted.append(max(scores.values()) - si_sdr(mixture.expand_as(sources), sources).mean().item())
 
     for batch_size in (3, N_ITEMS):
-        scores = validation(dataset, n_items=N_ITEMS, batch_size=batch_size)(state)
+        scores = make_validator(dataset, n_items=N_ITEMS, batch_size=batch_size)(state)
 
         assert list(scores.orders) == wanted_orders
         assert scores.item_si_sdri == pytest.approx(wanted, abs=2e-3)
@@ -47,7 +47,7 @@ def test_order_and_improvement_of_each_item_are_those_of_its_own_mixture(dataset
 def test_where_no_order_is_searched_for_none_is_told(dataset, assign):
     state = make_state(loss=SeparationLoss(neg_snr, assign=assign))
 
-    scores = validation(dataset, n_items=N_ITEMS, batch_size=4, assign=assign)(state)
+    scores = make_validator(dataset, n_items=N_ITEMS, batch_size=4, assign=assign)(state)
 
     assert scores.orders == ()
     assert len(scores.item_si_sdri) == N_ITEMS
@@ -62,7 +62,7 @@ def test_an_item_without_a_value_is_told_as_one(dataset):
     state = make_state()
     state.model.forward = NanForLoudest().forward
 
-    scores = validation(dataset, n_items=N_ITEMS, batch_size=N_ITEMS)(state)
+    scores = make_validator(dataset, n_items=N_ITEMS, batch_size=N_ITEMS)(state)
 
     assert scores.item_si_sdri.count(None) == 1
     assert scores.loss != scores.loss

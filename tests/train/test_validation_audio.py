@@ -23,14 +23,21 @@ from unbraid.inference import at_mixture_level, separate
 from unbraid.losses.pit import judge_by, order_as_targets
 from unbraid.metrics import si_sdr
 from unbraid.records import Event, ItemId, RunDirectory, StepRecord, ValidationRecord, read_rows
-from unbraid.train.validation_audio import Listening, Sound, drop_later, save_sounds, sounds_of, spread
+from unbraid.train.validation_audio import (
+    AudioExample,
+    AudioOptions,
+    audio_examples,
+    remove_later_audio,
+    save_audio_examples,
+    spread,
+)
 
 
 def make_sound(index=0, *, seed=0, n_channels=1, time=400):
     rng = np.random.default_rng(seed)
     references = rng.uniform(-0.5, 0.5, (2, n_channels, time)).astype(np.float32)
     estimates = references + rng.normal(0, 0.01, references.shape).astype(np.float32)
-    return Sound(index, 8000, references.sum(0), references, estimates, (3.0, 5.0), 4.0)
+    return AudioExample(index, 8000, references.sum(0), references, estimates, (3.0, 5.0), 4.0)
 
 
 def run_recipe(file, path, *overrides, resume=False):
@@ -182,7 +189,7 @@ def test_an_estimate_that_is_not_finite_is_left_out_and_named(recipe_file, tmp_p
 
 
 def test_channels_stay_together(tmp_path):
-    save_sounds(tmp_path, 5, [make_sound(n_channels=2)])
+    save_audio_examples(tmp_path, 5, [make_sound(n_channels=2)])
 
     assert soundfile.info(tmp_path / "000-mixture.wav").channels == 2
     assert soundfile.info(tmp_path / "step-000005" / "000-estimate-2.wav").channels == 2
@@ -193,7 +200,7 @@ def test_scores_say_nothing_of_a_silent_source():
     batch = Batch.of(sources.sum(1), sources, items=[ItemId("valid", 0, 4)])
     ratios = si_sdr(sources + 0.1, sources)
 
-    [sound] = sounds_of(Listening(8000), batch, sources, [0], scores=(ratios, torch.tensor([1.5])))
+    [sound] = audio_examples(AudioOptions(8000), batch, sources, [0], scores=(ratios, torch.tensor([1.5])))
 
     assert (sound.index, sound.si_sdri) == (4, 1.5)
     assert sound.si_sdr[0] == pytest.approx(ratios[0, 0, 0].item())
@@ -201,28 +208,28 @@ def test_scores_say_nothing_of_a_silent_source():
 
 
 def test_a_silent_sources_score_is_null(tmp_path):
-    save_sounds(tmp_path, 5, [replace(make_sound(), si_sdr=(3.0, float("nan")))])
+    save_audio_examples(tmp_path, 5, [replace(make_sound(), si_sdr=(3.0, float("nan")))])
 
     assert json.loads((tmp_path / "step-000005" / "scores.json").read_text())["items"][0]["si_sdr"] == [3.0, None]
 
 
 def test_mixture_and_references_are_written_once_and_again_where_they_are_missing_or_damaged(tmp_path):
-    save_sounds(tmp_path, 1, [make_sound()])
+    save_audio_examples(tmp_path, 1, [make_sound()])
     times = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.wav")}
     whole = content(tmp_path)
     (tmp_path / "000-mixture.wav").unlink()
     (tmp_path / "000-reference-2.wav").write_bytes((tmp_path / "000-reference-2.wav").read_bytes()[:700])
 
-    save_sounds(tmp_path, 1, [make_sound()])
+    save_audio_examples(tmp_path, 1, [make_sound()])
 
     assert content(tmp_path) == whole
     assert (tmp_path / "000-reference-1.wav").stat().st_mtime_ns == times["000-reference-1.wav"]
 
 
 def test_estimates_of_another_mixture_do_not_stay_beside_it(tmp_path):
-    save_sounds(tmp_path, 1, [make_sound(seed=0)])
+    save_audio_examples(tmp_path, 1, [make_sound(seed=0)])
 
-    save_sounds(tmp_path, 2, [make_sound(seed=1)])
+    save_audio_examples(tmp_path, 2, [make_sound(seed=1)])
 
     assert steps_heard(tmp_path) == [2]
 
@@ -231,7 +238,7 @@ def test_a_folder_without_scores_does_not_stay(tmp_path):
     (tmp_path / "step-000001").mkdir()
     write_audio(tmp_path / "step-000001" / "000-estimate-1.wav", np.zeros((1, 10), np.float32), 8000)
 
-    save_sounds(tmp_path, 2, [make_sound()])
+    save_audio_examples(tmp_path, 2, [make_sound()])
 
     assert steps_heard(tmp_path) == [2]
 
@@ -242,7 +249,7 @@ def test_of_a_folder_that_cannot_be_written_whole_nothing_stays(tmp_path, monkey
 
     monkeypatch.setattr("unbraid.train.validation_audio.write_atomically", refuse)
     with pytest.raises(OSError, match="No space left"):
-        save_sounds(tmp_path, 1, [make_sound()])
+        save_audio_examples(tmp_path, 1, [make_sound()])
 
     assert steps_heard(tmp_path) == []
 
@@ -251,14 +258,14 @@ def test_a_folder_that_cannot_be_made_is_said_so(tmp_path):
     (tmp_path / "audio").touch()
 
     with pytest.raises(AudioError, match="cannot be written"):
-        save_sounds(tmp_path / "audio", 1, [make_sound()])
+        save_audio_examples(tmp_path / "audio", 1, [make_sound()])
 
 
 def test_going_back_drops_what_came_after(tmp_path):
     for step in (10, 20, 30):
-        save_sounds(tmp_path, step, [make_sound()])
+        save_audio_examples(tmp_path, step, [make_sound()])
 
-    drop_later(tmp_path, 20)
+    remove_later_audio(tmp_path, 20)
 
     assert steps_heard(tmp_path) == [10, 20]
     assert (tmp_path / "000-mixture.wav").exists()
@@ -266,7 +273,7 @@ def test_going_back_drops_what_came_after(tmp_path):
 
 def test_of_many_validations_24_stay(tmp_path):
     for step in range(10, 310, 10):
-        save_sounds(tmp_path, step, [make_sound(time=8)])
+        save_audio_examples(tmp_path, step, [make_sound(time=8)])
 
     kept = steps_heard(tmp_path)
     assert len(kept) == 24

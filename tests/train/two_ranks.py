@@ -21,7 +21,7 @@ from unbraid.records import Event, ItemId, RunDirectory
 from unbraid.robust.clip import AutoClip, NoClip
 from unbraid.robust.filter import OutlierFilter, PercentileFilter, ThresholdFilter
 from unbraid.signals import StopRequest
-from unbraid.train.loop import Scores, fit
+from unbraid.train.loop import ValidationScores, fit
 from unbraid.train.settings import Job, SaveSettings, TrainSettings, ValidateSettings
 from unbraid.train.state import TrainState
 from unbraid.train.step import finish, launch, train_step
@@ -87,7 +87,7 @@ def part(batch, places):
 
 
 def distance(state, other):
-    pairs = zip(state.bare_model.parameters(), other.bare_model.parameters(), strict=True)
+    pairs = zip(state.unwrapped_model.parameters(), other.unwrapped_model.parameters(), strict=True)
     return max((mine - theirs).detach().abs().max().item() for mine, theirs in pairs)
 
 
@@ -103,7 +103,7 @@ def alone():
 
 
 def same_as_one_process(shares, *, dtype=torch.float64, filters=list, weightless=(), spoil=None, **parts):
-    """How far two ranks (and micro-batches) come from one process on the joined batch, over five steps.
+    """How far two ranks (and micro-batches) come from one process on the join_batches batch, over five steps.
 
     What is spoilt on the ranks, the one process does not get at all.
     """
@@ -156,7 +156,7 @@ def memory_runs_out_on_one_rank(*, where="memory"):
     """Rank 1 can take one example of 50 samples at a time; both cut their batches, and the step is what it was."""
     here, plenty = make_state(), make_state()
     if dist.rank() == 1:
-        setattr(here.bare_model, where, 50)
+        setattr(here.unwrapped_model, where, 50)
     batch = part(make_batch(8, 0), list(range(4 * dist.rank(), 4 * dist.rank() + 4)))
     record, _ = train_step(here, batch), train_step(plenty, batch)
     again = train_step(here, batch)
@@ -176,7 +176,7 @@ def memory_runs_out_while_the_next_step_is_launched():
     """One step ahead, with another learning rate in each step: all is done as where there is memory."""
     ahead, plenty = make_state(), make_state()
     if dist.rank() == 1:
-        ahead.bare_model.memory = 100
+        ahead.unwrapped_model.memory = 100
     batches = [part(make_batch(8, seed), list(range(4 * dist.rank(), 4 * dist.rank() + 4))) for seed in range(5)]
     records, waiting = [], None
     for step, batch in enumerate([*batches, None]):
@@ -217,10 +217,10 @@ def rooted(estimate, target):
 def no_memory_at_all_on_one_rank():
     state = make_state(clipper=AutoClip())
     train_step(state, make_batch(2, dist.rank()))
-    before = [p.detach().clone() for p in state.bare_model.parameters()]
-    state.bare_model.memory = 20 if dist.rank() == 1 else 10**9
+    before = [p.detach().clone() for p in state.unwrapped_model.parameters()]
+    state.unwrapped_model.memory = 20 if dist.rank() == 1 else 10**9
     outcome = train_step(state, make_batch(1, 5)).outcome
-    return {"outcome": outcome, "unmoved": all(map(torch.equal, before, state.bare_model.parameters()))}
+    return {"outcome": outcome, "unmoved": all(map(torch.equal, before, state.unwrapped_model.parameters()))}
 
 
 def fit_on_two(folder, name, *, change=None, stop=None, **train):
@@ -243,7 +243,7 @@ def fit_on_two(folder, name, *, change=None, stop=None, **train):
     dist.any_rank(False)
     told, ended = [], ""
     try:
-        told.extend(fit(state, load, lambda _: Scores(1.0, 0.0, 0.0, 1), job, stop))
+        told.extend(fit(state, load, lambda _: ValidationScores(1.0, 0.0, 0.0, 1), job, stop))
     except TrainingStopped as error:
         ended = str(error)
     events = [[one.code, one.rank, dict(one.evidence)] for one in told if isinstance(one, Event)]
@@ -266,14 +266,14 @@ def a_bad_example_on_one_rank(folder):
 
 def weights_that_drift(folder):
     def change(state):
-        state.bare_model.breaks_at = 30 if dist.rank() == 1 else None
+        state.unwrapped_model.breaks_at = 30 if dist.rank() == 1 else None
 
     return fit_on_two(folder, "drift", change=change, compare_every_steps=20)
 
 
 def a_slow_rank(folder):
     def change(state):
-        state.bare_model.seconds = 0.03 if dist.rank() == 1 else 0.0
+        state.unwrapped_model.seconds = 0.03 if dist.rank() == 1 else 0.0
 
     return fit_on_two(folder, "slow", change=change, max_steps=130)
 
@@ -299,14 +299,14 @@ def a_signal_while_the_ranks_agree(folder):
 def nan_on_one_rank():
     state = make_state(clipper=AutoClip())
     train_step(state, make_batch(2, dist.rank()))
-    before = [p.detach().clone() for p in state.bare_model.parameters()]
+    before = [p.detach().clone() for p in state.unwrapped_model.parameters()]
     bad = make_batch(2, 7)
     if dist.rank() == 1:
         bad.mixture[0, 0, 3] = torch.nan
     record = train_step(state, bad)
-    unmoved = all(torch.equal(a, b) for a, b in zip(before, state.bare_model.parameters(), strict=True))
+    unmoved = all(torch.equal(a, b) for a, b in zip(before, state.unwrapped_model.parameters(), strict=True))
     after = train_step(state, make_batch(2, 8 + dist.rank()))
-    difference = dist.first_difference(state.bare_model)
+    difference = dist.first_difference(state.unwrapped_model)
     history = state.clipper.state_dict()["norms"].tolist()
     return {
         "outcome": record.outcome,
@@ -321,11 +321,11 @@ def different_data_for_fifty_steps():
     state = make_state(dtype=torch.float32)
     for step in range(50):
         train_step(state, make_batch(2, 100 * dist.rank() + step, torch.float32))
-    agreed = dist.first_difference(state.bare_model)
+    agreed = dist.first_difference(state.unwrapped_model)
     if dist.rank() == 1:
         with torch.no_grad():
-            state.bare_model[2].weight[0, 0, 0] += 1e-3
-    return {"agreed": agreed, "found": dist.first_difference(state.bare_model)}
+            state.unwrapped_model[2].weight[0, 0, 0] += 1e-3
+    return {"agreed": agreed, "found": dist.first_difference(state.unwrapped_model)}
 
 
 def main(out):

@@ -17,7 +17,7 @@ from unbraid.models import MODELS
 from unbraid.robust import CLIPPERS
 from unbraid.train.optim import OPTIMIZERS, SCHEDULES
 from unbraid.train.settings import SaveSettings, TrainSettings, ValidateSettings
-from unbraid.train.validation_audio import Listening
+from unbraid.train.validation_audio import AudioOptions
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,9 @@ class Recipe:
         return bool(of_sources) and all(is_scale_invariant(loss) for loss in of_sources)
 
     @property
-    def listening(self) -> Listening:
+    def audio_options(self) -> AudioOptions:
         """How the model's outputs become sound."""
-        return Listening(self.data.sample_rate, self.loss_is_scale_invariant, self.silent_below_db)
+        return AudioOptions(self.data.sample_rate, self.loss_is_scale_invariant, self.silent_below_db)
 
 
 _SETTINGS: dict[str, type[Any]] = {

@@ -19,10 +19,10 @@ from unbraid.errors import DataError, RecipeError
 from unbraid.losses.pit import SeparationLoss
 from unbraid.robust.precision import Precision, best_precision
 from unbraid.train.checkpoint import Checkpoint, find_checkpoint, read_checkpoint
-from unbraid.train.forward import ExampleLoss, losses_of
-from unbraid.train.loop import Scores
+from unbraid.train.forward import ExampleLoss, compute_losses
+from unbraid.train.loop import ValidationScores
 from unbraid.train.state import TrainState
-from unbraid.train.validate import validation
+from unbraid.train.validate import make_validator
 
 
 @dataclass(frozen=True)
@@ -105,11 +105,11 @@ class Experiment:
         places = [range(first, min(first + size, n_items)) for first in range(0, n_items, size)]
         return [collate([mixtures[Key(0, i)] for i in some]).batch.to(choose_device()) for some in places]
 
-    def validate(self, state: TrainState) -> Scores:
+    def validate(self, state: TrainState) -> ValidationScores:
         """Score a state's model as the recipe's training would."""
         recipe = self.recipe
         n_items, size = recipe.validate.n_items, recipe.data.batch_size
-        return validation(self.corpus.valid, n_items=n_items, batch_size=size, assign=recipe.assign)(state)
+        return make_validator(self.corpus.valid, n_items=n_items, batch_size=size, assign=recipe.assign)(state)
 
 
 def of_recipe(recipe: Recipe, name: str) -> Experiment:
@@ -163,5 +163,5 @@ def _copied(model: nn.Module) -> dict[str, Tensor]:
 
 def mean_loss(model: nn.Module, loss: ExampleLoss, precision: Precision, some: Sequence[Batch]) -> Tensor:
     """The mean loss over all examples of some batches, 0-d; with a graph where gradients are taken."""
-    losses = [losses_of(model, loss, precision, batch)[1] for batch in some]
+    losses = [compute_losses(model, loss, precision, batch)[1] for batch in some]
     return torch.cat(losses).mean()

@@ -23,7 +23,7 @@ from unbraid.lab.weight_directions import Floats, digest_of, filters_of
 from unbraid.records import RunDirectory
 from unbraid.robust.precision import Precision
 from unbraid.signals import StopRequest
-from unbraid.train.checkpoint import find_checkpoint, read_checkpoint, whole_checkpoints
+from unbraid.train.checkpoint import complete_checkpoints, find_checkpoint, read_checkpoint
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def view_path(subject: Experiment, run: Path, *, margin: float = 0.25, n_points:
     Raises:
         CheckpointError: If it holds fewer than three checkpoints, or is no run directory.
     """
-    paths = whole_checkpoints(RunDirectory(run))
+    paths = complete_checkpoints(RunDirectory(run))
     if len(paths) < 3:
         raise CheckpointError(
             f"{run} keeps {len(paths)} of the 3 or more checkpoints that a plane needs: give a run directory, trained "

@@ -188,7 +188,7 @@ def step_at(state: TrainState, parts: Sequence[Batch], lr: float) -> Point:
         parts: The step's micro-batches.
         lr: That of the optimizer's first parameter group; others keep their proportion.
     """
-    weights = [p.detach() for p in state.bare_model.parameters()]
+    weights = [p.detach() for p in state.unwrapped_model.parameters()]
     before = [weight.clone() for weight in weights]
     set_learning_rate(state, lr)
     record = train_step(state, parts)
@@ -370,9 +370,9 @@ def lr_grid(
 
 
 def _judged(state: TrainState, fixed: Sequence[Batch]) -> float:
-    state.bare_model.eval()
+    state.unwrapped_model.eval()
     with torch.no_grad(), evaluation_weights(state):
-        return float(mean_loss(state.bare_model, state.loss, state.precision, fixed))
+        return float(mean_loss(state.unwrapped_model, state.loss, state.precision, fixed))
 
 
 def rates_around(lr: float, *, decades: float = 1.5, a_decade: int = 2) -> Floats:

@@ -19,7 +19,7 @@ from unbraid.records import StepRecord
 from unbraid.robust import CLIPPERS
 from unbraid.robust.precision import Precision
 from unbraid.seeding import seeded_torch
-from unbraid.train.forward import ExampleLoss, losses_of
+from unbraid.train.forward import ExampleLoss, compute_losses
 from unbraid.train.state import TrainState, set_learning_rate
 from unbraid.train.step import train_step
 
@@ -184,12 +184,12 @@ def follow(subject: Experiment, state: TrainState, *, n_steps: int, every: int) 
     probe, stream = subject.model().train(), subject.steps(first_step=state.step)
     while state.step < n_steps and state.faults.verdict() is None:
         set_learning_rate(state, state.schedule.factor(state.step + 1, state.step / n_steps))
-        parts, before = next(stream), flat(state.bare_model)
+        parts, before = next(stream), flat(state.unwrapped_model)
         measured = (state.step + 1) % every == 0
         if measured:
-            probe.load_state_dict(state.bare_model.state_dict())
+            probe.load_state_dict(state.unwrapped_model.state_dict())
         record = train_step(state, parts)
-        change = flat(state.bare_model) - before
+        change = flat(state.unwrapped_model) - before
         found = math.nan
         if measured and record.trained:
             gradient = gradient_of(probe, state.loss, parts, seed=state.seed, step=record.step)
@@ -220,7 +220,7 @@ def gradient_of(model: nn.Module, loss: ExampleLoss, parts: Sequence[Batch], *, 
         model.zero_grad(set_to_none=True)
         with torch.enable_grad(), exact_float32(), seeded_torch(seed, "step", step, 0):
             for part in parts:
-                losses = losses_of(model, loss, precision, part)[1]
+                losses = compute_losses(model, loss, precision, part)[1]
                 ((losses * part.weight).sum() / n_examples).backward()
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
         return torch.cat([grad.flatten() for grad in grads])

@@ -6,7 +6,7 @@ from pickle import UnpicklingError
 
 from unbraid.data.loader import LoadedBatch
 from unbraid.errors import TrainingStopped
-from unbraid.train.event_log import Logbook
+from unbraid.train.event_log import EventLog
 
 Load = Callable[[int], Iterable[LoadedBatch]]
 """From a number of steps done to the batches of this rank from there on, without end."""
@@ -19,7 +19,7 @@ def _tells_of_a_death(error: Exception) -> bool:
     return not str(error).startswith("Caught ")  # its end of a pipe is gone, or what came out of it was cut short
 
 
-class Source:
+class BatchSource:
     """Batches from any step on; where a data worker dies, they are begun again at the same place.
 
     Args:
@@ -40,7 +40,7 @@ class Source:
             self.batches.close()
         self.batches = None
 
-    def next_parts(self, n_steps_done: int, log: Logbook) -> list[LoadedBatch]:
+    def next_micro_batches(self, n_steps_done: int, log: EventLog) -> list[LoadedBatch]:
         """The micro-batches of the next step.
 
         Raises:

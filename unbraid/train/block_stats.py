@@ -16,20 +16,20 @@ try:
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
-EVERY_STEPS = 50
+SAMPLE_EVERY_STEPS = 50
 """How often a step is looked at closely, so that the record stays small."""
 
 
-def is_sampled(step: int) -> bool:
+def is_sampled_step(step: int) -> bool:
     """Whether a step is looked at closely."""
-    return step % EVERY_STEPS == 0
+    return step % SAMPLE_EVERY_STEPS == 0
 
 
 MAX_BLOCKS = 64
 """A model with more blocks is looked at in coarser ones, down to its outermost stacks."""
 
 
-def blocks_of(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+def parameters_by_block(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Parameters by the block they belong to, in the model's order.
 
     A block is one of several layers alike, as deep inside as there are any, and each layer of an `nn.LSTM` and the like
@@ -63,7 +63,7 @@ def _are_alike(stack: nn.Module) -> bool:
     return len({type(child) for child in stack.children()}) == 1
 
 
-class Watched:
+class BlockStats:
     """The blocks of a model in a step that is looked at closely: made before the update, asked after it.
 
     Args:
@@ -72,7 +72,7 @@ class Watched:
     """
 
     def __init__(self, model: nn.Module, divisor: Tensor) -> None:
-        self.blocks = list(blocks_of(model).values())
+        self.blocks = list(parameters_by_block(model).values())
         self.divisor = divisor
         self.gradients = self._norms([[p.grad for p in some] for some in self.blocks]) / divisor
         self.before = [[p.detach().clone() for p in some] for some in self.blocks]
@@ -95,7 +95,7 @@ def block_records(names: Iterable[str], gradients: Sequence[float], ratios: Sequ
     return {name: BlockRecord(*both) for name, *both in zip(names, gradients, ratios, strict=True)}
 
 
-def item_details(estimate: Tensor, mixture: Tensor) -> Tensor:
+def output_stats(estimate: Tensor, mixture: Tensor) -> Tensor:
     """Level of each output in dB, similarity of outputs, and what is missing to the mixture in dB; no gradient.
 
     Args:
@@ -114,7 +114,7 @@ def item_details(estimate: Tensor, mixture: Tensor) -> Tensor:
     return torch.cat(columns, 1)
 
 
-def item_truth(mixture: Tensor, sources: Tensor) -> Tensor:
+def source_stats(mixture: Tensor, sources: Tensor) -> Tensor:
     """Level of each source in dB, and what the mixture holds beside them over all of it, in dB.
 
     Args:
@@ -143,7 +143,7 @@ def _in_db(power: Tensor) -> Tensor:
 def item_record(
     item: ItemId, loss: float, weight: float, order: Sequence[float], details: Sequence[float], truth: Sequence[float]
 ) -> ItemRecord:
-    """One example, with a row of `item_details` and one of `item_truth`."""
+    """One example, with a row of `output_stats` and one of `source_stats`."""
     *levels, similarity, residual = details
     *of_sources, beside = truth
     outputs = tuple(map(int, order)), tuple(levels)

@@ -9,16 +9,16 @@ Place = tuple[nn.Module, str]
 """A module and the name of its buffer: what lies there may be another tensor after a forward."""
 
 
-def buffer_places(model: nn.Module) -> list[Place]:
+def buffer_locations(model: nn.Module) -> list[Place]:
     """Where the model keeps buffers."""
     return [(module, name) for module in model.modules() for name, held in module._buffers.items() if held is not None]
 
 
-class KeptBuffers:
+class BufferSnapshot:
     """What the buffers hold now.
 
     Args:
-        places: As `buffer_places` found them.
+        places: As `buffer_locations` found them.
     """
 
     def __init__(self, places: Sequence[Place]) -> None:
@@ -26,7 +26,7 @@ class KeptBuffers:
         self.held = [_held(place) for place in places]
         self.values = [held.clone() for held in self.held]
 
-    def give_back(self, unless: Tensor | None = None) -> None:
+    def restore(self, unless: Tensor | None = None) -> None:
         """Put back what they held, in the same tensors; where `unless` is true (0-d), what they hold now stays."""
         for (module, name), held, value in zip(self.places, self.held, self.values, strict=True):
             now = _held((module, name)).detach()

@@ -63,7 +63,7 @@ def save_checkpoint(
         OSError: If the disk refuses; what was there before is whole.
     """
     step = int(state["progress"]["step"])
-    if (name := first_nan(state["model"] | state.get("training_weights", {}))) is not None:
+    if (name := first_nan_tensor(state["model"] | state.get("training_weights", {}))) is not None:
         raise CheckpointError(f"The model is not finite at step {step} (first in {name}); it was not saved.")
     final = run.checkpoints / f"step-{step:06d}"
     temporary = run.checkpoints / f".{final.name}.{os.getpid()}.tmp"
@@ -157,7 +157,7 @@ def newest_checkpoint(run: RunDirectory) -> tuple[Checkpoint | None, list[str]]:
     """
     _give_back_replaced(run)
     passed_over = [f"{path} is a partial checkpoint, left by a run that was killed." for path in _partial(run)]
-    for path in reversed(whole_checkpoints(run)):
+    for path in reversed(complete_checkpoints(run)):
         try:
             return read_checkpoint(path), passed_over
         except CheckpointError as error:
@@ -173,7 +173,7 @@ def _give_back_replaced(run: RunDirectory) -> None:
             path.rename(final)
 
 
-def tidy(run: RunDirectory, taken: Checkpoint | None) -> None:
+def remove_partial_checkpoints(run: RunDirectory, taken: Checkpoint | None) -> None:
     """Make room before a resumed run writes: remove what was left half-written, set damaged checkpoints aside.
 
     Args:
@@ -182,24 +182,24 @@ def tidy(run: RunDirectory, taken: Checkpoint | None) -> None:
     """
     for path in (*_partial(run), *run.incidents.glob(".step-*.tmp")):
         shutil.rmtree(path, ignore_errors=True)
-    for path in whole_checkpoints(run):
+    for path in complete_checkpoints(run):
         if taken is not None and _step_of(path) > _step_of(taken.path):
             path.rename(path.with_name(f"{path.name}.damaged"))
 
 
-def cut_logs(run: RunDirectory, log_bytes: dict[str, int]) -> None:
+def truncate_logs(run: RunDirectory, log_bytes: dict[str, int]) -> None:
     """Cut the files of JSON lines back to where a checkpoint stands; what came after will be written again."""
     for log in run.logs:
         if log.exists() and log.stat().st_size > log_bytes.get(log.name, 0):
             os.truncate(log, log_bytes.get(log.name, 0))
 
 
-def first_nan(model: Mapping[str, Tensor]) -> str | None:
+def first_nan_tensor(model: Mapping[str, Tensor]) -> str | None:
     """Name of the first tensor with NaN; infinity may be meant, as in a mask."""
     return next((name for name, tensor in model.items() if bool(tensor.isnan().any())), None)
 
 
-def whole_checkpoints(run: RunDirectory) -> list[Path]:
+def complete_checkpoints(run: RunDirectory) -> list[Path]:
     """The checkpoint folders of a run, the oldest first; none is read, nor verified."""
     found = [path for path in run.checkpoints.glob("step-*") if path.is_dir() and path.name[5:].isdigit()]
     return sorted(found, key=_step_of)
@@ -216,7 +216,7 @@ def _partial(run: RunDirectory) -> Iterator[Path]:
 def _remove_old(run: RunDirectory, keep: int) -> None:
     best = run.checkpoints / "best"
     kept = {best.read_text(encoding="utf-8").strip()} if best.exists() else set()
-    for path in whole_checkpoints(run)[: -max(1, keep)]:
+    for path in complete_checkpoints(run)[: -max(1, keep)]:
         if path.name not in kept:
             shutil.rmtree(path, ignore_errors=True)
 

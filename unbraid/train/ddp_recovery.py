@@ -7,7 +7,7 @@ from torch.nn.parallel import DistributedDataParallel
 from unbraid.model_output import tensors_in
 
 
-class Exchange:
+class GradientExchange:
     """Knows which gradients have been handed over in a backward, and hands over the others where it broke off.
 
     Every process has to bring a gradient for each parameter, or the others wait for ever. One that ran out of memory

@@ -14,12 +14,12 @@ from unbraid.model_output import tensors_in
 from unbraid.records import ItemId
 from unbraid.robust.precision import Precision
 from unbraid.seeding import seeded_torch
-from unbraid.train.buffer_snapshot import KeptBuffers, buffer_places
-from unbraid.train.forward import ExampleLoss, losses_of
+from unbraid.train.buffer_snapshot import BufferSnapshot, buffer_locations
+from unbraid.train.forward import ExampleLoss, compute_losses
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Diagnosis:
     """Where in a step the first value that must not be appeared.
 
     Attributes:
@@ -74,7 +74,7 @@ def diagnose(
     step: int,
     rank: int = 0,
     loss_upper_limit: float = math.inf,
-) -> Verdict:
+) -> Diagnosis:
     """Find the first example with which a step goes wrong, and where in the model that begins.
 
     The losses of all examples are looked at before the gradient of any; where none is to blame alone, all together.
@@ -92,9 +92,9 @@ def diagnose(
     """
     for name, tensor in model.named_parameters():
         if (bad := _first_bad(tensor)) is not None:
-            return Verdict("weights", precision.name, None, None, name, *bad)
+            return Diagnosis("weights", precision.name, None, None, name, *bad)
     alone = [batch.pick([place]) for place in range(len(batch.mixture))]
-    unclear = Verdict("none", precision.name)
+    unclear = Diagnosis("none", precision.name)
     looks = [(*one, backward) for backward in (False, True) for one in enumerate(alone)]
     for place, some, backward in [*looks, (None, batch, True)]:
         try:
@@ -102,12 +102,12 @@ def diagnose(
                 found = _trace(model, loss, precision, some, loss_upper_limit, backward=backward)
         except _CANNOT_BE_TOLD as error:
             memory = isinstance(error, torch.OutOfMemoryError)
-            unclear = Verdict("memory" if memory else "unclear", precision.name, layer=str(error).split("\n")[0])
+            unclear = Diagnosis("memory" if memory else "unclear", precision.name, layer=str(error).split("\n")[0])
             continue
         if found is not None:
             kind, layer, position, value = found
             item = some.items[0] if some.items and place is not None else None
-            return Verdict(kind, precision.name, place, item, layer, position, value)
+            return Diagnosis(kind, precision.name, place, item, layer, position, value)
     return unclear
 
 
@@ -123,7 +123,7 @@ def bad_by_gradient(
     for place in range(len(batch.mixture)):
         try:
             with _undisturbed(model, seed, step, rank):
-                value = losses_of(model, loss, precision, batch.pick([place]))[1].sum()
+                value = compute_losses(model, loss, precision, batch.pick([place]))[1].sum()
                 scaled = value * precision.scale_on(value.device)
                 gradients = torch.autograd.grad(scaled, parameters, allow_unused=True)
         except _CANNOT_BE_TOLD:
@@ -153,7 +153,7 @@ def bad_by_loss(
     for place in range(len(batch.mixture)):
         try:
             with _undisturbed(model, seed, step, rank), torch.no_grad():
-                value = losses_of(model, loss, precision, batch.pick([place]))[1]
+                value = compute_losses(model, loss, precision, batch.pick([place]))[1]
         except _CANNOT_BE_TOLD:
             return []
         if not bool(value.isfinite().all() & (value.abs() <= limit).all()):
@@ -168,16 +168,16 @@ _CANNOT_BE_TOLD = (RuntimeError, ValueError)
 @contextmanager
 def _undisturbed(model: nn.Module, seed: int, step: int, rank: int) -> Iterator[None]:
     """The step's own random draws, nothing compiled, and buffers as they were afterwards."""
-    kept = KeptBuffers(buffer_places(model))
+    kept = BufferSnapshot(buffer_locations(model))
     try:
         with seeded_torch(seed, "step", step, rank), torch.compiler.set_stance("force_eager"), torch.enable_grad():
             yield
     finally:
-        kept.give_back()
+        kept.restore()
 
 
 Found = tuple[str, str, tuple[int, ...], float]
-"""Kind, layer, position and value of a `Verdict`."""
+"""Kind, layer, position and value of a `Diagnosis`."""
 
 
 def _trace(
@@ -213,7 +213,7 @@ def _trace(
     leaves = [module for module in model.modules() if not any(True for _ in module.children())]
     hooks = [module.register_forward_hook(watch) for module in leaves]
     try:
-        estimate, losses, _ = losses_of(model, loss, precision, batch)
+        estimate, losses, _ = compute_losses(model, loss, precision, batch)
         value = losses.sum()
         loss_here = float(value.detach())
         if not forward and (bad := _first_bad(estimate)) is not None:

@@ -11,7 +11,7 @@ Record = StepRecord | ValidationRecord | Event
 """What a run yields."""
 
 
-class Logbook:
+class EventLog:
     """Where a run writes what it has to say.
 
     Args:

@@ -6,13 +6,13 @@ from unbraid import dist
 from unbraid.data.mixing import AudioFault
 from unbraid.errors import AudioError
 from unbraid.records import Event, StepRecord
-from unbraid.train.event_log import Logbook
-from unbraid.train.incident import has_custom_code, incident_of, joined, write_incident
+from unbraid.train.event_log import EventLog
+from unbraid.train.incident import has_custom_code, join_batches, make_incident, write_incident
 from unbraid.train.settings import Job
 from unbraid.train.state import TrainState
-from unbraid.train.step import Launched
+from unbraid.train.step import LaunchedStep
 from unbraid.train.stragglers import DeadOutputs, Pace
-from unbraid.train.validation_audio import Sound, save_sounds
+from unbraid.train.validation_audio import AudioExample, save_audio_examples
 
 
 class Observer:
@@ -24,7 +24,7 @@ class Observer:
         log: Where events go.
     """
 
-    def __init__(self, state: TrainState, job: Job, log: Logbook) -> None:
+    def __init__(self, state: TrainState, job: Job, log: EventLog) -> None:
         self.state, self.job, self.log = state, job, log
         self.pace, self.dead_outputs = Pace(dist.world_size()), DeadOutputs()
         self.n_pieces_told = state.n_pieces
@@ -36,7 +36,7 @@ class Observer:
         known = self.state.bad_files
         return [fault for fault in faults if not fault.in_excerpt_only and fault.path not in known]
 
-    def set_aside(self, faults: Sequence[AudioFault]) -> None:
+    def report_bad_files(self, faults: Sequence[AudioFault]) -> None:
         """Name each bad file once, whichever rank met it; an excerpt that is merely silent is not worth an event."""
         state = self.state
         for rank, fault in dist.gather(self.new(faults), state.device):
@@ -52,7 +52,7 @@ class Observer:
             self.log.tell("OUT_OF_MEMORY", record.step, message)
         self.n_pieces_told = self.state.n_pieces
 
-    def tell_of_fault(self, record: StepRecord, launched: Launched) -> None:
+    def tell_of_fault(self, record: StepRecord, launched: LaunchedStep) -> None:
         """Name the examples behind a step that was left out or rescued, and keep them for a replay."""
         rescued = record.n_bad > 0 and record.outcome in ("trained", "all_filtered")
         if record.outcome in ("trained", "all_filtered") and not rescued:
@@ -70,7 +70,7 @@ class Observer:
         """Whether this rank has something to tell of a fault: its own examples, or what is nobody's."""
         return bool(record.bad_items) or (dist.is_main() and record.outcome == "fp16_overflow")
 
-    def _fault(self, record: StepRecord, launched: Launched, *, rescued: bool) -> Event:
+    def _fault(self, record: StepRecord, launched: LaunchedStep, *, rescued: bool) -> Event:
         outcome, files = record.outcome.replace("_", " "), list[str]()
         message = f"Step {record.step} was left out ({outcome}); weights are as before."
         if rescued:
@@ -93,14 +93,14 @@ class Observer:
         code = "STEP_RESCUED" if rescued else f"STEP_SKIPPED_{record.outcome.upper()}"
         return Event(code, record.step, dist.rank(), message, tuple(files), evidence)
 
-    def _keep_for_replay(self, record: StepRecord, launched: Launched) -> tuple[str, bool]:
+    def _keep_for_replay(self, record: StepRecord, launched: LaunchedStep) -> tuple[str, bool]:
         """Find out what is to blame for this rank's share of a bad step, and keep it for a replay if there is room.
 
         Returns:
             A sentence or two, and whether the weights are to blame.
         """
         state, run = self.state, self.job.run
-        incident, verdict = incident_of(state, record, joined(launched.parts), self.job.recipe)
+        incident, verdict = make_incident(state, record, join_batches(launched.parts), self.job.recipe)
         sentence = "" if verdict.kind == "none" else verdict.sentence()
         if len(list(run.incidents.glob("step-*"))) >= self.job.save.incidents:
             return sentence, verdict.kind == "weights"
@@ -135,7 +135,7 @@ class Observer:
             )
             self.log.tell("OUTPUT_DEAD", record.step, message, output=output)
 
-    def keep_sounds(self, sounds: Sequence[Sound]) -> None:
+    def keep_sounds(self, sounds: Sequence[AudioExample]) -> None:
         """Write the first validation examples of all ranks to hear; a refusal is told of once, and costs no run."""
         if not self.job.validate.save_audio:
             return
@@ -145,12 +145,14 @@ class Observer:
         if spoilt := [sound.index for sound in everyone if not sound.finite]:
             self._tell_unheard("not finite", f"estimates of validation example {spoilt[0]} are not finite")
         try:
-            save_sounds(self.job.run.audio, self.state.step, everyone)
+            save_audio_examples(self.job.run.audio, self.state.step, everyone)
         except (AudioError, OSError) as error:
             self._tell_unheard("not written", str(error).rstrip("."))
 
     def _tell_unheard(self, kind: str, why: str) -> None:
         if kind not in self.unheard:
             self.unheard.add(kind)
-            message = f"Sound of the validation after step {self.state.step} was not kept: {why}. The run goes on."
+            message = (
+                f"The audio of the validation after step {self.state.step} was not saved: {why}. The run continues."
+            )
             self.log.tell("AUDIO_NOT_SAVED", self.state.step, message)

@@ -24,7 +24,7 @@ class ExampleLoss(Protocol):
         ...
 
 
-def losses_of(
+def compute_losses(
     model: nn.Module, loss: ExampleLoss, precision: Precision, batch: Batch
 ) -> tuple[Tensor, Tensor, Assigned | None]:
     """Run a batch through the model under autocast, and through the loss outside of it.
@@ -51,7 +51,7 @@ def example_losses(loss: ExampleLoss, output: Tensor | ModelOutput, batch: Batch
         UserError: If the loss does not keep the examples apart.
     """
     wide = [part.to(torch.promote_types(part.dtype, torch.float32)) for part in (sources_of(output), batch.sources)]
-    assigned = loss.assigned(*wide, **extras_of(output, batch)) if hasattr(loss, "assigned") else None
+    assigned = loss.assigned(*wide, **loss_extras(output, batch)) if hasattr(loss, "assigned") else None
     losses = loss(*wide) if assigned is None else assigned.losses
     if losses.dim() == 0 or len(losses) != len(batch.sources):
         raise UserError(
@@ -61,7 +61,7 @@ def example_losses(loss: ExampleLoss, output: Tensor | ModelOutput, batch: Batch
     return (losses.flatten(1).mean(1) if losses.dim() > 1 else losses), assigned
 
 
-def extras_of(output: Tensor | ModelOutput, batch: Batch) -> dict[str, Any]:
+def loss_extras(output: Tensor | ModelOutput, batch: Batch) -> dict[str, Any]:
     """What a loss may ask for by name beside estimate and target."""
     beside = output._asdict() if isinstance(output, ModelOutput) else {}
     return {"mixture": batch.mixture} | {k: v for k, v in beside.items() if k != "sources" and _is_known(v)}

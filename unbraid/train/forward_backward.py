@@ -16,10 +16,10 @@ from unbraid.data.batch import Batch
 from unbraid.errors import UserError
 from unbraid.records import ItemId
 from unbraid.seeding import seeded_torch
-from unbraid.train.block_stats import is_sampled, item_details, item_truth
-from unbraid.train.buffer_snapshot import KeptBuffers
+from unbraid.train.block_stats import is_sampled_step, output_stats, source_stats
+from unbraid.train.buffer_snapshot import BufferSnapshot
 from unbraid.train.diagnose import bad_by_gradient, bad_by_loss
-from unbraid.train.forward import losses_of
+from unbraid.train.forward import compute_losses
 from unbraid.train.host_transfer import sum_together
 from unbraid.train.state import TrainState
 
@@ -126,7 +126,7 @@ def run_once(
         for piece in pieces:
             last = piece is pieces[-1]
             try:
-                ran.append(_forward_backward(state, piece, busy, last=last, sampled=is_sampled(step)))
+                ran.append(_forward_backward(state, piece, busy, last=last, sampled=is_sampled_step(step)))
             except torch.OutOfMemoryError:
                 starved = True
             if starved:  # not in the handler, where the error still holds what is to be freed
@@ -146,7 +146,7 @@ def _forward_backward(state: TrainState, batch: Batch, busy: Stopwatch, *, last:
     """Judge each example, and add the gradient of the weighted sum of their losses to what is there."""
     model = state.model
     with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext():
-        estimate, losses, assigned = losses_of(model, state.loss, state.precision, batch)
+        estimate, losses, assigned = compute_losses(model, state.loss, state.precision, batch)
         judged, given = losses.detach(), batch.weight.to(losses.dtype)
         weights = given
         for loss_filter in state.filters:
@@ -163,8 +163,8 @@ def _forward_backward(state: TrainState, batch: Batch, busy: Stopwatch, *, last:
     if assigned is not None:
         ran.order, ran.si_sdr, ran.active = assigned.order, assigned.si_sdr, assigned.active
     if sampled and estimate.dim() == 4:
-        ran.details = item_details(estimate, batch.mixture)
-        ran.truth = item_truth(batch.mixture, batch.sources)
+        ran.details = output_stats(estimate, batch.mixture)
+        ran.truth = source_stats(batch.mixture, batch.sources)
     return ran
 
 
@@ -260,7 +260,7 @@ def _true_norm(gradients: list[Tensor], weight: Tensor, scale: Tensor) -> tuple[
 
 
 def rescued(
-    state: TrainState, attempt: Attempt, step: int, notes: Sequence[float], *, divisible: bool, kept: KeptBuffers
+    state: TrainState, attempt: Attempt, step: int, notes: Sequence[float], *, divisible: bool, kept: BufferSnapshot
 ) -> Attempt:
     """The step again on its clean examples, if some are bad; every rank decides the same.
 
@@ -282,7 +282,7 @@ def rescued(
     n_guilty, n_clean = dist.sum_over_ranks(sums).tolist()
     if not n_guilty or not n_clean:
         return attempt
-    kept.give_back()
+    kept.restore()
     attempt.gradients.clear()
     items = tuple(
         one.batch.items[place] for one, bad in zip(attempt.ran, guilty, strict=True) if one.batch.items for place in bad
@@ -302,7 +302,9 @@ def guilty_places(state: TrainState, one: Ran, step: int, *, by_loss: bool) -> l
     if by_loss and not len(bad) == len(one.losses) > 1:
         return bad
     look = partial(bad_by_loss, limit=state.loss_upper_limit) if by_loss else bad_by_gradient
-    found = look(state.bare_model, state.loss, state.precision, one.batch, seed=state.seed, step=step, rank=dist.rank())
+    found = look(
+        state.unwrapped_model, state.loss, state.precision, one.batch, seed=state.seed, step=step, rank=dist.rank()
+    )
     return found or bad
 
 

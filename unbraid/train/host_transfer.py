@@ -29,7 +29,7 @@ def sum_together(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: summed[a:b].view(t.shape) for (name, t), (a, b) in zip(tensors.items(), places, strict=True)}
 
 
-class Parcel:
+class HostTransfer:
     """Small tensors on their way to the host, by name: one transfer, begun here and waited for in `open`.
 
     Args:

@@ -20,7 +20,7 @@ from unbraid.io import write_atomically
 from unbraid.records import SCHEMA_VERSION, ItemId, StepRecord, json_row
 from unbraid.robust.precision import Precision
 from unbraid.train.checkpoint import read_verified, write_tensors
-from unbraid.train.diagnose import Verdict, diagnose
+from unbraid.train.diagnose import Diagnosis, diagnose
 from unbraid.train.state import TrainState
 
 
@@ -41,9 +41,9 @@ class Incident:
     batch: Batch
 
 
-def incident_of(
+def make_incident(
     state: TrainState, record: StepRecord, batch: Batch, recipe: Mapping[str, Any]
-) -> tuple[Incident, Verdict]:
+) -> tuple[Incident, Diagnosis]:
     """What a replay needs of a step that went wrong, and what is to blame for it.
 
     Args:
@@ -54,7 +54,7 @@ def incident_of(
     """
     precision = Precision(state.precision.name, scale=record.loss_scale)
     verdict = diagnose(
-        state.bare_model,
+        state.unwrapped_model,
         state.loss,
         precision,
         batch,
@@ -83,7 +83,7 @@ def incident_of(
         "torch": torch.__version__,
         "device": state.device.type,
     }
-    return Incident(about, _without_paths(recipe), state.bare_model.state_dict(), batch), verdict
+    return Incident(about, _without_paths(recipe), state.unwrapped_model.state_dict(), batch), verdict
 
 
 def has_custom_code(recipe: Mapping[str, Any]) -> list[str]:
@@ -168,7 +168,7 @@ def read_incident(path: Path) -> Incident:
         raise CheckpointError(f"{path} is not a whole incident ({type(error).__name__}: {error}).") from error
 
 
-def joined(parts: Sequence[Batch]) -> Batch:
+def join_batches(parts: Sequence[Batch]) -> Batch:
     """Micro-batches as one batch; noise stays only where all have it."""
     if len(parts) == 1:
         return parts[0]

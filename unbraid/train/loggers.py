@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from unbraid.errors import UserError
 from unbraid.records import Event, RunDirectory, StepRecord, ValidationRecord
-from unbraid.train.event_log import Logbook, Record
+from unbraid.train.event_log import EventLog, Record
 
 
 class Logger(Protocol):
@@ -187,8 +187,8 @@ def open_loggers(
     return opened
 
 
-def pass_on(
-    records: Generator[Record, None, None], loggers: Mapping[str, Logger], log: Logbook
+def forward_to_loggers(
+    records: Generator[Record, None, None], loggers: Mapping[str, Logger], log: EventLog
 ) -> Generator[Record, None, None]:
     """A run's records, each after every logger has heard it; one that raises is told of once, and then left out.
 
@@ -197,23 +197,23 @@ def pass_on(
         loggers: By name.
         log: Where it is told.
     """
-    listening = dict(loggers)
+    audio_options = dict(loggers)
     step = 0
     try:
         with contextlib.closing(records):
             for record in records:
                 step = record.step
-                for name, logger in [*listening.items()]:
+                for name, logger in [*audio_options.items()]:
                     try:
                         logger(record)
                     except Exception as error:  # noqa: BLE001
-                        del listening[name]
+                        del audio_options[name]
                         _close(logger)
                         log.tell("LOGGER_FAILED", step, _failed(name, error))
                 yield record
                 yield from log.take()
     finally:
-        for name, logger in listening.items():
+        for name, logger in audio_options.items():
             if (refused := _close(logger)) is not None:
                 log.tell("LOGGER_FAILED", step, _failed(name, refused))
 

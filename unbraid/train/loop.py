@@ -12,18 +12,18 @@ from unbraid.errors import TrainingStopped, UserError
 from unbraid.fault_advice import ADVICE
 from unbraid.records import Event, StepRecord, ValidationRecord
 from unbraid.signals import SIGNALS, StopRequest
-from unbraid.train.batch_source import Load, Source
-from unbraid.train.checkpoint import cut_logs, newest_checkpoint, read_checkpoint, save_checkpoint
-from unbraid.train.event_log import Logbook, Record
+from unbraid.train.batch_source import BatchSource, Load
+from unbraid.train.checkpoint import newest_checkpoint, read_checkpoint, save_checkpoint, truncate_logs
+from unbraid.train.event_log import EventLog, Record
 from unbraid.train.events import Observer
 from unbraid.train.settings import Job, TrainSettings
 from unbraid.train.state import FaultWindow, TrainState, evaluation_weights, first_nonfinite, set_learning_rate
-from unbraid.train.step import Launched, finish, launch
+from unbraid.train.step import LaunchedStep, finish, launch
 from unbraid.train.stragglers import Pace
-from unbraid.train.validation_audio import Sound, drop_later
+from unbraid.train.validation_audio import AudioExample, remove_later_audio
 
 
-class Scores(NamedTuple):
+class ValidationScores(NamedTuple):
     """Means over the validation examples of all ranks; on this one what was wrong with files, and sound.
 
     `orders` and `item_si_sdri`, of each example on all ranks, are as `ValidationRecord` has them.
@@ -34,12 +34,12 @@ class Scores(NamedTuple):
     si_sdri: float
     n_items: int
     faults: tuple[AudioFault, ...] = ()
-    sounds: tuple[Sound, ...] = ()
+    sounds: tuple[AudioExample, ...] = ()
     orders: tuple[tuple[int, ...], ...] = ()
     item_si_sdri: tuple[float | None, ...] = ()
 
 
-Validate = Callable[[TrainState], Scores]
+Validate = Callable[[TrainState], ValidationScores]
 
 
 def fit(
@@ -54,7 +54,7 @@ def fit(
     Args:
         state: Where to begin; changed in place.
         load: From a number of steps done to batches of this rank from there on, ``accumulate`` a step, without end.
-        validate: Scores the model.
+        validate: ValidationScores the model.
         job: Where and how often.
         stop: Ends the run early, with a checkpoint.
 
@@ -92,8 +92,8 @@ class _Course:
         stop: StopRequest,
     ) -> None:
         self.state, self.load, self.validate, self.job, self.stop = state, load, validate, job, stop
-        self.source = Source(load, job.train.accumulate)
-        self.log = Logbook(job.run)
+        self.source = BatchSource(load, job.train.accumulate)
+        self.log = EventLog(job.run)
         self.observer = Observer(state, job, self.log)
         self.began = perf_counter() - state.elapsed_seconds
         self.done = self.saved = self.went_back = False
@@ -171,7 +171,7 @@ class _Course:
         state = self.state
         set_learning_rate(state, state.schedule.factor(state.step + 1, _progress(state, self.job.train)))
         waited = perf_counter()
-        parts = self.source.next_parts(state.step, self.log)
+        parts = self.source.next_micro_batches(state.step, self.log)
         data_seconds = perf_counter() - waited
         faults = tuple(fault for part in parts for fault in part.faults)
         moved = [part.batch.to(state.device) for part in parts]
@@ -201,7 +201,7 @@ class _Course:
             self.log.append(job.run.steps, record)
         yield record
         if n_new_faults:
-            self.observer.set_aside(under_way.faults)
+            self.observer.report_bad_files(under_way.faults)
         self.observer.tell_of_memory(record)
         self.observer.tell_of_fault(record, under_way.launched)
         self.observer.tell_of_health(record, notes[len(SIGNALS) + 2 :])
@@ -268,12 +268,12 @@ class _Course:
         checkpoint = found or read_checkpoint(path)
         state.load_state_dict(checkpoint.state)
         if dist.is_main():
-            cut_logs(run, checkpoint.log_bytes | {run.events.name: run.events.stat().st_size})
-            drop_later(run.audio, state.step)
+            truncate_logs(run, checkpoint.log_bytes | {run.events.name: run.events.stat().st_size})
+            remove_later_audio(run.audio, state.step)
             message = f"The model was not finite at step {step} (first in {where}); went back to {path.name}, from "
             message += "where its steps are done again."
             self.log.tell("WEIGHTS_NONFINITE", step, message, rank=rank)
-        self.source = Source(self.load, self.job.train.accumulate)
+        self.source = BatchSource(self.load, self.job.train.accumulate)
         self.done, self.saved, self.went_back = False, True, True
 
     def _compare(self) -> None:
@@ -282,7 +282,7 @@ class _Course:
         Raises:
             TrainingStopped: If they do not.
         """
-        if (name := dist.first_difference(self.state.bare_model)) is not None:
+        if (name := dist.first_difference(self.state.unwrapped_model)) is not None:
             if dist.is_main():
                 message = f"The processes do not hold the same weights (first in {name})."
                 self.log.tell("RANKS_DIFFER", self.state.step, message, first=name)
@@ -297,7 +297,7 @@ class _Course:
         with evaluation_weights(state):
             scores = self.validate(state)
         if dist.any_rank(bool(self.observer.new(scores.faults)), state.device):
-            self.observer.set_aside(scores.faults)
+            self.observer.report_bad_files(scores.faults)
         usable = math.isfinite(scores.loss)
         best = usable and scores.loss < state.best_loss
         if best:
@@ -354,7 +354,7 @@ class _Course:
 class _UnderWay(NamedTuple):
     """A step that was launched, and what its data brought along."""
 
-    launched: Launched
+    launched: LaunchedStep
     faults: tuple[AudioFault, ...]
     data_seconds: float
 

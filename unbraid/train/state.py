@@ -17,8 +17,8 @@ from unbraid.robust.filter import LossFilter, RememberingFilter
 from unbraid.robust.guard import initialise_optimizer_state
 from unbraid.robust.precision import Precision
 from unbraid.robust.transform import GradientTransform
-from unbraid.train.buffer_snapshot import Place, buffer_places
-from unbraid.train.ddp_recovery import Exchange
+from unbraid.train.buffer_snapshot import Place, buffer_locations
+from unbraid.train.ddp_recovery import GradientExchange
 from unbraid.train.ema import EMA
 from unbraid.train.forward import ExampleLoss
 from unbraid.train.optim import Constant, Schedule
@@ -117,7 +117,7 @@ class TrainState:
     examples_per_rank: int = 0
     held: Tensor | None = field(default=None, init=False, repr=False)
     is_behind: bool = field(default=False, init=False, repr=False)
-    exchange: Exchange | None = field(default=None, init=False, repr=False)
+    exchange: GradientExchange | None = field(default=None, init=False, repr=False)
     _places: tuple[nn.Module, list[Place]] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -125,10 +125,10 @@ class TrainState:
             group.setdefault("initial_lr", float(group["lr"]))
         initialise_optimizer_state(self.optimizer)
         if isinstance(self.model, DistributedDataParallel):
-            self.exchange = Exchange(self.model)
+            self.exchange = GradientExchange(self.model)
 
     @property
-    def bare_model(self) -> nn.Module:
+    def unwrapped_model(self) -> nn.Module:
         """The model without the wrapper for several processes."""
         return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
 
@@ -138,10 +138,10 @@ class TrainState:
         return next(self.model.parameters()).device
 
     @property
-    def buffer_places(self) -> list[Place]:
+    def buffer_locations(self) -> list[Place]:
         """Where layers such as BatchNorm keep something; looked for once, as that walks through the model."""
         if self._places is None or self._places[0] is not self.model:
-            self._places = self.model, buffer_places(self.model)
+            self._places = self.model, buffer_locations(self.model)
         return self._places[1]
 
     @property
@@ -162,9 +162,9 @@ class TrainState:
         """
         state = {name: part.state_dict() for name, part in self._parts().items()}
         if self._judged_apart:
-            state["training_weights"] = _copied(self.bare_model)
+            state["training_weights"] = _copied(self.unwrapped_model)
         with evaluation_weights(self):
-            state["model"] = _copied(self.bare_model) if self._judged_apart else self.bare_model.state_dict()
+            state["model"] = _copied(self.unwrapped_model) if self._judged_apart else self.unwrapped_model.state_dict()
         state["progress"] = {name: getattr(self, name) for name in self._PROGRESS} | {"bad_files": dict(self.bad_files)}
         return state
 
@@ -173,9 +173,9 @@ class TrainState:
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
         if self.ema is not None:
-            self.bare_model.load_state_dict(state["model"])
-            torch._foreach_copy_(self.ema.weights, [p.detach() for p in self.bare_model.parameters()])
-        self.bare_model.load_state_dict(state.get("training_weights", state["model"]))
+            self.unwrapped_model.load_state_dict(state["model"])
+            torch._foreach_copy_(self.ema.weights, [p.detach() for p in self.unwrapped_model.parameters()])
+        self.unwrapped_model.load_state_dict(state.get("training_weights", state["model"]))
         for name in self._PROGRESS:
             setattr(self, name, state["progress"][name])
         self.bad_files = dict(state["progress"]["bad_files"])
@@ -205,7 +205,7 @@ def evaluation_weights(state: TrainState) -> Iterator[None]:
         yield
         return
     optimizer: Any = state.optimizer
-    parameters = [p.detach() for p in state.bare_model.parameters()]
+    parameters = [p.detach() for p in state.unwrapped_model.parameters()]
     kept = [p.clone() for p in parameters]
     if _has_modes(optimizer):
         optimizer.eval()
@@ -224,7 +224,7 @@ def first_nonfinite(state: TrainState) -> str | None:
 
     A buffer may hold infinity, as masks do.
     """
-    model = state.bare_model
+    model = state.unwrapped_model
     for name, parameter in model.named_parameters():
         if not bool(parameter.isfinite().all()):
             return name

@@ -14,15 +14,15 @@ from unbraid.records import ItemId, ItemRecord, Outcome, StepRecord
 from unbraid.robust.clip import as_max_norm
 from unbraid.robust.guard import apply_update, supports_found_inf
 from unbraid.train.block_stats import (
-    Watched,
+    BlockStats,
     block_records,
-    blocks_of,
     host_memory,
-    is_sampled,
+    is_sampled_step,
     item_record,
+    parameters_by_block,
     peak_memory,
 )
-from unbraid.train.buffer_snapshot import KeptBuffers
+from unbraid.train.buffer_snapshot import BufferSnapshot
 from unbraid.train.forward_backward import (
     COUNTS,
     Attempt,
@@ -34,12 +34,12 @@ from unbraid.train.forward_backward import (
     rescued,
     run_once,
 )
-from unbraid.train.host_transfer import Parcel
+from unbraid.train.host_transfer import HostTransfer
 from unbraid.train.state import TrainState
 
 
 @dataclass
-class Launched:
+class LaunchedStep:
     """A step whose work is done or under way, and whose scalars are on their way to the host.
 
     Attributes:
@@ -57,7 +57,7 @@ class Launched:
     parts: list[Batch]
     notes: Sequence[float]
     attempt: Attempt
-    parcel: Parcel
+    parcel: HostTransfer
     rates: list[float]
     n_pieces: int
     started: float
@@ -86,7 +86,7 @@ def train_step(state: TrainState, batch: Batch | Sequence[Batch]) -> StepRecord:
 
 def launch(
     state: TrainState, parts: Sequence[Batch], *, notes: Sequence[float] = (), step: int | None = None
-) -> Launched:
+) -> LaunchedStep:
     """Do all of a step that needs no answer from the device.
 
     Args:
@@ -99,25 +99,25 @@ def launch(
     if not parts:
         raise ValueError("A step needs a batch on every process: where nothing is left, a stand-in of weight 0.")
     step = state.step + 1 if step is None else step
-    kept = KeptBuffers(state.buffer_places)
+    kept = BufferSnapshot(state.buffer_locations)
     try:
         attempt = _attempt(state, parts, step, notes, kept)
         while not attempt.ran and dist.world_size() == 1 and divisible(state, parts):
             state.n_pieces *= 2
-            kept.give_back()
+            kept.restore()
             attempt = _attempt(state, parts, step, notes, kept)
     except Exception:  # a model that raises leaves the state as it was
-        kept.give_back()
+        kept.restore()
         raise
     state.step += is_new
     parcel = _apply(state, attempt, step, kept)
     attempt.gradients.clear()  # whoever finishes this step must not hold on to them while the next one is under way
     rates = [float(group["lr"]) for group in state.optimizer.param_groups]
-    return Launched(step, parts, notes, attempt, parcel, rates, state.n_pieces, started)
+    return LaunchedStep(step, parts, notes, attempt, parcel, rates, state.n_pieces, started)
 
 
 def _attempt(
-    state: TrainState, parts: Sequence[Batch], step: int, notes: Sequence[float], kept: KeptBuffers
+    state: TrainState, parts: Sequence[Batch], step: int, notes: Sequence[float], kept: BufferSnapshot
 ) -> Attempt:
     smaller = divisible(state, parts)
     attempt = run_once(state, cut(state, parts), step, notes, divisible=smaller)
@@ -126,7 +126,7 @@ def _attempt(
     return attempt
 
 
-def finish(state: TrainState, launched: Launched) -> tuple[StepRecord, list[float]]:
+def finish(state: TrainState, launched: LaunchedStep) -> tuple[StepRecord, list[float]]:
     """Wait for a step's scalars, and say what became of it.
 
     Where memory ran out on one of several ranks, all of them do the step again in smaller pieces, and after it those
@@ -151,7 +151,7 @@ def finish(state: TrainState, launched: Launched) -> tuple[StepRecord, list[floa
     return record, values["notes"]
 
 
-def _again(state: TrainState, launched: Launched) -> Launched:
+def _again(state: TrainState, launched: LaunchedStep) -> LaunchedStep:
     """Launch a step once more, as it was; those launched after it stay behind it."""
     state.held, state.is_behind = None, state.step > launched.step
     groups = state.optimizer.param_groups
@@ -166,7 +166,7 @@ def _again(state: TrainState, launched: Launched) -> Launched:
     return again
 
 
-def _apply(state: TrainState, attempt: Attempt, step: int, kept: KeptBuffers) -> Parcel:
+def _apply(state: TrainState, attempt: Attempt, step: int, kept: BufferSnapshot) -> HostTransfer:
     """Clip and update, or leave everything as it was; all of it is decided where the tensors are."""
     told, norm, gradients, divisor = attempt.told, attempt.norm, attempt.gradients, attempt.divisor
     starved = attempt.count("out_of_memory") > 0
@@ -175,7 +175,7 @@ def _apply(state: TrainState, attempt: Attempt, step: int, kept: KeptBuffers) ->
     sound = ~held & ~starved & (attempt.count("nonfinite") + attempt.count("over") == 0)
     scale = state.precision.scale_on(norm.device)
     parcel = {"scale": scale.clone(), "held": held} | told | {"norm": norm} | _closely(attempt.ran)
-    watched = Watched(state.bare_model, divisor) if is_sampled(step) else None
+    watched = BlockStats(state.unwrapped_model, divisor) if is_sampled_step(step) else None
     if state.transforms and gradients:
         torch._foreach_div_(gradients, divisor)
         _transform(state)
@@ -188,11 +188,11 @@ def _apply(state: TrainState, attempt: Attempt, step: int, kept: KeptBuffers) ->
     if supports_found_inf(state.optimizer):
         apply_update(state.optimizer, gradients, divisor, fine)
     else:  # the host decides: it needs the scalars before the update
-        sent = Parcel(parcel | {"fine": fine})
+        sent = HostTransfer(parcel | {"fine": fine})
         apply_update(state.optimizer, gradients, divisor, torch.tensor(bool(sent.open()["fine"][0])))
-    kept.give_back(unless=fine)
+    kept.restore(unless=fine)
     if state.ema is not None:
-        state.ema.update(state.bare_model, fine)
+        state.ema.update(state.unwrapped_model, fine)
     state.precision.update(sound & weighs & ~finite, fine)
     for loss_filter in state.remembering_filters:
         loss_filter.observe(told["losses"], told["losses"].isfinite() & (fine | (sound & ~weighs)))
@@ -201,7 +201,7 @@ def _apply(state: TrainState, attempt: Attempt, step: int, kept: KeptBuffers) ->
     if watched is not None:
         parcel |= watched.after_update()
     # the gradients stay until the next step: freed here, their pages would be given back and faulted in anew each time
-    return Parcel(parcel) if sent is None or watched is not None else sent
+    return HostTransfer(parcel) if sent is None or watched is not None else sent
 
 
 def _transform(state: TrainState) -> None:
@@ -225,7 +225,7 @@ def _closely(ran: Sequence[Ran]) -> dict[str, Tensor]:
 
 
 def _record(
-    state: TrainState, launched: Launched, values: dict[str, list[float]], told: dict[str, float]
+    state: TrainState, launched: LaunchedStep, values: dict[str, list[float]], told: dict[str, float]
 ) -> StepRecord:
     one = told | {name: values[name][0] for name in ("scale", "norm", "norm_transformed", "max_norm")}
     weight, n_real, attempt = one["weight"], one["real"], launched.attempt
@@ -247,7 +247,9 @@ def _record(
     items = [part.items for part in launched.parts]
     blocks = {}
     if "block_norms" in values:
-        blocks = block_records(blocks_of(state.bare_model), values["block_norms"], values["update_ratios"])
+        blocks = block_records(
+            parameters_by_block(state.unwrapped_model), values["block_norms"], values["update_ratios"]
+        )
     return StepRecord(
         step=launched.step,
         epoch=items[0][0].epoch if items[0] else 0,
@@ -288,7 +290,7 @@ def _rows(values: list[float], n_rows: int) -> list[list[float]]:
     return [values[row * width : (row + 1) * width] for row in range(n_rows)]
 
 
-def _bad_items(state: TrainState, launched: Launched, outcome: str) -> list[ItemId]:
+def _bad_items(state: TrainState, launched: LaunchedStep, outcome: str) -> list[ItemId]:
     """The examples of this rank behind a fault; all of them where no rank can tell any from the others."""
     ran, everything = launched.attempt.ran, [item for part in launched.parts for item in part.items]
     if outcome == "out_of_memory":

@@ -16,18 +16,18 @@ from unbraid.losses.pit import judge_by, order_as_targets, output_order
 from unbraid.metrics import mean_over_active, reorder, si_sdr
 from unbraid.model_output import ModelOutput, sources_of
 from unbraid.train.forward import example_losses
-from unbraid.train.loop import Scores, Validate
+from unbraid.train.loop import Validate, ValidationScores
 from unbraid.train.state import TrainState
-from unbraid.train.validation_audio import Listening, Sound, sounds_of
+from unbraid.train.validation_audio import AudioExample, AudioOptions, audio_examples
 
 
-def validation(
+def make_validator(
     dataset: MixtureDataset,
     *,
     n_items: int,
     batch_size: int,
     assign: str = "permutation",
-    listening: Listening | None = None,
+    audio_options: AudioOptions | None = None,
     save_audio: int = 0,
 ) -> Validate:
     """A function that scores a state's model on the first ``n_items`` mixtures, shared out over the ranks.
@@ -38,13 +38,13 @@ def validation(
         batch_size: How many go through the model together.
         assign: Whether SI-SDR is taken in the best order (``"permutation"``), in the model's own (``"fixed"``), or of
             the sums of outputs that make up each target (``"mixit"``).
-        listening: How outputs become sound; None where nobody listens.
+        audio_options: How outputs become sound; None where nobody listens.
         save_audio: Of how many mixtures, the first ones, the sound is handed over.
     """
 
     @torch.no_grad()
-    def validate(state: TrainState) -> Scores:
-        sums, faults, sounds = torch.zeros(4, dtype=torch.float64), list[AudioFault](), list[Sound]()
+    def validate(state: TrainState) -> ValidationScores:
+        sums, faults, sounds = torch.zeros(4, dtype=torch.float64), list[AudioFault](), list[AudioExample]()
         of_items = torch.zeros(n_items, 1 + dataset.settings.n_sources, dtype=torch.float64)
         for keys in FixedSampler(n_items, batch_size, rank=dist.rank(), world_size=dist.world_size()):
             loaded = collate([dataset[key] for key in keys])
@@ -61,13 +61,13 @@ def validation(
             sums[3] += len(losses)
             places = [key.index for key in keys]
             of_items[places, 0], of_items[places, 1:] = (after - before).double().cpu(), order.double().cpu()
-            if listening is not None:
+            if audio_options is not None:
                 heard = [place for place, key in enumerate(keys) if key.index < save_audio]
-                sounds += sounds_of(listening, batch, estimate, heard, scores=(ratios, after - before))
+                sounds += audio_examples(audio_options, batch, estimate, heard, scores=(ratios, after - before))
         loss, total, improvement, count = dist.sum_over_ranks(sums.to(state.device)).tolist()
         improvements, *orders = dist.sum_over_ranks(of_items.to(state.device)).T.tolist()
         searched = assign == "permutation"
-        return Scores(
+        return ValidationScores(
             loss / count,
             total / count,
             improvement / count,
@@ -100,7 +100,7 @@ def _separate(state: TrainState, batch: Batch) -> Tensor | ModelOutput:
     while True:
         try:
             with state.precision.autocast(state.device):
-                return _joined([infer(state.bare_model, piece.mixture) for piece in batch.split(n_pieces)])
+                return _joined([infer(state.unwrapped_model, piece.mixture) for piece in batch.split(n_pieces)])
         except torch.OutOfMemoryError:
             if n_pieces >= len(batch.mixture):
                 raise

@@ -27,7 +27,7 @@ SCORES = "scores.json"
 
 
 @dataclass(frozen=True)
-class Sound:
+class AudioExample:
     """One example to hear.
 
     Attributes:
@@ -57,7 +57,7 @@ class Sound:
 
 
 @dataclass(frozen=True)
-class Listening:
+class AudioOptions:
     """How a model's outputs become sound.
 
     Attributes:
@@ -70,21 +70,21 @@ class Listening:
     match_level: bool = False
     silent_below_db: float | None = None
 
-    def sound(self, index: int, mixture: Tensor, references: Tensor, estimates: Tensor) -> Sound:
+    def sound(self, index: int, mixture: Tensor, references: Tensor, estimates: Tensor) -> AudioExample:
         """One example, from ``(channel, time)`` and twice ``(source, channel, time)``, on any device."""
         given, wanted, found = (tensor.detach().float().cpu().numpy() for tensor in (mixture, references, estimates))
         if self.match_level and np.isfinite(found).all():
             found = at_mixture_level(found, given, silent_below_db=self.silent_below_db)
-        return Sound(index, self.sample_rate, given, wanted, found)
+        return AudioExample(index, self.sample_rate, given, wanted, found)
 
 
-def sounds_of(
-    listening: Listening, batch: Batch, ordered: Tensor, places: Sequence[int], *, scores: tuple[Tensor, Tensor]
-) -> list[Sound]:
+def audio_examples(
+    audio_options: AudioOptions, batch: Batch, ordered: Tensor, places: Sequence[int], *, scores: tuple[Tensor, Tensor]
+) -> list[AudioExample]:
     """Some examples of a batch, with their scores.
 
     Args:
-        listening: How they become sound.
+        audio_options: How they become sound.
         batch: Of named examples.
         ordered: Estimates in the order of the sources, ``(batch, source, channel, time)``.
         places: Which ones.
@@ -94,13 +94,15 @@ def sounds_of(
     of_sources = ratios.where(is_active(batch.sources), torch.nan).nanmean(-1).tolist()
     found = []
     for place in places:
-        sound = listening.sound(batch.items[place].index, batch.mixture[place], batch.sources[place], ordered[place])
+        sound = audio_options.sound(
+            batch.items[place].index, batch.mixture[place], batch.sources[place], ordered[place]
+        )
         scored = replace(sound, si_sdr=tuple(of_sources[place]), si_sdri=float(improvements[place]))
         found.append(replace(scored, files=batch.items[place].files))
     return found
 
 
-def write_given(folder: Path, sound: Sound) -> None:
+def write_mixture_and_references(folder: Path, sound: AudioExample) -> None:
     """Write ``NNN-mixture.wav`` and ``NNN-reference-K.wav``.
 
     Raises:
@@ -110,7 +112,7 @@ def write_given(folder: Path, sound: Sound) -> None:
         write_audio(folder / name, audio, sound.sample_rate)
 
 
-def write_estimates(folder: Path, sound: Sound) -> None:
+def write_estimates(folder: Path, sound: AudioExample) -> None:
     """Write ``NNN-estimate-K.wav``.
 
     Raises:
@@ -120,7 +122,7 @@ def write_estimates(folder: Path, sound: Sound) -> None:
         write_audio(folder / f"{sound.index:03d}-estimate-{n}.wav", audio, sound.sample_rate)
 
 
-def save_sounds(folder: Path, step: int, sounds: Sequence[Sound]) -> None:
+def save_audio_examples(folder: Path, step: int, sounds: Sequence[AudioExample]) -> None:
     """Write the sound of one validation, so that a folder with ``scores.json`` in it is whole.
 
     What the estimates are made of lies in the folder itself, once; estimates and scores in a folder of the step, in the
@@ -156,26 +158,26 @@ def save_sounds(folder: Path, step: int, sounds: Sequence[Sound]) -> None:
     _make_room(folder)
 
 
-def drop_later(folder: Path, step: int) -> None:
+def remove_later_audio(folder: Path, step: int) -> None:
     """Remove the sound of validations after a step: whoever goes on from there will make it again."""
     for path in _step_folders(folder):
         if _step_of(path) > step:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _given(sound: Sound) -> Iterator[tuple[str, Audio]]:
+def _given(sound: AudioExample) -> Iterator[tuple[str, Audio]]:
     yield f"{sound.index:03d}-mixture.wav", sound.mixture
     yield from ((f"{sound.index:03d}-reference-{n}.wav", audio) for n, audio in enumerate(sound.references, 1))
 
 
-def _write_given_once(folder: Path, sound: Sound) -> None:
+def _write_given_once(folder: Path, sound: AudioExample) -> None:
     """Write mixture and references where they are not there; where others are, older estimates belong to those."""
     for name, audio in _given(sound):
         path = folder / name
         if path.exists():
             if _holds(path, audio):
                 continue
-            drop_later(folder, -1)
+            remove_later_audio(folder, -1)
         write_audio(path, audio, sound.sample_rate)
 
 
