@@ -10,7 +10,7 @@ from unbraid.health.series import series_of
 from unbraid.losses.pit import SeparationLoss
 from unbraid.losses.waveform import neg_snr
 from unbraid.records import to_json_row
-from unbraid.train.block_stats import EVERY_STEPS
+from unbraid.train.block_stats import SAMPLE_EVERY_STEPS
 from unbraid.train.state import TrainState
 from unbraid.train.step import train_step
 
@@ -37,7 +37,7 @@ def looked_at(model, n=5):
     state = TrainState(model, SeparationLoss(neg_snr), torch.optim.Adam(model.parameters(), lr=1e-4))
     rows = []
     for sample in range(1, n + 1):
-        state.step = EVERY_STEPS * sample - 1
+        state.step = SAMPLE_EVERY_STEPS * sample - 1
         rows.append(to_json_row(train_step(state, make_batch(seed=sample))))
     return series_of(rows, [], [], {})
 
