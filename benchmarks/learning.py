@@ -37,7 +37,7 @@ from machine import processor
 from peers import AsOurs, asteroid_loss, missing
 from torch import nn
 
-from unbraid.build import build_corpus, choose_device, list_tracks, load_model, train
+from unbraid.build import build_corpus, choose_device, list_tracks, load_model
 from unbraid.config.recipe import Recipe, load_recipe, recipe_table
 from unbraid.config.shipped_recipes import find_recipe
 from unbraid.console import show_training
@@ -45,6 +45,7 @@ from unbraid.data.dataset import mixtures
 from unbraid.data.loader import StepSampler, batches
 from unbraid.evaluate import evaluate
 from unbraid.records import RunDirectory, read_steps
+from unbraid.run import train
 
 ROOT = Path(__file__).parents[1]
 BY_TIME = ("asteroid", "ours")

@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 
 from unbraid.audio import read_audio, write_audio
-from unbraid.build import train
 from unbraid.columns import NUMBERS
 from unbraid.config.recipe import load_recipe
 from unbraid.data.folders import speakers
@@ -29,6 +28,7 @@ from unbraid.dsp import resample
 from unbraid.health.rules import examine
 from unbraid.health.series import read_series
 from unbraid.records import RunDirectory, read_rows
+from unbraid.run import train
 
 RECIPE = """
 [data]

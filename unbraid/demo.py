@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from unbraid.build import train
 from unbraid.config.recipe import load_recipe
 from unbraid.console import program, progress_bar, show_training
 from unbraid.data.synthetic import make_voices
@@ -12,6 +11,7 @@ from unbraid.evaluate import Summary, evaluate_checkpoint
 from unbraid.health.rules import bulletin
 from unbraid.plots import check_matplotlib, draw_run
 from unbraid.records import RunDirectory
+from unbraid.run import train
 from unbraid.signals import stop_on_signals
 from unbraid.web.report import write_report
 

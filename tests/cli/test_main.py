@@ -163,7 +163,7 @@ def test_two_runs_in_one_directory_are_refused(trained, recipe_file, capsys):
 
 
 def test_resuming_what_is_not_there_is_said_so(recipe_file, tmp_path, capsys):
-    assert "no run to go on with" in fails(capsys, "train", recipe_file(), "--run", tmp_path / "none", "--resume")
+    assert "holds no run to resume" in fails(capsys, "train", recipe_file(), "--run", tmp_path / "none", "--resume")
 
 
 @pytest.mark.parametrize(

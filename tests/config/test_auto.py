@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from unbraid.build import train
 from unbraid.config import auto
 from unbraid.config.auto import Compiling, choose, compiling_pays
 from unbraid.config.recipe import load_recipe, recipe_from_table
 from unbraid.records import Event, RunDirectory, read_rows
+from unbraid.run import train
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,6 @@ import time
 
 import pytest
 
-from unbraid.build import train
 from unbraid.config.recipe import load_recipe
 from unbraid.errors import CheckpointError, RecipeError, TrainingStopped, UserError
 from unbraid.lab.sweep import (
@@ -25,6 +24,7 @@ from unbraid.lab.sweep import (
     what_fell,
 )
 from unbraid.records import TIMING_FIELDS, RunDirectory, read_rows, read_steps
+from unbraid.run import train
 from unbraid.signals import StopRequest
 
 PLAIN = Arm("plain", ())

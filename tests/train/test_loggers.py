@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from unbraid.build import train
 from unbraid.cli.main import main
 from unbraid.config.recipe import load_recipe
 from unbraid.records import Event, RunDirectory, StepRecord, ValidationRecord, read_rows
+from unbraid.run import train
 from unbraid.train.loggers import LOGGERS, numbers_of
 
 STEP = StepRecord(

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import soundfile
 
-from unbraid.build import train
 from unbraid.config.recipe import load_recipe
 from unbraid.data.folders import speakers
 from unbraid.data.tracks import with_splits
 from unbraid.errors import CheckpointError, TrainingStopped, UserError
 from unbraid.records import TIMING_FIELDS, Event, RunDirectory, StepRecord, read_rows
+from unbraid.run import train
 from unbraid.train.checkpoint import newest_checkpoint, read_checkpoint
 
 
@@ -302,7 +302,7 @@ def test_a_second_run_in_the_same_directory_is_refused(recipe_file, tmp_path):
     file = recipe_file()
     run_recipe(file, tmp_path / "run")
 
-    with pytest.raises(CheckpointError, match="holds a run already"):
+    with pytest.raises(CheckpointError, match="already holds a run"):
         run_recipe(file, tmp_path / "run")
 
 
@@ -368,7 +368,7 @@ def test_a_run_without_a_whole_checkpoint_is_not_begun_again_over_its_records(re
     for path in run.checkpoints.glob("step-*/model.safetensors"):
         path.write_bytes(b"")
 
-    with pytest.raises(CheckpointError, match="no whole checkpoint left"):
+    with pytest.raises(CheckpointError, match="no undamaged checkpoint"):
         run_recipe(file, run.path, resume=True)
     assert len(read_rows(run.steps)[0]) == 6
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 from toys import assert_same
 
-from unbraid.build import load_model, train
+from unbraid.build import load_model
 from unbraid.cli.main import main
 from unbraid.config.recipe import load_recipe
 from unbraid.config.registry import _load_module as find_module
 from unbraid.errors import RecipeError, TrainingStopped
 from unbraid.records import TIMING_FIELDS, Event, RunDirectory, StepRecord, read_rows
+from unbraid.run import train
 from unbraid.train.checkpoint import read_checkpoint
 
 NETS = """
@@ -300,7 +301,7 @@ def spoilt_adam(parameters, *, lr: float = 1e-3):
     ("overrides", "words"),
     [
         (["optim.name=schedule_free"], "schedule.name = 'constant'"),
-        (["optim.name=schedule_free", "schedule.name=constant", "train.ema=0.9"], "leave one of them out"),
+        (["optim.name=schedule_free", "schedule.name=constant", "train.ema=0.9"], "remove one of them"),
         (["train.ema=1.0"], "train.ema = 1 must be from 0"),
         (["train.on_bad_example=rescu"], "Did you mean 'rescue'?"),
         (['transform=[{name = "adaptiv"}]'], "Did you mean 'adaptive'?"),

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unbraid.audio import read_audio, write_audio
-from unbraid.build import build_corpus, load_model, train
+from unbraid.build import build_corpus, load_model
 from unbraid.config.recipe import load_recipe
 from unbraid.data.batch import Batch
 from unbraid.data.dataset import Key
@@ -23,6 +23,7 @@ from unbraid.inference import at_mixture_level, separate
 from unbraid.losses.pit import judge_by, order_as_targets
 from unbraid.metrics import si_sdr
 from unbraid.records import Event, ItemId, RunDirectory, StepRecord, ValidationRecord, read_rows
+from unbraid.run import train
 from unbraid.train.validation_audio import (
     AudioExample,
     AudioOptions,

@@ -19,11 +19,11 @@ from unbraid.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
 
 def train(args: argparse.Namespace) -> int:
     """Train a separator by a recipe."""
-    from unbraid.build import train as run_training
     from unbraid.config.recipe import load_recipe
     from unbraid.console import program, show_training
     from unbraid.health.rules import bulletin
     from unbraid.records import RunDirectory
+    from unbraid.run import train as run_training
     from unbraid.signals import stop_on_signals
 
     recipe = load_recipe(find_recipe(args.recipe), args.set)
@@ -69,7 +69,7 @@ def evaluate(args: argparse.Namespace) -> int:
 
 def separate(args: argparse.Namespace) -> int:
     """Separate audio files with a trained model."""
-    from unbraid.separate import separate_files
+    from unbraid.separate_files import separate_files
 
     for path in separate_files(args.files, args.model, args.out, trust=args.trust):
         print(path)

@@ -8,7 +8,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from unbraid.build import Corpus, build_corpus, build_model, build_state, choose_device, load_weights
+from unbraid.build import (
+    Corpus,
+    build_corpus,
+    build_model,
+    build_state,
+    choose_device,
+    load_initial_weights,
+    load_weights,
+)
 from unbraid.compilation import compile_model
 from unbraid.config.recipe import Recipe, recipe_with
 from unbraid.config.registry import build_loss
@@ -119,8 +127,7 @@ def of_recipe(recipe: Recipe, name: str) -> Experiment:
         UserError: If recipe or data cannot be used.
     """
     corpus, model = build_corpus(recipe), build_model(recipe)
-    if "init" in recipe.model.options:
-        load_weights(model, read_checkpoint(find_checkpoint(Path(recipe.model.options["init"]))))
+    load_initial_weights(model, recipe)
     return Experiment(name, recipe, corpus, _copied(model))
 
 

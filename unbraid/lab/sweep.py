@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 
-from unbraid.build import build_corpus, build_model, build_state, train
+from unbraid.build import build_corpus, build_model, build_state
 from unbraid.config.recipe import Recipe, differences, load_recipe, recipe_table
 from unbraid.config.schema import assignment
 from unbraid.console import Ticker
 from unbraid.errors import CheckpointError, RecipeError, TrainingStopped, UserError
 from unbraid.io import write_atomically
 from unbraid.records import Event, RunDirectory, StepRecord, read_rows, read_steps, read_validation
+from unbraid.run import train
 from unbraid.signals import StopRequest
 from unbraid.train.checkpoint import find_checkpoint
 
