@@ -58,9 +58,14 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def widest_float(device: torch.device) -> torch.dtype:
+    """Return the widest floating-point format of a device: float64, which Apple's GPUs lack."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def on_device(values: Sequence[float], device: torch.device) -> Tensor:
-    """Numbers of the host as a tensor on a device, ``(n,)``, without waiting for it; float64 where there is such."""
-    dtype = torch.float32 if device.type == "mps" else torch.float64
+    """Copy numbers of the host to a device, ``(n,)``, without waiting for it; as float64 where the device has it."""
+    dtype = widest_float(device)
     if device.type != "cuda":
         return torch.tensor(values, dtype=dtype, device=device)
     return torch.tensor(values, dtype=dtype).pin_memory().to(device, non_blocking=True)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unbraid.robust import FILTERS
-from unbraid.robust.filter import RememberingFilter
+from unbraid.robust.filter import StatefulFilter
 
 LOSSES = st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=8)
 EARLIER = torch.linspace(-30, 30, 150)
@@ -113,4 +113,4 @@ def test_one_that_remembers_is_whole(name):
     loss_filter = FILTERS[name]()
 
     assert isinstance(loss_filter.needs_db, bool)
-    assert isinstance(loss_filter, RememberingFilter) == hasattr(loss_filter, "observe")
+    assert isinstance(loss_filter, StatefulFilter) == hasattr(loss_filter, "observe")

@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 
 from unbraid.errors import CheckpointError, RecipeError
 from unbraid.robust.clip import AutoClip, FixedClip, NoClip, ZClip, clip_
-from unbraid.robust.quantile import DeviceHistory, DeviceWindow, HostHistory, HostWindow
+from unbraid.robust.quantile import DeviceQuantile, HostQuantile
 
 NORMS = st.one_of(
     st.floats(1e-6, 1e6),
     st.sampled_from([1.0, 1.0, 2.0, 5.0]),  # duplicates
-    st.sampled_from([math.nan, math.inf, 0.0]),
+    st.sampled_from([math.nan, math.inf, -math.inf, -1.0, 0.0]),
 )
 every_kind = pytest.mark.parametrize("kind", ["host", "device"])
 STEPS = st.lists(st.tuples(NORMS, st.booleans()), max_size=60)
@@ -23,21 +23,16 @@ def limit_of(clipper, norm, finite=True):
     return clipper(torch.tensor(norm, dtype=torch.float64), torch.tensor(finite)).item()
 
 
-def history_of_kind(kind):
-    """A choice of history that does not look where the norm is."""
-
-    def history_for(device, window, percentile):
-        if kind == "host":
-            return HostWindow(window, percentile) if window else HostHistory(percentile)
-        return DeviceWindow(window, percentile) if window else DeviceHistory(percentile)
-
-    return history_for
+def quantile_of_kind(kind):
+    """A stand-in for quantile_for that ignores the device."""
+    quantile = {"host": HostQuantile, "device": DeviceQuantile}[kind]
+    return lambda _device, window: quantile(window)
 
 
 @pytest.fixture
 def force(monkeypatch):
-    """A function that makes every AutoClip from now on remember on the host, or as on a device."""
-    return lambda kind: monkeypatch.setattr("unbraid.robust.clip.history_for", history_of_kind(kind))
+    """A function that makes every AutoClip from now on store its norms as on the host, or as on a device."""
+    return lambda kind: monkeypatch.setattr("unbraid.robust.clip.quantile_for", quantile_of_kind(kind))
 
 
 def expected_limits(steps, percentile, window=0):
@@ -54,7 +49,7 @@ def expected_limits(steps, percentile, window=0):
 @given(STEPS, st.one_of(st.sampled_from([0, 10, 50, 100]), st.floats(0, 100)), st.sampled_from([0, 1, 5]))
 def test_the_limit_is_numpys_percentile_of_the_norms_so_far_at_every_step(kind, steps, percentile, window):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("unbraid.robust.clip.history_for", history_of_kind(kind))
+        patch.setattr("unbraid.robust.clip.quantile_for", quantile_of_kind(kind))
         clipper = AutoClip(percentile=percentile, window=window)
 
         limits = [limit_of(clipper, norm, finite) for norm, finite in steps]
@@ -114,13 +109,14 @@ def test_percentile_100_never_clips_and_0_clips_to_the_smallest(norms):
 
 @every_kind
 @pytest.mark.parametrize("window", [0, 50])
-def test_one_norm_that_is_nan_does_not_kill_it(force, kind, window):
+def test_norms_that_are_nan_infinite_or_zero_are_ignored(force, kind, window):
     force(kind)
     clipper = AutoClip(window=window)
 
-    limits = [limit_of(clipper, norm) for norm in (3.0, math.nan, 4.0, math.inf, 0.0, 5.0)]
+    limits = [limit_of(clipper, norm) for norm in (3.0, math.nan, 4.0, math.inf, 0.0, -1.0, 5.0)]
 
     np.testing.assert_allclose(limits[-1], np.percentile([3.0, 4.0, 5.0], 10), rtol=1e-12)
+    assert clipper.state_dict()["norms"].tolist() == [3.0, 4.0, 5.0]
 
 
 @pytest.mark.parametrize(("saved", "loaded"), [("host", "device"), ("device", "host")])

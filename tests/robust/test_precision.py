@@ -17,7 +17,7 @@ def test_without_fp16_the_loss_is_never_scaled(name):
     for overflowed in (True, False, False):
         update(precision, overflowed=overflowed)
 
-    assert not precision.scales
+    assert not precision.uses_loss_scale
     assert precision.scale == 1
 
 

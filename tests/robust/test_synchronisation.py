@@ -11,7 +11,7 @@ from waits import counted_waits
 from unbraid.robust import CLIPPERS, FILTERS, TRANSFORMS
 from unbraid.robust.clip import AutoClip, clip_
 from unbraid.robust.guard import guarded_step
-from unbraid.robust.quantile import DeviceHistory, DeviceWindow, Recent
+from unbraid.robust.quantile import DeviceQuantile
 
 
 @pytest.fixture
@@ -53,30 +53,31 @@ def test_the_instrument_itself_sees_a_look_at_a_tensor(waits, look):
     assert waits
 
 
-@pytest.mark.parametrize("history", [DeviceHistory(10.0), DeviceWindow(5, 10.0)], ids=["whole", "window"])
-def test_a_history_on_a_device_never_waits(waits, history):
+@pytest.mark.parametrize("window", [None, 5])
+def test_percentiles_on_a_device_never_wait(waits, window):
+    quantile = DeviceQuantile(window)
     for i in range(1100):  # past its first capacity
-        history.add(torch.tensor(float(i)), torch.tensor(i % 3 > 0))
-        history.percentile(at_least=4)
+        quantile.add(torch.tensor(float(i)), torch.tensor(i % 3 > 0))
+        quantile.percentile(10.0, at_least=4)
 
     assert not waits
 
 
-def test_the_last_losses_are_never_waited_for(waits):
-    recent = Recent(5)
+@pytest.mark.parametrize("window", [None, 5])
+def test_statistics_of_several_values_a_step_never_wait(waits, window):
+    quantile = DeviceQuantile(window)
     for _ in range(3):
-        recent.add(torch.tensor([1.0, torch.nan, 3.0]), torch.tensor([True, True, False]))
-        recent.percentile(10.0), recent.median(), recent.mad()
+        quantile.add(torch.tensor([1.0, torch.nan, 3.0]), torch.tensor([True, True, False]))
+        quantile.percentile(10.0)
+        quantile.median()
+        quantile.mad()
 
     assert not waits
 
 
 @pytest.mark.parametrize("window", [0, 5])
 def test_autoclip_never_waits_for_a_norm_on_a_device(waits, monkeypatch, window):
-    def device_kind(device, window, percentile):
-        return DeviceWindow(window, percentile) if window else DeviceHistory(percentile)
-
-    monkeypatch.setattr("unbraid.robust.clip.history_for", device_kind)
+    monkeypatch.setattr("unbraid.robust.clip.quantile_for", lambda _device, window: DeviceQuantile(window))
     clipper = AutoClip(window=window, warmup_steps=3)
     for norm in (1.0, torch.nan, 3.0, 0.0, 5.0):
         clipper(torch.tensor(norm), torch.tensor(True))

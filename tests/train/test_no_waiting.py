@@ -7,14 +7,14 @@ from waits import counted_waits
 
 from unbraid.robust import CLIPPERS, FILTERS, TRANSFORMS, clip
 from unbraid.robust.precision import Precision
-from unbraid.robust.quantile import DeviceHistory, DeviceWindow
+from unbraid.robust.quantile import DeviceQuantile
 from unbraid.train.ema import EMA
 from unbraid.train.optim import OPTIMIZERS
 from unbraid.train.step import finish, launch
 
 
-def on_a_device(_device, window, percentile):
-    return DeviceWindow(window, percentile) if window else DeviceHistory(percentile)
+def on_a_device(_device, window):
+    return DeviceQuantile(window)
 
 
 DEVICE_OPTIMIZERS = ["adam", "adamw", "sgd"]
@@ -24,7 +24,7 @@ DEVICE_OPTIMIZERS = ["adam", "adamw", "sgd"]
 @pytest.mark.parametrize("clipper", sorted(CLIPPERS))
 @pytest.mark.parametrize("optimizer", DEVICE_OPTIMIZERS)
 def test_a_step_launches_without_waiting_and_ends_with_one_transfer(monkeypatch, optimizer, clipper, precision):
-    monkeypatch.setattr(clip, "history_for", on_a_device)
+    monkeypatch.setattr(clip, "quantile_for", on_a_device)
     state = make_state(
         optimizer=optimizer,
         clipper=CLIPPERS[clipper](),

@@ -1,4 +1,4 @@
-"""CLIPPERS, TRANSFORMS and FILTERS, by name."""
+"""CLIPPERS, TRANSFORMS and FILTERS: from the names in a recipe to classes."""
 
 from collections.abc import Callable
 

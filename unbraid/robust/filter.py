@@ -1,4 +1,4 @@
-"""How much each example counts in this step: too easy or an outlier, by threshold or by what earlier steps left."""
+"""Loss filters: weight 0 for examples that are too easy or outliers, by a threshold or by the losses so far."""
 
 import math
 from typing import Any, Protocol, runtime_checkable
@@ -7,51 +7,52 @@ import torch
 from torch import Tensor
 
 from unbraid.errors import RecipeError
-from unbraid.robust.quantile import Recent
+from unbraid.robust.quantile import DeviceQuantile
 
 
 class LossFilter(Protocol):
-    """Turns finite per-example losses ``(batch,)`` into weights ``(batch,)``, at least 0.
+    """Turns per-example losses ``(batch,)`` into weights ``(batch,)``, 0 or more.
 
-    An example's weight depends on its own loss and on what earlier steps left, never on its neighbours: otherwise N
-    processes would not do what one does. What it says of a loss that is not finite is not used.
+    An example's weight may depend on its own loss and on earlier steps, never on its neighbours in the batch: otherwise
+    N processes, each with its own part of the batch, would not do what one does. The weight of a loss that is not
+    finite is ignored.
     """
 
     needs_db: bool
-    """Whether it only means something for losses in dB."""
+    """True if the filter only makes sense for losses in dB."""
 
     def __call__(self, losses: Tensor) -> Tensor:
-        """The weights."""
+        """Return the weights."""
         ...
 
 
 @runtime_checkable
-class RememberingFilter(LossFilter, Protocol):
+class StatefulFilter(LossFilter, Protocol):
     """A `LossFilter` that learns from the losses of earlier steps."""
 
-    def observe(self, losses: Tensor, sound: Tensor) -> None:
-        """Learn from a step that was no fault; called once after it, on every rank alike.
+    def observe(self, losses: Tensor, valid: Tensor) -> None:
+        """Learn from a step without a fault; called once after the step, identically on every rank.
 
         Args:
-            losses: Of all examples of all ranks ``(n,)``, in the same order everywhere.
-            sound: Which of them to learn from ``(n,)``; of those, what is not finite teaches nothing either.
+            losses: Losses of all examples of all ranks ``(n,)``, in the same order on every rank.
+            valid: Which of them to learn from ``(n,)``; the filter must ignore those that are not finite as well.
         """
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """What was learned."""
+        """Return what was learned."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what another run learned."""
+        """Restore what another run learned."""
         ...
 
 
 class ThresholdFilter:
-    """Drops examples that are separated well already: loss at or below a threshold in dB.
+    """Drops examples that are already separated well: loss at or below a threshold in dB.
 
     Args:
-        threshold_db: -30 is the textbook recipe's.
+        threshold_db: The textbook recipe uses -30.
     """
 
     needs_db = True
@@ -60,15 +61,15 @@ class ThresholdFilter:
         self.threshold_db = threshold_db
 
     def __call__(self, losses: Tensor) -> Tensor:
-        """1 above the threshold, else 0."""
+        """Return 1 above the threshold, else 0."""
         return (losses > self.threshold_db).to(losses.dtype)
 
 
-class _RecentLosses:
-    """What the filters that remember share: the last losses, and a limit on the next ones that follows from them.
+class _RunningLimit:
+    """Base of the stateful filters: the last losses, and a limit on the next ones that is computed from them.
 
-    Losses that were dropped are remembered as well: after a lasting change of level the limit follows, and does not
-    lock everything out for ever. Nothing waits for the device.
+    Dropped losses are added as well. After a lasting change of level the limit then follows, instead of dropping every
+    example for ever. Nothing waits for the device.
     """
 
     def __init__(self, window: int, warmup: int) -> None:
@@ -77,43 +78,43 @@ class _RecentLosses:
         if not 0 <= warmup <= window:
             raise RecipeError(f"[[filter]] warmup = {warmup} must be from 0 to window = {window}; set both.")
         self.warmup = warmup
-        self._recent = Recent(window)
+        self._losses = DeviceQuantile(window)
         self._limit: Tensor | None = None
 
-    def observe(self, losses: Tensor, sound: Tensor) -> None:
-        """Remember the finite losses ``(n,)`` of a step that are sound ``(n,)``."""
-        self._recent.add(losses, sound)
+    def observe(self, losses: Tensor, valid: Tensor) -> None:
+        """Add the losses ``(n,)`` of a step that are ``valid`` ``(n,)`` and finite."""
+        self._losses.add(losses, valid)
         self._limit = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The last losses, from old to new."""
-        return self._recent.state_dict()
+        """Return the last losses, oldest first."""
+        return self._losses.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the last losses of another run."""
-        self._recent.load_state_dict(state)
+        """Restore the last losses of another run."""
+        self._losses.load_state_dict(state)
         self._limit = None
 
     def _limit_on(self, device: torch.device) -> Tensor:
-        """The limit, 0-d, worked out once for all micro-batches of a step."""
+        """Return the limit, 0-d, computed once for all micro-batches of a step."""
         if self._limit is None or self._limit.device != device:
-            self._recent.move_to(device)
-            self._limit = self._new_limit()
+            self._losses.move_to(device)
+            self._limit = self._compute_limit()
         return self._limit
 
-    def _new_limit(self) -> Tensor:
+    def _compute_limit(self) -> Tensor:
         raise NotImplementedError
 
 
-class PercentileFilter(_RecentLosses):
+class PercentileFilter(_RunningLimit):
     """Drops examples that are easier than most: loss below a percentile of the last losses of earlier steps.
 
-    It asks for no unit. Losses that it drops are remembered too, so it goes on dropping about that share.
+    Works for losses of any unit. Dropped losses count as well, so the share of dropped examples stays about the same.
 
     Args:
         percentile: 10 drops about every tenth example; 0 drops none.
-        window: How many losses to remember.
-        warmup: Nothing is dropped until so many are known.
+        window: How many losses to keep.
+        warmup: Nothing is dropped until there are this many losses.
     """
 
     needs_db = False
@@ -125,27 +126,29 @@ class PercentileFilter(_RecentLosses):
         self.percentile = percentile
 
     def __call__(self, losses: Tensor) -> Tensor:
-        """0 below the percentile, else 1."""
+        """Return 0 below the percentile, else 1."""
         return (losses >= self._limit_on(losses.device)).to(losses.dtype)
 
-    def _new_limit(self) -> Tensor:
-        limit = self._recent.percentile(self.percentile, self.warmup)
-        known = limit.isfinite() if self.percentile else torch.zeros_like(limit, dtype=torch.bool)
-        return torch.where(known, limit, -math.inf)
+    def _compute_limit(self) -> Tensor:
+        limit = self._losses.percentile(self.percentile, self.warmup)
+        if self.percentile == 0:  # a loss below all earlier ones is below the 0th percentile, but 0 means "drop none"
+            return torch.full_like(limit, -math.inf)
+        # During warm-up the percentile is +inf, which would drop everything.
+        return torch.where(limit.isfinite(), limit, -math.inf)
 
 
-class OutlierFilter(_RecentLosses):
-    """Drops examples that went wrong: loss far above the median of the last losses of earlier steps, in dB.
+class OutlierFilter(_RunningLimit):
+    """Drops outliers: loss in dB far above the median of the last losses of earlier steps.
 
-    How far is said in median absolute deviations, but never less than some decibels, so that a quiet stretch does not
-    make every ordinary example an outlier. Losses that it drops are remembered too: once half of the window is on a
-    new level, so is the limit.
+    The limit is a number of median absolute deviations (MADs) above the median, but never less than some decibels, so
+    that ordinary examples do not become outliers while losses hardly vary. Dropped losses count as well: once half of
+    the window is on a new level, so is the limit.
 
     Args:
-        n_mads: Median absolute deviations above the median, as they are (a standard deviation is 1.48 of them).
-        at_least_db: Never drop what is closer to the median than this.
-        window: How many losses to remember.
-        warmup: Nothing is dropped until so many are known.
+        n_mads: Unscaled median absolute deviations above the median; a standard deviation is 1.48 of them.
+        at_least_db: Never drop a loss that is closer to the median than this.
+        window: How many losses to keep.
+        warmup: Nothing is dropped until there are this many losses.
     """
 
     needs_db = True
@@ -155,12 +158,13 @@ class OutlierFilter(_RecentLosses):
             if not value >= 0 or math.isinf(value):
                 raise RecipeError(f"[[filter]] {name} = {value:g} must be 0 or more, and finite.")
         super().__init__(window, warmup)
-        self.n_mads, self.at_least_db = n_mads, at_least_db
+        self.n_mads = n_mads
+        self.at_least_db = at_least_db
 
     def __call__(self, losses: Tensor) -> Tensor:
-        """0 above the limit, else 1."""
+        """Return 0 above the limit, else 1."""
         return (losses <= self._limit_on(losses.device)).to(losses.dtype)
 
-    def _new_limit(self) -> Tensor:
-        recent = self._recent
-        return recent.median(self.warmup) + (self.n_mads * recent.mad()).clamp_min(self.at_least_db)
+    def _compute_limit(self) -> Tensor:
+        # During warm-up the median, and with it the limit, is infinity: nothing is dropped.
+        return self._losses.median(self.warmup) + (self.n_mads * self._losses.mad()).clamp_min(self.at_least_db)

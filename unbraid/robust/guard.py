@@ -1,4 +1,4 @@
-"""A step taken or left out, averaged, unscaled and clipped in the optimizer's own pass where it has one."""
+"""Guarded optimizer steps: average, unscale and clip the gradients and update, or skip the step if it is not finite."""
 
 from typing import NamedTuple
 
@@ -12,114 +12,141 @@ from unbraid.robust.clip import Clipper, as_max_norm, divide_
 
 
 class GuardedStep(NamedTuple):
-    """What became of a step, in 0-d tensors that nobody has waited for yet."""
+    """Result of a guarded step, in 0-d tensors; reading one on an accelerator waits for it."""
 
     grad_norm: Tensor
-    """Of the unscaled gradient, before clipping."""
+    """Norm of the unscaled gradient, before clipping."""
     max_norm: Tensor
+    """Norm that the clipper allowed."""
     taken: Tensor
-    """False where loss or norm were not finite, and nothing was changed."""
+    """False if the loss or the norm was not finite: the step was skipped, and nothing changed."""
 
 
 def guarded_step(
     optimizer: Optimizer, clipper: Clipper, *, loss: Tensor | None = None, scale: float = 1.0
 ) -> GuardedStep:
-    """Clip and step, unless something is not finite: in place of ``clip_grad_norm_`` and ``step`` in any loop.
+    """Clip and step, or skip the step if loss or gradient are not finite; replaces ``clip_grad_norm_`` and ``step``.
 
-    Call it after backward. A step left out leaves weights, optimizer and clipper as they were, bit for bit. It does
-    not zero the gradients: call ``zero_grad`` before the next backward, or a NaN stays in them. Torch's fused
-    optimizers (``fused=True``) decide on the device, and nothing waits for it; for any other the host decides, which
-    on an accelerator costs one synchronisation.
+    Call it after backward. A skipped step leaves weights, optimizer and clipper bit for bit as they were. Gradients
+    are not zeroed: call ``zero_grad`` before the next backward, or a NaN stays in them. With torch's fused optimizers
+    (``fused=True``) the decision stays on the device and nothing waits for it. With any other optimizer the host
+    decides, which costs one synchronisation on an accelerator.
 
-    Under fp16 keep the loss scale yourself and say it here: ``torch.amp.GradScaler`` leaves steps out too, and its
-    ``step`` and ``unscale_`` must not be mixed with this. Halve the scale when a step is not taken.
+    Under fp16, keep the loss scale yourself and pass it as ``scale``; halve it when a step is not taken. Do not combine
+    this with ``torch.amp.GradScaler``: its ``step`` and ``unscale_`` skip steps as well, and overwrite ``found_inf``.
 
-    In several processes every rank must call it; DDP has made the gradients equal by then. A loss that is not finite
-    on one rank leaves the step out on all.
+    With several processes, every rank must call this, after DDP has made the gradients equal. A loss that is not finite
+    on one rank skips the step on all of them.
 
     Args:
-        optimizer: Any that needs no closure; its gradients are those of all its parameter groups.
-        clipper: Kept by the caller from step to step, and saved with the checkpoint where it has a ``state_dict``.
-        loss: Of any shape, detached or not. Some infinite losses have finite gradients: without it those pass.
-        scale: What the loss was multiplied by before backward.
+        optimizer: Any optimizer that needs no closure; the gradients of all its parameter groups are clipped together.
+        clipper: Use the same object in every step, and save its ``state_dict``, if it has one, with the checkpoint.
+        loss: Loss of any shape, detached or not. Some infinite losses have finite gradients; without it those are not
+            noticed.
+        scale: Factor by which the loss was multiplied before backward.
 
     Returns:
-        Norm, limit, and whether the step was taken.
+        The norm, the maximum norm, and whether the step was taken.
 
     Raises:
         UserError: If the optimizer calls the model again within its step, as LBFGS does.
     """
-    if isinstance(_bare(optimizer), LBFGS):
+    if isinstance(_unwrap(optimizer), LBFGS):
         raise UserError(
-            "LBFGS calls the model several times within one step, where no gradient can be guarded from outside; take "
+            "LBFGS calls the model several times within one step, so its gradients cannot be guarded from outside. Use "
             "an optimizer that steps once, such as AdamW."
         )
     initialise_optimizer_state(optimizer)
+
+    # The norm of the unscaled gradient, over all parameter groups together.
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     gradients = [p.grad for p in parameters if p.grad is not None]
-    total = nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=parameters[0].device)
-    norm = total / scale
-    fine = norm.isfinite()
+    scaled_norm = nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=parameters[0].device)
+    grad_norm = scaled_norm / scale
+
+    # Every rank must decide alike. The gradients are equal already, but each rank has a loss of its own.
+    take_step = grad_norm.isfinite()
     if loss is not None:
-        bad = loss.detach().isfinite().logical_not().any().float()
-        fine = fine & (dist.sum_over_ranks(bad) == 0).to(fine.device)
-    limit = as_max_norm(clipper(norm, fine), norm)
-    apply_update(optimizer, gradients, scale * (norm / limit).clamp_min(1), fine)
-    return GuardedStep(norm, limit, fine)
+        loss_is_bad = loss.detach().isfinite().logical_not().any().float()
+        take_step = take_step & (dist.sum_over_ranks(loss_is_bad) == 0).to(take_step.device)
+
+    # Unscaling and clipping are one division.
+    max_norm = as_max_norm(clipper(grad_norm, take_step), grad_norm)
+    apply_update(optimizer, gradients, scale * (grad_norm / max_norm).clamp_min(1), take_step)
+    return GuardedStep(grad_norm, max_norm, take_step)
 
 
 def initialise_optimizer_state(optimizer: Optimizer) -> None:
-    """Let a fused optimizer make its state before the first step, so that a first step left out finds it clean.
+    """Create the state of a fused optimizer before its first step, so that skipping the first step leaves it clean.
 
-    It steps once with ``found_inf`` set: nothing moves, but moments are made. Fused SGD leaves its momentum buffer
-    uninitialised in such a step; zeros make the first real step what it would have been (without dampening, from which
-    torch spares the very first step).
+    The optimizer steps once with ``found_inf`` set, which creates its moments and moves nothing. Fused SGD leaves its
+    momentum buffer uninitialised in such a step. Zeros make the first real step what it would have been, except with
+    dampening, which torch does not apply in the very first step.
     """
-    optimizer = _bare(optimizer)
+    optimizer = _unwrap(optimizer)
     if not supports_found_inf(optimizer) or optimizer.state:
         return
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     if not parameters:
         return
-    kept = [p.grad for p in parameters]
+
+    # Step once with zero gradients and found_inf set. The real gradients, if any, are put back afterwards.
+    original_gradients = [p.grad for p in parameters]
     for p in parameters:
         p.grad = torch.zeros_like(p)
     optimizer.found_inf = torch.ones((), device=parameters[0].device)  # type: ignore[attr-defined]
     optimizer.step()
     del optimizer.found_inf  # type: ignore[attr-defined]
-    for p, gradient in zip(parameters, kept, strict=True):
+
+    # Step counts and moments begin at zero, whatever that step left in them.
+    for p, gradient in zip(parameters, original_gradients, strict=True):
         p.grad = gradient
         for moment in optimizer.state[p].values():
             if isinstance(moment, torch.Tensor):
                 moment.zero_()
 
 
-def apply_update(optimizer: Optimizer, gradients: list[Tensor], divisor: Tensor, fine: Tensor) -> None:
-    """Divide the gradients and let the optimizer step, or leave everything alone where the step is not fine.
+def apply_update(optimizer: Optimizer, gradients: list[Tensor], divisor: Tensor, take_step: Tensor) -> None:
+    """Divide the gradients and step, or change nothing if the step is not to be taken.
 
-    An optimizer that takes ``grad_scale`` and ``found_inf`` does both in its own pass, where the tensors are. For any
-    other the host decides, which on an accelerator costs one synchronisation.
+    An optimizer that supports ``grad_scale`` and ``found_inf`` does both in its own pass, on the device. For any other
+    the host decides, which costs one synchronisation on an accelerator.
+
+    Args:
+        optimizer: Optimizer of the parameters.
+        gradients: Their gradients.
+        divisor: Factor to divide the gradients by, 0-d: loss scale, averaging and clipping in one.
+        take_step: Whether to step, 0-d.
     """
     if not supports_found_inf(optimizer):
-        if bool(fine):
+        if bool(take_step):
             divide_(gradients, divisor)
             optimizer.step()
         return
-    bare = _bare(optimizer)
-    # found_inf must be exactly 0 or 1; of what is divided by the divisor only finite numbers are used
-    bare.grad_scale, bare.found_inf = divisor.float(), fine.logical_not().float()  # type: ignore[attr-defined]
+    inner = _unwrap(optimizer)
+    # found_inf must be exactly 0 or 1: the kernels skip only at 1, so that a sum over ranks of 2 would take the step.
+    # grad_scale divides the gradients in place; a skipped step leaves the weights alone, whatever the quotients are.
+    inner.grad_scale = divisor.float()  # type: ignore[attr-defined]
+    inner.found_inf = take_step.logical_not().float()  # type: ignore[attr-defined]
     try:
         optimizer.step()
     finally:
-        del bare.grad_scale, bare.found_inf  # type: ignore[attr-defined]
+        # Left behind, they would scale or skip the next step of anybody who calls optimizer.step().
+        del inner.grad_scale, inner.found_inf  # type: ignore[attr-defined]
 
 
 def supports_found_inf(optimizer: Optimizer) -> bool:
-    """Whether it takes ``grad_scale`` and ``found_inf``, as torch's fused ones do: leaving a step out needs no host."""
-    return bool(getattr(_bare(optimizer), "_step_supports_amp_scaling", False))
+    """Return True if the optimizer reads ``grad_scale`` and ``found_inf``, as torch's fused ones do.
+
+    Such an optimizer skips a step on the device, without the host.
+    """
+    return bool(getattr(_unwrap(optimizer), "_step_supports_amp_scaling", False))
 
 
-def _bare(optimizer: Optimizer) -> Optimizer:
-    """The optimizer in the wrapper of a training framework: its step goes through the wrapper, its flags do not."""
+def _unwrap(optimizer: Optimizer) -> Optimizer:
+    """Return the optimizer inside a training framework's wrapper, such as Lightning's.
+
+    ``step`` must be called on the wrapper, but the attributes that ``step`` reads must be set on the optimizer inside.
+    """
     inner = getattr(optimizer, "optimizer", None)
-    return _bare(inner) if isinstance(inner, Optimizer) else optimizer
+    return _unwrap(inner) if isinstance(inner, Optimizer) else optimizer

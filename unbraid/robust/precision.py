@@ -1,4 +1,4 @@
-"""Autocast and gradient scaling behind one small object."""
+"""Mixed precision: autocast, and the loss scale that fp16 needs."""
 
 from contextlib import AbstractContextManager
 from typing import Any
@@ -12,11 +12,11 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 class Precision:
-    """In which number format the model runs, and by what factor its loss is scaled up.
+    """The number format of the model's forward pass, and the scale of its loss.
 
-    Weights and their updates stay in float32. Only fp16 needs scaling: its gradients underflow. The scale halves when
-    a gradient overflows, and doubles after ``growth_interval`` steps without. It is kept here and not in
-    ``torch.amp.GradScaler``, whose ``step`` overwrites the optimizer's ``found_inf``.
+    Weights and their updates stay in float32. Only fp16 needs a loss scale, because its gradients underflow. The scale
+    halves when a gradient overflows, and doubles after ``growth_interval`` steps without an overflow.
+    ``torch.amp.GradScaler`` is not used: its ``step`` overwrites the optimizer's ``found_inf``.
 
     Args:
         name: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
@@ -25,63 +25,70 @@ class Precision:
     """
 
     MIN_SCALE = 2.0**-4
-    """Where halving ends: an overflow at this scale is no matter of the scale."""
+    """The scale is not halved further: a gradient that overflows at this scale has another cause."""
 
     def __init__(self, name: str = "fp32", *, scale: float = 2.0**16, growth_interval: int = 2000) -> None:
         if name not in PRECISIONS:
-            raise RecipeError(f"[train] precision = {name!r} is not one of auto, {', '.join(PRECISIONS)}.")
-        self.name, self.growth_interval = name, growth_interval
+            raise RecipeError(f"[train] precision = {name!r} is unknown. Choose one of auto, {', '.join(PRECISIONS)}.")
+        self.name = name
+        self.growth_interval = growth_interval
         self._scale = torch.tensor(scale if name == "fp16" else 1.0)
-        self._n_good = torch.tensor(0)
+        self._n_good = torch.tensor(0)  # steps taken since the scale last changed
 
     @property
-    def scales(self) -> bool:
-        """Whether the loss is scaled: a gradient that is not finite is then an overflow first of all."""
+    def uses_loss_scale(self) -> bool:
+        """True under fp16, where a gradient that is not finite is most likely an overflow."""
         return self.name == "fp16"
 
     @property
     def scale(self) -> float:
-        """The scale as a number; where it lies on an accelerator, this waits for it."""
+        """The loss scale as a number; waits for the accelerator if it lies there."""
         return float(self._scale)
 
     def scale_on(self, device: torch.device) -> Tensor:
-        """The scale, 0-d, where the loss is. It stays there: whether it moves is decided without the host."""
+        """Return the loss scale, 0-d, on the device of the loss.
+
+        It stays there, so that the host need not know whether it changes.
+        """
         if self._scale.device != device:
-            self._scale, self._n_good = self._scale.to(device), self._n_good.to(device)
+            self._scale = self._scale.to(device)
+            self._n_good = self._n_good.to(device)
         return self._scale
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
-        """The context that the model's forward runs in."""
+        """Return the context for the model's forward pass."""
         return torch.autocast(device.type, PRECISIONS[self.name], enabled=self.name != "fp32")
 
-    def update(self, overflowed: Tensor, trained: Tensor) -> None:
-        """Move the scale after a step.
+    def update(self, overflowed: Tensor, taken: Tensor) -> None:
+        """Update the loss scale after a step, with no synchronisation.
 
         Args:
-            overflowed: Whether only the gradient was not finite, 0-d, where the scale is.
-            trained: Whether the step was taken; after any other the scale stays.
+            overflowed: Whether the gradient was not finite although the loss was, 0-d, on the device of the scale.
+            taken: Whether the step was taken, 0-d; a step skipped for another reason changes nothing.
         """
-        if not self.scales:
+        if not self.uses_loss_scale:
             return
         shrinks = overflowed & (self._scale > self.MIN_SCALE)
-        n_good = torch.where(shrinks, 0, self._n_good + trained)
+        n_good = torch.where(shrinks, 0, self._n_good + taken)
         grows = n_good >= self.growth_interval
+        # torch.where instead of if: the host never has to read the flags.
         self._scale = torch.where(shrinks, self._scale / 2, torch.where(grows, self._scale * 2, self._scale))
         self._n_good = torch.where(grows, 0, n_good)
 
     def state_dict(self) -> dict[str, Any]:
-        """Format, scale, and count of good steps."""
+        """Return the format, the scale, and the number of steps since the scale changed."""
         return {"name": self.name, "scale": self.scale, "n_good": int(self._n_good)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up where another run stood; a scale that was found for another format means nothing here."""
+        """Restore the scale of another run; ignored if that run had another format, whose scale means nothing here."""
         if state["name"] != self.name:
             return
-        self._scale, self._n_good = torch.tensor(float(state["scale"])), torch.tensor(int(state["n_good"]))
+        self._scale = torch.tensor(float(state["scale"]))
+        self._n_good = torch.tensor(int(state["n_good"]))
 
 
 def best_precision(device: torch.device) -> str:
-    """What ``precision = "auto"`` takes: bf16 where the hardware multiplies it natively, else fp32."""
+    """Return what ``precision = "auto"`` chooses: bf16 if the hardware multiplies it natively, else fp32."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if device.type == "cpu":

@@ -1,312 +1,211 @@
-"""What earlier steps left, as exact percentiles of all of it or of a window, on the host or where the values lie."""
+"""Exact running percentiles, as ``numpy.percentile``: on the host, or on an accelerator without synchronisation."""
 
-import heapq
 import math
 from bisect import bisect_left, insort
 from collections import deque
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-
-class History(Protocol):
-    """Finite values above 0 of earlier steps, and one percentile of them, as ``numpy.percentile`` takes it.
-
-    What is saved by one kind loads into every other.
-    """
-
-    def add(self, value: Tensor, counts: Tensor) -> None:
-        """Remember one value; a step that does not count, or a value not finite and above 0, leaves no trace."""
-        ...
-
-    def percentile(self, at_least: int = 1) -> Tensor:
-        """The percentile, 0-d; infinity while fewer values than that are known."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """``"norms"``: float64 on the host, from small to large, or in a window from old to new."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the values of another run."""
-        ...
+from unbraid.dist import widest_float
 
 
-def history_for(device: torch.device, window: int = 0, percentile: float = 10.0) -> History:
-    """The history for values on that device: heaps and lists on the host; elsewhere tensors, with no synchronisation.
+def quantile_for(device: torch.device, window: int | None = None) -> "HostQuantile | DeviceQuantile":
+    """Return an empty container for values that lie on a device; a state saved by one kind loads into the other."""
+    return HostQuantile(window) if device.type == "cpu" else DeviceQuantile(window)
+
+
+class HostQuantile:
+    """Percentiles of the last values, or of all of them, in plain Python.
+
+    The values are kept sorted in blocks of a few thousand, so that an insertion moves only one block: after a million
+    steps it still takes microseconds, where one sorted list would take 200.
 
     Args:
-        device: Where the values lie.
-        window: How many of the last values to keep; 0 keeps all.
-        percentile: Which one is asked for, between 0 and 100.
-    """
-    if device.type == "cpu":
-        return HostWindow(window, percentile) if window else HostHistory(percentile)
-    return DeviceWindow(window, percentile) if window else DeviceHistory(percentile)
-
-
-class HostHistory:
-    """All values, in two heaps: a step costs about the logarithm of their number.
-
-    Args:
-        percentile: Between 0 and 100.
+        window: How many of the last values to keep, at least 1; None keeps all.
     """
 
-    def __init__(self, percentile: float) -> None:
-        self.percent = percentile
-        self._low: list[float] = []  # negated: the smallest values, the largest of them on top
-        self._high: list[float] = []
+    _BLOCK = 4000
 
-    def add(self, value: Tensor, counts: Tensor) -> None:
-        """Put the value into its heap, and keep the two in proportion."""
+    def __init__(self, window: int | None = None) -> None:
+        self.window = window
+        self._recent: deque[float] = deque()  # in order of arrival, to know which one leaves; only with a window
+        self._blocks: list[list[float]] = [[]]  # one sorted sequence, cut into blocks
+        self._n_values = 0
+
+    def add(self, value: Tensor, valid: Tensor) -> None:
+        """Add a 0-d value; if it is not valid or not finite, nothing changes."""
         number = float(value)
-        if not (bool(counts) and 0 < number < math.inf):
+        if not bool(valid) or not math.isfinite(number):
             return
-        if self._low and number < -self._low[0]:
-            heapq.heappush(self._low, -number)
-        else:
-            heapq.heappush(self._high, number)
-        wanted = self._n_low(len(self._low) + len(self._high))
-        while len(self._low) < wanted:
-            heapq.heappush(self._low, -heapq.heappop(self._high))
-        while len(self._low) > wanted:
-            heapq.heappush(self._high, -heapq.heappop(self._low))
+        if self.window is not None:
+            if self._n_values == self.window:
+                self._remove(self._recent.popleft())
+            self._recent.append(number)
+        self._insert(number)
 
-    def percentile(self, at_least: int = 1) -> Tensor:
-        """Between the tops of the heaps."""
-        n_values = len(self._low) + len(self._high)
-        if n_values < max(at_least, 1):
-            return _infinity()
-        below = -self._low[0]
-        above = self._high[0] if self._high else below
-        share = (n_values - 1) * self.percent / 100 % 1
-        return torch.tensor(below + share * (above - below), dtype=torch.float64)
+    def percentile(self, percent: float, at_least: int = 1) -> Tensor:
+        """Return a percentile, 0-d and float64; infinity while there are fewer than ``at_least`` values."""
+        if self._n_values < max(at_least, 1):
+            return torch.tensor(math.inf, dtype=torch.float64)
+        position = (self._n_values - 1) * percent / 100
+        low = math.floor(position)
+        below = self._value_at(low)
+        above = self._value_at(min(low + 1, self._n_values - 1))
+        return torch.tensor(below + position % 1 * (above - below), dtype=torch.float64)
 
     def state_dict(self) -> dict[str, Any]:
-        """From small to large: what two heaps hold does not tell in which order they were filled."""
-        values = torch.tensor(self._high + [-value for value in self._low], dtype=torch.float64)
-        return {"norms": values.sort().values}
+        """Return ``"values"``, float64: oldest first with a window, else sorted."""
+        values = list(self._recent) if self.window is not None else [value for block in self._blocks for value in block]
+        return {"values": torch.tensor(values, dtype=torch.float64)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Sorted lists are heaps."""
-        values = state["norms"].sort().values.tolist()
-        n_low = self._n_low(len(values))
-        self._low, self._high = [-value for value in reversed(values[:n_low])], values[n_low:]
+        """Restore the values; if there are more than the window holds, only the last ones."""
+        values = state["values"].tolist()
+        if self.window is not None:
+            values = values[-self.window :]
+            self._recent = deque(values)
+        values = sorted(values)
+        self._n_values = len(values)
+        starts = range(0, len(values), self._BLOCK)
+        self._blocks = [values[start : start + self._BLOCK] for start in starts] or [[]]
 
-    def _n_low(self, n_values: int) -> int:
-        """How many values lie up to and with the order statistic below the percentile."""
-        return math.floor((n_values - 1) * self.percent / 100) + 1 if n_values else 0
+    def _insert(self, number: float) -> None:
+        index = min(self._block_index(number), len(self._blocks) - 1)
+        block = self._blocks[index]
+        insort(block, number)
+        if len(block) > 2 * self._BLOCK:
+            self._blocks[index : index + 1] = [block[: self._BLOCK], block[self._BLOCK :]]
+        self._n_values += 1
 
+    def _remove(self, number: float) -> None:
+        index = self._block_index(number)
+        block = self._blocks[index]
+        del block[bisect_left(block, number)]
+        if not block and len(self._blocks) > 1:
+            del self._blocks[index]
+        self._n_values -= 1
 
-class HostWindow:
-    """The last values, as they came and in order of size.
+    def _block_index(self, number: float) -> int:
+        """Return the index of the first block whose largest value is not below a number."""
+        return bisect_left(self._blocks, number, key=lambda block: block[-1] if block else math.inf)
 
-    Args:
-        window: How many, at least 1.
-        percentile: Between 0 and 100.
-    """
-
-    def __init__(self, window: int, percentile: float) -> None:
-        self.window, self.percent = window, percentile
-        self._recent: deque[float] = deque()
-        self._sorted: list[float] = []
-
-    def add(self, value: Tensor, counts: Tensor) -> None:
-        """Put the value in its place; the oldest leaves."""
-        number = float(value)
-        if not (bool(counts) and 0 < number < math.inf):
-            return
-        if len(self._recent) == self.window:
-            del self._sorted[bisect_left(self._sorted, self._recent.popleft())]
-        self._recent.append(number)
-        insort(self._sorted, number)
-
-    def percentile(self, at_least: int = 1) -> Tensor:
-        """Between the two values around it."""
-        n_values = len(self._sorted)
-        if n_values < max(at_least, 1):
-            return _infinity()
-        place = (n_values - 1) * self.percent / 100
-        low = math.floor(place)
-        below, above = self._sorted[low], self._sorted[min(low + 1, n_values - 1)]
-        return torch.tensor(below + place % 1 * (above - below), dtype=torch.float64)
-
-    def state_dict(self) -> dict[str, Any]:
-        """From old to new."""
-        return {"norms": torch.tensor(list(self._recent), dtype=torch.float64)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The last of them, where there are more than the window holds."""
-        self._recent = deque(state["norms"].tolist()[-self.window :])
-        self._sorted = sorted(self._recent)
+    def _value_at(self, index: int) -> float:
+        for block in self._blocks:
+            if index < len(block):
+                return block[index]
+            index -= len(block)
+        raise IndexError(index)
 
 
-class DeviceHistory:
-    """All values, in a sorted tensor that is padded with infinity; never waits for the device.
+class DeviceQuantile:
+    """Percentiles of the last values, or of all of them, in tensors; nothing here makes the host wait for the device.
 
-    A value is put in its place by one shift of what is larger. One that does not count is an infinity, which changes
-    nothing. How many values there are only the device knows; the host knows that they are no more than the steps.
+    Only the device knows how many values are valid, so no shape may depend on that number. Unused slots hold infinity,
+    which sorts behind every value.
 
     Args:
-        percentile: Between 0 and 100.
+        window: How many of the last values to keep, at least 1; None keeps all.
     """
 
     _FIRST_CAPACITY = 1024
-    _sorted: Tensor
-    _index: Tensor
-    _n_values: Tensor
-
-    def __init__(self, percentile: float) -> None:
-        self.percent = percentile
-        self._keep(torch.empty(0, dtype=torch.float64))
-
-    def add(self, value: Tensor, counts: Tensor) -> None:
-        """Shift what is larger by one."""
-        self._move_to(value.device)
-        self._at_most += 1
-        if self._at_most > len(self._sorted):
-            self._sorted = F.pad(self._sorted, (0, len(self._sorted)), value=math.inf)
-            self._index = torch.arange(len(self._sorted), device=value.device)
-        wide = value.detach().to(self._sorted.dtype).reshape(1)
-        wide = torch.where(counts & wide.isfinite() & (wide > 0), wide, math.inf)
-        place = torch.searchsorted(self._sorted, wide)
-        shifted = torch.where(self._index == place, wide, self._sorted.roll(1))
-        self._sorted = torch.where(self._index < place, self._sorted, shifted)
-        self._n_values = self._n_values + wide.isfinite().sum()
-
-    def percentile(self, at_least: int = 1) -> Tensor:
-        """Between the two values around it."""
-        return _percentile(self._sorted, self._n_values, self.percent, at_least)
-
-    def state_dict(self) -> dict[str, Any]:
-        """From small to large; this one does wait for the device."""
-        return {"norms": self._sorted[: int(self._n_values)].to("cpu", torch.float64, copy=True)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the values; they move to the device with the next one."""
-        self._keep(state["norms"].sort().values)
-
-    def _keep(self, values: Tensor) -> None:
-        self._at_most = len(values)
-        room = max(self._FIRST_CAPACITY, 2 * len(values)) - len(values)
-        self._sorted = F.pad(values, (0, room), value=math.inf)
-        self._index, self._n_values = torch.arange(len(self._sorted)), torch.tensor(len(values))
-
-    def _move_to(self, device: torch.device) -> None:
-        if self._sorted.device != device:
-            self._sorted = self._sorted.to(device, widest(device))
-            self._index, self._n_values = self._index.to(device), self._n_values.to(device)
-
-
-class DeviceWindow:
-    """The last values, where they lie; never waits for the device.
-
-    Args:
-        window: How many, at least 1.
-        percentile: Between 0 and 100.
-    """
-
-    def __init__(self, window: int, percentile: float) -> None:
-        self.percent = percentile
-        self._recent = Recent(window)
-
-    def add(self, value: Tensor, counts: Tensor) -> None:
-        """The oldest value leaves."""
-        self._recent.add(value.detach().reshape(1), (counts & (value > 0)).reshape(1))
-
-    def percentile(self, at_least: int = 1) -> Tensor:
-        """Between the two values around it."""
-        return self._recent.percentile(self.percent, at_least)
-
-    def state_dict(self) -> dict[str, Any]:
-        """From old to new; this one does wait for the device."""
-        return {"norms": self._recent.state_dict()["values"]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the values; they move to the device with the next one."""
-        self._recent.load_state_dict({"values": state["norms"]})
-
-
-class Recent:
-    """The last finite values of many steps, several a step, of either sign; never waits for their device.
-
-    Args:
-        window: How many to keep, at least 1.
-    """
-
     _values: Tensor
-    _seen: Tensor
+    _n_seen: Tensor
+    _index: Tensor
 
-    def __init__(self, window: int) -> None:
+    def __init__(self, window: int | None = None) -> None:
         self.window = window
-        self._keep(torch.empty(0, dtype=torch.float64))
+        self.load_state_dict({"values": torch.empty(0, dtype=torch.float64)})
 
     @property
     def count(self) -> Tensor:
-        """How many are known, 0-d."""
-        return self._seen.clamp_max(self.window)
+        """Number of values, 0-d."""
+        return self._n_seen if self.window is None else self._n_seen.clamp_max(self.window)
 
     def move_to(self, device: torch.device) -> None:
-        """Keep the values there; float64 where that device has it."""
+        """Move the values to a device, as float64 where the device has it."""
         if self._values.device != device:
-            self._values, self._seen = self._values.to(device, widest(device)), self._seen.to(device)
+            self._values = self._values.to(device, widest_float(device))
+            self._n_seen = self._n_seen.to(device)
+            self._index = self._index.to(device)
 
     def add(self, values: Tensor, valid: Tensor) -> None:
-        """Remember the values ``(n,)`` that are valid ``(n,)`` and finite, in their order; the oldest leave."""
+        """Add the values that are ``valid`` and finite, in their order; both are 0-d or ``(n,)``."""
+        values = values.detach().reshape(-1)
         if values.numel() == 0:
             return
         self.move_to(values.device)
-        wide = values.detach().to(self._values.dtype)
-        valid = valid & wide.isfinite()
-        order, n_new = valid.cumsum(0), valid.sum()
-        kept = valid & (order > n_new - self.window)
-        # what is not kept goes to a slot behind the window, which stays at infinity
-        place = torch.where(kept, (self._seen + order - 1) % self.window, self.window)
-        self._values = self._values.scatter(0, place, torch.where(kept, wide, math.inf))
-        self._seen = self._seen + n_new
+        values = values.to(self._values.dtype)
+        valid = valid.reshape(-1) & values.isfinite()
+        if self.window is None:
+            for value in torch.where(valid, values, math.inf).split(1):
+                self._insert_sorted(value)
+        else:
+            self._overwrite_oldest(values, valid, self.window)
+        self._n_seen = self._n_seen + valid.sum()
 
     def percentile(self, percent: float, at_least: int = 1) -> Tensor:
-        """As ``numpy.percentile``, 0-d; infinity while fewer values than that are known."""
-        return _percentile(self._values.sort().values, self.count, percent, at_least)
+        """Return a percentile, 0-d; infinity while there are fewer than ``at_least`` values."""
+        in_order = self._values if self.window is None else self._values.sort().values
+        return _percentile_of_sorted(in_order, self.count, percent, at_least)
 
     def median(self, at_least: int = 1) -> Tensor:
-        """The 50th percentile."""
+        """Return the 50th percentile, 0-d."""
         return self.percentile(50.0, at_least)
 
     def mad(self, at_least: int = 1) -> Tensor:
-        """Median absolute deviation from the median, 0-d, as it is: not scaled to a standard deviation."""
-        distances = (self._values - self.median()).abs().nan_to_num(nan=math.inf, posinf=math.inf)
-        return _percentile(distances.sort().values, self.count, 50.0, at_least)
+        """Return the median absolute deviation from the median, 0-d, not scaled to a standard deviation."""
+        # An unused slot is infinity; without any value the median is, too, and their difference is NaN.
+        deviations = (self._values - self.median()).abs().nan_to_num(nan=math.inf, posinf=math.inf)
+        return _percentile_of_sorted(deviations.sort().values, self.count, 50.0, at_least)
 
     def state_dict(self) -> dict[str, Any]:
-        """``"values"``: float64 on the host, from old to new; this one does wait for the device."""
-        seen, values = int(self._seen), self._values[:-1].to("cpu", torch.float64, copy=True)
-        return {"values": values[:seen] if seen < self.window else values.roll(-(seen % self.window))}
+        """Return ``"values"``, float64 on the host: oldest first with a window, else sorted. Waits for the device."""
+        n_seen = int(self._n_seen)
+        values = self._values.to("cpu", torch.float64, copy=True)
+        if self.window is None or n_seen < self.window:
+            return {"values": values[:n_seen].clone()}
+        return {"values": values[: self.window].roll(-(n_seen % self.window))}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The last of them, where there are more than the window holds; they move with the next ones."""
-        self._keep(state["values"][-self.window :])
+        """Restore the values; if there are more than the window holds, only the last ones. They move with `add`."""
+        values = state["values"]
+        if self.window is None:
+            values = values.sort().values
+            capacity = max(self._FIRST_CAPACITY, 2 * len(values))
+        else:
+            values = values[-self.window :]
+            capacity = self.window + 1  # the last slot takes what is not kept
+        self._values = F.pad(values, (0, capacity - len(values)), value=math.inf)
+        self._index = torch.arange(capacity)
+        self._n_seen = torch.tensor(len(values))
+        self._n_seen_at_most = len(values)  # what the host knows without waiting: no more than were added
 
-    def _keep(self, values: Tensor) -> None:
-        self._values = F.pad(values, (0, self.window + 1 - len(values)), value=math.inf)
-        self._seen = torch.tensor(len(values))
+    def _insert_sorted(self, value: Tensor) -> None:
+        """Insert a value ``(1,)`` into the sorted tensor by shifting what is larger; infinity changes nothing."""
+        self._n_seen_at_most += 1
+        if self._n_seen_at_most > len(self._values):
+            self._values = F.pad(self._values, (0, len(self._values)), value=math.inf)
+            self._index = torch.arange(len(self._values), device=value.device)
+        position = torch.searchsorted(self._values, value)
+        shifted = torch.where(self._index == position, value, self._values.roll(1))
+        self._values = torch.where(self._index < position, self._values, shifted)
+
+    def _overwrite_oldest(self, values: Tensor, valid: Tensor, window: int) -> None:
+        """Write the valid values ``(n,)`` into the ring buffer, in their order."""
+        order = valid.cumsum(0)
+        fits = valid & (order > valid.sum() - window)
+        # A boolean index would wait for the device: what is not kept is written as infinity to the spare slot instead.
+        slots = torch.where(fits, (self._n_seen + order - 1) % window, window)
+        self._values = self._values.scatter(0, slots, torch.where(fits, values, math.inf))
 
 
-def widest(device: torch.device) -> torch.dtype:
-    """The floating-point format in which a device computes percentiles: float64, which Apple's GPUs lack."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def _infinity() -> Tensor:
-    return torch.tensor(math.inf, dtype=torch.float64)
-
-
-def _percentile(values: Tensor, n_values: Tensor, percent: float, at_least: int) -> Tensor:
-    """Of a sorted tensor whose first ``n_values`` count; infinity while they are too few."""
+def _percentile_of_sorted(values: Tensor, n_values: Tensor, percent: float, at_least: int) -> Tensor:
+    """Return a percentile of a sorted tensor whose first ``n_values`` count; infinity if fewer than ``at_least``."""
     last = (n_values - 1).clamp_min(0)
-    place = last.to(values.dtype) * percent / 100
-    low = place.long()
+    position = last.to(values.dtype) * percent / 100
+    low = position.long()
     below, above = values.index_select(0, torch.stack([low, (low + 1).minimum(last)])).unbind()
-    return torch.where(n_values >= max(at_least, 1), below + (place - low) * (above - below), math.inf)
+    return torch.where(n_values >= max(at_least, 1), below + (position - low) * (above - below), math.inf)

@@ -317,4 +317,4 @@ def _stand_in(batch: Batch) -> Batch:
 
 def can_shrink(state: TrainState, scale: float) -> bool:
     """Whether a gradient that is not finite may be an overflow that a smaller scale cures."""
-    return state.precision.scales and scale > state.precision.MIN_SCALE
+    return state.precision.uses_loss_scale and scale > state.precision.MIN_SCALE

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from unbraid.robust.clip import Clipper, FixedClip
-from unbraid.robust.filter import LossFilter, RememberingFilter
+from unbraid.robust.filter import LossFilter, StatefulFilter
 from unbraid.robust.guard import initialise_optimizer_state
 from unbraid.robust.precision import Precision
 from unbraid.robust.transform import GradientTransform
@@ -145,9 +145,9 @@ class TrainState:
         return self._places[1]
 
     @property
-    def remembering_filters(self) -> list[RememberingFilter]:
+    def remembering_filters(self) -> list[StatefulFilter]:
         """Filters that learn from the losses of each step."""
-        return [cast(RememberingFilter, part) for part in self.filters if hasattr(part, "observe")]
+        return [cast(StatefulFilter, part) for part in self.filters if hasattr(part, "observe")]
 
     def _parts(self) -> dict[str, Any]:
         parts = {"optimizer": self.optimizer, "clipper": self.clipper, "precision": self.precision}
