@@ -177,9 +177,7 @@ def test_a_window_of_several_blocks_stays_exact(window):
         assert results[n - 1] == pytest.approx(np.percentile(values[max(0, n - window) : n], 90), rel=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("device", "kind"), [("cpu", HostQuantile), ("cuda", DeviceQuantile), ("mps", DeviceQuantile)]
-)
+@pytest.mark.parametrize(("device", "kind"), [("cpu", HostQuantile), ("cuda", DeviceQuantile), ("mps", DeviceQuantile)])
 @pytest.mark.parametrize("window", [None, 5])
 def test_the_kind_follows_from_the_device(device, kind, window):
     quantile = quantile_for(torch.device(device), window)
