@@ -15,7 +15,7 @@ from pathlib import Path
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from unbraid.figures import FigureSpec, figure_of
+from unbraid.figures import FigureSpec, draw_figure
 from unbraid.io import atomic_replace
 from unbraid.textbook.line_figure import line_figures
 from unbraid.textbook.surfaces_figure import surface_figures
@@ -32,7 +32,7 @@ def all_figures() -> list[FigureSpec]:
 def drawn(plate: FigureSpec) -> Image.Image:
     """A plate's still figure, in few colours: a figure of lines looks the same, at half the bytes."""
     with io.BytesIO() as held:
-        figure_of(plate).savefig(held, dpi=DPI, format="png")
+        draw_figure(plate).savefig(held, dpi=DPI, format="png")
         picture = Image.open(held).convert("RGB")
     return picture.quantize(N_COLORS, dither=Image.Dither.NONE)
 

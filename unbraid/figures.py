@@ -1,7 +1,7 @@
-"""A plate of the laboratory: numbers, a caption that says what to see, and how to draw it; still or moving."""
+"""Figure specifications: numbers, a caption, and a function that draws them, still or animated."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AnimationSpec:
-    """A figure that moves.
+    """An animated version of a figure.
 
     Attributes:
-        n_frames: How many.
-        draw: Draws everything that stays into an empty figure once, and returns what moves the rest to a frame.
-        frames_per_second: How fast.
+        n_frames: Number of frames.
+        draw: Draws into an empty figure once, and returns a function that moves the artists to a frame, 0 first.
+        frames_per_second: Playback speed.
     """
 
     n_frames: int
@@ -28,16 +28,16 @@ class AnimationSpec:
 
 @dataclass(frozen=True)
 class FigureSpec:
-    """One experiment's outcome.
+    """The result of one experiment, ready to be drawn.
 
     Attributes:
-        name: The stem of its files, such as ``04-brute-force``.
+        name: Stem of its files, such as ``04-brute-force``.
         title: A few words.
-        caption: What to see, with the figures in it.
-        numbers: What it comes to, by name; the same for the same seed.
-        draw: Draws it into an empty figure.
-        size: Of the figure, in inches.
-        motion: The same as an animation; None where nothing moves.
+        caption: What to see in the figure, with its numbers.
+        numbers: Results by name; the same for the same seed.
+        draw: Draws into an empty figure.
+        figsize: Width and height in inches.
+        animation: The same experiment as an animation; None for a still figure.
     """
 
     name: str
@@ -45,22 +45,24 @@ class FigureSpec:
     caption: str
     numbers: Mapping[str, float]
     draw: "Callable[[Figure], None]"
-    size: tuple[float, float] = (6.4, 4.0)
-    motion: AnimationSpec | None = field(default=None)
+    figsize: tuple[float, float] = (6.4, 4.0)
+    animation: AnimationSpec | None = None
 
 
-def figure_of(plate: FigureSpec) -> "Figure":
-    """A plate's still figure, drawn."""
+def draw_figure(spec: FigureSpec) -> "Figure":
+    """Return the still figure as a matplotlib figure."""
+    # matplotlib is an optional dependency and slow to import.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=plate.size, layout="constrained")
-    plate.draw(figure)
+    figure = Figure(figsize=spec.figsize, layout="constrained")
+    spec.draw(figure)
     return figure
 
 
-def write_figure(plate: FigureSpec, folder: Path) -> Path:
-    """Write a plate's still figure as ``NAME.png``, whole or not at all."""
-    path = folder / f"{plate.name}.png"
+def write_figure(spec: FigureSpec, folder: Path) -> Path:
+    """Write the still figure as ``NAME.png``, all of it or nothing, and return its path."""
+    path = folder / f"{spec.name}.png"
     with atomic_replace(path) as temporary:
-        figure_of(plate).savefig(temporary, dpi=140, format="png")
+        # The temporary file has another suffix, so matplotlib cannot infer the format.
+        draw_figure(spec).savefig(temporary, dpi=140, format="png")
     return path

@@ -1,4 +1,4 @@
-"""The gradient noise scale: gradients whose noise and signal are known."""
+"""The gradient noise scale of gradients whose noise and signal are known."""
 
 import numpy as np
 import pytest
@@ -7,66 +7,68 @@ import torch
 from unbraid.errors import UserError
 from unbraid.lab.gradient_noise import noise_scale
 
-DIMENSIONS, SIGMA = 40, 3.0
-TRUE = torch.linspace(-1, 1, DIMENSIONS, dtype=torch.float64)
-NOISE, SIGNAL = DIMENSIONS * SIGMA**2, float(TRUE @ TRUE)
+DIMENSIONS = 40
+SIGMA = 3.0
+TRUE_GRADIENT = torch.linspace(-1, 1, DIMENSIONS, dtype=torch.float64)
+NOISE = DIMENSIONS * SIGMA**2
+SIGNAL = float(TRUE_GRADIENT @ TRUE_GRADIENT)
 
 
-def drawn(seed, n_batches, batch_size):
+def random_noise_scale(seed, n_batches, batch_size):
     rng = np.random.default_rng(seed)
     noise = SIGMA * rng.standard_normal((n_batches, batch_size, DIMENSIONS)).mean(1)
-    gradients = TRUE + torch.from_numpy(noise)
-    return noise_scale(lambda place: gradients[place], n_batches, batch_size)
+    gradients = TRUE_GRADIENT + torch.from_numpy(noise)
+    return noise_scale(lambda index: gradients[index], n_batches, batch_size)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_noise_and_signal_are_right_on_average_and_so_are_their_errors(batch_size):
-    found = [drawn(seed, 20, batch_size) for seed in range(400)]
-    noise, signal = (np.array([getattr(one, name) for one in found]) for name in ("noise", "signal"))
+def test_noise_signal_and_their_errors_are_unbiased(batch_size):
+    results = [random_noise_scale(seed, 20, batch_size) for seed in range(400)]
+    noise, signal = (np.array([getattr(result, name) for result in results]) for name in ("noise", "signal"))
 
     assert noise.mean() == pytest.approx(NOISE, abs=4 * noise.std() / 20)
     assert signal.mean() == pytest.approx(SIGNAL, abs=4 * signal.std() / 20)
-    assert np.mean([one.noise_error for one in found]) == pytest.approx(noise.std(), rel=0.15)
-    assert np.mean([one.signal_error for one in found]) == pytest.approx(signal.std(), rel=0.25)
+    assert np.mean([result.noise_error for result in results]) == pytest.approx(noise.std(), rel=0.15)
+    assert np.mean([result.signal_error for result in results]) == pytest.approx(signal.std(), rel=0.25)
 
 
-def test_with_many_batches_the_scale_is_the_true_one():
-    found = drawn(0, 4000, 1)
+def test_scale_of_many_batches_is_the_true_one():
+    result = random_noise_scale(0, 4000, 1)
 
-    assert found.told_apart
-    assert found.scale == pytest.approx(NOISE / SIGNAL, rel=0.1)
-    assert abs(found.scale - NOISE / SIGNAL) < 4 * found.scale_error
+    assert result.signal_is_significant
+    assert result.scale == pytest.approx(NOISE / SIGNAL, rel=0.1)
+    assert abs(result.scale - NOISE / SIGNAL) < 4 * result.scale_error
 
 
-def test_estimates_are_those_of_the_papers_appendix():
+def test_estimates_equal_the_formulas_of_the_paper():
     gradients = torch.randn(5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    found = noise_scale(lambda place: gradients[place], 5, 2)
+    result = noise_scale(lambda index: gradients[index], 5, 2)
     small, big = float(gradients.square().sum(1).mean()), float(gradients.mean(0).square().sum())
 
-    assert found.signal == pytest.approx((10 * big - 2 * small) / (10 - 2))
-    assert found.noise == pytest.approx((small - big) / (1 / 2 - 1 / 10))
-    without = [np.delete(np.arange(5), place) for place in range(5)]
-    each = [noise_scale(lambda place, kept=kept: gradients[kept[place]], 4, 2).noise for kept in without]
-    assert found.noise_error == pytest.approx(np.sqrt(4 / 5 * ((each - np.mean(each)) ** 2).sum()))
+    assert result.signal == pytest.approx((10 * big - 2 * small) / (10 - 2))
+    assert result.noise == pytest.approx((small - big) / (1 / 2 - 1 / 10))
+    without_one = [np.delete(np.arange(5), index) for index in range(5)]
+    noises = [noise_scale(lambda index, rest=rest: gradients[rest[index]], 4, 2).noise for rest in without_one]
+    assert result.noise_error == pytest.approx(np.sqrt(4 / 5 * ((noises - np.mean(noises)) ** 2).sum()))
 
 
-def test_gradients_that_are_noise_alone_are_not_told_apart():
+def test_signal_of_pure_noise_is_not_significant():
     gradients = torch.eye(6, dtype=torch.float64)  # at right angles to each other: nothing in common
-    found = noise_scale(lambda place: gradients[place], 6, 1)
+    result = noise_scale(lambda index: gradients[index], 6, 1)
 
-    assert found.signal == pytest.approx(0, abs=1e-12)
-    assert not found.told_apart
+    assert result.signal == pytest.approx(0, abs=1e-12)
+    assert not result.signal_is_significant
 
 
 def test_equal_gradients_have_no_noise():
-    found = noise_scale(lambda place: TRUE.clone(), 4, 2)
+    result = noise_scale(lambda index: TRUE_GRADIENT.clone(), 4, 2)
 
-    assert (found.noise, found.scale) == pytest.approx((0, 0), abs=1e-10)
-    assert found.signal == pytest.approx(SIGNAL)
+    assert (result.noise, result.scale) == pytest.approx((0, 0), abs=1e-10)
+    assert result.signal == pytest.approx(SIGNAL)
 
 
-def test_too_few_batches_and_gradients_that_are_not_finite_are_refused():
+def test_too_few_batches_and_nonfinite_gradients_are_refused():
     with pytest.raises(UserError, match="3 batches or more, not 2"):
-        noise_scale(lambda place: TRUE, 2, 1)
+        noise_scale(lambda index: TRUE_GRADIENT, 2, 1)
     with pytest.raises(UserError, match="not finite"):
-        noise_scale(lambda place: TRUE * torch.nan, 3, 1)
+        noise_scale(lambda index: TRUE_GRADIENT * torch.nan, 3, 1)

@@ -1,4 +1,4 @@
-"""The Hessian by its products: against the dense one, in closed form, and where second derivatives are missing."""
+"""Hessian-vector products and extreme eigenvalues, compared with dense matrices and closed forms."""
 
 import numpy as np
 import pytest
@@ -9,162 +9,179 @@ from torch.autograd.functional import hessian
 from torch.func import functional_call
 
 from unbraid.errors import UserError
-from unbraid.lab.hessian import WAYS, best_way, exact_float32, extremes, gradient, hessian_product
+from unbraid.lab.hessian import (
+    DOUBLE_BACKWARD,
+    GRADIENT_DIFFERENCES,
+    METHODS,
+    choose_method,
+    exact_float32,
+    extreme_eigenvalues,
+    gradient,
+    hessian_product,
+)
 from unbraid.lab.landscape import measured
 from unbraid.losses.waveform import neg_si_sdr
 from unbraid.model_output import sources_of
 
 
 def symmetric(values, seed=0):
-    """A matrix of these eigenvalues, and its vectors as columns."""
+    """Return a matrix with these eigenvalues, and its eigenvectors as columns."""
     torch.manual_seed(seed)
-    turned, _ = torch.linalg.qr(torch.randn(len(values), len(values), dtype=torch.float64))
-    return turned @ torch.diag(torch.tensor(values, dtype=torch.float64)) @ turned.T, turned
+    rotation, _ = torch.linalg.qr(torch.randn(len(values), len(values), dtype=torch.float64))
+    return rotation @ torch.diag(torch.tensor(values, dtype=torch.float64)) @ rotation.T, rotation
 
 
-def start(n, dtype=torch.float64):
+def random_vector(n, dtype=torch.float64):
     return torch.from_numpy(np.random.default_rng(0).standard_normal(n)).to(dtype)
 
 
-@pytest.mark.parametrize("n_kept", [6, 24])
-def test_both_ends_of_a_known_spectrum_are_found_with_their_residuals(n_kept):
+@pytest.mark.parametrize("basis_size", [6, 24])
+def test_extreme_eigenvalues_and_residuals_of_a_known_spectrum(basis_size):
     values = [*np.linspace(-0.5, 1.0, 97), -9.5, 9.9, 10.0]
     matrix, vectors = symmetric(values)
-    found = extremes(lambda v: matrix @ v, start(100), tolerance=1e-9, n_kept=n_kept, n_products=500)
+    result = extreme_eigenvalues(
+        lambda v: matrix @ v, random_vector(100), tolerance=1e-9, basis_size=basis_size, n_products=500
+    )
 
-    assert found.converged
-    assert found.lowest_converged
-    assert found.highest == pytest.approx(10.0, rel=1e-12)
-    assert found.lowest == pytest.approx(-9.5, rel=1e-12)
-    assert abs(float(found.vector @ vectors[:, -1])) == pytest.approx(1)
-    off = (matrix @ found.vector - found.highest * found.vector).norm() / found.highest
-    assert found.residual == pytest.approx(float(off), abs=1e-11)
+    assert result.converged
+    assert result.lowest_converged
+    assert result.highest == pytest.approx(10.0, rel=1e-12)
+    assert result.lowest == pytest.approx(-9.5, rel=1e-12)
+    assert abs(float(result.vector @ vectors[:, -1])) == pytest.approx(1)
+    residual = (matrix @ result.vector - result.highest * result.vector).norm() / result.highest
+    assert result.residual == pytest.approx(float(residual), abs=1e-11)
 
 
-def test_too_few_products_are_told_as_not_converged():
+def test_too_few_products_have_not_converged():
     matrix, _ = symmetric(list(np.linspace(-1, 1, 200)))
-    found = extremes(lambda v: matrix @ v, start(200), n_products=5, tolerance=1e-6)
+    result = extreme_eigenvalues(lambda v: matrix @ v, random_vector(200), n_products=5, tolerance=1e-6)
 
-    assert found.n_products == 5
-    assert not found.converged
-    off = (matrix @ found.vector - found.highest * found.vector).norm() / found.highest
-    assert found.residual == pytest.approx(float(off))
+    assert result.n_products == 5
+    assert not result.converged
+    residual = (matrix @ result.vector - result.highest * result.vector).norm() / result.highest
+    assert result.residual == pytest.approx(float(residual))
 
 
-def test_a_listener_can_end_it():
+def test_callback_returning_false_stops():
     matrix, _ = symmetric(list(np.linspace(-1, 1, 50)))
-    heard = []
-    found = extremes(lambda v: matrix @ v, start(50), heard=lambda so_far: heard.append(so_far) or len(heard) < 3)
+    estimates = []
+    result = extreme_eigenvalues(
+        lambda v: matrix @ v,
+        random_vector(50),
+        on_product=lambda so_far: estimates.append(so_far) or len(estimates) < 3,
+    )
 
-    assert found.n_products == 3 == len(heard)
+    assert result.n_products == 3 == len(estimates)
 
 
 @pytest.mark.parametrize("values", [[3.0], [-2.0, 5.0], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
-def test_small_matrices_are_solved_whole(values):
+def test_small_matrices_are_solved_exactly(values):
     matrix, _ = symmetric(values)
-    found = extremes(lambda v: matrix @ v, start(len(values)))
+    result = extreme_eigenvalues(lambda v: matrix @ v, random_vector(len(values)))
 
-    assert (found.lowest, found.highest) == pytest.approx((min(values), max(values)), abs=1e-12)
-    assert found.converged
-    assert found.lowest_converged
+    assert (result.lowest, result.highest) == pytest.approx((min(values), max(values)), abs=1e-12)
+    assert result.converged
+    assert result.lowest_converged
 
 
-def test_a_hessian_that_is_not_finite_is_refused():
+def test_nonfinite_hessian_is_refused():
     with pytest.raises(UserError, match="not finite"):
-        extremes(lambda v: v * torch.nan, start(5))
+        extreme_eigenvalues(lambda v: v * torch.nan, random_vector(5))
 
 
 @pytest.fixture
 def net():
-    """A net of 37 weights in float64, two losses on different examples, and the dense Hessian of their sum."""
+    """Return a net of 37 weights in float64, two losses on different examples, and the dense Hessian of their sum."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)).double()
     data = [(torch.randn(n, 4).double(), torch.randn(n, 2).double()) for n in (3, 6)]
     losses = [lambda m, x=x, y=y: (m(x) - y).square().mean() for x, y in data]
-    shares = [1 / 3, 2 / 3]
+    loss_weights = [1 / 3, 2 / 3]
     names, weights = zip(*model.named_parameters(), strict=True)
 
-    def whole(flat):
+    def total_loss(flat):
         parts = torch.split(flat, [w.numel() for w in weights])
-        given = {n: p.view_as(w) for n, p, w in zip(names, parts, weights, strict=True)}
+        named = {n: p.view_as(w) for n, p, w in zip(names, parts, weights, strict=True)}
         return sum(
-            c * (functional_call(model, given, (x,)) - y).square().mean()
-            for c, (x, y) in zip(shares, data, strict=True)
+            c * (functional_call(model, named, (x,)) - y).square().mean()
+            for c, (x, y) in zip(loss_weights, data, strict=True)
         )
 
-    dense = hessian(whole, torch.cat([w.detach().flatten() for w in weights]))
-    return model, losses, shares, dense
+    dense = hessian(total_loss, torch.cat([w.detach().flatten() for w in weights]))
+    return model, losses, loss_weights, dense
 
 
-def test_products_are_those_of_the_dense_hessian_and_so_are_the_ends(net):
-    model, losses, shares, dense = net
+def test_products_and_eigenvalues_equal_those_of_the_dense_hessian(net):
+    model, losses, loss_weights, dense = net
     before = [w.clone() for w in model.parameters()]
-    vector = start(len(dense))
+    vector = random_vector(len(dense))
 
-    for way, tolerance in zip(WAYS, (1e-12, 1e-12, 1e-6), strict=True):
-        product = hessian_product(model, losses, shares, way=way)
+    for method, tolerance in zip(METHODS, (1e-12, 1e-12, 1e-6), strict=True):
+        product = hessian_product(model, losses, loss_weights, method=method)
         torch.testing.assert_close(product(vector), dense @ vector, rtol=tolerance, atol=tolerance)
-        found = extremes(product, vector, tolerance=1e-6)
-        ends = torch.linalg.eigvalsh(dense)
-        assert (found.lowest, found.highest) == pytest.approx((float(ends[0]), float(ends[-1])), rel=1e-5)
+        result = extreme_eigenvalues(product, vector, tolerance=1e-6)
+        exact = torch.linalg.eigvalsh(dense)
+        assert (result.lowest, result.highest) == pytest.approx((float(exact[0]), float(exact[-1])), rel=1e-5)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
-def test_a_loss_without_curvature_has_a_hessian_of_zeros():
+def test_linear_loss_has_a_zero_hessian():
     model = nn.Linear(3, 1)
-    given, way = torch.randn(5, 3), WAYS[0]
+    inputs = torch.randn(5, 3)
 
-    product = hessian_product(model, [lambda m: m(given).mean()], [1.0], way=way)
+    product = hessian_product(model, [lambda m: m(inputs).mean()], [1.0], method=DOUBLE_BACKWARD)
 
     assert torch.equal(product(torch.ones(4)), torch.zeros(4))
 
 
-def test_gradients_are_summed_over_the_losses(net):
-    model, losses, shares, _ = net
-    whole = torch.autograd.grad(sum(c * f(model) for c, f in zip(shares, losses, strict=True)), model.parameters())
+def test_gradient_is_the_weighted_sum_over_losses(net):
+    model, losses, loss_weights, _ = net
+    total = sum(c * f(model) for c, f in zip(loss_weights, losses, strict=True))
+    expected = torch.cat([grad.flatten() for grad in torch.autograd.grad(total, model.parameters())])
 
-    torch.testing.assert_close(gradient(model, losses, shares), torch.cat([part.flatten() for part in whole]))
+    torch.testing.assert_close(gradient(model, losses, loss_weights), expected)
 
 
-@pytest.mark.parametrize("asked", ["highest", "medium"])
-def test_float32_is_exact_within_and_all_is_put_back_after(net, asked):
-    cudnn, seen = torch.backends.cudnn, []
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_float32_is_exact_inside_and_settings_are_restored_after(net, precision):
+    cudnn = torch.backends.cudnn
+    seen = []
     model, (loss, _), _, dense = net
 
-    def state():
+    def settings():
         return cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, cudnn.enabled, cudnn.deterministic
 
-    def looked(some):
-        seen.append(state())
-        return loss(some)
+    def recording_loss(model):
+        seen.append(settings())
+        return loss(model)
 
-    torch.set_float32_matmul_precision(asked)
+    torch.set_float32_matmul_precision(precision)
     try:
-        before = state()
-        for way in WAYS:
-            gradient(model, [looked], [1.0], way=way)
-            hessian_product(model, [looked], [1.0], way=way)(start(len(dense)))
-        measured(model, looked)({})
+        before = settings()
+        for method in METHODS:
+            gradient(model, [recording_loss], [1.0], method=method)
+            hessian_product(model, [recording_loss], [1.0], method=method)(random_vector(len(dense)))
+        measured(model, recording_loss)({})
         with pytest.raises(ValueError, match="x"), exact_float32():
             raise ValueError("x")
-        assert state() == before
-        assert torch.get_float32_matmul_precision() == asked
+        assert settings() == before
+        assert torch.get_float32_matmul_precision() == precision
     finally:
         torch.set_float32_matmul_precision("highest")
 
     assert before[0]
     assert len(seen) == 8
-    assert not any(part for one in seen for part in one[:2])
-    assert [one[2] for one in seen] == [True] * 2 + [False] * 5 + [True]
+    assert not any(allow_tf32 for cudnn_tf32, matmul_tf32, *_ in seen for allow_tf32 in (cudnn_tf32, matmul_tf32))
+    assert [enabled for _, _, enabled, _ in seen] == [True] * 2 + [False] * 5 + [True]
 
 
-class Once(torch.autograd.Function):
-    """A square that can be differentiated once."""
+class SquareOnce(torch.autograd.Function):
+    """A square that can be differentiated only once."""
 
     @staticmethod
-    def forward(ctx, given):
-        ctx.save_for_backward(given)
-        return given.square()
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -172,28 +189,29 @@ class Once(torch.autograd.Function):
         return 2 * ctx.saved_tensors[0] * grad
 
 
-def test_without_second_derivatives_gradients_are_subtracted():
+def test_gradient_differences_replace_missing_second_derivatives():
     model = nn.Linear(2, 1, bias=False).double()
     model.weight.data = torch.tensor([[1.0, 1.0]]).double()
-    given = torch.tensor([[1.0, 2.0]], dtype=torch.float64)
+    x = torch.tensor([[1.0, 2.0]], dtype=torch.float64)
 
-    def loss(some):
-        return Once.apply(some(given)).square().sum()  # the fourth power
+    def loss(model):
+        return SquareOnce.apply(model(x)).square().sum()  # the fourth power
 
-    assert best_way(model, loss) == WAYS[2]
-    found = hessian_product(model, [loss], [1.0], way=WAYS[2])(torch.tensor([1.0, 0.0]).double())
-    torch.testing.assert_close(found, 12 * 3**2 * torch.tensor([1.0, 2.0]).double())
+    assert choose_method(model, loss) == GRADIENT_DIFFERENCES
+    product = hessian_product(model, [loss], [1.0], method=GRADIENT_DIFFERENCES)(torch.tensor([1.0, 0.0]).double())
+    torch.testing.assert_close(product, 12 * 3**2 * torch.tensor([1.0, 2.0]).double())
 
 
-def test_an_error_that_is_none_of_derivatives_is_not_hidden():
+def test_unrelated_errors_are_raised():
     with pytest.raises(RuntimeError, match="shapes"):
-        best_way(nn.Linear(2, 1), lambda model: model(torch.ones(1, 3)).sum())
+        choose_method(nn.Linear(2, 1), lambda model: model(torch.ones(1, 3)).sum())
 
 
 @pytest.mark.parametrize("name", TINY)
 def test_every_model_has_second_derivatives(name):
     model = as_it_is(name).eval()
     torch.manual_seed(0)
-    given, target = torch.randn(2, 1, 200), torch.randn(2, 2, 1, 200)
+    mixture = torch.randn(2, 1, 200)
+    target = torch.randn(2, 2, 1, 200)
 
-    assert best_way(model, lambda some: neg_si_sdr(sources_of(some(given)), target).mean()) in WAYS[:2]
+    assert choose_method(model, lambda model: neg_si_sdr(sources_of(model(mixture)), target).mean()) in METHODS[:2]

@@ -15,7 +15,7 @@ from PIL import Image
 from unbraid.cli import main as cli
 from unbraid.config.recipe import load_recipe
 from unbraid.errors import UserError
-from unbraid.figures import figure_of
+from unbraid.figures import draw_figure
 from unbraid.lab.experiment import mean_loss, of_checkpoint, of_recipe
 from unbraid.lab.landscape import Around, Between, Chart
 from unbraid.lab.landscape_figure import Field, plate_between, plates_around
@@ -164,7 +164,7 @@ def test_points_without_a_finite_loss_are_left_white_and_told():
 
     assert "At 2 of 25 points the loss is not finite" in plates[1].caption
     for plate in plates:
-        figure_of(plate).canvas.draw()
+        draw_figure(plate).canvas.draw()
     flat = Field(offsets, offsets, np.ones((5, 5)), "loss", ("x", "y"), np.zeros((1, 2)), np.ones(1))
     assert np.all(np.diff(flat.levels()) > 0)
     lost = Field(offsets, offsets, np.full((5, 5), np.nan), "loss", ("x", "y"), np.zeros((1, 2)), np.ones(1))
@@ -186,7 +186,7 @@ def test_a_model_whose_own_loss_is_not_finite_is_not_called_lowest():
     for plate in plates:
         assert "nan" not in plate.caption
         assert "None of" not in plate.caption
-        figure_of(plate).canvas.draw()
+        draw_figure(plate).canvas.draw()
 
 
 def test_ends_of_lines_that_lie_lower_or_are_lost_are_told_as_such():

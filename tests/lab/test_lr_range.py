@@ -14,7 +14,7 @@ import torch
 from unbraid.cli import main as cli
 from unbraid.config.recipe import Component, load_recipe
 from unbraid.errors import RecipeError
-from unbraid.figures import figure_of
+from unbraid.figures import draw_figure
 from unbraid.lab.experiment import of_recipe
 from unbraid.lab.lr_range import (
     LrGrid,
@@ -253,7 +253,7 @@ def test_what_is_not_finite_is_null_in_json_and_the_capped_curve_is_called_so(su
     test.losses[3], test.grad_norms[4] = np.nan, np.inf
     found = LrGrid(np.array([0.01, 0.03]), np.array([np.inf, 2.0]), 50, 32)
     told = json.loads(json.dumps(numbers(test, found), allow_nan=False))
-    labels = [line.get_label() for line in figure_of(lr_range_figure(test, found)).axes[0].lines]
+    labels = [line.get_label() for line in draw_figure(lr_range_figure(test, found)).axes[0].lines]
 
     assert (told["losses"][3], told["grad_norms"][4], told["grid_losses"]) == (None, None, [None, 2.0])
     assert "smoothed_capped" in told

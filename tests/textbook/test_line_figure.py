@@ -208,7 +208,7 @@ def test_an_unknown_loss_is_refused():
     ],
 )
 def test_what_moves_is_marked_so_that_the_rest_is_drawn_once(plates, name, n_moving, n_drawn):
-    motion, figure = plates[name].motion, Figure(figsize=plates[name].size, layout="constrained")
+    motion, figure = plates[name].animation, Figure(figsize=plates[name].figsize, layout="constrained")
 
     move = motion.draw(figure)
     moving = [artist for axes in figure.axes for artist in axes.findobj() if artist.get_animated()]
@@ -223,8 +223,8 @@ def test_what_moves_is_marked_so_that_the_rest_is_drawn_once(plates, name, n_mov
 
 def test_the_first_frame_is_at_the_start_and_the_last_where_the_numbers_say(plates):
     plate = plates["09-descent-by-hand"]
-    figure = Figure(figsize=plate.size, layout="constrained")
-    move = plate.motion.draw(figure)
+    figure = Figure(figsize=plate.figsize, layout="constrained")
+    move = plate.animation.draw(figure)
     (trail,) = (line for line in figure.axes[1].lines if line.get_animated())
 
     move(0)

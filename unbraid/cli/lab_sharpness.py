@@ -13,7 +13,7 @@ def sharpness(args: argparse.Namespace) -> int:
     from unbraid.console import progress_bar
     from unbraid.io import write_atomically
     from unbraid.lab.experiment import of_checkpoint
-    from unbraid.lab.sharpness import sharpness_of, tell
+    from unbraid.lab.sharpness import describe, measure_sharpness
     from unbraid.signals import stop_on_signals
 
     if args.out:
@@ -21,8 +21,8 @@ def sharpness(args: argparse.Namespace) -> int:
     subject = of_checkpoint(args.checkpoint, overrides=args.set, trust=args.trust)
     asked = {"n_items": args.items, "n_products": args.iterations, "split": args.split, "seed": args.seed}
     with stop_on_signals() as stop, progress_bar("multiplying", args.iterations) as advance:
-        found = sharpness_of(subject, **asked, stop=stop, progress=advance)
-    print("\n".join(tell(found)))
+        found = measure_sharpness(subject, **asked, stop=stop, progress=advance)
+    print("\n".join(describe(found)))
     if args.out:
         write_atomically(args.out, json.dumps(found.as_json(), indent=1, allow_nan=False) + "\n")
     return EXIT_STOPPED + found.signal if found.signal else 0

@@ -12,14 +12,14 @@ from unbraid.errors import EXIT_STOPPED
 def trajectory(args: argparse.Namespace) -> int:
     """Step size, loss, gradient norm and smoothness along a training, with and without AutoClip, and how they agree."""
     from unbraid.console import program, progress_bar
-    from unbraid.lab.trajectory_run import prepare, run_arms, write_course
+    from unbraid.lab.trajectory_run import load_experiment, run_arms, write_comparison
     from unbraid.signals import stop_on_signals
 
-    subject = prepare(find_recipe(args.recipe), args.set, n_steps=args.steps, every=args.every, clips=args.clip)
+    subject = load_experiment(find_recipe(args.recipe), args.set, n_steps=args.steps, every=args.every, clips=args.clip)
     with stop_on_signals() as stop, progress_bar("training", 1.0) as advance:
         options = {"clips": args.clip, "n_steps": args.steps, "every": args.every}
-        course = run_arms(subject, args.out, **options, stop=stop, progress=advance)
-    print("\n".join([*course.sentences(), *write_course(course, args.out, args.json)]))
+        comparison = run_arms(subject, args.out, **options, stop=stop, progress=advance)
+    print("\n".join([*comparison.summary_lines(), *write_comparison(comparison, args.out, args.json)]))
     if stop.signal:
         print(f"Stopped by signal {stop.signal}; go on with: {program()} {shlex.join(args.words)}")
     return EXIT_STOPPED + stop.signal if stop.signal else 0

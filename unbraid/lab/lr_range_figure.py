@@ -41,7 +41,7 @@ def lr_range_figure(test: RangeTest, grid: LrGrid | None = None) -> FigureSpec:
         " ".join(words(test, grid)),
         known,
         lambda figure: _draw(figure, test, grid),
-        size=(6.8, 6.0),
+        figsize=(6.8, 6.0),
     )
 
 

@@ -62,7 +62,7 @@ def race_figure(ended: Sequence[tuple[Cell, Ended]], verdict: str) -> FigureSpec
         arm: float(np.mean([v[-1] for _, v in of_arm if len(v)] or [np.nan])) for arm, of_arm in courses.scores.items()
     }
     draw = partial(draw_race, courses, about=about)
-    return FigureSpec("race", "A race from the same weights", caption, numbers, draw, size=(12.0, 4.4))
+    return FigureSpec("race", "A race from the same weights", caption, numbers, draw, figsize=(12.0, 4.4))
 
 
 def draw_race(courses: Courses, figure: "Figure", *, about: str = "") -> None:

@@ -1,48 +1,51 @@
-"""Step size, loss, gradient norm and local smoothness along a training, and how closely they go together."""
+"""Step size, loss, gradient norm and local smoothness along a training run, and how strongly they correlate."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from scipy.stats import pearsonr
 
+import unbraid
 from unbraid.columns import Floats
 from unbraid.config.recipe import Component, Recipe
 from unbraid.config.registry import build_component
-from unbraid.data.batch import Batch
 from unbraid.lab.experiment import Experiment
-from unbraid.lab.hessian import exact_float32
-from unbraid.records import StepRecord
+from unbraid.lab.smoothness import FRACTIONS, flat_weights, gradient_function, smoothness
 from unbraid.robust import CLIPPERS
-from unbraid.robust.precision import Precision
-from unbraid.seeding import seeded_torch
-from unbraid.train.forward import ExampleLoss, compute_losses
 from unbraid.train.state import TrainState, set_learning_rate
 from unbraid.train.step import train_step
 
-FRACTIONS = (1 / 3, 2 / 3, 1.0)
-"""Of a step, at which the gradient is compared with that at its beginning."""
+RECIPE_CLIPPER = "recipe"
+"""Name of the recipe's own clipper with its options."""
 
-Gradient = Callable[[Tensor], Tensor]
-"""Weights in, gradient out, both ``(n_weights,)``."""
+Column = Literal["step", "loss", "grad_norm", "max_norm", "step_size", "smoothness"]
+"""Numeric fields of a `StepMeasurement`."""
+
+CORRELATED: dict[str, Column] = {
+    "gradient norm with smoothness": "grad_norm",
+    "step size with smoothness": "step_size",
+    "loss with smoothness": "loss",
+}
+"""Columns whose correlation with the smoothness is reported."""
 
 
 @dataclass(frozen=True)
-class Reading:
+class StepMeasurement:
     """One training step.
 
     Attributes:
-        step: From 1.
-        outcome: ``trained``, or why it was left out.
-        loss: Of the batch, before the step; None where it has none.
-        grad_norm: Before clipping.
-        max_norm:What the clipper allowed; infinite for no limit.
-        step_size: L2 norm of the change of all weights; 0 where the step was left out.
-        smoothness: As `smoothness` measures it; None where it was not, or not finite.
-        clipped: Whether the step was shortened: its norm after transforms, if there are any, was above the limit.
+        step: Number of the step, from 1.
+        outcome: ``trained``, or why the step was skipped.
+        loss: Mean loss of the batch before the step; None if there is none.
+        grad_norm: Gradient norm before clipping.
+        max_norm: Limit set by the clipper; infinite for no limit.
+        step_size: L2 norm of the change of all weights; 0 if the step was skipped.
+        smoothness: Local smoothness along the step; None if it was not measured or is not finite.
+        clipped: True if the norm after transforms was above the limit.
     """
 
     step: int
@@ -55,207 +58,221 @@ class Reading:
     clipped: bool = False
 
 
-Column = Literal["step", "loss", "grad_norm", "max_norm", "step_size", "smoothness"]
-
-
-@dataclass(frozen=True)
-class Correlation:
-    """How closely two series go together in a straight line (Pearson's).
+class Correlation(NamedTuple):
+    """Pearson's correlation coefficient of two series.
 
     Attributes:
-        value: From -1 to 1; NaN where there are fewer than three points, or one of the two never changes.
-        n_points: How many steps it was computed from.
+        r: From -1 to 1; NaN for fewer than three points or if one series is constant.
+        n_points: Number of points it was computed from.
+        low: Lower end of the 95 % confidence interval for independent points; NaN for fewer than four points.
+        high: Upper end. Neighbouring steps are alike, so the true interval is wider.
     """
 
-    value: float
+    r: float
     n_points: int
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Its 95 % interval by Fisher's transform, were the points independent; NaN of fewer than four.
-
-        Neighbours along a training are alike, so that the true one is wider.
-        """
-        if self.n_points < 4 or not abs(self.value) < 1:
-            return math.nan, math.nan
-        middle, reach = math.atanh(self.value), 1.959964 / math.sqrt(self.n_points - 3)
-        return math.tanh(middle - reach), math.tanh(middle + reach)
+    low: float = math.nan
+    high: float = math.nan
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """A training, step by step.
+    """A training run, step by step.
 
     Attributes:
-        clip: What the gradients were clipped by.
-        readings: A reading for each step.
-        ended: Why it could not go on, such as too many steps left out; None where it could.
+        clip: Name of the clipper.
+        steps: One measurement for each step.
+        stop_reason: Why training ended early, such as too many skipped steps; None if it did not.
     """
 
     clip: str
-    readings: tuple[Reading, ...]
-    ended: str | None = None
+    steps: tuple[StepMeasurement, ...]
+    stop_reason: str | None = None
 
     def column(self, name: Column) -> Floats:
-        """One number of each step, ``(n_steps,)``; NaN where it is not known."""
-        values = [getattr(reading, name) for reading in self.readings]
+        """Return one value for each step, ``(n_steps,)``; NaN where it is missing."""
+        values = [getattr(step, name) for step in self.steps]
         return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
 
     @property
-    def trained(self) -> int:
-        """How many steps moved the weights."""
-        return sum(reading.outcome == "trained" for reading in self.readings)
+    def n_trained(self) -> int:
+        """Number of steps that changed the weights."""
+        return sum(step.outcome == "trained" for step in self.steps)
 
     @property
-    def clipped(self) -> int:
-        """How many of them were clipped."""
-        return sum(reading.clipped for reading in self.readings)
+    def n_clipped(self) -> int:
+        """Number of clipped steps."""
+        return sum(step.clipped for step in self.steps)
 
-    def correlation(self, one: Column, other: Column = "smoothness", *, first_step: int = 1) -> Correlation:
-        """Of two columns from a step on, where both are known: of their logarithms, but of a loss as it is."""
-        late = self.column("step") >= first_step
-        return correlation(self._scaled(one)[late], self._scaled(other)[late])
+    def correlation(self, x: Column, y: Column = "smoothness", *, first_step: int = 1) -> Correlation:
+        """Return the correlation of two columns from a step on; of their logarithms, except for the loss."""
+        is_late = self.column("step") >= first_step
+        return correlate(self._log_column(x)[is_late], self._log_column(y)[is_late])
 
-    def _scaled(self, name: Column) -> Floats:
+    def _log_column(self, name: Column) -> Floats:
         values = self.column(name)
-        return values if name == "loss" else logarithms(values)  # a loss in dB goes below 0
+        # A loss in dB falls below 0, where it has no logarithm; it is a logarithm already.
+        return values if name == "loss" else log_or_nan(values)
 
 
-def logarithms(values: Floats) -> Floats:
-    """Natural ones, of the same shape; NaN for what is not above 0 or not finite."""
-    known = np.isfinite(values) & (values > 0)
-    return np.log(np.where(known, values, 1.0)) + np.where(known, 0.0, np.nan)
+@dataclass(frozen=True)
+class TrajectoryComparison:
+    """One experiment trained under several clippers, from the same weights on the same batches.
+
+    Attributes:
+        name: Name of the recipe.
+        recipe: The recipe as `recipe_table` returns it.
+        n_steps: Number of steps requested for each arm.
+        every: Number of steps from one measurement of smoothness to the next.
+        arms: One trajectory for each clipper that was started.
+    """
+
+    name: str
+    recipe: Mapping[str, Any]
+    n_steps: int
+    every: int
+    arms: tuple[Trajectory, ...]
+
+    def correlations(self, arm: Trajectory) -> dict[str, Correlation]:
+        """Return the correlations of `CORRELATED` over all steps, and that of the norm over the second half."""
+        correlations = {name: arm.correlation(column) for name, column in CORRELATED.items()}
+        # The first steps from random weights are unlike all others and can dominate a correlation.
+        late = arm.correlation("grad_norm", first_step=self.n_steps // 2 + 1)
+        return correlations | {"gradient norm with smoothness, second half": late}
+
+    def summary_lines(self) -> list[str]:
+        """Return one line of text for each arm."""
+        lines = []
+        for arm in self.arms:
+            whole = arm.correlation("grad_norm")
+            late = arm.correlation("grad_norm", first_step=self.n_steps // 2 + 1)
+            result = "is not known yet" if math.isnan(whole.r) else f"is {whole.r:.2f}"
+            if not math.isnan(whole.low):
+                result += f", 95 % interval {whole.low:.2f} to {whole.high:.2f} or wider"
+            if not math.isnan(late.r):
+                result += f" ({late.r:.2f} in the second half)"
+            line = (
+                f"{arm.clip}: {len(arm.steps)} of {self.n_steps} steps, {arm.n_clipped} clipped, "
+                f"{len(arm.steps) - arm.n_trained} skipped; the correlation of log gradient norm with log smoothness "
+                f"{result}, over {whole.n_points} points."
+            )
+            if arm.stop_reason:
+                line += f" Training ended early: {arm.stop_reason}."
+            lines.append(line)
+        return lines
+
+    def as_json(self) -> dict[str, Any]:
+        """Return everything as plain JSON: six digits, and null for missing or infinite values."""
+        return {
+            "unbraid": unbraid.__version__,
+            "name": self.name,
+            "steps": self.n_steps,
+            "every": self.every,
+            "fractions": [round(fraction, 6) for fraction in FRACTIONS],
+            "recipe": dict(self.recipe),
+            "arms": [self._arm_as_json(arm) for arm in self.arms],
+        }
+
+    def _arm_as_json(self, arm: Trajectory) -> dict[str, Any]:
+        series: tuple[Column, ...] = ("loss", "grad_norm", "max_norm", "step_size")
+        return {
+            "clip": arm.clip,
+            "steps": len(arm.steps),
+            "trained": arm.n_trained,
+            "clipped": arm.n_clipped,
+            "stop_reason": arm.stop_reason,
+            "correlations": {
+                name: {"correlation": _json_number(correlation.r), "points": correlation.n_points}
+                for name, correlation in self.correlations(arm).items()
+            },
+            "skipped": {step.step: step.outcome for step in arm.steps if step.outcome != "trained"},
+            **{name: [_json_number(value) for value in arm.column(name)] for name in series},
+            # Most steps have no smoothness, so it is a table by step and not a column.
+            "smoothness": {s.step: _json_number(s.smoothness) for s in arm.steps if s.smoothness is not None},
+        }
 
 
-def correlation(one: Floats, other: Floats) -> Correlation:
-    """Pearson's, of two series ``(n,)``, where both are finite."""
-    known = np.isfinite(one) & np.isfinite(other)
-    a, b = one[known], other[known]
-    n_points = int(known.sum())
-    if n_points < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
+def _json_number(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(f"{value:.6g}")
+
+
+def log_or_nan(values: Floats) -> Floats:
+    """Return natural logarithms of the same shape; NaN for values that are not finite or not above 0."""
+    has_log = np.isfinite(values) & (values > 0)
+    # np.log would warn about 0 and negative values, so they are replaced before and masked after.
+    return np.where(has_log, np.log(np.where(has_log, values, 1.0)), np.nan)
+
+
+def correlate(x: Floats, y: Floats) -> Correlation:
+    """Return Pearson's correlation of two series, ``(n,)`` each, over the points where both are finite."""
+    is_finite = np.isfinite(x) & np.isfinite(y)
+    x = x[is_finite]
+    y = y[is_finite]
+    n_points = len(x)
+    # Two points always lie on a line, and a constant series has no correlation.
+    if n_points < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return Correlation(math.nan, n_points)
-    return Correlation(float(np.corrcoef(a, b)[0, 1]), n_points)
+    result = pearsonr(x, y)
+    r = float(result.statistic)
+    # Fisher's transform needs four points, and has width 0 at a perfect correlation, which would claim too much.
+    if n_points < 4 or abs(r) >= 1:
+        return Correlation(r, n_points)
+    interval = result.confidence_interval(0.95)
+    return Correlation(r, n_points, float(interval.low), float(interval.high))
 
 
-def smoothness(gradient: Gradient, weights: Tensor, change: Tensor, fractions: Sequence[float] = FRACTIONS) -> float:
-    """How fast the gradient turns along a step: its change over that of the weights, at the worst of a few places.
+def measure_steps(experiment: Experiment, state: TrainState, *, n_steps: int, every: int) -> Iterator[StepMeasurement]:
+    """Train up to a step and yield a measurement for each step; end early if training would be ended.
 
-    It bounds the second derivative along the step from below. Weights are rounded to their own precision before the
-    two are divided, so that a short step is not measured by a length that it does not have.
-
-    Args:
-        gradient: Of the same loss on the same examples at each place.
-        weights: Where the step begins, ``(n_weights,)``.
-        change: Where it leads, less where it begins, ``(n_weights,)``.
-        fractions: Of the step, above 0.
-
-    Returns:
-        The largest ratio of L2 norms; NaN where the weights do not move.
-
-    Reference:
-        Zhang et al., "Why gradient clipping accelerates training", ICLR 2020, arXiv:1905.11881, appendix H.
-    """
-    start, found = gradient(weights).double(), math.nan
-    for fraction in fractions:
-        place = weights + fraction * change
-        moved = torch.linalg.vector_norm((place - weights).double())
-        if moved > 0:
-            ratio = float(torch.linalg.vector_norm(gradient(place).double() - start) / moved)
-            found = ratio if math.isnan(found) else max(found, ratio)
-    return found
-
-
-def follow(subject: Experiment, state: TrainState, *, n_steps: int, every: int) -> Iterator[Reading]:
-    """Train a state up to a step, and read what each step does; it ends earlier where a training would be ended.
-
-    The smoothness is that of the mean loss of the step's batch, in float32 and without filters, with the noise that
-    the model drew in the step; it is measured on a copy of the model, and the training goes on as if it were not, bit
-    for bit. Nothing is validated, so that a plateau schedule never lowers the learning rate.
+    The smoothness is that of the mean loss of the step's batch, in float32 and without filters, with the same dropout
+    as in the step. It is measured on a copy of the model, so training is the same with and without it, bit for bit.
+    Nothing is validated, so a plateau schedule never lowers the learning rate.
 
     Args:
-        subject: Whose batches are taken; the state's step says from which on.
-        state: Of `Experiment.fork`; changed in place.
-        n_steps: Where to end, as a number of steps from the beginning; a schedule's budget too.
-        every: Measure the smoothness in each step whose number is a multiple of it.
-
-    Yields:
-        A reading for each step.
+        experiment: Provides the batches, beginning with the state's next step.
+        state: Training state from `Experiment.fork`; changed in place.
+        n_steps: Last step, counted from the beginning of training; also the schedule's budget.
+        every: Measure the smoothness in each step that is a multiple of it.
     """
-    probe, stream = subject.model().train(), subject.steps(first_step=state.step)
+    probe = experiment.model().train()
+    batches = experiment.steps(first_step=state.step)
     while state.step < n_steps and state.faults.verdict() is None:
         set_learning_rate(state, state.schedule.factor(state.step + 1, state.step / n_steps))
-        parts, before = next(stream), flat(state.unwrapped_model)
-        measured = (state.step + 1) % every == 0
-        if measured:
+        micro_batches = next(batches)
+        weights_before = flat_weights(state.unwrapped_model)
+        measure = (state.step + 1) % every == 0
+        if measure:
+            # Buffers too must be those from before the step.
             probe.load_state_dict(state.unwrapped_model.state_dict())
-        record = train_step(state, parts)
-        change = flat(state.unwrapped_model) - before
-        found = math.nan
-        if measured and record.trained:
-            gradient = gradient_of(probe, state.loss, parts, seed=state.seed, step=record.step)
-            found = smoothness(gradient, before, change)
-        yield _reading(record, float(torch.linalg.vector_norm(change.double())), found)
+
+        record = train_step(state, micro_batches)
+
+        change = flat_weights(state.unwrapped_model) - weights_before
+        local_smoothness = math.nan
+        if measure and record.trained:
+            gradient = gradient_function(probe, state.loss, micro_batches, seed=state.seed, step=record.step)
+            local_smoothness = smoothness(gradient, weights_before, change)
+        yield StepMeasurement(
+            step=record.step,
+            outcome=record.outcome,
+            loss=record.loss,
+            grad_norm=record.grad_norm,
+            max_norm=record.max_norm,
+            step_size=float(torch.linalg.vector_norm(change.double())),
+            smoothness=local_smoothness if math.isfinite(local_smoothness) else None,
+            clipped=record.clipped,
+        )
 
 
-def _reading(record: StepRecord, step_size: float, found: float) -> Reading:
-    known = found if math.isfinite(found) else None
-    told = record.step, record.outcome, record.loss, record.grad_norm, record.max_norm
-    return Reading(*told, step_size, known, record.clipped)
+def recipe_with_clipper(recipe: Recipe, name: str) -> Recipe:
+    """Return a recipe with another clipper.
 
-
-def gradient_of(model: nn.Module, loss: ExampleLoss, parts: Sequence[Batch], *, seed: int, step: int) -> Gradient:
-    """The gradient of the mean loss of a step's examples, as a function of all weights; it moves the model's own.
-
-    Args:
-        model: In the mode it is trained in.
-        loss: Of each example.
-        parts: The step's micro-batches.
-        seed: With the step it makes what the model draws: at all weights the same, and the same as in the step.
-        step: Number of the step.
-    """
-    n_examples, precision = sum(float(part.weight.sum()) for part in parts), Precision("fp32")
-
-    def gradient(weights: Tensor) -> Tensor:
-        _put(model, weights)
-        model.zero_grad(set_to_none=True)
-        with torch.enable_grad(), exact_float32(), seeded_torch(seed, "step", step, 0):
-            for part in parts:
-                losses = compute_losses(model, loss, precision, part)[1]
-                ((losses * part.weight).sum() / n_examples).backward()
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
-        return torch.cat([grad.flatten() for grad in grads])
-
-    return gradient
-
-
-def flat(model: nn.Module) -> Tensor:
-    """A copy of all weights in a row, ``(n_weights,)``."""
-    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
-
-
-@torch.no_grad()
-def _put(model: nn.Module, weights: Tensor) -> None:
-    parameters = list(model.parameters())
-    for parameter, part in zip(parameters, weights.split([p.numel() for p in parameters]), strict=True):
-        parameter.copy_(part.view_as(parameter))
-
-
-AS_RECIPE = "recipe"
-"""The name that stands for the recipe's own clipper, with its options."""
-
-
-def with_clip(subject: Experiment, name: str) -> Experiment:
-    """The same subject, clipped by something else, as `clipped_by` takes it."""
-    return replace(subject, recipe=clipped_by(subject.recipe, name))
-
-
-def clipped_by(recipe: Recipe, name: str) -> Recipe:
-    """A recipe with another clipper: with the recipe's options where it names the same, or else its defaults.
+    The recipe's own options are kept if it already uses this clipper, or if the name is ``recipe``; any other clipper
+    has its defaults.
 
     Raises:
         RecipeError: If there is no such clipper.
     """
-    if name in (AS_RECIPE, recipe.clip.name):
+    if name in (RECIPE_CLIPPER, recipe.clip.name):
         return recipe
-    build_component("clip", Component(name), CLIPPERS, recipe.folder)
+    build_component("clip", Component(name), CLIPPERS, recipe.folder)  # raises for an unknown name
     return replace(recipe, clip=Component(name))

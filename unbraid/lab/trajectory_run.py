@@ -1,19 +1,23 @@
-"""One subject's training under several clippers, from the same weights on the same batches; kept, and gone on with."""
+"""Train one experiment under several clippers from the same weights on the same batches; can be stopped and resumed."""
 
 import json
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
-import unbraid
 from unbraid.config.recipe import load_recipe, recipe_table
 from unbraid.errors import UserError
-from unbraid.io import atomic_replace, write_atomically
+from unbraid.figures import write_figure
+from unbraid.io import write_atomically
 from unbraid.lab.experiment import Experiment, of_recipe
-from unbraid.lab.trajectory import FRACTIONS, Column, Correlation, Reading, Trajectory, clipped_by, follow, with_clip
+from unbraid.lab.trajectory import (
+    StepMeasurement,
+    Trajectory,
+    TrajectoryComparison,
+    measure_steps,
+    recipe_with_clipper,
+)
 from unbraid.lab.weight_directions import digest_of
 from unbraid.plots import check_matplotlib
 from unbraid.records import RunDirectory
@@ -22,112 +26,36 @@ from unbraid.train.checkpoint import find_checkpoint, read_checkpoint, save_chec
 from unbraid.train.state import TrainState
 
 CLIPS = ("none", "autoclip")
-KEEP_SECONDS = 120.0
-"""How often an arm under way is kept, so that a process killed loses no more."""
-PAIRS: dict[str, Column] = {
-    "gradient norm with smoothness": "grad_norm",
-    "step size with smoothness": "step_size",
-    "loss with smoothness": "loss",
-}
-"""What is held against the smoothness, as `Trajectory.correlation` does: by logarithms, but the loss as it is."""
+SAVE_EVERY_SECONDS = 120.0
+"""How often an unfinished arm is saved, so that a killed process loses no more than this."""
 
 
-@dataclass(frozen=True)
-class Course:
-    """What came of all arms.
-
-    Attributes:
-        name: Of the recipe.
-        recipe: As `recipe_table` gives it.
-        n_steps: Asked for in each arm.
-        every: Steps from one measurement of smoothness to the next.
-        arms: A trajectory for each clipper that was begun.
-    """
-
-    name: str
-    recipe: Mapping[str, Any]
-    n_steps: int
-    every: int
-    arms: tuple[Trajectory, ...]
-
-    def correlations(self, arm: Trajectory) -> dict[str, Correlation]:
-        """Of what `PAIRS` names over the whole arm, and of the norm over the second half, without the first steps."""
-        found = {name: arm.correlation(column) for name, column in PAIRS.items()}
-        late = arm.correlation("grad_norm", first_step=self.n_steps // 2 + 1)
-        return found | {"gradient norm with smoothness, second half": late}
-
-    def sentences(self) -> list[str]:
-        """A line for each arm, and what is not told by them."""
-        lines = []
-        for arm in self.arms:
-            found = arm.correlation("grad_norm")
-            late = arm.correlation("grad_norm", first_step=self.n_steps // 2 + 1)
-            low, high = found.interval
-            told = "cannot be told yet" if math.isnan(found.value) else f"is {found.value:.2f}"
-            told += "" if math.isnan(low) else f", from {low:.2f} to {high:.2f} or wider (95 %)"
-            told += "" if math.isnan(late.value) else f" ({late.value:.2f} in the second half)"
-            lines.append(
-                f"{arm.clip}: {len(arm.readings)} of {self.n_steps} steps, {arm.clipped} clipped, "
-                f"{len(arm.readings) - arm.trained} left out; the correlation of log gradient norm with log smoothness "
-                f"{told}, over {found.n_points} points." + (f" It ended there: {arm.ended}." if arm.ended else "")
-            )
-        return lines
-
-    def table(self) -> dict[str, Any]:
-        """All of it as plain JSON; numbers with six digits, null for what is not known or infinite."""
-        about = {"unbraid": unbraid.__version__, "name": self.name, "steps": self.n_steps, "every": self.every}
-        about |= {"fractions": [round(fraction, 6) for fraction in FRACTIONS], "recipe": dict(self.recipe)}
-        return about | {"arms": [self._arm_table(arm) for arm in self.arms]}
-
-    def _arm_table(self, arm: Trajectory) -> dict[str, Any]:
-        told = {
-            name: {"correlation": _plain(found.value), "points": found.n_points}
-            for name, found in self.correlations(arm).items()
-        }
-        columns = {
-            name: [_plain(value) for value in arm.column(name)]
-            for name in ("loss", "grad_norm", "max_norm", "step_size")
-        }
-        measured = {r.step: _plain(r.smoothness) for r in arm.readings if r.smoothness is not None}
-        left_out = {r.step: r.outcome for r in arm.readings if r.outcome != "trained"}
-        counts = {"steps": len(arm.readings), "trained": arm.trained, "clipped": arm.clipped, "ended": arm.ended}
-        return {"clip": arm.clip, **counts, "correlations": told, "left_out": left_out, **columns} | {
-            "smoothness": measured
-        }
-
-
-def _plain(value: float | None) -> float | None:
-    return None if value is None or not math.isfinite(value) else float(f"{value:.6g}")
-
-
-def prepare(path: Path, overrides: Sequence[str], *, clips: Sequence[str], n_steps: int, every: int) -> Experiment:
-    """The subject of a recipe, after every check that can be made before any work.
+def load_experiment(
+    path: Path, overrides: Sequence[str], *, clips: Sequence[str], n_steps: int, every: int
+) -> Experiment:
+    """Return the experiment of a recipe, after every check that can be made before any work.
 
     Raises:
         UserError: If recipe, data, a clipper or the interval cannot be used, or matplotlib is missing.
     """
     check_matplotlib()
-    check(n_steps, every)
+    check_interval(n_steps, every)
     recipe = load_recipe(path, overrides)
     for clip in clips:
-        clipped_by(recipe, clip)
+        recipe_with_clipper(recipe, clip)
     return of_recipe(recipe, path.stem)
 
 
-def check(n_steps: int, every: int) -> None:
-    """Refuse an interval that no step falls on.
-
-    Raises:
-        UserError: If it is longer than all steps.
-    """
+def check_interval(n_steps: int, every: int) -> None:
+    """Raise a UserError if no step would be measured."""
     if every > n_steps:
         raise UserError(
-            f"--every {every} is more than --steps {n_steps}: no smoothness would be measured; take 1 to {n_steps}."
+            f"--every {every} is more than --steps {n_steps}: no smoothness would be measured. Choose 1 to {n_steps}."
         )
 
 
 def run_arms(
-    subject: Experiment,
+    experiment: Experiment,
     folder: Path,
     *,
     clips: Sequence[str] = CLIPS,
@@ -135,118 +63,123 @@ def run_arms(
     every: int = 5,
     stop: StopRequest | None = None,
     progress: Callable[[float, str], None] = lambda _done, _text: None,
-) -> Course:
-    """Follow a subject's training under each clipper; what the folder holds of the same experiment is not done again.
+) -> TrajectoryComparison:
+    """Train an experiment under each clipper, and resume what the folder holds of the same experiment.
 
     Args:
-        subject: Its weights and batches are the same in every arm.
-        folder: Where numbers, and an arm that was stopped, are kept.
-        clips: Names as `with_clip` takes them.
-        n_steps: Of each arm.
-        every: Steps from one measurement to the next.
-        stop: Where a signal asks for it, the step at hand is the last.
-        progress: Called with the share that is done, and what is under way.
+        experiment: Its weights and batches are the same in every arm.
+        folder: Where the arms are saved.
+        clips: Names as `recipe_with_clipper` takes them.
+        n_steps: Number of steps of each arm.
+        every: Number of steps from one measurement of smoothness to the next.
+        stop: After a signal, the current step is the last.
+        progress: Called with the fraction done and what is running.
 
     Raises:
         UserError: If a clipper is unknown, the interval too long, or the folder holds another experiment.
     """
-    check(n_steps, every)
-    arms = {clip: with_clip(subject, clip) for clip in dict.fromkeys(clips)}
-    tracks = {
-        clip: _Track(RunDirectory(folder / clip.replace(":", "-")), arm, n_steps, every) for clip, arm in arms.items()
+    check_interval(n_steps, every)
+    experiments = {
+        clip: replace(experiment, recipe=recipe_with_clipper(experiment.recipe, clip)) for clip in dict.fromkeys(clips)
     }
-    for arm in arms.values():
-        arm.fork()  # what a part refuses, it refuses before any work
+    # Build every arm once, so that a recipe that cannot be used is refused before any work.
+    for arm_experiment in experiments.values():
+        arm_experiment.fork()
     folder.mkdir(parents=True, exist_ok=True)
-    found = []
-    for place, clip in enumerate(arms):
-        track = tracks.pop(clip)  # with its model and optimizer: one at a time
+
+    trajectories = []
+    for index, (clip, arm_experiment) in enumerate(experiments.items()):
         if stop is not None and stop.signal:
             break
-        readings, kept = track.take_up(), perf_counter()
-        for reading in track.follow():
-            readings.append(reading)
-            if perf_counter() - kept > KEEP_SECONDS:
-                track.keep(readings)
-                kept = perf_counter()
-            progress((place + reading.step / n_steps) / len(arms), f"{clip}: step {reading.step}, {_told(reading)}")
+        # One arm at a time holds a model and an optimizer.
+        arm = _ArmRun(RunDirectory(folder / clip.replace(":", "-")), arm_experiment, n_steps, every)
+        measurements = arm.load()
+        saved_at = perf_counter()
+        for measurement in arm.train():
+            measurements.append(measurement)
+            if perf_counter() - saved_at > SAVE_EVERY_SECONDS:
+                arm.save(measurements)
+                saved_at = perf_counter()
+            fraction_done = (index + measurement.step / n_steps) / len(experiments)
+            progress(fraction_done, f"{clip}: {_progress_text(measurement)}")
             if stop is not None and stop.signal:
                 break
-        track.keep(readings)
-        found.append(Trajectory(clip, tuple(readings), track.state.faults.verdict()))
-    return Course(subject.name, recipe_table(subject.recipe), n_steps, every, tuple(found))
+        arm.save(measurements)
+        trajectories.append(Trajectory(clip, tuple(measurements), arm.state.faults.verdict()))
+    return TrajectoryComparison(experiment.name, recipe_table(experiment.recipe), n_steps, every, tuple(trajectories))
 
 
-def _told(reading: Reading) -> str:
-    known = {"loss": reading.loss, "norm": reading.grad_norm}
-    return ", ".join(f"{name} {value:.3g}" for name, value in known.items() if value is not None)
+def _progress_text(measurement: StepMeasurement) -> str:
+    text = f"step {measurement.step}"
+    if measurement.loss is not None:
+        text += f", loss {measurement.loss:.3g}"
+    if measurement.grad_norm is not None:
+        text += f", norm {measurement.grad_norm:.3g}"
+    return text
 
 
-class _Track:
-    """One arm, and the checkpoint that keeps its state together with what was read so far."""
+class _ArmRun:
+    """Training state of one arm, saved in a checkpoint together with its measurements."""
 
-    def __init__(self, run: RunDirectory, subject: Experiment, n_steps: int, every: int) -> None:
-        self.run, self.subject, self.n_steps, self.every = run, subject, n_steps, every
-        self.state: TrainState  # made when the arm begins
-        self.recipe = recipe_table(subject.recipe)
-        self.asked = {"steps": n_steps, "every": every, "start": digest_of([subject.weights])}
+    def __init__(self, run: RunDirectory, experiment: Experiment, n_steps: int, every: int) -> None:
+        self.run = run
+        self.experiment = experiment
+        self.n_steps = n_steps
+        self.every = every
+        self.recipe = recipe_table(experiment.recipe)
+        # A checkpoint of other settings must not be resumed.
+        self.settings = {"steps": n_steps, "every": every, "start": digest_of([experiment.weights])}
+        self.state: TrainState = experiment.fork()
         self.saved_step = -1
 
-    def take_up(self) -> list[Reading]:
-        """Make the state, and go to where an earlier run of the same experiment was; nothing where there was none.
+    def load(self) -> list[StepMeasurement]:
+        """Load the state of an earlier run of the same experiment, and return its measurements, if there is one.
 
         Raises:
             UserError: If the folder holds another experiment.
         """
         if not self.run.checkpoints.is_dir():
-            self.state = self.subject.fork()
             return []
-        kept = read_checkpoint(find_checkpoint(self.run.path))
-        if kept.recipe != json.loads(json.dumps(self.recipe)) or any(
-            kept.choices.get(k) != v for k, v in self.asked.items()
-        ):
+        checkpoint = read_checkpoint(find_checkpoint(self.run.path))
+        # Through JSON and back, as the checkpoint's recipe was: tuples are lists there.
+        same_recipe = checkpoint.recipe == json.loads(json.dumps(self.recipe))
+        if not same_recipe or any(checkpoint.choices.get(key) != value for key, value in self.settings.items()):
             raise UserError(
-                f"{self.run.path} is of another recipe, --steps or --every, or began at other weights: give another "
-                "--out, or remove it."
+                f"{self.run.path} holds a run with another recipe, --steps, --every or other starting weights. "
+                "Choose another --out or delete the folder."
             )
-        self.state = self.subject.fork()
-        self.state.load_state_dict(kept.state)
+        self.state.load_state_dict(checkpoint.state)
         self.saved_step = self.state.step
-        return [Reading(**row) for row in kept.choices["readings"]]
+        return [StepMeasurement(**row) for row in checkpoint.choices["readings"]]
 
-    def follow(self) -> Iterator[Reading]:
-        """The steps that are left."""
-        return follow(self.subject, self.state, n_steps=self.n_steps, every=self.every)
+    def train(self) -> Iterator[StepMeasurement]:
+        """Yield a measurement for each step that is left."""
+        return measure_steps(self.experiment, self.state, n_steps=self.n_steps, every=self.every)
 
-    def keep(self, readings: Sequence[Reading]) -> None:
-        """Write state and readings, whole or not at all."""
+    def save(self, measurements: Sequence[StepMeasurement]) -> None:
+        """Save state and measurements, all of it or nothing."""
         if self.state.step == self.saved_step:
             return
-        kept = self.asked | {"readings": [asdict(reading) for reading in readings]}
-        save_checkpoint(self.run, self.state.state_dict(), recipe=self.recipe, choices=kept, best=False, keep=1)
+        choices = self.settings | {"readings": [asdict(measurement) for measurement in measurements]}
+        save_checkpoint(self.run, self.state.state_dict(), recipe=self.recipe, choices=choices, best=False, keep=1)
         self.saved_step = self.state.step
 
 
-def write_course(course: Course, folder: Path, numbers: Path | None = None) -> list[str]:
-    """Write numbers and figure, and say where they are.
+def write_comparison(comparison: TrajectoryComparison, folder: Path, numbers: Path | None = None) -> list[str]:
+    """Write the numbers and the figure, and return a line of text that says where they are.
 
     Args:
-        course: What to write; with no step nothing is.
-        folder: For the figure.
-        numbers: JSON file; ``trajectory.json`` in the folder where None.
+        comparison: What to write; nothing is written if it has no steps.
+        folder: Folder of the figure.
+        numbers: JSON file; by default ``trajectory.json`` in the folder.
     """
-    if not any(arm.readings for arm in course.arms):
-        return ["No step was made, so that there is nothing to draw."]
-    from matplotlib.figure import Figure
+    if not any(arm.steps for arm in comparison.arms):
+        return ["No step was made, so there is nothing to draw."]
+    from unbraid.lab.trajectory_figure import trajectory_figure
 
-    from unbraid.lab.trajectory_figure import draw, size_of
-
-    file, picture = numbers or folder / "trajectory.json", folder / "trajectory.png"
-    for path in (file, picture):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, json.dumps(course.table(), allow_nan=False) + "\n")
-    figure = Figure(figsize=size_of(course), layout="constrained")
-    draw(figure, course)
-    with atomic_replace(picture) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
-    return [f"The figure is {picture}, the numbers are in {file}."]
+    file = numbers or folder / "trajectory.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, json.dumps(comparison.as_json(), allow_nan=False) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    picture = write_figure(trajectory_figure(comparison), folder)
+    return [f"The figure is {picture}, and the numbers are in {file}."]

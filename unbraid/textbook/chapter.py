@@ -52,7 +52,7 @@ def write_chapter(
     progress(0.15, "computing the surfaces")
     plates = sorted([*plates, *surface_figures(seed)], key=lambda plate: plate.name)
     videos = animate and has_ffmpeg()
-    work = [1 + 5 * (animate and plate.motion is not None) for plate in plates]
+    work = [1 + 5 * (animate and plate.animation is not None) for plate in plates]
     for place, plate in enumerate(plates):
         progress(0.3 + 0.7 * sum(work[:place]) / sum(work), plate.name)
         _write_figure(out, plate, animate=animate, videos=videos)
@@ -65,8 +65,8 @@ def write_chapter(
 
 def _write_figure(out: Path, plate: FigureSpec, *, animate: bool, videos: bool) -> None:
     write_figure(plate, out)
-    moving = plate.motion if animate else None
-    pictures = [] if moving is None else list(frames(moving, plate.size))
+    moving = plate.animation if animate else None
+    pictures = [] if moving is None else list(frames(moving, plate.figsize))
     for suffix, wanted, write in ((".gif", True, write_gif), (".mp4", videos, write_mp4)):
         if moving is None or not wanted:
             (out / f"{plate.name}{suffix}").unlink(missing_ok=True)
@@ -101,7 +101,7 @@ def page(plates: Sequence[FigureSpec], *, loss: str, seed: int, animate: bool, v
 def _section(plate: FigureSpec, *, animate: bool, videos: bool) -> str:
     name, title = html.escape(plate.name), html.escape(plate.title)
     parts = [f'<img src="{name}.png" alt="{title}" loading="lazy">']
-    if animate and plate.motion is not None:
+    if animate and plate.animation is not None:
         video = f'<p><a href="{name}.mp4">The same as a video</a></p>' if videos else ""
         moving = f'<img src="{name}.gif" alt="{title}, step by step" loading="lazy">'
         parts.append(f"<details open><summary>Step by step</summary>{moving}{video}</details>")

@@ -92,8 +92,8 @@ def by_hand_figure(problem: Problem, *, lr: float = 0.1, n_steps: int = N_FRAMES
             last_distance=(path[-1] - problem.best).norm(),
         ),
         draw=lambda figure: begin(figure)(n_steps),
-        size=(12.0, 4.0),
-        motion=AnimationSpec(n_steps + 1, begin),
+        figsize=(12.0, 4.0),
+        animation=AnimationSpec(n_steps + 1, begin),
     )
 
 
@@ -171,8 +171,8 @@ def rates_figure(six: SixRates) -> FigureSpec:
         numbers={f"{name}_{rate_name(lr)}": number for lr, (name, number) in zip(RATES, outcomes, strict=True)}
         | finite(first_loss=losses[0, 0], l2_stable_below=highest_stable_lr(problem.points)),
         draw=lambda figure: begin(figure)(N_FRAMES - 1),
-        size=(10.0, 6.4),
-        motion=AnimationSpec(N_FRAMES, begin),
+        figsize=(10.0, 6.4),
+        animation=AnimationSpec(N_FRAMES, begin),
     )
 
 
@@ -242,7 +242,7 @@ def norms_figure(six: SixRates) -> FigureSpec:
         )
         | {f"{word.replace(' ', '_')}_rates": float(words.count(word)) for word in ("too high", "right", "too low")},
         draw=draw,
-        size=(10.0, 4.4),
+        figsize=(10.0, 4.4),
     )
 
 
@@ -306,5 +306,5 @@ def batch_figure(problem: Problem, *, lr: float = 0.1, batch_size: int = 4, n_st
             distance_after_5_few=distances[1][5],
         ),
         draw=draw,
-        size=(12.0, 4.0),
+        figsize=(12.0, 4.0),
     )

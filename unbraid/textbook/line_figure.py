@@ -153,7 +153,7 @@ def losses_figure(problem: Problem) -> FigureSpec:
         "single point.",
         numbers=finite(mean=mean, sum=total, max=highest, norm_of_mean=slope, norm_of_sum=len(losses) * slope),
         draw=draw,
-        size=(9.6, 4.0),
+        figsize=(9.6, 4.0),
     )
 
 
@@ -197,7 +197,7 @@ def brute_force_figure(problem: Problem) -> FigureSpec:
             exponent_of_ten_for_a_million=exponent,
         ),
         draw=draw,
-        size=(12.0, 4.0),
+        figsize=(12.0, 4.0),
     )
 
 
@@ -233,7 +233,7 @@ def slices_figure(problem: Problem) -> FigureSpec:
         "They would agree only if m and b did not depend on each other, or the grid were centred on the answer.",
         numbers=lowest | finite(loss_of_slice=m_best.min(), loss_of_mean_over_b=m_mean.min()),
         draw=draw,
-        size=(9.6, 4.0),
+        figsize=(9.6, 4.0),
     )
 
 
@@ -289,7 +289,7 @@ def backward_figure(problem: Problem) -> FigureSpec:
             start_b_differences=differences[1, 1],
         ),
         draw=draw,
-        size=(9.6, 4.0),
+        figsize=(9.6, 4.0),
     )
 
 

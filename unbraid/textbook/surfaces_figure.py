@@ -193,7 +193,9 @@ def _moving(
         to = show(figure)
         return lambda frame: to(round(frame * n_steps / (N_FRAMES - 1)))
 
-    return FigureSpec(name, title, caption, numbers, draw, size=(7.2, 4.2), motion=AnimationSpec(N_FRAMES, draw_moving))
+    return FigureSpec(
+        name, title, caption, numbers, draw, figsize=(7.2, 4.2), animation=AnimationSpec(N_FRAMES, draw_moving)
+    )
 
 
 def cliff() -> FigureSpec:
@@ -226,7 +228,7 @@ def cliff() -> FigureSpec:
     grounds = (_Ground.of(loss, (4.3, 9.0), (-4.0, 4.5)), _Ground.of(loss, (4.9, 5.65), (-2.75, -2.1), 241))
     show = partial(_show_cliff, found, grounds)
     plate = _moving("13-cliff", "A cliff, and what clipping does there", caption, numbers, show, n_steps)
-    return FigureSpec(**{**vars(plate), "size": (9.6, 4.0)})
+    return FigureSpec(**{**vars(plate), "figsize": (9.6, 4.0)})
 
 
 def _show_cliff(
@@ -269,7 +271,7 @@ def recurrence(seed: int, n_times: int = 100, n_units: int = 32) -> FigureSpec:
     )
     draw = partial(_draw_recurrence, norms)
     return FigureSpec(
-        "13-recurrent-gradients", "Gradients that vanish and explode", caption, numbers, draw, size=(7.2, 4.4)
+        "13-recurrent-gradients", "Gradients that vanish and explode", caption, numbers, draw, figsize=(7.2, 4.4)
     )
 
 

@@ -71,7 +71,7 @@ def early_stopping_figure(seed: int, *, n_steps: int = 5000) -> FigureSpec:
             lr=lr,
         ),
         draw=draw,
-        size=(10.0, 4.2),
+        figsize=(10.0, 4.2),
     )
 
 
@@ -133,5 +133,5 @@ def schedule_figure(
             floor_constant_tenth=floors[1],
         ),
         draw=draw,
-        size=(7.2, 5.4),
+        figsize=(7.2, 5.4),
     )
