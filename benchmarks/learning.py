@@ -41,7 +41,7 @@ from unbraid.build import build_corpus, choose_device, list_tracks, load_model
 from unbraid.config.recipe import Recipe, load_recipe, recipe_table
 from unbraid.config.shipped_recipes import find_recipe
 from unbraid.console import show_training
-from unbraid.data.dataset import mixtures
+from unbraid.data.dataset import make_dataset
 from unbraid.data.loader import StepSampler, batches
 from unbraid.evaluate import evaluate
 from unbraid.records import RunDirectory, read_steps
@@ -192,7 +192,7 @@ def run(arm: str, recipe: Recipe, n_steps: int | None, *, n_items: int) -> dict[
     model, steps = by_asteroid(recipe) if arm == "asteroid" else by_us(recipe, n_steps)
     minutes = (time.perf_counter() - began) / 60
     tracks, _ = list_tracks(recipe)
-    tested = mixtures(tracks, replace(recipe.data, seed=0), "test")
+    tested = make_dataset(tracks, replace(recipe.data, seed=0), "test")
     rows = [row for row, _ in evaluate(model, tested, recipe, n_items=n_items)]
     scores = [row["si_sdri"] for row in rows]
     return {"steps": steps, "minutes": round(minutes, 2), "si_sdri": interval(scores), "items_db": scores}

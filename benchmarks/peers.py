@@ -59,7 +59,7 @@ class Work(NamedTuple):
         rng = torch.Generator().manual_seed(0)
         shape = (self.batch_size, self.n_sources, self.n_channels, round(self.seconds * self.sample_rate))
         sources = 0.1 * torch.randn(shape, generator=rng)
-        return Batch.of(sources.sum(1), sources).to(device)
+        return Batch.from_tensors(sources.sum(1), sources).to(device)
 
 
 class Peer(NamedTuple):

@@ -191,7 +191,7 @@ def noise(setup: Setup, device: torch.device, seed: int) -> Batch:
     """Two sources of noise: what the numbers are makes no difference to the time."""
     rng = torch.Generator().manual_seed(seed)
     sources = 0.1 * torch.randn(setup.batch_size, 2, 1, round(setup.seconds * SAMPLE_RATE), generator=rng)
-    return Batch.of(sources.sum(1), sources).to(device)
+    return Batch.from_tensors(sources.sum(1), sources).to(device)
 
 
 Loop = Callable[[Batch], object]

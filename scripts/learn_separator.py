@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from unbraid.config.recipe import load_recipe
-from unbraid.data.synthetic import make_voices
+from unbraid.data.synthetic import make_synthetic_speech
 from unbraid.io import atomic_replace, write_atomically
 from unbraid.lab.experiment import Experiment, of_recipe
 from unbraid.spectrogram import spectrogram_db
@@ -116,7 +116,7 @@ def main() -> None:
     folder = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as voices:
-        table = make_voices(Path(voices), n_speakers=60, n_utterances=6)
+        table = make_synthetic_speech(Path(voices), n_speakers=60, n_utterances=6)
         recipe = load_recipe(ROOT / "recipes" / "demo.toml", [f"data.path={table}", *SMALLER, *PLAIN])
         began = time.process_time()
         found = trained(of_recipe(recipe, "demo"))

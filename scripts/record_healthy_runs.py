@@ -23,7 +23,7 @@ import torch
 from unbraid.audio import read_audio, write_audio
 from unbraid.columns import NUMBERS
 from unbraid.config.recipe import load_recipe
-from unbraid.data.folders import speakers
+from unbraid.data.folders import list_speakers
 from unbraid.dsp import resample
 from unbraid.health.rules import examine
 from unbraid.health.series import read_series
@@ -140,7 +140,7 @@ def at_8_khz(table, folder):
     rows = csv.DictReader(listed.open(encoding="utf-8")) if listed.exists() else []
     kinds = {row["speaker"]: row["gender"] for row in rows}
     lines = ["path,speaker,seconds,sample_rate,split,kind"]
-    for place, track in enumerate(speakers(table)):
+    for place, track in enumerate(list_speakers(table)):
         audio, rate = read_audio(track.path)
         audio, path = resample(audio, rate, 8000), folder / track.group / f"{place:04d}.wav"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,9 +9,9 @@ from torch import nn
 
 from unbraid.audio import read_audio
 from unbraid.config.recipe import Recipe
-from unbraid.data.dataset import DataSettings, mixtures
-from unbraid.data.folders import speakers
-from unbraid.data.tracks import with_splits
+from unbraid.data.dataset import DataSettings, make_dataset
+from unbraid.data.folders import list_speakers
+from unbraid.data.tracks import assign_splits
 from unbraid.evaluate import evaluate, summarise, write_table
 
 
@@ -49,8 +49,8 @@ class Knows(nn.Module):
 
 @pytest.fixture
 def dataset(speaker_folder):
-    tracks = with_splits(speakers(speaker_folder()), n_sources=2)
-    return mixtures(tracks, DataSettings(excerpt_seconds=1.0), "test")
+    tracks = assign_splits(list_speakers(speaker_folder()), n_sources=2)
+    return make_dataset(tracks, DataSettings(excerpt_seconds=1.0), "test")
 
 
 def test_giving_the_mixture_back_improves_nothing(dataset):

@@ -7,8 +7,8 @@ import pytest
 
 from unbraid.cli.main import main
 from unbraid.config.shipped_recipes import recipes_folder
-from unbraid.data.dataset import DataSettings, Key, mixtures
-from unbraid.data.folders import noises, speakers
+from unbraid.data.dataset import DataSettings, Key, make_dataset
+from unbraid.data.folders import list_noises, list_speakers
 from unbraid.dsp import power_db
 from unbraid.records import RunDirectory, read_rows
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not SPEECH.exists(), reason="the real recordings
 
 
 def test_the_manifest_holds_three_hundred_talkers_each_in_one_split():
-    tracks = speakers(SPEECH)
+    tracks = list_speakers(SPEECH)
     splits = {}
     for track in tracks:
         splits.setdefault(track.group, set()).add(track.split)
@@ -32,7 +32,7 @@ def test_the_manifest_holds_three_hundred_talkers_each_in_one_split():
 @pytest.mark.parametrize("purpose", ["train", "valid", "test"])
 def test_mixtures_of_real_talkers_over_real_noise_are_the_sum_of_their_parts_at_the_levels_asked(purpose):
     settings = DataSettings(resample=True, noise=NOISE, noise_snr_db=(3.0, 9.0))
-    dataset = mixtures(speakers(SPEECH), settings, purpose, noises=noises(NOISE))
+    dataset = make_dataset(list_speakers(SPEECH), settings, purpose, noises=list_noises(NOISE))
 
     for index in range(12):
         example = dataset[Key(0, index)]

@@ -43,7 +43,7 @@ def make_batch(n=2, *, seed=1, time=400, scale=1.0) -> Batch:
     rng = torch.Generator().manual_seed(seed)
     sources = scale * torch.randn(n, 2, 1, time, generator=rng)
     items = [ItemId("train", 0, i, (f"a{i}.wav", f"b{i}.wav")) for i in range(n)]
-    return Batch.of(sources.sum(1), sources, items=items)
+    return Batch.from_tensors(sources.sum(1), sources, items=items)
 
 
 def with_nan(batch: Batch, example: int) -> Batch:

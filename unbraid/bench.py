@@ -228,7 +228,7 @@ def noise(recipe: Recipe, batch_size: int) -> Batch:
     rng = torch.Generator().manual_seed(recipe.data.seed)
     sources = torch.randn(batch_size, recipe.data.n_sources, 1, recipe.data.n_samples, generator=rng)
     sources *= to_amplitude(recipe.data.level_db)
-    return Batch.of(sources.sum(1), sources)
+    return Batch.from_tensors(sources.sum(1), sources)
 
 
 def steps(state: TrainState, parts: Sequence[Batch]) -> Iterator[StepRecord]:

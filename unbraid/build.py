@@ -12,9 +12,9 @@ from unbraid import dist
 from unbraid.config.recipe import Component, Recipe, recipe_from_table
 from unbraid.config.registry import build_component, build_loss, find_component
 from unbraid.data import DATASETS
-from unbraid.data.dataset import MixtureDataset, mixtures
-from unbraid.data.folders import noises
-from unbraid.data.tracks import Track, with_splits
+from unbraid.data.dataset import MixtureDataset, make_dataset
+from unbraid.data.folders import list_noises
+from unbraid.data.tracks import Track, assign_splits
 from unbraid.errors import CheckpointError, DataError, RecipeError, UserError
 from unbraid.losses import loss_inputs
 from unbraid.losses.pit import SeparationLoss
@@ -129,8 +129,8 @@ def list_tracks(recipe: Recipe, *, trust: bool = True) -> tuple[list[Track], lis
     if data.path is None:
         raise RecipeError("[data] needs a path to a speaker folder or a CSV manifest: --set data.path=FOLDER.")
     list_recordings = find_component("data", Component(data.name), DATASETS, recipe.folder if trust else None)
-    tracks = with_splits(list_recordings(data.path), n_sources=data.n_sources)
-    noise_tracks = noises(data.noise) if data.noise else []
+    tracks = assign_splits(list_recordings(data.path), n_sources=data.n_sources)
+    noise_tracks = list_noises(data.noise) if data.noise else []
 
     # Ranks draw examples by index, so different lists would silently train on different data.
     digest = hashlib.sha256(repr((tracks, noise_tracks)).encode()).hexdigest()
@@ -147,8 +147,8 @@ def build_corpus(recipe: Recipe, *, trust: bool = True) -> Corpus:
     """
     tracks, noise_tracks = list_tracks(recipe, trust=trust)
     return Corpus(
-        train=mixtures(tracks, recipe.data, "train", noises=noise_tracks),
-        valid=mixtures(tracks, recipe.data, "valid", noises=noise_tracks),
+        train=make_dataset(tracks, recipe.data, "train", noises=noise_tracks),
+        valid=make_dataset(tracks, recipe.data, "valid", noises=noise_tracks),
     )
 
 

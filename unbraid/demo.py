@@ -6,7 +6,7 @@ from pathlib import Path
 
 from unbraid.config.recipe import load_recipe
 from unbraid.console import program, progress_bar, show_training
-from unbraid.data.synthetic import make_voices
+from unbraid.data.synthetic import make_synthetic_speech
 from unbraid.evaluate import Summary, evaluate_checkpoint
 from unbraid.health.rules import bulletin
 from unbraid.plots import check_matplotlib, draw_run
@@ -48,7 +48,7 @@ def run_demo(recipe_path: Path, out: Path, *, overrides: Sequence[str] = ()) -> 
     check_matplotlib()
     recipe = load_recipe(recipe_path, overrides)
     with progress_bar("making talkers", 1.0) as advance:
-        table = make_voices(
+        table = make_synthetic_speech(
             out / "voices", n_utterances=8, progress=lambda done, total: advance(done / total, f"{done} of {total}")
         )
     recipe = replace(recipe, data=replace(recipe.data, path=table.absolute()))

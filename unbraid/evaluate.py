@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from unbraid.build import list_tracks, load_model
 from unbraid.config.recipe import Recipe
 from unbraid.data.batch import Batch
-from unbraid.data.dataset import Key, MixtureDataset, mixtures
+from unbraid.data.dataset import Key, MixtureDataset, make_dataset
 from unbraid.data.loader import LoadedBatch, collate
 from unbraid.data.mixing import AudioFault
 from unbraid.dsp import SILENCE
@@ -98,7 +98,7 @@ def evaluate_checkpoint(
     changes |= {"excerpt_seconds": seconds} if seconds else {}
     recipe = replace(recipe, data=replace(recipe.data, **changes))
     tracks, noise = list_tracks(recipe, trust=trust)
-    dataset = mixtures(tracks, recipe.data, split, noises=noise)
+    dataset = make_dataset(tracks, recipe.data, split, noises=noise)
     audio = table.with_suffix("").parent / f"{table.stem}-audio" if save_audio or save_worst else None
     if audio:
         _remove_audio(audio)

@@ -18,7 +18,7 @@ from unbraid.config.auto import choose
 from unbraid.config.recipe import Component, Recipe, differences, recipe_table, to_toml
 from unbraid.config.registry import find_component
 from unbraid.data.dataset import MixtureDataset
-from unbraid.data.leakage import overlap
+from unbraid.data.leakage import compare_splits
 from unbraid.data.loader import LoadedBatch, StepSampler, batches
 from unbraid.data.tracks import Track
 from unbraid.errors import CheckpointError, UserError
@@ -254,7 +254,7 @@ def _open_run_directory(
     write_atomically(run.recipe, to_toml(recipe))
     loss_in_db = bool(getattr(state.loss, "in_db", False))
     _write_json(run.environment, environment(choices, device, loss_in_db=loss_in_db))
-    _write_json(run.data, overlap(_used_tracks(corpus.train), _used_tracks(corpus.valid)))
+    _write_json(run.data, compare_splits(_used_tracks(corpus.train), _used_tracks(corpus.valid)))
 
     recorded = [Event(code, state.step, 0, message) for code, message in events]
     if checkpoint is not None:

@@ -327,7 +327,7 @@ def test_scores_of_outputs_that_were_added_up_are_marked_as_such(recipe_file, tm
 
 
 def test_a_data_set_that_came_with_a_checkpoint_does_not_run_unless_trusted(recipe_file, tmp_path, monkeypatch, capsys):
-    (tmp_path / "mine.py").write_text("from unbraid.data.folders import speakers as go\n")
+    (tmp_path / "mine.py").write_text("from unbraid.data.folders import list_speakers as go\n")
     monkeypatch.chdir(tmp_path)
     assert main(["train", str(recipe_file()), "--run", "run", "--set", "data.name=mine:go"]) == 0
     capsys.readouterr()

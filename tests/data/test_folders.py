@@ -2,12 +2,12 @@ import shutil
 
 import pytest
 
-from unbraid.data.folders import noises, speakers
+from unbraid.data.folders import list_noises, list_speakers
 from unbraid.errors import DataError
 
 
 def test_each_folder_is_a_speaker(speaker_folder):
-    tracks = speakers(speaker_folder(n_speakers=3, n_files=2))
+    tracks = list_speakers(speaker_folder(n_speakers=3, n_files=2))
 
     assert [(track.group, track.path.name) for track in tracks] == [
         (f"speaker-{speaker:02d}", f"{file:02d}.wav") for speaker in range(3) for file in range(2)
@@ -19,14 +19,14 @@ def test_deeper_folders_belong_to_the_same_speaker(speaker_folder, tmp_path):
     speaker_folder(n_speakers=1, root=tmp_path / "all" / "anna" / "chapter 1")
     speaker_folder(n_speakers=1, root=tmp_path / "all" / "anna" / "chapter 2")
 
-    assert [track.group for track in speakers(tmp_path / "all")] == ["anna"] * 4
+    assert [track.group for track in list_speakers(tmp_path / "all")] == ["anna"] * 4
 
 
 def test_folders_named_as_splits_hold_the_speakers_of_those(speaker_folder, tmp_path):
     for name in ("train", "dev", "tt"):
         speaker_folder(n_speakers=2, n_files=1, root=tmp_path / "all" / name)
 
-    assert {(track.split, track.group) for track in speakers(tmp_path / "all")} == {
+    assert {(track.split, track.group) for track in list_speakers(tmp_path / "all")} == {
         (split, group) for split in ("train", "valid", "test") for group in ("speaker-00", "speaker-01")
     }
 
@@ -34,7 +34,7 @@ def test_folders_named_as_splits_hold_the_speakers_of_those(speaker_folder, tmp_
 def test_files_without_a_folder_are_each_somebody_else(speaker_folder):
     root = speaker_folder(n_speakers=1, n_files=3)
 
-    assert [track.group for track in speakers(root / "speaker-00")] == ["00", "01", "02"]
+    assert [track.group for track in list_speakers(root / "speaker-00")] == ["00", "01", "02"]
 
 
 def test_what_is_not_audio_is_not_looked_at(speaker_folder):
@@ -43,14 +43,14 @@ def test_what_is_not_audio_is_not_looked_at(speaker_folder):
         (root / "speaker-00" / name).write_bytes(b"x")
     (root / "folder.wav").mkdir()
 
-    assert [track.path.name for track in speakers(root)] == ["00.wav"]
+    assert [track.path.name for track in list_speakers(root)] == ["00.wav"]
 
 
 def test_suffixes_in_capitals_are_audio_too(speaker_folder):
     root = speaker_folder(n_speakers=1, n_files=1)
     (root / "speaker-00" / "00.wav").rename(root / "speaker-00" / "00.WAV")
 
-    assert len(speakers(root)) == 1
+    assert len(list_speakers(root)) == 1
 
 
 def test_every_unreadable_file_stays_listed_with_its_fault(speaker_folder):
@@ -58,7 +58,7 @@ def test_every_unreadable_file_stays_listed_with_its_fault(speaker_folder):
     (root / "speaker-00" / "00.wav").write_bytes(b"")
     (root / "speaker-01" / "00.wav").write_bytes(b"random" * 100)
 
-    tracks = speakers(root)
+    tracks = list_speakers(root)
 
     assert [str(track.path) in track.fault for track in tracks] == [True, True, False]
     assert [track.group for track in tracks] == ["speaker-00", "speaker-01", "speaker-02"]
@@ -70,7 +70,7 @@ def test_every_unreadable_file_of_a_manifest_stays_listed_with_its_row(speaker_f
     rows = ["path,speaker,split", "speaker-00/00.wav,anna,tr", "speaker-01/00.wav,bob,tr", "gone.wav,carl,tt"]
     (root / "all.csv").write_text("\n".join(rows))
 
-    tracks = speakers(root / "all.csv")
+    tracks = list_speakers(root / "all.csv")
 
     assert [(track.group, track.split) for track in tracks] == [("anna", "train"), ("bob", "train"), ("carl", "test")]
     assert tracks[0].fault == ""
@@ -83,7 +83,7 @@ def test_a_link_that_leads_out_of_the_folder_is_a_fault_and_is_not_opened(speake
     outside = shutil.move(root / "speaker-00" / "00.wav", tmp_path / "outside.wav")
     (root / "speaker-00" / "00.wav").symlink_to(outside)
 
-    faults = [track.fault for track in speakers(root)]
+    faults = [track.fault for track in list_speakers(root)]
 
     assert "leads outside" in faults[0]
     assert faults[1] == ""
@@ -93,11 +93,11 @@ def test_a_manifest_is_taken_in_place_of_a_folder(speaker_folder):
     root = speaker_folder(n_speakers=1, n_files=1)
     (root / "all.csv").write_text("path,speaker\nspeaker-00/00.wav,anna\n")
 
-    assert [track.group for track in speakers(root / "all.csv")] == ["anna"]
+    assert [track.group for track in list_speakers(root / "all.csv")] == ["anna"]
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "other file", "nothing usable", "table of nothing"])
-@pytest.mark.parametrize("read", [speakers, noises])
+@pytest.mark.parametrize("read", [list_speakers, list_noises])
 def test_a_place_with_nothing_usable_is_refused_by_name(tmp_path, kind, read):
     path = tmp_path / {"other file": "audio.zip", "table of nothing": "all.csv"}.get(kind, "speech")
     if kind == "other file":

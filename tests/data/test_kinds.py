@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from unbraid.data.dataset import DataSettings, Key, mixtures
-from unbraid.data.folders import speakers
+from unbraid.data.dataset import DataSettings, Key, make_dataset
+from unbraid.data.folders import list_speakers
 from unbraid.dsp import power_db
 from unbraid.errors import DataError
 
@@ -14,7 +14,7 @@ SETTINGS = DataSettings(excerpt_seconds=0.5, kinds=("low", "high"))
 
 @pytest.fixture
 def tracks(speaker_folder):
-    found = speakers(speaker_folder(n_speakers=6))
+    found = list_speakers(speaker_folder(n_speakers=6))
     kinds = ("high", "low", "other")
     return [replace(track, split="train", kind=kinds[int(track.group[-2:]) % 3]) for track in found]
 
@@ -24,14 +24,14 @@ def kind_of(tracks, file):
 
 
 def test_sources_come_in_the_order_of_their_kinds_and_others_never(tracks):
-    dataset = mixtures(tracks, SETTINGS, "train")
+    dataset = make_dataset(tracks, SETTINGS, "train")
 
     for index in range(20):
         assert [kind_of(tracks, file) for file in dataset[Key(0, index)].item.files] == ["low", "high"]
 
 
 def test_neither_kind_is_always_the_louder(tracks):
-    dataset = mixtures(tracks, SETTINGS, "train")
+    dataset = make_dataset(tracks, SETTINGS, "train")
     levels = [[power_db(source) for source in dataset[Key(0, index)].audio.sources] for index in range(20)]
 
     assert {low > high for low, high in levels} == {True, False}
@@ -46,4 +46,4 @@ def test_neither_kind_is_always_the_louder(tracks):
 )
 def test_kinds_that_are_not_there_are_said_so(tracks, settings, words):
     with pytest.raises(DataError, match=words):
-        mixtures(tracks, settings, "train")
+        make_dataset(tracks, settings, "train")

@@ -7,8 +7,8 @@ import numpy as np
 import soundfile
 from conftest import talker
 
-from unbraid.data.folders import speakers
-from unbraid.data.leakage import find_copies, overlap
+from unbraid.data.folders import list_speakers
+from unbraid.data.leakage import compare_splits, find_copies
 
 
 def split(folder, name, first, n_speakers=3, n_files=2):
@@ -20,7 +20,7 @@ def split(folder, name, first, n_speakers=3, n_files=2):
 
 
 def tracks_of(folder):
-    tracks = speakers(folder)
+    tracks = list_speakers(folder)
     return [[track for track in tracks if track.split == name] for name in ("train", "valid")]
 
 
@@ -28,7 +28,7 @@ def test_splits_that_have_nothing_in_common_say_so(tmp_path):
     split(tmp_path, "train", 0)
     split(tmp_path, "valid", 3)
 
-    found = overlap(*tracks_of(tmp_path))
+    found = compare_splits(*tracks_of(tmp_path))
 
     assert found["splits"] == {"train": {"files": 6, "speakers": 3}, "valid": {"files": 6, "speakers": 3}}
     assert found["shared"] == {
@@ -42,7 +42,7 @@ def test_a_copy_under_another_name_is_found_and_another_recording_of_the_same_le
     original, copy = tmp_path / "train" / "train-1" / "0.wav", tmp_path / "valid" / "valid-4" / "copied.wav"
     shutil.copy(original, copy)
 
-    shared = overlap(*tracks_of(tmp_path))["shared"]
+    shared = compare_splits(*tracks_of(tmp_path))["shared"]
 
     assert (shared["n_copies"], shared["copies"]) == (1, [[str(original), str(copy)]])
     assert shared["n_files"] == shared["n_speakers"] == 0
@@ -52,7 +52,7 @@ def test_files_and_speakers_in_both_splits_are_counted_and_twenty_named(tmp_path
     split(tmp_path, "train", 0, n_speakers=1, n_files=30)
     train, _ = tracks_of(tmp_path)
 
-    shared = overlap(train, [replace(track, split="valid") for track in train])["shared"]
+    shared = compare_splits(train, [replace(track, split="valid") for track in train])["shared"]
 
     assert (shared["n_files"], shared["n_speakers"], shared["speakers"]) == (30, 1, ["train-0"])
     assert shared["files"] == sorted(str(track.path) for track in train)[:20]

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unbraid.audio import write_audio
-from unbraid.data.dataset import DataSettings, Key, mixtures
-from unbraid.data.folders import noises, speakers
-from unbraid.data.loader import FixedSampler, StepSampler, batches, collate
-from unbraid.data.tracks import with_splits, write_manifest
+from unbraid.data.dataset import DataSettings, Key, make_dataset
+from unbraid.data.folders import list_noises, list_speakers
+from unbraid.data.loader import StepSampler, ValidationSampler, batches, collate
+from unbraid.data.tracks import assign_splits, write_manifest
 from unbraid.dsp import power_db
 from unbraid.errors import DataError
 
@@ -22,8 +22,8 @@ SETTINGS = DataSettings(excerpt_seconds=0.5, batch_size=4, seed=3)
 
 
 def dataset_of(root, settings=SETTINGS, purpose="train", *, noise=None):
-    tracks = with_splits(speakers(root), n_sources=2)
-    return mixtures(tracks, settings, purpose, noises=() if noise is None else noises(noise))
+    tracks = assign_splits(list_speakers(root), n_sources=2)
+    return make_dataset(tracks, settings, purpose, noises=() if noise is None else list_noises(noise))
 
 
 def examples_of(dataset, n_items=12):
@@ -211,7 +211,7 @@ def test_a_bad_file_in_a_folder_is_left_out_as_if_it_were_excluded(speaker_folde
 )
 def test_a_file_that_is_not_as_its_manifest_says_is_left_out_as_if_it_were_excluded(speaker_folder, kind, code):
     root = speaker_folder()
-    write_manifest(root / "all.csv", with_splits(speakers(root), n_sources=2))
+    write_manifest(root / "all.csv", assign_splits(list_speakers(root), n_sources=2))
     path = dataset_of(root / "all.csv").tracks[3].path
     spoil(path, kind)
 
@@ -342,7 +342,7 @@ def test_epochs_follow_each_other_and_each_has_every_index_once(n_items, batch_s
 
 @given(st.integers(0, 40), st.integers(1, 8), st.integers(1, 5))
 def test_ranks_share_out_the_fixed_examples_and_none_is_seen_twice(n_items, batch_size, n_ranks):
-    shares = [list(FixedSampler(n_items, batch_size, rank=rank, world_size=n_ranks)) for rank in range(n_ranks)]
+    shares = [list(ValidationSampler(n_items, batch_size, rank=rank, world_size=n_ranks)) for rank in range(n_ranks)]
 
     keys = [key for share in shares for batch in share for key in batch]
 

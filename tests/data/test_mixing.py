@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from unbraid.audio import probe_audio, write_audio
-from unbraid.data.mixing import BadExcerpt, mix, read_excerpt
+from unbraid.data.mixing import ExcerptError, mix, read_excerpt
 from unbraid.data.tracks import Track
 from unbraid.dsp import power_db
 
@@ -18,7 +18,7 @@ def sound(n_samples=2000, *, seed=0, n_channels=1, level=0.1):
 
 
 def track_of(path):
-    return Track.of(path, probe_audio(path), group="anna")
+    return Track.from_file_info(path, probe_audio(path), group="anna")
 
 
 def excerpt(track, start=0.0, n_samples=4000, sample_rate=8000, *, keep_silent=False):
@@ -163,7 +163,7 @@ def test_of_a_long_recording_only_the_excerpt_is_read(three_hours):
 
 
 def test_a_silent_excerpt_says_nothing_about_a_long_recording(three_hours):
-    with pytest.raises(BadExcerpt) as bad:
+    with pytest.raises(ExcerptError) as bad:
         excerpt(three_hours, 3600)
 
     assert bad.value.fault.code == "AUDIO_SILENT"
@@ -223,7 +223,7 @@ FAULTS = {
 def test_a_bad_file_is_named_wherever_the_excerpt_lies(tmp_path, kind, code, start):
     track = bad_file(kind, tmp_path / "bad.wav")
 
-    with pytest.raises(BadExcerpt) as bad:
+    with pytest.raises(ExcerptError) as bad:
         excerpt(track, start)
 
     assert (bad.value.fault.code, bad.value.fault.path) == (code, str(track.path))
@@ -232,12 +232,12 @@ def test_a_bad_file_is_named_wherever_the_excerpt_lies(tmp_path, kind, code, sta
 
 
 def test_the_first_sample_that_is_not_finite_is_told(tmp_path):
-    with pytest.raises(BadExcerpt, match="index 100"):
+    with pytest.raises(ExcerptError, match="index 100"):
         excerpt(bad_file("nan", tmp_path / "bad.wav"), 0.9)
 
 
 def test_a_file_at_another_rate_than_listed_is_told_with_both(tmp_path):
-    with pytest.raises(BadExcerpt, match=r"16000 Hz.*8000 Hz"):
+    with pytest.raises(ExcerptError, match=r"16000 Hz.*8000 Hz"):
         excerpt(bad_file("another rate", tmp_path / "bad.wav"))
 
 
@@ -256,7 +256,7 @@ def test_no_silent_excerpt_of_a_sounding_file_is_let_through(tmp_path_factory, s
     assume(not 2000 <= start < 2100)  # a few samples of sound: either is right
 
     if start < 2000:
-        with pytest.raises(BadExcerpt, match="silent where it was read") as bad:
+        with pytest.raises(ExcerptError, match="silent where it was read") as bad:
             excerpt(track, start / 8000)
         assert bad.value.fault.in_excerpt_only
     else:

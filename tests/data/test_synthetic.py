@@ -5,7 +5,7 @@ import pytest
 import soundfile
 
 from unbraid.data import synthetic
-from unbraid.data.synthetic import VoicesError, make_sentences, make_talkers, make_voices
+from unbraid.data.synthetic import SyntheticSpeechError, make_sentences, make_synthetic_speech, make_talkers
 
 SMALL = {"n_speakers": 7, "n_utterances": 2}
 
@@ -18,7 +18,7 @@ def rows_of(table):
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
     pytest.importorskip("espeakng_loader")
-    return make_voices(tmp_path_factory.mktemp("voices"), **SMALL)
+    return make_synthetic_speech(tmp_path_factory.mktemp("voices"), **SMALL)
 
 
 def test_every_talker_has_every_utterance_in_one_split(table):
@@ -48,8 +48,8 @@ def test_level_is_common_and_the_ends_are_trimmed(table):
 
 @pytest.mark.slow
 def test_same_seed_same_bytes_other_seed_other_voices(table, tmp_path):
-    again = make_voices(tmp_path / "again", **SMALL)
-    other = make_voices(tmp_path / "other", **SMALL, seed=1)
+    again = make_synthetic_speech(tmp_path / "again", **SMALL)
+    other = make_synthetic_speech(tmp_path / "other", **SMALL, seed=1)
 
     assert again.read_bytes() == table.read_bytes()
     for row in rows_of(table):
@@ -63,7 +63,7 @@ def test_what_is_there_is_not_made_again_and_what_is_torn_is(tmp_path):
 
     def make(**changes):
         calls.clear()
-        make_voices(
+        make_synthetic_speech(
             tmp_path, **{"n_speakers": 6, "n_utterances": 1, **changes}, progress=lambda *now: calls.append(now)
         )
         return list(calls)
@@ -79,7 +79,7 @@ def test_what_is_there_is_not_made_again_and_what_is_torn_is(tmp_path):
 
 def test_nothing_is_printed(tmp_path, capfd):
     pytest.importorskip("espeakng_loader")
-    make_voices(tmp_path, n_speakers=6, n_utterances=1)
+    make_synthetic_speech(tmp_path, n_speakers=6, n_utterances=1)
     assert capfd.readouterr() == ("", "")
 
 
@@ -104,18 +104,18 @@ def test_sentences_come_from_seed_and_index():
 
 def test_a_missing_library_is_named_with_the_way_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setattr(synthetic.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(VoicesError, match=r"unbraid\[demo\]"):
-        make_voices(tmp_path)
+    with pytest.raises(SyntheticSpeechError, match=r"unbraid\[demo\]"):
+        make_synthetic_speech(tmp_path)
 
 
 def test_a_voice_that_is_not_there_is_named(tmp_path, monkeypatch):
     pytest.importorskip("espeakng_loader")
     monkeypatch.setattr(synthetic, "ACCENTS", "nowhere")
-    with pytest.raises(VoicesError, match="no voice nowhere"):
-        make_voices(tmp_path, n_speakers=6, n_utterances=1)
+    with pytest.raises(SyntheticSpeechError, match="no voice nowhere"):
+        make_synthetic_speech(tmp_path, n_speakers=6, n_utterances=1)
     assert not (tmp_path / "speech.csv").exists()
 
 
 def test_too_few_speakers_are_refused(tmp_path):
-    with pytest.raises(VoicesError, match="at least 6"):
-        make_voices(tmp_path, n_speakers=2)
+    with pytest.raises(SyntheticSpeechError, match="at least 6"):
+        make_synthetic_speech(tmp_path, n_speakers=2)

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unbraid.data.folders import speakers
-from unbraid.data.tracks import Track, by_group, read_manifest, split_named, with_splits, write_manifest
+from unbraid.data.folders import list_speakers
+from unbraid.data.tracks import Track, assign_splits, group_tracks, parse_split, read_manifest, write_manifest
 from unbraid.errors import DataError
 
 
@@ -31,16 +31,16 @@ def tracks_of(n_speakers, n_files=2, split=""):
     [("tr", "train"), ("TRAIN", "train"), ("dev", "valid"), ("cv", "valid"), ("Validation", "valid"), ("tt", "test")],
 )
 def test_the_usual_names_of_splits_are_understood(name, split):
-    assert split_named(name) == split
+    assert parse_split(name) == split
 
 
 @pytest.mark.parametrize("name", ["", "speaker", "trainer", "tests"])
 def test_any_other_name_is_no_split(name):
-    assert split_named(name) == ""
+    assert parse_split(name) == ""
 
 
 def test_what_is_written_is_read_again(speaker_folder):
-    tracks = with_splits(speakers(speaker_folder()), n_sources=2)
+    tracks = assign_splits(list_speakers(speaker_folder()), n_sources=2)
     write_manifest(tracks[0].path.parents[1] / "all.csv", tracks)
 
     assert read_manifest(tracks[0].path.parents[1] / "all.csv") == tracks
@@ -49,7 +49,7 @@ def test_what_is_written_is_read_again(speaker_folder):
 def test_files_with_a_fault_are_found_again_in_what_is_written(speaker_folder):
     root = speaker_folder(n_speakers=2, n_files=1)
     (root / "speaker-01" / "00.wav").write_bytes(b"")
-    write_manifest(root / "all.csv", speakers(root))
+    write_manifest(root / "all.csv", list_speakers(root))
 
     assert [bool(track.fault) for track in read_manifest(root / "all.csv")] == [False, True]
 
@@ -156,7 +156,7 @@ def test_whatever_the_rows_say_the_answer_is_tracks_or_one_line(text):
 
 @given(st.integers(2, 4), st.integers(0, 60))
 def test_each_speaker_is_in_one_split_and_each_split_can_make_a_mixture(n_sources, more):
-    tracks = with_splits(tracks_of(3 * n_sources + more), n_sources=n_sources)
+    tracks = assign_splits(tracks_of(3 * n_sources + more), n_sources=n_sources)
 
     splits = {track.group: {other.split for other in tracks if other.group == track.group} for track in tracks}
     sizes = Counter(split for of_speaker in splits.values() for split in of_speaker)
@@ -165,7 +165,7 @@ def test_each_speaker_is_in_one_split_and_each_split_can_make_a_mixture(n_source
 
 
 def test_eight_tenths_of_many_speakers_are_for_training():
-    splits = Counter(track.split for track in with_splits(tracks_of(200, n_files=1), n_sources=2))
+    splits = Counter(track.split for track in assign_splits(tracks_of(200, n_files=1), n_sources=2))
 
     assert splits == {"train": 160, "valid": 20, "test": 20}
 
@@ -175,24 +175,24 @@ def test_splits_do_not_hang_on_the_order_of_the_files(random):
     tracks = tracks_of(12)
     shuffled = random.sample(tracks, len(tracks))
 
-    assert set(with_splits(shuffled, n_sources=2)) == set(with_splits(tracks, n_sources=2))
+    assert set(assign_splits(shuffled, n_sources=2)) == set(assign_splits(tracks, n_sources=2))
 
 
 def test_splits_that_are_named_stay():
     tracks = [*tracks_of(3, split="train"), *tracks_of(2, split="test")]
 
-    assert with_splits(tracks, n_sources=2) == tracks
+    assert assign_splits(tracks, n_sources=2) == tracks
 
 
 def test_too_few_speakers_for_three_splits_are_refused_with_their_number():
     with pytest.raises(DataError, match="5 speakers cannot be split"):
-        with_splits(tracks_of(5), n_sources=2)
+        assign_splits(tracks_of(5), n_sources=2)
 
 
 def test_groups_hold_every_track_in_its_order():
     tracks = tracks_of(3)[::-1]
 
-    groups = by_group(tracks)
+    groups = group_tracks(tracks)
 
     assert list(groups) == ["speaker 2", "speaker 1", "speaker 0"]
     assert [track for group in groups.values() for track in group] == tracks

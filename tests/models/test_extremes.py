@@ -90,7 +90,7 @@ def test_fp16_trains_at_any_gain_after_overflows_that_are_counted_as_such(name, 
         precision=Precision("fp16"),
     )
 
-    outcomes = [train_step(state, Batch.of(sources.sum(1), sources)).outcome for _ in range(10)]
+    outcomes = [train_step(state, Batch.from_tensors(sources.sum(1), sources)).outcome for _ in range(10)]
 
     assert set(outcomes) <= {"loss_scale", "trained"}
     assert outcomes[-1] == "trained"

@@ -131,7 +131,7 @@ def test_each_example_of_a_sampled_step_is_recorded_with_what_the_model_made_of_
         estimate = state.model(batch.mixture)
         wanted = state.loss.assigned(estimate, batch.sources)
 
-    record = sampled_step(state, [batch.pick([0]), batch.pick([1, 2])])
+    record = sampled_step(state, [batch.select([0]), batch.select([1, 2])])
 
     assert [one.item for one in record.items] == list(batch.items)
     assert [one.loss for one in record.items] == pytest.approx(wanted.losses.tolist(), abs=1e-4)
@@ -190,7 +190,7 @@ def test_si_sdr_of_each_source_is_the_mean_over_the_examples_trained_on():
         order = state.loss.assigned(estimate, batch.sources).order
     ratios = si_sdr(estimate.gather(1, order[:, :, None, None].expand_as(estimate)), batch.sources)[:, :, 0]
 
-    record = train_step(state, [batch.pick([0, 1]), batch.pick([2, 3])])
+    record = train_step(state, [batch.select([0, 1]), batch.select([2, 3])])
 
     assert record.si_sdr == pytest.approx([ratios[:3, 0].mean().item(), ratios[:2, 1].mean().item()], abs=1e-3)
 
@@ -242,14 +242,14 @@ def test_a_mixture_of_more_channels_than_the_outputs_is_recorded_without_a_resid
     model = FirstChannel()
     state = type(state)(model, squared_error, torch.optim.SGD(model.parameters(), lr=0.1))
 
-    record = sampled_step(state, Batch.of(batch.mixture.expand(-1, 4, -1), batch.sources, items=batch.items))
+    record = sampled_step(state, Batch.from_tensors(batch.mixture.expand(-1, 4, -1), batch.sources, items=batch.items))
 
     assert all(one.residual_db != one.residual_db for one in record.items)
     assert all(len(one.estimate_levels_db) == 2 for one in record.items)
 
 
 def test_an_example_of_silence_alone_has_no_say_in_the_si_sdr():
-    with_silence, without = make_batch(3), make_batch(3).pick([0, 1])
+    with_silence, without = make_batch(3), make_batch(3).select([0, 1])
     with_silence.sources[2], with_silence.mixture[2] = 0.0, 0.0
 
     assert train_step(make_state(), with_silence).si_sdr == pytest.approx(train_step(make_state(), without).si_sdr)

@@ -69,8 +69,8 @@ def test_a_rescued_step_is_the_step_without_its_bad_example(bad, precision, cut)
     for state in (rescuing, without):
         train_step(state, make_batch(seed=5))
     batch = BAD[bad](make_batch(4))
-    parts = [batch] if cut is None else [batch.pick([0, 1]), batch.pick([2, 3])]
-    kept = [batch.pick([0, 2, 3])] if cut is None else [batch.pick([0]), batch.pick([2, 3])]
+    parts = [batch] if cut is None else [batch.select([0, 1]), batch.select([2, 3])]
+    kept = [batch.select([0, 2, 3])] if cut is None else [batch.select([0]), batch.select([2, 3])]
 
     record = train_step(rescuing, parts)
     plain = train_step(without, kept)
@@ -87,7 +87,7 @@ def test_with_nothing_clean_there_is_nothing_to_rescue(bad):
     train_step(state, make_batch(seed=5))
     before = snapshot(state)
 
-    record = train_step(state, BAD[bad](make_batch()).pick([1]))
+    record = train_step(state, BAD[bad](make_batch()).select([1]))
 
     assert record.outcome in ("nonfinite_loss", "over_limit", "nonfinite_gradient")
     assert_same(before, snapshot(state))
@@ -118,7 +118,7 @@ def memory_state(memory, **parts):
 
 
 def double(batch):
-    batch = batch.pick(range(len(batch.mixture)))
+    batch = batch.select(range(len(batch.mixture)))
     return type(batch)(batch.mixture.double(), batch.sources.double(), batch.weight.double(), None, batch.items)
 
 
@@ -161,7 +161,7 @@ def test_transforms_see_the_averaged_and_unscaled_gradient():
     )  # fmt: skip
     plain = make_state(optimizer="sgd", lr=1.0, loss=squared_error, clipper=NoClip())
     before = state.model.filters.weight.detach().clone()
-    parts = [make_batch(2).pick([0]), make_batch(2).pick([1])]
+    parts = [make_batch(2).select([0]), make_batch(2).select([1])]
 
     record, unclipped = train_step(state, parts), train_step(plain, make_batch(2))
 

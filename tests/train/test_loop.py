@@ -13,8 +13,8 @@ import pytest
 import soundfile
 
 from unbraid.config.recipe import load_recipe
-from unbraid.data.folders import speakers
-from unbraid.data.tracks import with_splits
+from unbraid.data.folders import list_speakers
+from unbraid.data.tracks import assign_splits
 from unbraid.errors import CheckpointError, TrainingStopped, UserError
 from unbraid.records import TIMING_FIELDS, Event, RunDirectory, StepRecord, read_rows
 from unbraid.run import train
@@ -90,7 +90,7 @@ def test_micro_batches_change_nothing_but_memory(recipe_file, tmp_path):
 
 def test_a_nan_file_is_named_and_the_run_equals_one_that_excludes_it(recipe_file, speaker_folder, tmp_path):
     folder = speaker_folder()
-    bad = next(track.path for track in with_splits(speakers(folder), n_sources=2) if track.split == "train")
+    bad = next(track.path for track in assign_splits(list_speakers(folder), n_sources=2) if track.split == "train")
     spoil(bad)
     file = recipe_file(path=folder)
     with_fault, records = run_recipe(file, tmp_path / "a", "data.items_per_epoch=8", "train.max_steps=8")
@@ -216,7 +216,7 @@ def test_a_log_that_cannot_be_written_stays_readable_and_the_run_goes_on(recipe_
 
 def test_events_are_yielded_as_they_are_written(recipe_file, speaker_folder, tmp_path):
     folder = speaker_folder()
-    spoil(next(track.path for track in with_splits(speakers(folder), n_sources=2) if track.split == "valid"))
+    spoil(next(track.path for track in assign_splits(list_speakers(folder), n_sources=2) if track.split == "valid"))
     run = RunDirectory(tmp_path / "run")
 
     told = list(train(load_recipe(recipe_file(path=folder), ["validate.n_items=8"]), run))

@@ -280,12 +280,14 @@ def test_the_gradient_is_the_weighted_mean_however_the_batch_is_cut(weights, cut
     if zero < len(weights):
         weights[zero] = 0.0
     batch = make_batch(len(weights))
-    batch = Batch.of(batch.mixture.double(), batch.sources.double(), weight=weights)
+    batch = Batch.from_tensors(batch.mixture.double(), batch.sources.double(), weight=weights)
     state = make_state(optimizer="sgd", lr=1.0, loss=squared_error, clipper=NoClip(), dtype=torch.float64)
     before = [p.detach().clone() for p in state.model.parameters()]
     wanted = reference_gradient(state.model, squared_error, batch, weights)
     edges = [0, *sorted(c for c in cuts if c < len(weights)), len(weights)]
-    parts = [Batch.of(batch.mixture[a:b], batch.sources[a:b], weight=weights[a:b]) for a, b in pairwise(edges)]
+    parts = [
+        Batch.from_tensors(batch.mixture[a:b], batch.sources[a:b], weight=weights[a:b]) for a, b in pairwise(edges)
+    ]
 
     record = train_step(state, parts)
 

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from toys import make_state
 
-from unbraid.data.dataset import DataSettings, Key, mixtures
-from unbraid.data.folders import speakers
-from unbraid.data.tracks import with_splits
+from unbraid.data.dataset import DataSettings, Key, make_dataset
+from unbraid.data.folders import list_speakers
+from unbraid.data.tracks import assign_splits
 from unbraid.losses.pit import SeparationLoss
 from unbraid.losses.waveform import neg_snr
 from unbraid.metrics import si_sdr
@@ -19,8 +19,8 @@ N_ITEMS = 7
 @pytest.fixture
 def dataset(speaker_folder):
     folder = speaker_folder()
-    tracks = with_splits(speakers(folder), n_sources=2)
-    return mixtures(tracks, DataSettings(path=folder, excerpt_seconds=0.5), "valid")
+    tracks = assign_splits(list_speakers(folder), n_sources=2)
+    return make_dataset(tracks, DataSettings(path=folder, excerpt_seconds=0.5), "valid")
 
 
 def test_order_and_improvement_of_each_item_are_those_of_its_own_mixture(dataset):

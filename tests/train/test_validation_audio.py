@@ -198,7 +198,7 @@ def test_channels_stay_together(tmp_path):
 
 def test_scores_say_nothing_of_a_silent_source():
     sources = torch.stack([torch.linspace(-1, 1, 200), torch.zeros(200)])[None, :, None]
-    batch = Batch.of(sources.sum(1), sources, items=[ItemId("valid", 0, 4)])
+    batch = Batch.from_tensors(sources.sum(1), sources, items=[ItemId("valid", 0, 4)])
     ratios = si_sdr(sources + 0.1, sources)
 
     [sound] = audio_examples(AudioOptions(8000), batch, sources, [0], scores=(ratios, torch.tensor([1.5])))

@@ -79,11 +79,11 @@ def make_batch(n, seed, dtype=torch.float64):
     rng = torch.Generator().manual_seed(seed)
     sources = torch.randn(n, 2, 1, 50, generator=rng, dtype=torch.float64).to(dtype)
     weight = torch.rand(n, generator=rng, dtype=torch.float64).to(dtype) + 0.1
-    return Batch.of(sources.sum(1), sources, weight=weight)
+    return Batch.from_tensors(sources.sum(1), sources, weight=weight)
 
 
 def part(batch, places):
-    return Batch.of(batch.mixture[places], batch.sources[places], weight=batch.weight[places])
+    return Batch.from_tensors(batch.mixture[places], batch.sources[places], weight=batch.weight[places])
 
 
 def distance(state, other):
@@ -204,7 +204,7 @@ def a_bad_gradient_on_one_rank():
     items = [ItemId("train", dist.rank(), place) for place in range(3)]
     if dist.rank() == 1:
         batch.sources[1, 0, 0, 0] = 7.0
-    record = train_step(state, Batch.of(batch.mixture, batch.sources, items=items))
+    record = train_step(state, Batch.from_tensors(batch.mixture, batch.sources, items=items))
     return {"outcome": record.outcome, "items": [[item.epoch, item.index] for item in record.bad_items]}
 
 
@@ -234,7 +234,7 @@ def fit_on_two(folder, name, *, change=None, stop=None, **train):
         for step in itertools.count(n_steps_done):
             batch = make_batch(2, 10 * step + dist.rank(), torch.float32)
             items = [ItemId("train", dist.rank(), 2 * step + place, (f"{place}.wav",)) for place in range(2)]
-            yield LoadedBatch(Batch.of(batch.mixture, batch.sources, weight=batch.weight, items=items), ())
+            yield LoadedBatch(Batch.from_tensors(batch.mixture, batch.sources, weight=batch.weight, items=items), ())
 
     settings = TrainSettings(**{"max_steps": 400, "compare_every_steps": 0} | train)
     job = Job(run, settings, ValidateSettings(every_steps=0), SaveSettings(every_steps=0), {}, {})

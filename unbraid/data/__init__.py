@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from unbraid.data.folders import speakers
+from unbraid.data.folders import list_speakers
 from unbraid.data.tracks import Track
 
-DATASETS: dict[str, Callable[[Path], list[Track]]] = {"speakers": speakers}
+DATASETS: dict[str, Callable[[Path], list[Track]]] = {"speakers": list_speakers}

@@ -28,7 +28,7 @@ class Batch:
     items: tuple[ItemId, ...] = ()
 
     @classmethod
-    def of(
+    def from_tensors(
         cls,
         mixture: Tensor,
         sources: Tensor,
@@ -47,7 +47,7 @@ class Batch:
         weight = torch.ones(len(mixture), device=mixture.device) if weight is None else weight
         return cls(mixture, sources, weight, noise, tuple(items))
 
-    def pick(self, places: Sequence[int]) -> "Batch":
+    def select(self, places: Sequence[int]) -> "Batch":
         """The batch of some of its examples alone."""
         noise = None if self.noise is None else self.noise[list(places)]
         items = tuple(self.items[place] for place in places) if self.items else ()

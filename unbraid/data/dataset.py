@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Dataset
 
-from unbraid.data.mixing import AudioFault, BadExcerpt, Mixture, mix, read_excerpt
-from unbraid.data.tracks import Track, by_group
+from unbraid.data.mixing import AudioFault, ExcerptError, Mixture, mix, read_excerpt
+from unbraid.data.tracks import Track, group_tracks
 from unbraid.errors import DataError
 from unbraid.records import ItemId
 from unbraid.seeding import generator
@@ -108,7 +108,7 @@ class MixtureDataset(Dataset[Example]):
     names_of_kind: dict[str, list[str]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        groups = by_group(self.tracks)
+        groups = group_tracks(self.tracks)
         object.__setattr__(self, "groups", groups)
         object.__setattr__(self, "names", tuple(groups))
         of_kind = {
@@ -133,7 +133,7 @@ class MixtureDataset(Dataset[Example]):
             talkers = self._draw_talkers(rng, key, attempt)
             try:
                 audio, files = self._draw_mixture(rng, talkers)
-            except BadExcerpt as bad:
+            except ExcerptError as bad:
                 faults.append(bad.fault)
                 continue
             return Example(audio, ItemId(self.purpose, key.epoch, key.index, files), key.weight, tuple(faults))
@@ -165,7 +165,7 @@ class MixtureDataset(Dataset[Example]):
         snr_db = rng.uniform(*s.noise_snr_db)
         for track in drawn:
             if str(track.path) in s.exclude:
-                raise BadExcerpt(AudioFault("AUDIO_EXCLUDED", str(track.path), "", in_excerpt_only=True))
+                raise ExcerptError(AudioFault("AUDIO_EXCLUDED", str(track.path), "", in_excerpt_only=True))
         read = [
             read_excerpt(track, start, s.n_samples, s.sample_rate, keep_silent=s.silent == "keep")
             for track, start in zip(drawn, starts, strict=True)
@@ -183,7 +183,7 @@ def _order(seed: int, purpose: str, epoch: int, n_tracks: int) -> npt.NDArray[np
     return generator(seed, f"{purpose}-order", epoch).permutation(n_tracks)
 
 
-def mixtures(
+def make_dataset(
     tracks: Sequence[Track], settings: DataSettings, purpose: str, *, noises: Sequence[Track] = ()
 ) -> MixtureDataset:
     """The mixtures of one split, after checking that they can be made.

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from unbraid.audio import SUFFIXES, probe_audio
-from unbraid.data.tracks import Track, read_manifest, split_named
+from unbraid.data.tracks import Track, parse_split, read_manifest
 from unbraid.errors import AudioError, DataError
 
 
-def speakers(path: Path) -> list[Track]:
+def list_speakers(path: Path) -> list[Track]:
     """Recordings of single speakers, from a folder ``speaker/**/*.flac|wav|...`` or a CSV manifest.
 
     A folder whose subfolders are named train, valid (or dev, cv) and test holds the speakers in those.
@@ -20,7 +20,7 @@ def speakers(path: Path) -> list[Track]:
     return _recordings(path, "speakers", "speaker/**/*.flac or .wav")
 
 
-def noises(path: Path) -> list[Track]:
+def list_noises(path: Path) -> list[Track]:
     """Recordings of noise, from any folder of audio files or a CSV manifest with the columns path and class.
 
     Raises:
@@ -51,13 +51,13 @@ def _from_folder(root: Path) -> list[Track]:
         if path.suffix.lower() not in SUFFIXES or path.name.startswith(".") or not path.is_file():
             continue
         folders = path.relative_to(root).parts[:-1]
-        split = split_named(folders[0]) if folders else ""
+        split = parse_split(folders[0]) if folders else ""
         own_folders = folders[1:] if split else folders
         group = own_folders[0] if own_folders else path.stem
         try:
             if not path.resolve().is_relative_to(root.resolve()):
                 raise AudioError(f"{path} leads outside of {root}; copy it there, or name it in a CSV.")
-            tracks.append(Track.of(path, probe_audio(path), group=group, split=split))
+            tracks.append(Track.from_file_info(path, probe_audio(path), group=group, split=split))
         except AudioError as error:
             tracks.append(Track((("audio", path),), group, 0.0, 0, split, fault=str(error)))
     return tracks

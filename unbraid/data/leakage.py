@@ -18,7 +18,7 @@ PIECE = 2**14
 """Bytes that two files of one size are held against each other by, from the middle, as many begin with silence."""
 
 
-def overlap(train: Sequence[Track], valid: Sequence[Track], *, n_looked_at: int = N_LOOKED_AT) -> dict[str, Any]:
+def compare_splits(train: Sequence[Track], valid: Sequence[Track], *, n_looked_at: int = N_LOOKED_AT) -> dict[str, Any]:
     """What a run directory says about its data: how much there is, and what is validated on that is trained on as well.
 
     A recording that is there under two names is told by its length, its size in bytes and a piece of its content.

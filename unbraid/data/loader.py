@@ -20,7 +20,7 @@ from unbraid.data.dataset import Example, Key, MixtureDataset
 from unbraid.data.mixing import AudioFault
 from unbraid.errors import DataError
 
-GRACE_SECONDS = 20.0
+SIGTERM_GRACE_SECONDS = 20.0
 """How long a data worker goes on after a SIGTERM."""
 
 
@@ -34,7 +34,7 @@ class LoadedBatch(NamedTuple):
 def collate(examples: Sequence[Example]) -> LoadedBatch:
     """Put examples of one length together."""
     noise = [example.audio.noise for example in examples]
-    batch = Batch.of(
+    batch = Batch.from_tensors(
         torch.from_numpy(np.stack([example.audio.mixture for example in examples])),
         torch.from_numpy(np.stack([example.audio.sources for example in examples])),
         weight=torch.tensor([example.weight for example in examples]),
@@ -141,7 +141,7 @@ def _begin_worker(_worker: int) -> None:
 
 
 def _end_later(_number: int, _frame: FrameType | None) -> None:
-    timer = threading.Timer(GRACE_SECONDS, os._exit, (1,))
+    timer = threading.Timer(SIGTERM_GRACE_SECONDS, os._exit, (1,))
     timer.daemon = True
     timer.start()
 
@@ -151,7 +151,7 @@ def _exit_after(parent: BaseProcess) -> None:
     os._exit(1)
 
 
-class FixedSampler(Sampler[list[Key]]):
+class ValidationSampler(Sampler[list[Key]]):
     """The first ``n_items`` examples of epoch 0, those of this rank, ``batch_size`` at a time: for validation."""
 
     def __init__(self, n_items: int, batch_size: int, *, rank: int = 0, world_size: int = 1) -> None:

@@ -47,7 +47,7 @@ class AudioFault:
     in_excerpt_only: bool = False
 
 
-class BadExcerpt(Exception):
+class ExcerptError(Exception):
     """An excerpt that must not be trained on."""
 
     def __init__(self, fault: AudioFault) -> None:
@@ -69,27 +69,29 @@ def read_excerpt(track: Track, start_seconds: float, n_samples: int, sample_rate
         ``(1, n_samples)``, finite.
 
     Raises:
-        BadExcerpt: If the file cannot be read, has another rate than was listed, holds samples that are not finite, or
+        ExcerptError: If the file cannot be read, has another rate than was listed, holds samples that are not finite, or
             is silent.
     """
-    if (fault := judge_file(track, keep_silent=keep_silent)) is not None:
-        raise BadExcerpt(fault)
+    if (fault := check_file(track, keep_silent=keep_silent)) is not None:
+        raise ExcerptError(fault)
     path = str(track.path)
     try:
         audio, rate = read_audio(track.path, start_seconds, n_samples / sample_rate + 0.05)
     except AudioError as error:
-        raise BadExcerpt(AudioFault("AUDIO_UNREADABLE", path, str(error))) from error
+        raise ExcerptError(AudioFault("AUDIO_UNREADABLE", path, str(error))) from error
     if (fault := _judge(audio, rate, track, keep_silent=True, start_seconds=start_seconds)) is not None:
-        raise BadExcerpt(fault)
+        raise ExcerptError(fault)
     mono = audio.mean(axis=0, keepdims=True, dtype=np.float32)
     excerpt = fit_length(resample(mono, rate, sample_rate), n_samples)
     if not keep_silent and _is_silent(excerpt):
-        raise BadExcerpt(AudioFault("AUDIO_SILENT", path, f"{path} is silent where it was read.", in_excerpt_only=True))
+        raise ExcerptError(
+            AudioFault("AUDIO_SILENT", path, f"{path} is silent where it was read.", in_excerpt_only=True)
+        )
     return excerpt
 
 
 @cache
-def judge_file(track: Track, *, keep_silent: bool) -> AudioFault | None:
+def check_file(track: Track, *, keep_silent: bool) -> AudioFault | None:
     """What is wrong with a whole file of up to `WHOLE_FILE_SECONDS`; None where nothing is, or the file is longer.
 
     The verdict hangs on the file alone, not on which excerpt was drawn first: so a run with a bad file equals one that

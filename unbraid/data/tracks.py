@@ -46,12 +46,12 @@ class Track:
         return self.stems[0][1]
 
     @classmethod
-    def of(cls, path: Path, info: AudioInfo, *, group: str, split: str = "", kind: str = "") -> "Track":
+    def from_file_info(cls, path: Path, info: AudioInfo, *, group: str, split: str = "", kind: str = "") -> "Track":
         """A plain recording."""
         return cls((("audio", path),), group, info.seconds, info.sample_rate, split, kind)
 
 
-def split_named(name: str) -> str:
+def parse_split(name: str) -> str:
     """``train``, ``valid`` or ``test`` for any of the usual names (tr, dev, cv, tt ...); empty for any other."""
     return _SPLIT_NAMES.get(name.lower(), "")
 
@@ -88,7 +88,7 @@ def _read_row(manifest: Path, root: Path, number: int, row: dict[str, str], grou
     audio = root / row["path"]
     if not row["path"] or not _is_below(audio, root):
         raise DataError(f"{manifest}, row {number}: path {row['path']!r} must lead to a file below {root}.")
-    split = split_named(row.get("split", ""))
+    split = parse_split(row.get("split", ""))
     if row.get("split") and not split:
         raise DataError(f"{manifest}, row {number}: split {row['split']!r} is not one of {', '.join(SPLITS)}.")
     try:
@@ -101,7 +101,7 @@ def _read_row(manifest: Path, root: Path, number: int, row: dict[str, str], grou
     if seconds and int(sample_rate):
         return Track((("audio", audio),), row[group], seconds, int(sample_rate), split, kind)
     try:
-        return Track.of(audio, probe_audio(audio), group=row[group], split=split, kind=kind)
+        return Track.from_file_info(audio, probe_audio(audio), group=row[group], split=split, kind=kind)
     except AudioError as error:
         fault = f"{manifest}, row {number}: {error}"
         return Track((("audio", audio),), row[group], 0.0, 0, split, kind, fault=fault)
@@ -126,7 +126,7 @@ def write_manifest(path: Path, tracks: Iterable[Track]) -> None:
             )
 
 
-def with_splits(tracks: Sequence[Track], *, n_sources: int) -> list[Track]:
+def assign_splits(tracks: Sequence[Track], *, n_sources: int) -> list[Track]:
     """Give every track a split where none has one: about 80, 10 and 10 % of the speakers, chosen by their names' hash.
 
     A speaker is in one split only, and each split has enough speakers for a mixture. Tracks that have splits keep them.
@@ -149,7 +149,7 @@ def with_splits(tracks: Sequence[Track], *, n_sources: int) -> list[Track]:
     return [replace(track, split=held_out.get(track.group, "train")) for track in tracks]
 
 
-def by_group(tracks: Iterable[Track]) -> dict[str, list[Track]]:
+def group_tracks(tracks: Iterable[Track]) -> dict[str, list[Track]]:
     """Tracks of each speaker, in the order they came."""
     groups: dict[str, list[Track]] = defaultdict(list)
     for track in tracks:

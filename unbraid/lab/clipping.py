@@ -10,7 +10,7 @@ from typing import Any
 from unbraid.build import list_tracks, load_model
 from unbraid.config.recipe import load_recipe
 from unbraid.config.schema import assignment
-from unbraid.data.dataset import mixtures
+from unbraid.data.dataset import make_dataset
 from unbraid.errors import CheckpointError, RecipeError, nearest
 from unbraid.evaluate import evaluate
 from unbraid.io import write_atomically
@@ -212,7 +212,7 @@ def score(cell: Cell, *, n_items: int, progress: Progress | None = None) -> list
     if CONTESTS[name].of_embedding:
         model = Clustered(model, n_sources=recipe.data.n_sources)
     tracks, noise = list_tracks(recipe)
-    tested = mixtures(tracks, replace(recipe.data, seed=0), "test", noises=noise)
+    tested = make_dataset(tracks, replace(recipe.data, seed=0), "test", noises=noise)
     scores = []
     for row, _ in evaluate(model, tested, recipe, n_items=n_items):
         scores.append(row["si_sdri"])

@@ -93,7 +93,7 @@ def diagnose(
     for name, tensor in model.named_parameters():
         if (bad := _first_bad(tensor)) is not None:
             return Diagnosis("weights", precision.name, None, None, name, *bad)
-    alone = [batch.pick([place]) for place in range(len(batch.mixture))]
+    alone = [batch.select([place]) for place in range(len(batch.mixture))]
     unclear = Diagnosis("none", precision.name)
     looks = [(*one, backward) for backward in (False, True) for one in enumerate(alone)]
     for place, some, backward in [*looks, (None, batch, True)]:
@@ -123,7 +123,7 @@ def bad_by_gradient(
     for place in range(len(batch.mixture)):
         try:
             with _undisturbed(model, seed, step, rank):
-                value = compute_losses(model, loss, precision, batch.pick([place]))[1].sum()
+                value = compute_losses(model, loss, precision, batch.select([place]))[1].sum()
                 scaled = value * precision.scale_on(value.device)
                 gradients = torch.autograd.grad(scaled, parameters, allow_unused=True)
         except _CANNOT_BE_TOLD:
@@ -153,7 +153,7 @@ def bad_by_loss(
     for place in range(len(batch.mixture)):
         try:
             with _undisturbed(model, seed, step, rank), torch.no_grad():
-                value = compute_losses(model, loss, precision, batch.pick([place]))[1]
+                value = compute_losses(model, loss, precision, batch.select([place]))[1]
         except _CANNOT_BE_TOLD:
             return []
         if not bool(value.isfinite().all() & (value.abs() <= limit).all()):

@@ -287,7 +287,7 @@ def rescued(
     items = tuple(
         one.batch.items[place] for one, bad in zip(attempt.ran, guilty, strict=True) if one.batch.items for place in bad
     )
-    pieces = [one.batch.pick(places) for one, places in zip(attempt.ran, clean, strict=True) if places]
+    pieces = [one.batch.select(places) for one, places in zip(attempt.ran, clean, strict=True) if places]
     again = run_once(state, pieces or [_stand_in(attempt.ran[0].batch)], step, notes, divisible=divisible)
     return replace(again, set_aside=items, n_set_aside=round(n_guilty))
 
@@ -312,7 +312,7 @@ def _stand_in(batch: Batch) -> Batch:
     """One example of harmless noise that counts nothing, so that its rank can run the backward of the others."""
     rng = torch.Generator().manual_seed(0)
     sources = 0.1 * torch.randn(batch.sources[:1].shape, generator=rng).to(batch.sources)
-    return Batch.of(sources.sum(1), sources, weight=batch.weight.new_zeros(1))
+    return Batch.from_tensors(sources.sum(1), sources, weight=batch.weight.new_zeros(1))
 
 
 def can_shrink(state: TrainState, scale: float) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 from unbraid import dist
 from unbraid.data.batch import Batch
 from unbraid.data.dataset import MixtureDataset
-from unbraid.data.loader import FixedSampler, collate
+from unbraid.data.loader import ValidationSampler, collate
 from unbraid.data.mixing import AudioFault
 from unbraid.inference import infer
 from unbraid.losses.pit import judge_by, order_as_targets, output_order
@@ -46,7 +46,7 @@ def make_validator(
     def validate(state: TrainState) -> ValidationScores:
         sums, faults, sounds = torch.zeros(4, dtype=torch.float64), list[AudioFault](), list[AudioExample]()
         of_items = torch.zeros(n_items, 1 + dataset.settings.n_sources, dtype=torch.float64)
-        for keys in FixedSampler(n_items, batch_size, rank=dist.rank(), world_size=dist.world_size()):
+        for keys in ValidationSampler(n_items, batch_size, rank=dist.rank(), world_size=dist.world_size()):
             loaded = collate([dataset[key] for key in keys])
             faults.extend(loaded.faults)
             batch = loaded.batch.to(state.device)
