@@ -5,7 +5,7 @@ import pytest
 import soundfile
 
 from unbraid.data import synthetic
-from unbraid.data.synthetic import SyntheticSpeechError, make_sentences, make_synthetic_speech, make_talkers
+from unbraid.data.synthetic import SynthesisError, make_sentences, make_synthetic_speech, make_talkers
 
 SMALL = {"n_speakers": 7, "n_utterances": 2}
 
@@ -104,18 +104,18 @@ def test_sentences_come_from_seed_and_index():
 
 def test_a_missing_library_is_named_with_the_way_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setattr(synthetic.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(SyntheticSpeechError, match=r"unbraid\[demo\]"):
+    with pytest.raises(SynthesisError, match=r"unbraid\[demo\]"):
         make_synthetic_speech(tmp_path)
 
 
 def test_a_voice_that_is_not_there_is_named(tmp_path, monkeypatch):
     pytest.importorskip("espeakng_loader")
     monkeypatch.setattr(synthetic, "ACCENTS", "nowhere")
-    with pytest.raises(SyntheticSpeechError, match="no voice nowhere"):
+    with pytest.raises(SynthesisError, match="no voice nowhere"):
         make_synthetic_speech(tmp_path, n_speakers=6, n_utterances=1)
     assert not (tmp_path / "speech.csv").exists()
 
 
 def test_too_few_speakers_are_refused(tmp_path):
-    with pytest.raises(SyntheticSpeechError, match="at least 6"):
+    with pytest.raises(SynthesisError, match="at least 6"):
         make_synthetic_speech(tmp_path, n_speakers=2)

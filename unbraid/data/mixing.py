@@ -69,8 +69,8 @@ def read_excerpt(track: Track, start_seconds: float, n_samples: int, sample_rate
         ``(1, n_samples)``, finite.
 
     Raises:
-        ExcerptError: If the file cannot be read, has another rate than was listed, holds samples that are not finite, or
-            is silent.
+        ExcerptError: If the file cannot be read, has another sample rate than listed, has samples that are not finite,
+            or is silent.
     """
     if (fault := check_file(track, keep_silent=keep_silent)) is not None:
         raise ExcerptError(fault)
@@ -84,9 +84,8 @@ def read_excerpt(track: Track, start_seconds: float, n_samples: int, sample_rate
     mono = audio.mean(axis=0, keepdims=True, dtype=np.float32)
     excerpt = fit_length(resample(mono, rate, sample_rate), n_samples)
     if not keep_silent and _is_silent(excerpt):
-        raise ExcerptError(
-            AudioFault("AUDIO_SILENT", path, f"{path} is silent where it was read.", in_excerpt_only=True)
-        )
+        message = f"{path} is silent in the excerpt that was read."
+        raise ExcerptError(AudioFault("AUDIO_SILENT", path, message, in_excerpt_only=True))
     return excerpt
 
 

@@ -3,8 +3,8 @@
 A talker is an accent, a voice variant and a pitch, range and rate of its own, reading sentences put together from word
 lists. No variant is shared between train, valid and test, and neither are the variants derived from it.
 
-eSpeak NG keeps one global state a process and may print to stderr. So this file is also a program: `make_synthetic_speech` starts
-it as often as there are groups of talkers, a fresh process each, and the bytes do not depend on how many run at once.
+eSpeak NG keeps one global state a process and may print to stderr. So this file is also a program: `make_synthetic_speech`
+starts it once for each group of talkers, in a fresh process, and the bytes do not depend on how many run at once.
 """
 
 import csv
@@ -82,7 +82,7 @@ ENDINGS = (
 Audio = np.ndarray[Any, np.dtype[np.float32]]
 
 
-class SyntheticSpeechError(UserError):
+class SynthesisError(UserError):
     """Talkers cannot be made here; the message says what to do."""
 
 
@@ -131,15 +131,15 @@ def make_synthetic_speech(
             (``high`` or ``low``).
 
     Raises:
-        SyntheticSpeechError: If espeakng-loader is missing, or does not speak on this machine, or a count is too small.
+        SynthesisError: If espeakng-loader is missing, or does not speak on this machine, or a count is too small.
     """
     if n_speakers < 6 or n_utterances < 1 or sample_rate < 1:
-        raise SyntheticSpeechError(
+        raise SynthesisError(
             f"n_speakers={n_speakers}, n_utterances={n_utterances}, sample_rate={sample_rate}: "
             "at least 6 speakers, 1 utterance and 1 Hz are needed."
         )
     if importlib.util.find_spec("espeakng_loader") is None:
-        raise SyntheticSpeechError('The demo\'s talkers need eSpeak NG: pip install "unbraid[demo]"')
+        raise SynthesisError('The demo\'s talkers need eSpeak NG: pip install "unbraid[demo]"')
     folder = Path(folder).resolve()
     table, marker = folder / "speech.csv", folder / "speech.json"
     parameters = {
@@ -254,12 +254,10 @@ def run_groups(folder: Path, jobs: list[dict[str, Any]], sample_rate: int) -> It
                 command, input=task, capture_output=True, text=True, timeout=GROUP_SECONDS, check=False
             )
         except subprocess.TimeoutExpired:
-            raise SyntheticSpeechError(
-                f"eSpeak NG took more than {GROUP_SECONDS:.0f} s over {len(group)} talkers."
-            ) from None
+            raise SynthesisError(f"eSpeak NG took more than {GROUP_SECONDS:.0f} s over {len(group)} talkers.") from None
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-            raise SyntheticSpeechError(f"eSpeak NG could not speak for {group[0]['voice']} and the next ones: {reason}")
+            raise SynthesisError(f"eSpeak NG could not speak for {group[0]['voice']} and the next ones: {reason}")
         return json.loads(done.stdout)
 
     groups = [jobs[start : start + GROUP] for start in range(0, len(jobs), GROUP)]
@@ -284,7 +282,7 @@ class Speaker:
         os.chdir(data.parent)  # eSpeak cuts paths over 159 characters; a relative one is always short
         synchronous, do_not_exit = 2, 0x8000
         if self.library.espeak_Initialize(synchronous, 0, b".", do_not_exit) != SYNTHESIS_RATE:
-            raise SyntheticSpeechError(f"eSpeak NG did not start with the data in {data}.")
+            raise SynthesisError(f"eSpeak NG did not start with the data in {data}.")
         self.library.espeak_SetSynthCallback(self.callback)
 
     def receive(self, samples: int | None, n_samples: int, _events: int | None) -> int:
@@ -296,7 +294,7 @@ class Speaker:
     def select(self, talker: Talker) -> None:
         """Become `talker`."""
         if self.library.espeak_SetVoiceByName(talker.voice.encode()):
-            raise SyntheticSpeechError(f"eSpeak NG has no voice {talker.voice}.")
+            raise SynthesisError(f"eSpeak NG has no voice {talker.voice}.")
         for parameter, value in (
             (1, round(talker.rate / talker.tract)),
             (2, VOLUME),
@@ -312,7 +310,7 @@ class Speaker:
         text, utf8 = sentence.encode() + b"\0", 1
         failed = self.library.espeak_Synth(text, ctypes.c_size_t(len(text)), 0, 1, 0, utf8, None, None)
         if failed or self.library.espeak_Synchronize() or not self.pieces:
-            raise SyntheticSpeechError(f"eSpeak NG said nothing for {sentence!r}.")
+            raise SynthesisError(f"eSpeak NG said nothing for {sentence!r}.")
         return np.frombuffer(b"".join(self.pieces), np.int16).astype(np.float32) / np.float32(32768)
 
 
@@ -323,7 +321,7 @@ def trim_and_level(audio: Audio, sample_rate: int) -> Audio:
     power = np.square(frames).mean(-1)
     loud = np.flatnonzero(power > 1e-4 * power.max())
     if not len(loud):
-        raise SyntheticSpeechError("eSpeak NG gave digital silence.")
+        raise SynthesisError("eSpeak NG gave digital silence.")
     audio = audio[loud[0] * frame : (loud[-1] + 1) * frame]
     audio = audio - audio.mean()
     gain = 10 ** (RMS_DB / 20) / np.sqrt(np.square(audio).mean())
