@@ -1,10 +1,11 @@
-"""Talkers made on the spot by eSpeak NG, so that a first run downloads nothing.
+"""Synthetic talkers, spoken by eSpeak NG, so that a first run needs no download.
 
-A talker is an accent, a voice variant and a pitch, range and rate of its own, reading sentences put together from word
-lists. No variant is shared between train, valid and test, and neither are the variants derived from it.
+A talker is an accent, a voice variant, and a pitch, pitch range and rate, reading sentences put together from word
+lists. Variants that are derived from each other are all in one split: train, valid or test.
 
-eSpeak NG keeps one global state a process and may print to stderr. So this file is also a program: `make_synthetic_speech`
-starts it once for each group of talkers, in a fresh process, and the bytes do not depend on how many run at once.
+eSpeak NG keeps one global state per process and may print to stderr. So this file is also a program:
+`make_synthetic_speech` starts it once for each group of talkers, in a fresh process, and the bytes do not depend on how
+many run at once.
 """
 
 import csv
