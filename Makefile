@@ -8,12 +8,16 @@ DEMO_OUT ?= runs/demo
 demo: setup
 	$(BIN)/unbraid demo --out $(DEMO_OUT)
 
-test: setup
+test: setup node_modules
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest --cov --cov-report=term
+
+# Biome checks the dashboard's JavaScript and CSS; where npm is missing, its test is skipped.
+node_modules: package.json package-lock.json
+	@if command -v npm >/dev/null; then npm ci --no-audit --no-fund && touch node_modules; fi
 
 setup: .venv/.ready
 

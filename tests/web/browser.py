@@ -1,4 +1,4 @@
-"""A real browser that reaches nothing but this machine, and what it was asked for."""
+"""A real browser that can reach only this machine, and a record of its requests and errors."""
 
 import os
 import shutil
@@ -25,70 +25,75 @@ FLAGS = (
 
 @cache
 def chromium():
-    """The browser that is here, or is installed here; in CI it is never left out."""
-    if found := _found():
-        return found
-    if shutil.which("apt-get") and os.geteuid() == 0:
-        for words in (["update", "-qq"], ["install", "-y", "-qq", "chromium"]):
-            subprocess.run(["apt-get", *words], check=False, capture_output=True, timeout=600)
-    found = _found()
-    told = "No Chromium is here: install it (Debian's package chromium), so that the page can be tested."
-    if not found and os.environ.get("CI"):
-        pytest.fail(told)
-    if not found:
-        pytest.skip(told)
-    return found
+    """Return the path of a browser, installed if need be; without one the test fails in CI and is skipped elsewhere."""
+    path = _installed_browser()
+    if path is None and shutil.which("apt-get") and os.geteuid() == 0:
+        for arguments in (["update", "-qq"], ["install", "-y", "-qq", "chromium"]):
+            subprocess.run(["apt-get", *arguments], check=False, capture_output=True, timeout=600)
+        path = _installed_browser()
+    if path is None:
+        reason = "Chromium was not found. Install it (package chromium on Debian) to test the page."
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return path
 
 
-def _found():
-    return next((path for name in NAMES if (path := shutil.which(name))), None)
+def _installed_browser():
+    for name in NAMES:
+        path = shutil.which(name)
+        if path:
+            return path
+    return None
 
 
 @contextmanager
-def opened(**context):
-    """A page of a fresh browser: ``page.asked`` are the addresses it asked for, ``page.faults`` what went wrong."""
-    root = ["--no-sandbox"] if getattr(os, "geteuid", lambda: 1)() == 0 else []
+def open_page(**context):
+    """Open a page in a fresh browser, with its requests in ``page.requested`` and its errors in ``page.errors``."""
+    is_root = hasattr(os, "geteuid") and os.geteuid() == 0
+    sandbox = ["--no-sandbox"] if is_root else []  # Chromium refuses to run as root in its sandbox
     with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=chromium(), args=[*FLAGS, *root])
+        browser = driver.chromium.launch(executable_path=chromium(), args=[*FLAGS, *sandbox])
         page = browser.new_context(**context).new_page()
         page.set_default_timeout(60_000)
-        page.asked, page.faults = [], []
-        page.on("request", lambda request: page.asked.append(request.url))
-        page.on("pageerror", lambda error: page.faults.append(str(error)))
-        page.on("console", lambda said: page.faults.append(said.text) if said.type in ("error", "warning") else None)
-        page.on("dialog", lambda dialog: (page.faults.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+        page.requested = []
+        page.errors = []
+        page.on("request", lambda request: page.requested.append(request.url))
+        page.on("pageerror", lambda error: page.errors.append(str(error)))
+        page.on("console", lambda entry: page.errors.append(entry.text) if entry.type in ("error", "warning") else None)
+        page.on("dialog", lambda dialog: (page.errors.append(f"dialog: {dialog.message}"), dialog.dismiss()))
         try:
             yield page
         finally:
             browser.close()
 
 
-def comes_true(page, words, *, seconds=60):
-    """Wait for an expression to hold; the page itself may evaluate no text, so that it is asked again and again."""
-    until(lambda: page.evaluate(words), seconds=seconds)
+def wait_until_true(page, expression, *, seconds=60):
+    """Wait for a JavaScript expression. Playwright's own wait uses eval, which the page's security policy forbids."""
+    until(lambda: page.evaluate(expression), seconds=seconds)
 
 
-def foreign(page, served=None):
-    """Addresses asked for that are not the page's own."""
+def foreign_requests(page, served=None):
+    """Return the addresses requested from anywhere but the page's own server."""
     own = f"{served.host}:{served.port}" if served else ""
-    parts = [urlsplit(address) for address in page.asked]
+    parts = [urlsplit(address) for address in page.requested]
     return [part.geturl() for part in parts if part.scheme not in ("data", "blob", "file") and part.netloc != own]
 
 
-INK = """key => {
+COLOURS_IN_CHART = """key => {
   const canvas = document.querySelector(`#chart-${key} canvas`);
   if (!canvas) return [];
   const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
-  const found = new Map();
+  const counts = new Map();
   for (let at = 0; at < data.length; at += 4) {
     if (data[at + 3] < 200) continue;
     const colour = `#${[0, 1, 2].map((k) => data[at + k].toString(16).padStart(2, "0")).join("")}`;
-    found.set(colour, (found.get(colour) || 0) + 1);
+    counts.set(colour, (counts.get(colour) || 0) + 1);
   }
-  return [...found].filter(([, n]) => n > 20).map(([colour]) => colour);
+  return [...counts].filter(([, n]) => n > 20).map(([colour]) => colour);
 }"""
 
 
-def ink(page, key):
-    """The colours that a chart is drawn in."""
-    return set(page.evaluate(INK, key))
+def colours_in_chart(page, key):
+    """Return the colours of a chart's opaque pixels."""
+    return set(page.evaluate(COLOURS_IN_CHART, key))

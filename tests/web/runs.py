@@ -1,4 +1,4 @@
-"""Run directories as a run leaves them, made up, for the page and the report to show."""
+"""Synthetic run directories for the page and the report to show."""
 
 import json
 
@@ -11,7 +11,7 @@ RATE = 8000
 
 
 def write_run(path, *, n_steps=400, seed=0, max_steps=None, change=None):
-    """A healthy run directory; ``change`` gets the made-up run before it is written."""
+    """Write a healthy run directory; ``change`` may alter the synthetic run before."""
     run = Run(n_steps, seed=seed, every=100)
     run.recipe["train"]["max_steps"] = n_steps if max_steps is None else max_steps
     if change is not None:
@@ -25,7 +25,7 @@ def write_run(path, *, n_steps=400, seed=0, max_steps=None, change=None):
 
 
 def add_steps(path, first, n):
-    """Go on with a run's steps as a run does: a line each."""
+    """Append steps to a run, one line each."""
     template = json.loads((path / "steps.jsonl").read_text().splitlines()[0])
     with (path / "steps.jsonl").open("a") as file:
         for step in range(first, first + n):
@@ -36,8 +36,8 @@ def tone(hz, seconds=1.0):
     return (0.2 * np.sin(2 * np.pi * hz * np.arange(round(seconds * RATE)) / RATE)).astype(np.float32)
 
 
-def add_sounds(path, *, steps=(100, 400), n_items=2, seconds=1.0, files=("a/one.wav", "b/two.wav")):
-    """Validation examples of some steps: two tones each, and estimates that get better."""
+def add_audio(path, *, steps=(100, 400), n_items=2, seconds=1.0, files=("a/one.wav", "b/two.wav")):
+    """Write validation examples of some steps: two tones each, and estimates that get better."""
     folder = path / "audio"
     for step in steps:
         (folder / f"step-{step:06d}").mkdir(parents=True)
@@ -46,11 +46,11 @@ def add_sounds(path, *, steps=(100, 400), n_items=2, seconds=1.0, files=("a/one.
         _write(folder / f"{index:03d}-mixture.wav", sources[0] + sources[1])
         for n, source in enumerate(sources, 1):
             _write(folder / f"{index:03d}-reference-{n}.wav", source)
-            for place, step in enumerate(steps):
-                _write(folder / f"step-{step:06d}" / f"{index:03d}-estimate-{n}.wav", source + 0.1 / (1 + place))
-    for place, step in enumerate(steps):
+            for order, step in enumerate(steps, 1):
+                _write(folder / f"step-{step:06d}" / f"{index:03d}-estimate-{n}.wav", source + 0.1 / order)
+    for order, step in enumerate(steps):
         items = [
-            {"index": i, "si_sdri": 3.0 + place, "si_sdr": [4.0, 5.0], "files": list(files)} for i in range(n_items)
+            {"index": i, "si_sdri": 3.0 + order, "si_sdr": [4.0, 5.0], "files": list(files)} for i in range(n_items)
         ]
         scores = {"step": step, "sample_rate": RATE, "items": items}
         (folder / f"step-{step:06d}" / "scores.json").write_text(json.dumps(scores))

@@ -1,4 +1,4 @@
-"""A dashboard as a user starts it: a process of its own, that tells its link."""
+"""A dashboard in a process of its own, as a user starts it."""
 
 import http.client
 import json
@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 
 class Served(NamedTuple):
-    """Where a dashboard answers, and the token of its link."""
+    """A running dashboard and the token of its link."""
 
     host: str
     port: int
@@ -28,14 +28,14 @@ class Served(NamedTuple):
         return f"unbraid-{self.port}={self.token}"
 
     def ask(self, path, *, method="GET", cookie=True, **headers):
-        """Status, headers and body."""
+        """Return status, headers and body."""
         connection = http.client.HTTPConnection(self.host, self.port, timeout=30)
-        given = {name.replace("_", "-"): value for name, value in headers.items()}
-        connection.request(method, path, headers=given | ({"Cookie": self.cookie} if cookie else {}))
-        answer = connection.getresponse()
-        body = answer.read()
+        sent = {name.replace("_", "-"): value for name, value in headers.items()}
+        connection.request(method, path, headers=sent | ({"Cookie": self.cookie} if cookie else {}))
+        response = connection.getresponse()
+        body = response.read()
         connection.close()
-        return answer.status, dict(answer.getheaders()), body
+        return response.status, dict(response.getheaders()), body
 
     def json(self, path):
         status, _, body = self.ask(path)
@@ -44,14 +44,12 @@ class Served(NamedTuple):
 
 
 @contextmanager
-def dashboard(*paths, words=()):
-    """Start `unbraid dashboard`, and end it."""
-    command = [sys.executable, "-m", "unbraid", "dashboard", *map(str, paths), *(words or ("--port", "0"))]
+def dashboard(*paths, options=("--port", "0")):
+    """Run `unbraid dashboard` while the context is open."""
+    command = [sys.executable, "-m", "unbraid", "dashboard", *map(str, paths), *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        link = None
-        while link is None and (line := process.stdout.readline()):
-            link = re.search(r"http://\S+", line)
+        link = re.search(r"http://\S+", process.stdout.readline())
         assert link, process.stderr.read()
         parts = urlsplit(link[0])
         yield Served(parts.hostname, parts.port, parts.query.removeprefix("token="), process)
@@ -61,9 +59,9 @@ def dashboard(*paths, words=()):
             process.communicate(timeout=20)
 
 
-def until(holds, *, seconds=30):
-    """Wait for something to hold, and fail if it does not."""
-    ends = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < ends, "it did not come to hold"
+def until(condition, *, seconds=30):
+    """Wait until a condition holds; fail after some seconds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not hold in time"
         time.sleep(0.05)

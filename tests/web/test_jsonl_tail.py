@@ -1,159 +1,102 @@
-"""A run directory is followed as it grows, is cut back, breaks off, and comes and goes."""
+"""Each line of a growing file is read once, and torn, endless and rewritten lines are handled."""
 
 import json
 
-import numpy as np
-from runs import add_steps, write_run
+import pytest
 
 from unbraid.web import jsonl_tail
-from unbraid.web.jsonl_tail import Followed, runs_in
-from unbraid.web.step_columns import COLUMNS
-
-LOSS = COLUMNS.index("loss")
+from unbraid.web.jsonl_tail import JsonlTail
 
 
-def read(path):
-    run = Followed(path)
-    while run.advance():
-        pass
-    return run
+def lines(first, last):
+    return "".join(json.dumps({"step": step}) + "\n" for step in range(first, last + 1))
 
 
-def test_lines_are_read_once_as_they_come(tmp_path):
-    path = write_run(tmp_path / "run", n_steps=100)
-    run = read(path)
-    add_steps(path, 101, 5)
-
-    assert run.advance()
-    assert not run.advance()
-    assert run.last_step == 105
-    assert run.n_steps == 105
+@pytest.fixture
+def tail(tmp_path):
+    return JsonlTail(tmp_path / "steps.jsonl")
 
 
-def test_a_line_is_read_when_it_is_whole(tmp_path):
-    path = write_run(tmp_path / "run", n_steps=10)
-    run = read(path)
-    line = json.dumps({"step": 11, "outcome": "trained", "loss": -1.0}) + "\n"
-    with (path / "steps.jsonl").open("a") as file:
-        file.write(line[:20])
-        file.flush()
-        run.advance()
-        assert run.last_step == 10
-        file.write(line[20:])
-
-    run.advance()
-
-    assert run.last_step == 11
-    assert run.n_torn == 0
+def append(tail, text):
+    with tail.path.open("a") as file:
+        file.write(text)
 
 
-def test_a_torn_line_is_counted_and_passed_over(tmp_path):
-    path = write_run(tmp_path / "run", n_steps=10)
-    with (path / "steps.jsonl").open("a") as file:
-        file.write('{"step": 11, "lo\n')
-    add_steps(path, 11, 2)
-
-    run = read(path)
-
-    assert (run.last_step, run.n_torn) == (12, 1)
+def read_steps(tail, **options):
+    """Read until nothing new is complete."""
+    steps = []
+    while tail.unread_bytes:
+        rows, _ = tail.read_rows(**options)
+        steps += [row["step"] for row in rows]
+    return steps
 
 
-def test_a_run_that_goes_back_to_a_checkpoint_is_read_anew(tmp_path):
-    path = write_run(tmp_path / "run", n_steps=100)
-    run = read(path)
-    lines = (path / "steps.jsonl").read_text().splitlines(keepends=True)[:60]
-    (path / "steps.jsonl").write_text("".join(lines))
-    add_steps(path, 61, 100)  # longer than before: the length alone would not show it
-
-    while run.advance():
-        pass
-
-    steps = run.thinned(0, 10**6, 10**6).steps
-    np.testing.assert_array_equal(steps, np.arange(1, 161))
+def test_a_file_that_does_not_exist_yet_is_empty(tail):
+    assert tail.read_rows() == ([], [])
+    assert not tail.reset_if_rewritten()
 
 
-def test_zoomed_far_in_each_step_is_shown_though_buckets_hold_many(tmp_path, monkeypatch):
-    path = write_run(tmp_path / "run", n_steps=600)
-    exact = read(path).thinned(301, 320, 100)
-    monkeypatch.setattr(jsonl_tail.Buckets.__init__, "__kwdefaults__", {"capacity": 16})
-    run = read(path)
-    assert run.buckets.width == 64
+def test_each_line_is_read_once(tail):
+    append(tail, lines(1, 10))
+    assert read_steps(tail) == list(range(1, 11))
+    append(tail, lines(11, 12))
 
-    near = run.thinned(301, 320, 100)
-
-    np.testing.assert_array_equal(near.steps, np.arange(301, 321))
-    np.testing.assert_allclose(near.mean[LOSS], exact.mean[LOSS], rtol=1e-6)
+    assert read_steps(tail) == [11, 12]
+    assert read_steps(tail) == []
 
 
-def test_the_mean_loss_is_that_of_trained_steps_alone(tmp_path):
-    def sick(run):
-        run.steps[3].update(outcome="nonfinite_loss", loss=None, loss_text="nan")
-        run.steps[4].update(outcome="all_filtered", loss=-40.0)
+def test_offsets_point_at_the_lines(tail):
+    append(tail, lines(8, 12))
 
-    run = read(write_run(tmp_path / "run", n_steps=10, change=sick))
+    rows, offsets = tail.read_rows()
 
-    thinned = run.thinned(1, 10, 10)
-
-    assert np.isnan(thinned.mean[LOSS, 3:5]).all()
-    assert thinned.total[COLUMNS.index("nonfinite_loss")].tolist() == [0, 0, 0, 1, 0, 0, 0, 0, 0, 0]
-    assert thinned.total[COLUMNS.index("all_filtered")].sum() == 1
+    with tail.path.open("rb") as file:
+        for row, offset in zip(rows, offsets, strict=True):
+            file.seek(offset)
+            assert json.loads(file.readline()) == row
 
 
-def test_runs_are_found_below_a_folder_and_links_are_not_followed(tmp_path):
-    one = write_run(tmp_path / "runs" / "one", n_steps=3)
-    two = write_run(tmp_path / "runs" / "deep" / "two", n_steps=3)
-    write_run(tmp_path / "elsewhere", n_steps=3)
-    (tmp_path / "runs" / "link").symlink_to(tmp_path / "elsewhere")
+def test_an_incomplete_line_is_read_when_it_is_complete(tail):
+    append(tail, '{"step": 1}\n{"ste')
+    assert read_steps(tail) == [1]
+    assert tail.unread_bytes == 0
 
-    assert runs_in([tmp_path / "runs"]) == [two, one]
-    assert runs_in([one, one]) == [one]
+    append(tail, 'p": 2}\n')
 
-
-def test_files_that_are_not_there_yet_are_no_fault(tmp_path):
-    (tmp_path / "run").mkdir()
-
-    run = Followed(tmp_path / "run")
-
-    assert not run.advance()
-    assert run.thinned(0, 10, 10).steps.size == 0
+    assert read_steps(tail) == [2]
+    assert tail.n_torn == 0
 
 
-def test_a_megabyte_that_cannot_be_read_does_not_end_the_reading(tmp_path):
-    path = write_run(tmp_path / "run", n_steps=10)
-    with (path / "steps.jsonl").open("a") as file:
-        file.write(f"{'x' * 99}\n" * 30_000)
-    add_steps(path, 11, 5)
+def test_a_torn_line_is_counted_and_skipped(tail):
+    append(tail, lines(1, 10) + '{"step": 11, "lo\n' + lines(11, 12))
 
-    run = read(path)
-
-    assert (run.last_step, run.n_torn, run.unread_bytes) == (15, 30_000, 0)
+    assert read_steps(tail) == list(range(1, 13))
+    assert tail.n_torn == 1
 
 
-def test_a_line_without_an_end_is_passed_over(tmp_path, monkeypatch):
-    monkeypatch.setattr(jsonl_tail, "LONGEST", 5000)
-    monkeypatch.setattr(jsonl_tail.Lines.next, "__defaults__", (1000,))
-    path = write_run(tmp_path / "run", n_steps=10)
-    with (path / "steps.jsonl").open("ab") as file:
-        file.write(bytes(12_000) + b"\n")
-    add_steps(path, 11, 5)
+def test_a_line_without_an_end_is_skipped(tail, monkeypatch):
+    monkeypatch.setattr(jsonl_tail, "MAX_LINE_BYTES", 5000)
+    append(tail, lines(1, 10) + "\0" * 12_000 + "\n" + lines(11, 15))
 
-    run = read(path)
-
-    assert run.last_step == 15
-    assert run.n_torn >= 1
+    assert read_steps(tail, n_bytes=1000) == list(range(1, 16))
+    assert tail.n_torn >= 1
 
 
-def test_a_step_that_was_rescued_is_counted(tmp_path):
-    path = write_run(tmp_path / "run", n_steps=10, change=lambda run: run.steps[4].update(n_bad=1))
+@pytest.mark.parametrize("last", [30, 160])
+def test_a_rewritten_file_is_read_from_the_beginning(tail, last):
+    append(tail, lines(1, 100))
+    read_steps(tail)
+    tail.path.write_text(lines(1, 20) + lines(22, last + 1))  # longer than before in one case: its size tells nothing
 
-    assert read(path).thinned(1, 10, 10).total[COLUMNS.index("rescued")].tolist() == [0] * 4 + [1] + [0] * 5
+    assert tail.reset_if_rewritten()
+    assert read_steps(tail) == [*range(1, 21), *range(22, last + 2)]
 
 
-def test_very_many_validations_are_kept_in_bounded_room(tmp_path, monkeypatch):
-    monkeypatch.setattr(jsonl_tail, "VALIDATIONS_KEPT", 4)
-    path = write_run(tmp_path / "run", n_steps=2000)
-    run = read(path)
+@pytest.mark.parametrize(
+    "line", ['{"step": true}', '{"step": null}', '{"step": -1}', f'{{"step": {2**70}}}', '["step"]', "7", "[" * 9000]
+)
+def test_rows_without_a_valid_step_count_as_torn(tail, line):
+    append(tail, f"{line}\n")
 
-    assert run.n_validations == 20
-    assert len(run.validations) <= 20
-    assert set(run.validations[0]) == {"step", "loss", "si_sdr", "si_sdri", "best"}
+    assert read_steps(tail) == []
+    assert tail.n_torn == 1

@@ -1,4 +1,4 @@
-"""The dashboard answers the holder of its link, on this machine, and reads only."""
+"""The dashboard answers requests with its token, on this machine, and only reads."""
 
 import json
 import signal
@@ -9,48 +9,48 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import add_sounds, add_steps, write_run
+from runs import add_audio, add_steps, write_run
 from served import dashboard, until
 
 from unbraid.cli.main import main
-from unbraid.web.run_payloads import run_id
+from unbraid.web.payloads import run_id
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    add_sounds(write_run(folder / "one", n_steps=300, max_steps=1000))
+    add_audio(write_run(folder / "one", n_steps=300, max_steps=1000))
     write_run(folder / "two", n_steps=200, seed=1)
     return folder
 
 
 @pytest.fixture(scope="module")
 def served(folder):
-    with dashboard(folder) as found:
-        yield found
+    with dashboard(folder) as server:
+        yield server
 
 
-def test_runs_curves_findings_and_sound_are_served(served, folder):
+def test_runs_curves_findings_and_audio_are_served(served, folder):
     runs = {run["name"]: run for run in served.json("/api/runs")}
     name = runs["one"]["id"]
 
     series = served.json(f"/api/series/{name}?n=50")
-    details = served.json(f"/api/run/{name}")
+    details = served.json(f"/api/details/{name}")
 
     assert {"one", "two"} <= set(runs)
     assert len(series["steps"]) <= 50
     assert series["last_step"] == 300
-    assert series["scores"]["step"] == [100, 200, 300]
+    assert series["validation"]["step"] == [100, 200, 300]
     assert details["recipe"]["optim.lr"] == "0.001"
-    assert served.json(f"/api/judged/{name}")["verdict"].startswith("healthy")
-    sound = details["examples"]["items"][0]["mixture"][0]
-    status, headers, body = served.ask(f"/api/sound/{name}?name={sound}")
-    assert (status, body) == (200, (folder / "one" / sound).read_bytes())
-    status, headers, body = served.ask(f"/api/picture/{name}?name={sound}")
+    assert served.json(f"/api/diagnosis/{name}")["verdict"].startswith("healthy")
+    recording = details["validation_examples"][0]["mixture"][0]
+    status, headers, body = served.ask(f"/api/audio/{name}?name={recording}")
+    assert (status, body) == (200, (folder / "one" / recording).read_bytes())
+    status, headers, body = served.ask(f"/api/spectrogram/{name}?name={recording}")
     assert (status, headers["content-type"], body[8:12]) == (200, "image/webp", b"WEBP")
 
 
-def test_the_links_token_opens_and_is_kept_in_a_cookie(served):
+def test_the_token_of_the_link_is_kept_in_a_cookie(served):
     status, headers, _ = served.ask(f"/?token={served.token}", cookie=False)
 
     assert (status, headers["location"]) == (303, "/")
@@ -60,7 +60,7 @@ def test_the_links_token_opens_and_is_kept_in_a_cookie(served):
 
 
 @pytest.mark.parametrize("path", ["/", "/api/runs", "/api/live", "/static/app.js", "/?token=guessed", "/?token="])
-def test_without_it_nothing_is_told(served, path):
+def test_without_the_token_nothing_is_served(served, path):
     status, _, body = served.ask(path, cookie=False)
 
     assert status == 403
@@ -74,12 +74,12 @@ def test_another_host_is_refused_even_with_the_token(served, host):
 
 
 @pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1", "127.0.0.1:9000", "[::1]:9000"])
-def test_this_machine_has_several_names_and_ports_are_forwarded(served, host):
+def test_every_name_of_this_machine_is_allowed_with_any_port(served, host):
     assert served.ask("/api/runs", Host=host)[0] == 200
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS"])
-def test_it_can_only_be_read(served, method):
+def test_only_reading_is_allowed(served, method):
     status, headers, _ = served.ask("/api/runs", method=method)
 
     assert (status, headers["allow"]) == (405, "GET, HEAD")
@@ -102,46 +102,46 @@ def test_every_answer_forbids_foreign_scripts(served, path):
         ("/static/../server.py", 404),
         ("/static/%2e%2e%2fserver.py", 404),
         ("/static/page.html", 404),
-        ("/api/run/nothere", 404),
+        ("/api/details/nothere", 404),
         ("/api/series/nothere", 404),
         ("/api/series/{one}?first=x", 400),
         ("/api/series/{one}?first=9&last=1", 400),
         ("/api/series/{one}?n=0", 400),
         ("/api/series/{one}?last=99999999999999999999999", 400),
-        ("/api/sound/{one}?name=recipe.toml", 404),
-        ("/api/sound/{one}?name=../two/recipe.toml", 404),
-        ("/api/sound/{one}?name=%00", 404),
-        ("/api/picture/{one}", 404),
+        ("/api/audio/{one}?name=recipe.toml", 404),
+        ("/api/audio/{one}?name=../two/recipe.toml", 404),
+        ("/api/audio/{one}?name=%00", 404),
+        ("/api/spectrogram/{one}", 404),
     ],
 )
-def test_what_cannot_be_asked_is_told_so(served, folder, path, status):
-    found, _, body = served.ask(path.format(one=run_id(folder / "one")))
+def test_bad_requests_are_refused(served, folder, path, status):
+    found_status, _, body = served.ask(path.format(one=run_id(folder / "one")))
 
-    assert found == status
+    assert found_status == status
     assert b"Traceback" not in body
 
 
-def test_a_step_and_a_new_run_are_told_as_they_come(served, folder):
+def test_new_steps_and_new_runs_are_streamed(served, folder):
     name = run_id(folder / "one")
     before = served.json(f"/api/series/{name}")["last_step"]
     live = socket.create_connection((served.host, served.port), timeout=30)
     request = f"GET /api/live HTTP/1.1\r\nHost: 127.0.0.1:{served.port}\r\nCookie: {served.cookie}\r\n\r\n"
     live.sendall(request.encode())
-    heard = b""
+    received = b""
     add_steps(folder / "one", before + 1, 1)
     write_run(folder / "three", n_steps=5)
 
-    while not (f'"last_step": {before + 1}'.encode() in heard and b'"name": "three"' in heard):
+    while not (f'"last_step": {before + 1}'.encode() in received and b'"name": "three"' in received):
         more = live.recv(65536)
-        assert more, heard
-        heard += more
+        assert more, received
+        received += more
 
-    assert b"event: grown" in heard
-    assert b"event: runs" in heard
+    assert b"event: grown" in received
+    assert b"event: runs" in received
     live.close()
 
 
-def test_a_run_that_is_deleted_is_no_fault(served, folder):
+def test_a_deleted_run_disappears_from_the_list(served, folder):
     path = write_run(folder / "gone", n_steps=5)
     name = run_id(path)
     until(lambda: any(run["name"] == "gone" for run in served.json("/api/runs")))
@@ -151,36 +151,36 @@ def test_a_run_that_is_deleted_is_no_fault(served, folder):
     path.rmdir()
 
     until(lambda: all(run["name"] != "gone" for run in served.json("/api/runs")))
-    assert served.ask(f"/api/run/{name}")[0] == 404
+    assert served.ask(f"/api/details/{name}")[0] == 404
 
 
-def test_it_listens_on_this_machine_alone(served):
+def test_it_listens_on_loopback_only(served):
     with pytest.raises(OSError, match="refused"):
         socket.create_connection(("127.0.0.2", served.port), timeout=5)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_it_while_a_page_listens(folder, number):
+def test_a_signal_stops_it_while_a_page_is_open(folder, number):
     with dashboard(folder) as served, socket.create_connection((served.host, served.port), timeout=30) as live:
-        host, cookie = f"Host: 127.0.0.1:{served.port}", f"Cookie: {served.cookie}"
-        live.sendall(f"GET /api/live HTTP/1.1\r\n{host}\r\n{cookie}\r\n\r\n".encode())
+        headers = f"Host: 127.0.0.1:{served.port}\r\nCookie: {served.cookie}"
+        live.sendall(f"GET /api/live HTTP/1.1\r\n{headers}\r\n\r\n".encode())
         assert live.recv(100)
 
         served.process.send_signal(number)
-        _, told = served.process.communicate(timeout=30)
+        _, errors = served.process.communicate(timeout=30)
 
-    assert "Traceback" not in told
+    assert "Traceback" not in errors
     assert served.process.returncode == {signal.SIGINT: 0, signal.SIGTERM: -signal.SIGTERM}[number]
 
 
-def test_a_mistake_is_one_sentence(tmp_path, capsys):
+def test_mistakes_are_explained(tmp_path, capsys):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
 
         assert main(["dashboard", str(tmp_path), "--port", port]) == 2
-    assert f"Nothing can listen at 127.0.0.1, port {port}" in capsys.readouterr().err
+    assert f"Cannot listen on 127.0.0.1, port {port}" in capsys.readouterr().err
     assert main(["dashboard", str(tmp_path / "nowhere")]) == 2
     assert "There is no folder" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
@@ -190,13 +190,14 @@ def test_a_mistake_is_one_sentence(tmp_path, capsys):
     assert "no.such.host.invalid" in capsys.readouterr().err
 
 
-def test_the_library_for_pages_imports_no_torch():
+def test_server_and_report_do_not_import_torch():
     code = "import sys; import unbraid.web.server, unbraid.web.report; sys.exit('torch' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-ODD = (
+# Records as a damaged disk or another program may leave them.
+ODD_ROWS = (
     {"step": None},
     {"step": True},
     {"step": 2**70},
@@ -220,9 +221,10 @@ ODD_LINES = (
 )
 
 
-def test_whatever_is_in_its_files_a_run_is_answered_for_and_hides_no_other(tmp_path):
-    odd, good = write_run(tmp_path / "odd", n_steps=40), write_run(tmp_path / "good", n_steps=40)
-    lines = [*map(json.dumps, ODD), *ODD_LINES]
+def test_damaged_records_break_neither_their_own_run_nor_others(tmp_path):
+    odd = write_run(tmp_path / "odd", n_steps=40)
+    good = write_run(tmp_path / "good", n_steps=40)
+    lines = [*map(json.dumps, ODD_ROWS), *ODD_LINES]
     for name in ("steps", "validation", "events"):
         with (odd / f"{name}.jsonl").open("a", encoding="utf-8") as file:
             file.writelines(f"{line}\n" for line in lines)
@@ -232,13 +234,13 @@ def test_whatever_is_in_its_files_a_run_is_answered_for_and_hides_no_other(tmp_p
         file.write('{"step": 50, "loss": NaN, "si_sdri": Infinity, "best": "yes"}\n')
     recipe = (odd / "recipe.toml").read_text().replace("max_steps = 40", 'max_steps = "many"\nmax_minutes = inf')
     (odd / "recipe.toml").write_text(recipe)
-    add_sounds(odd)
+    add_audio(odd)
     (odd / "audio" / "step-000100 copy").mkdir()
     (odd / "audio" / "step-000100 copy" / "scores.json").write_text("{}")
     (odd / "evaluation.csv").write_text("index,si_sdri\nx,nan\n0,inf\n")
     with dashboard(tmp_path) as served:
         for run in served.json("/api/runs"):
-            for kind in ("series", "run", "judged"):
+            for kind in ("series", "details", "diagnosis"):
                 assert served.ask(f"/api/{kind}/{run['id']}")[0] == 200, (run["name"], kind)
         add_steps(good, 41, 3)
         add_steps(odd, 60, 3)
@@ -248,7 +250,7 @@ def test_whatever_is_in_its_files_a_run_is_answered_for_and_hides_no_other(tmp_p
     assert main(["report", str(odd)]) == 0
 
 
-def test_a_run_that_cannot_be_read_is_listed_with_its_fault(tmp_path):
+def test_an_unreadable_run_is_listed_with_its_problem(tmp_path):
     write_run(tmp_path / "good", n_steps=5)
     (tmp_path / "odd" / "steps.jsonl").mkdir(parents=True)
     with dashboard(tmp_path) as served:
@@ -257,14 +259,14 @@ def test_a_run_that_cannot_be_read_is_listed_with_its_fault(tmp_path):
         assert runs["good"]["step"] == 5
 
 
-def test_runs_of_one_name_are_told_apart(tmp_path):
+def test_runs_of_the_same_name_are_listed_with_their_folder(tmp_path):
     for folder in ("a", "b"):
         write_run(tmp_path / folder / "run", n_steps=3)
     with dashboard(tmp_path) as served:
         assert {run["name"] for run in served.json("/api/runs")} == {"a/run", "b/run"}
 
 
-def test_a_last_line_that_is_not_whole_costs_nothing_while_it_waits(tmp_path):
+def test_an_incomplete_last_line_is_not_read_again_and_again(tmp_path):
     path = write_run(tmp_path / "killed", n_steps=20)
     with (path / "steps.jsonl").open("ab") as file:
         file.write(b'{"step": 21' + bytes(3 * 2**20))
@@ -276,6 +278,5 @@ def test_a_last_line_that_is_not_whole_costs_nothing_while_it_waits(tmp_path):
         if reads.exists():
             before = reads.read_text().split()[1]
             time.sleep(1.5)
-            assert (
-                int(reads.read_text().split()[1]) - int(before) < 2**20
-            )  # three megabytes each time, were it read again
+            n_bytes = int(reads.read_text().split()[1]) - int(before)
+            assert n_bytes < 2**20  # the line has three times as many

@@ -1,11 +1,11 @@
-"""The report: a run as one file, to be sent, printed and opened anywhere, with no network."""
+"""The report: a run's page as one file that can be mailed, printed and opened without a network."""
 
 import base64
 import hashlib
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,121 +14,189 @@ from unbraid.audio import read_audio
 from unbraid.errors import AudioError, CheckpointError, UserError
 from unbraid.io import write_atomically
 from unbraid.records import RunDirectory, json_row
-from unbraid.web.audio import all_sounds, as_mp3, examples, picture, worst_of_evaluation
-from unbraid.web.chart_payloads import chart, scores
-from unbraid.web.jsonl_tail import Followed
-from unbraid.web.run_payloads import about, events, gains, judged, of_last_steps, overview
-from unbraid.web.run_store import progress
-from unbraid.web.server import STATIC, page
+from unbraid.web.audio import (
+    audio_names,
+    encode_mp3,
+    evaluation_examples,
+    spectrogram_image,
+    validation_examples,
+)
+from unbraid.web.followed_run import FollowedRun
+from unbraid.web.payloads import (
+    NO_IMPROVEMENT,
+    chart,
+    diagnosis,
+    events,
+    last_steps,
+    overview,
+    run_details,
+    update_improvement,
+)
+from unbraid.web.run_store import series_payload
+from unbraid.web.server import STATIC, page_html
 
-BUCKETS, PIECE_BUCKETS, N_PIECES = 500, 200, 6
-"""Of all steps; and of those around each of the first findings, so that one can look at them closely."""
+BUCKETS = 500
+"""Buckets for all steps of the run."""
 
-N_EXAMPLES = 8
-SOUND_BYTES = 1_450_000
-"""What sounds and spectrograms may take together, as they stand in the file; the rest are named and left out."""
+ZOOM_BUCKETS = 200
+MAX_ZOOMS = 6
+"""The first findings come with the curves around them at a finer resolution."""
+
+MAX_EXAMPLES = 8
+MAX_AUDIO_BYTES = 1_450_000
+"""Most bytes of audio and spectrograms together, in base64; the rest is listed without sound."""
 
 
 def write_report(path: Path, out: Path) -> Path:
     """Write a run as one HTML file.
 
     Args:
-        path: Its run directory.
-        out: The file to write.
+        path: Run directory.
+        out: File to write.
 
     Returns:
-        The file.
+        The file written.
 
     Raises:
-        UserError: If it is no run directory, or the file cannot be written.
+        UserError: If ``path`` is not a run directory, or the file cannot be written.
     """
     run = RunDirectory(path)
     if not path.is_dir() or not (run.steps.exists() or run.recipe.exists()):
-        raise CheckpointError(f"{path} is no run directory: it holds neither {run.steps.name} nor {run.recipe.name}.")
+        raise CheckpointError(
+            f"{path} is not a run directory: it contains neither {run.steps.name} nor {run.recipe.name}."
+        )
     if out.is_dir():
-        raise UserError(f"{out} is a folder; name the file to write, such as {out / 'report.html'}.")
-    text = _whole(page(), _contents(path))
+        raise UserError(f"{out} is a folder. Give the name of a file, such as {out / 'report.html'}.")
+    html = inline_page(page_html(), report_data(path))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(out, text)
+        write_atomically(out, html)
     except OSError as error:
-        raise UserError(f"{out} cannot be written ({error.strerror}); name another file.") from error
+        raise UserError(f"{out} cannot be written ({error.strerror}). Give another file.") from error
     return out
 
 
-def _contents(path: Path) -> dict[str, Any]:
-    """All that the page would ask a server for."""
-    run = Followed(path)
-    while run.advance():
+def report_data(path: Path) -> dict[str, Any]:
+    """Return everything that the page would request from a server."""
+    run = FollowedRun(path)
+    while run.read_more():
         pass
-    listed = overview(path)
-    drawn = chart(run.thinned(0, run.last_step, BUCKETS)) | {"scores": scores(run.validations, n_most=BUCKETS)}
-    drawn |= progress(listed["id"], run)
-    found = judged(path)
-    heard, worst = examples(path), worst_of_evaluation(path)
-    items = [{**item, "at": item["at"][-1:]} for item in heard["items"][:N_EXAMPLES]]
-    if not items:
-        worst = worst[:N_EXAMPLES]
-    sounds, pictures = _embedded(path, items + worst)
-    listed |= {"folder": ""}  # whoever gets the report has no use for it
-    details = {"id": listed["id"], "events": events(run.events, run.n_events)}
-    details |= of_last_steps(run.last_row, run.last_sampled)
+    entry = {**overview(path), **update_improvement(NO_IMPROVEMENT, run.validations)}
+    entry["folder"] = ""  # of no use to the recipient, and nobody else's business
+    name = entry["id"]
+    findings = diagnosis(path)
+
+    # Audio is most of the size: only the latest estimates, and the evaluation in full only without validation examples.
+    validation = validation_examples(path)[:MAX_EXAMPLES]
+    for example in validation:
+        example["estimates"] = example["estimates"][-1:]
+    evaluation = evaluation_examples(path)
+    if not validation:
+        evaluation = evaluation[:MAX_EXAMPLES]
+    audio, spectrograms = embed_audio(path, audio_names(validation + evaluation))
+
+    details = {"id": name, "events": events(run.events, run.n_events)}
+    details |= last_steps(run.last_row, run.last_sampled) | run_details(path)
+    details |= {"validation_examples": validation, "evaluation_examples": evaluation}
     return {
-        "made": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "run": listed | gains(run.validations),
-        "series": drawn,
-        "pieces": [_piece(run, finding["steps"]) for finding in found["findings"][:N_PIECES]],
-        "judged": found,
-        "details": details | about(path) | {"examples": heard | {"items": items}, "worst": worst},
-        "sounds": sounds,
-        "pictures": pictures,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "run": entry,
+        "series": series_payload(name, run, 0, run.last_step, max_buckets=BUCKETS, max_validations=BUCKETS),
+        "zooms": [zoomed(run, *finding["steps"]) for finding in findings["findings"][:MAX_ZOOMS]],
+        "diagnosis": findings,
+        "details": details,
+        "audio": audio,
+        "spectrograms": spectrograms,
     }
 
 
-def _piece(run: Followed, steps: Sequence[int]) -> dict[str, Any]:
-    """The curves around a finding, as far as the page goes to either side when it is shown."""
-    first, last = steps
-    around = max(20, math.ceil(0.25 * (last - first)))
-    window = [max(0, first - around), last + around]
-    return {"window": window} | chart(run.thinned(window[0], window[1], PIECE_BUCKETS))
+def zoomed(run: FollowedRun, first: int, last: int) -> dict[str, Any]:
+    """Return the curves around a finding's steps, with the margin that `showSteps` in panels.js leaves."""
+    margin = max(20, math.ceil(0.25 * (last - first)))
+    window = [max(0, first - margin), last + margin]
+    return {"window": window} | chart(run.downsample(window[0], window[1], ZOOM_BUCKETS))
 
 
-def _embedded(path: Path, items: list[dict[str, Any]]) -> tuple[dict[str, str], dict[str, str]]:
-    """Sounds and pictures of some items as addresses that hold them, as many as there is room for."""
-    sounds: dict[str, str] = {}
-    pictures: dict[str, str] = {}
-    room = SOUND_BYTES
-    for name in all_sounds(items):
+def embed_audio(path: Path, names: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Return audio files and their spectrograms as data URLs by name, until `MAX_AUDIO_BYTES` are used up."""
+    audio: dict[str, str] = {}
+    spectrograms: dict[str, str] = {}
+    n_bytes = 0
+    for name in names:
         try:
-            found = _embed("image/webp", picture(path / name)), _embed("audio/mpeg", as_mp3(*read_audio(path / name)))
+            image = _data_url("image/webp", spectrogram_image(path / name))
+            mp3 = _data_url("audio/mpeg", encode_mp3(*read_audio(path / name)))
         except AudioError:
             continue
-        if (room := room - sum(map(len, found))) < 0:
+        n_bytes += len(image) + len(mp3)
+        if n_bytes > MAX_AUDIO_BYTES:
             break
-        pictures[name], sounds[name] = found
-    return sounds, pictures
+        spectrograms[name] = image
+        audio[name] = mp3
+    return audio, spectrograms
 
 
-def _embed(kind: str, content: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+def _data_url(media_type: str, content: bytes) -> str:
+    return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
 
 
-def _whole(html: str, contents: dict[str, Any]) -> str:
-    """The page with its styles, scripts and contents inside it; no other script may run, and nothing is loaded."""
-    allowed: dict[str, list[str]] = {"style": [], "script": []}
+# ---- One file
 
-    def inside(tag: str, name: str) -> str:
-        text = (STATIC / name).read_text(encoding="utf-8").replace("</script", "<\\/script")
-        allowed[tag].append(f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'")
-        return f"<{tag}>{text}</{tag}>"
 
-    data = json.dumps(json_row(contents), allow_nan=False, default=str).replace("<", "\\u003c")
-    html = re.sub(r'<link rel="stylesheet" href="/static/([\w.]+)">', lambda found: inside("style", found[1]), html)
-    html = re.sub(r'<script src="/static/([\w.]+)"></script>', lambda found: inside("script", found[1]), html)
-    policy = f"default-src 'none'; script-src {' '.join(allowed['script'])}; style-src {' '.join(allowed['style'])}; "
-    policy += "img-src data:; media-src data:; base-uri 'none'; form-action 'none'"
-    head = f'<meta http-equiv="content-security-policy" content="{policy}">'
-    holder = f'<script type="application/json" id="report-data">{data}</script>'
-    return html.replace('<meta charset="utf-8">', f'<meta charset="utf-8">\n{head}', 1).replace(
-        "<noscript>", f"{holder}\n<noscript>", 1
+def inline_page(html: str, data: dict[str, Any]) -> str:
+    """Return the page with its styles, scripts and data inside it.
+
+    A content security policy allows these styles and scripts by their hashes, no others, and no requests at all.
+    """
+    hashes: dict[str, list[str]] = {"style": [], "script": []}
+
+    def inline(tag: str, attributes: str, text: str) -> str:
+        text = text.replace("</script", "<\\/script")  # would end the element inside a string, too
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        hashes[tag].append(f"'sha256-{digest}'")
+        return f"<{tag}{attributes}>{text}</{tag}>"
+
+    def inline_style(match: re.Match[str]) -> str:
+        return inline("style", "", (STATIC / match["name"]).read_text(encoding="utf-8"))
+
+    def inline_script(match: re.Match[str]) -> str:
+        if match["module"]:
+            return inline("script", ' type="module"', bundle_modules(match["name"]))
+        return inline("script", "", (STATIC / match["name"]).read_text(encoding="utf-8"))
+
+    html = re.sub(r'<link rel="stylesheet" href="/static/(?P<name>[\w.]+)">', inline_style, html)
+    html = re.sub(r'<script(?P<module> type="module")? src="/static/(?P<name>[\w.]+)"></script>', inline_script, html)
+
+    # "<" is escaped, so that no text from the run can end the element that holds the data.
+    json_text = json.dumps(json_row(data), allow_nan=False, default=str).replace("<", "\\u003c")
+    data_element = f'<script type="application/json" id="report-data">{json_text}</script>'
+    html = html.replace("<noscript>", f"{data_element}\n<noscript>", 1)
+    policy = (
+        f"default-src 'none'; script-src {' '.join(hashes['script'])}; style-src {' '.join(hashes['style'])}; "
+        "img-src data:; media-src data:; base-uri 'none'; form-action 'none'"
     )
+    charset = '<meta charset="utf-8">'
+    return html.replace(charset, f'{charset}\n<meta http-equiv="content-security-policy" content="{policy}">', 1)
+
+
+IMPORT = re.compile(r'^import [^;]* from "\./(?P<name>[\w.]+)";\n', re.MULTILINE)
+EXPORT = re.compile(r"^export (?=(async )?(function|class|const)\b)", re.MULTILINE)
+
+
+def bundle_modules(name: str) -> str:
+    """Return a JavaScript module and those it imports as one module: a page opened from a file may import nothing.
+
+    The modules are put one after another, each after those it imports, without their import and export statements.
+    So no two of them may declare the same name at the top level, and imports must not rename.
+    """
+    ordered: dict[str, str] = {}
+
+    def add(module: str) -> None:
+        source = (STATIC / module).read_text(encoding="utf-8")
+        for match in IMPORT.finditer(source):
+            if match["name"] not in ordered:
+                add(match["name"])
+        ordered[module] = EXPORT.sub("", IMPORT.sub("", source))
+
+    add(name)
+    return "\n".join(ordered.values())

@@ -1,191 +1,266 @@
-"""The runs that are shown: which there are, what their lists say, and those that are followed while they grow."""
+"""The runs that the dashboard shows: finding them, listing them, and following those that are open in a page."""
 
 import contextlib
+import os
 import threading
 import time
 from collections import Counter, OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from unbraid.records import RunDirectory
-from unbraid.web.audio import examples, worst_of_evaluation
-from unbraid.web.chart_payloads import chart, scores
-from unbraid.web.jsonl_tail import Followed, Lines, runs_in
-from unbraid.web.run_payloads import about, events, gains, judged, of_last_steps, overview, run_id
+from unbraid.web.audio import evaluation_examples, validation_examples
+from unbraid.web.followed_run import FollowedRun
+from unbraid.web.jsonl_tail import JsonlTail
+from unbraid.web.payloads import (
+    NO_IMPROVEMENT,
+    chart,
+    diagnosis,
+    events,
+    last_steps,
+    overview,
+    run_details,
+    run_id,
+    update_improvement,
+    validation_chart,
+)
 
-MOST_FOLLOWED = 8
-"""Runs read step by step at a time: the one not asked for longest is let go, and read again if it is asked for."""
+MAX_FOLLOWED = 8
+"""Most runs read step by step at a time. The one requested longest ago is dropped, and read again on request."""
 
-TICK_SECONDS = 0.2
+POLL_SECONDS = 0.2
 LIST_SECONDS = 2.0
-JUDGED_SECONDS = 5.0
-"""A running run is judged no more often than that."""
+DIAGNOSIS_SECONDS = 5.0
+"""A running run is diagnosed no more often than this."""
+
+FileStamps = tuple[tuple[int, int], ...]
 
 
-class Library:
-    """Run directories below some folders, looked at again and again by one thread.
+class RunStore:
+    """Run directories below some folders, polled by one thread and read by the server's others.
 
     Args:
-        paths: Run directories, or folders that hold some.
+        paths: Run directories, or folders that contain some.
     """
 
-    def __init__(self, paths: list[Path]) -> None:
+    def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = paths
-        self.lock = threading.RLock()
+        self.closing = threading.Event()
+        self.lock = threading.RLock()  # guards the two dicts of runs and the followed runs
+
+        # The list of runs, by id.
         self.runs: dict[str, Path] = {}
         self.overviews: dict[str, dict[str, Any]] = {}
-        self.followed: OrderedDict[str, Followed] = OrderedDict()
-        self.versions: dict[str, int] = {}  # of each followed run, one more with each change
         self.list_version = 0
-        self.closing = threading.Event()
-        self._judged: dict[str, tuple[Any, float, dict[str, Any]]] = {}
-        self._judging = threading.Lock()
-        self._listed: dict[str, tuple[Any, dict[str, Any]]] = {}
-        self._scored: dict[str, Lines] = {}
-        self._gains: dict[str, dict[str, Any]] = {}
-        self.faults: dict[str, str] = {}  # what went wrong with looking at a run
 
-    def look_for_runs(self) -> None:
-        """See which runs there are, and what their lists say."""
-        runs = {run_id(path): path for path in runs_in(self.paths)}
+        # Runs that are open in a page, by id; a version goes up with each change.
+        self.followed: OrderedDict[str, FollowedRun] = OrderedDict()
+        self.versions: dict[str, int] = {}
+        self.read_errors: dict[str, str] = {}
+
+        # Caches, by id, valid while a run's files do not change.
+        self._cached_overviews: dict[str, tuple[FileStamps, dict[str, Any]]] = {}
+        self._validation_tails: dict[str, JsonlTail] = {}
+        self._improvements: dict[str, Mapping[str, float | None]] = {}
+        self._diagnoses: dict[str, tuple[FileStamps, float, dict[str, Any]]] = {}
+        self._diagnosis_lock = threading.Lock()
+
+    # ---- The list of runs
+
+    def update_list(self) -> None:
+        """Find the runs that exist now, and update their entries in the list."""
+        runs = {run_id(path): path for path in find_runs(self.paths)}
         overviews = {name: self._overview(name, path) for name, path in runs.items()}
-        for forgotten in (self._listed, self._scored, self._gains, self._judged, self.faults):
-            for name in forgotten.keys() - runs.keys():
-                forgotten.pop(name, None)
-        named = Counter(found["name"] for found in overviews.values())
-        for name, found in overviews.items():
-            if named[found["name"]] > 1:
-                overviews[name] = found | {"name": "/".join(runs[name].parts[-2:])}
+
+        # Forget what was cached of runs that are gone.
+        for cache in (
+            self._cached_overviews,
+            self._validation_tails,
+            self._improvements,
+            self._diagnoses,
+            self.read_errors,
+        ):
+            for name in cache.keys() - runs.keys():
+                cache.pop(name, None)
+
+        # Runs with the same name are listed with their folder's name.
+        n_by_name = Counter(entry["name"] for entry in overviews.values())
+        for name, entry in overviews.items():
+            if n_by_name[entry["name"]] > 1:
+                overviews[name] = entry | {"name": "/".join(runs[name].parts[-2:])}
+
         with self.lock:
             if overviews != self.overviews:
                 self.list_version += 1
-            self.runs, self.overviews = runs, overviews
+            self.runs = runs
+            self.overviews = overviews
 
     def _overview(self, name: str, path: Path) -> dict[str, Any]:
-        """What a list says of a run, asked again where its files have changed or time has passed since they did."""
-        seen = _signature(path)
-        known = self._listed.get(name)
-        if known is None or known[0] != seen or known[1]["state"] == "running":
+        """Return a run's entry in the list, read again if its files changed or time may have made it idle."""
+        stamps = _file_stamps(path)
+        cached = self._cached_overviews.get(name)
+        if cached is not None and cached[0] == stamps and cached[1]["state"] != "running":
+            entry = cached[1]
+        else:
             try:
-                found = overview(path) | self._gained(name, path)
-            except Exception as error:  # noqa: BLE001  # one run that cannot be listed must not hide the others
-                problem = f"It cannot be looked at ({type(error).__name__}: {error})."
-                found = {"id": name, "name": path.name, "folder": str(path.parent), "state": "broken", "step": 0}
-                found |= {"problem": problem, "si_sdri": None, "best_si_sdri": None}
-            self._listed[name] = known = seen, found
-        return known[1] | ({"problem": self.faults[name]} if name in self.faults else {})
+                entry = {**overview(path), **self._improvement(name, path)}
+            except Exception as error:  # noqa: BLE001  # one unreadable run must not hide the others
+                entry = {
+                    "id": name,
+                    "name": path.name,
+                    "folder": str(path.parent),
+                    "state": "broken",
+                    "step": 0,
+                    "problem": f"This run cannot be read ({type(error).__name__}: {error}).",
+                    "si_sdri": None,
+                    "best_si_sdri": None,
+                }
+            self._cached_overviews[name] = (stamps, entry)
+        if name in self.read_errors:
+            return entry | {"problem": self.read_errors[name]}
+        return entry
 
-    def _gained(self, name: str, path: Path) -> dict[str, Any]:
-        """The last and the best improvement of a run, of validations read once each."""
-        lines = self._scored.setdefault(name, Lines(RunDirectory(path).validation))
-        if lines.was_cut():
-            self._gains.pop(name, None)
-        before = self._gains.get(name, {})
-        while lines.unread:
-            new = gains(lines.next()[0])
-            best = [gain for gain in (new["best_si_sdri"], before.get("best_si_sdri")) if gain is not None]
-            before = {"si_sdri": new["si_sdri"], "best_si_sdri": max(best)} if new["si_sdri"] is not None else before
-        self._gains[name] = before
-        return {"si_sdri": before.get("si_sdri"), "best_si_sdri": before.get("best_si_sdri")}
+    def _improvement(self, name: str, path: Path) -> Mapping[str, float | None]:
+        """Return the last and the best SI-SDR improvement of a run, reading each of its validations once."""
+        tail = self._validation_tails.setdefault(name, JsonlTail(RunDirectory(path).validation))
+        if tail.reset_if_rewritten():
+            self._improvements.pop(name, None)
+        improvement = self._improvements.get(name, NO_IMPROVEMENT)
+        while tail.unread_bytes:
+            improvement = update_improvement(improvement, tail.read_rows()[0])
+        self._improvements[name] = improvement
+        return improvement
+
+    # ---- Polling
 
     def watch(self) -> None:
-        """Follow what is asked for, and look for new runs now and then, until `closing` is set."""
-        listed = time.monotonic()
+        """Poll the followed runs, and from time to time the list of runs, until `closing` is set."""
+        last_listed = time.monotonic()
         while not self.closing.is_set():
-            more = False
+            has_backlog = False
             for name, run in list(self.followed.items()):
-                grown = self._advance(name, run)
-                more = more or (grown and run.unread_bytes > 0)
-            if time.monotonic() - listed > LIST_SECONDS:
-                with contextlib.suppress(OSError):  # a folder that is just being moved is looked at again
-                    self.look_for_runs()
-                listed = time.monotonic()
-            self.closing.wait(0.001 if more else TICK_SECONDS)
+                has_changed = self._read_more(name, run)
+                has_backlog = has_backlog or (has_changed and run.unread_bytes > 0)
+            if time.monotonic() - last_listed > LIST_SECONDS:
+                with contextlib.suppress(OSError):  # a folder is being moved; the next round sees it again
+                    self.update_list()
+                last_listed = time.monotonic()
+            # With a backlog, pause only as long as a waiting request needs to get the lock.
+            self.closing.wait(0.001 if has_backlog else POLL_SECONDS)
 
-    def _advance(self, name: str, run: Followed) -> bool:
-        """Read some more of a run; whether there was any. Whatever is in its files, the others are read on."""
+    def _read_more(self, name: str, run: FollowedRun) -> bool:
+        """Read the next part of a run; return whether it changed. Errors never stop the polling of other runs."""
         try:
             with self.lock:
-                grown = run.advance()
-        except OSError:  # it is just being moved or deleted
+                has_changed = run.read_more()
+        except OSError:  # it is being moved or deleted
             return False
         except Exception as error:  # noqa: BLE001
-            self.faults[name] = f"Its records cannot be read on ({type(error).__name__}: {error})."
+            self.read_errors[name] = f"The records of this run cannot be read ({type(error).__name__}: {error})."
             return False
-        if grown:
+        if has_changed:
             self.versions[name] = self.versions.get(name, 0) + 1
-        return grown
+        return has_changed
 
-    def follow(self, name: str) -> Followed:
-        """The run of that name, followed from now on.
+    # ---- Answers to requests; each raises KeyError if there is no run of that name
 
-        Raises:
-            KeyError: If there is none.
-        """
+    def follow(self, name: str) -> FollowedRun:
+        """Return a run, which is polled from now on."""
         with self.lock:
             path = self.runs[name]
             if name not in self.followed:
-                self.followed[name] = Followed(path)
-                self.followed[name].advance()
+                self.followed[name] = FollowedRun(path)
+                self.followed[name].read_more()
             self.followed.move_to_end(name)
-            while len(self.followed) > MOST_FOLLOWED:
+            while len(self.followed) > MAX_FOLLOWED:
                 self.followed.popitem(last=False)
             return self.followed[name]
 
-    def series(self, name: str, first: int, last: int, n_most: int) -> dict[str, Any]:
-        """Curves of a run from one step to another, in at most so many buckets.
-
-        Raises:
-            KeyError: If there is no run of that name.
-        """
+    def series(self, name: str, first: int, last: int, max_buckets: int) -> dict[str, Any]:
+        """Return the curves of a run from step ``first`` to ``last`` in at most ``max_buckets`` buckets."""
         run = self.follow(name)
         with self.lock:
-            drawn = chart(run.thinned(first, last, n_most))
-            return drawn | progress(name, run) | {"scores": scores(run.validations)}
+            return series_payload(name, run, first, last, max_buckets=max_buckets)
 
     def details(self, name: str) -> dict[str, Any]:
-        """What stands beside the curves of a run.
-
-        Raises:
-            KeyError: If there is no run of that name.
-        """
+        """Return what the page shows of a run besides its curves and findings."""
         run = self.follow(name)
         path = run.run.path
         with self.lock:
-            told = events(run.events, run.n_events)
-            last = of_last_steps(run.last_row, run.last_sampled)
-        heard = {"examples": examples(path), "worst": worst_of_evaluation(path)}
-        return {"id": name, "events": told} | last | about(path) | heard
+            from_records = last_steps(run.last_row, run.last_sampled) | {"events": events(run.events, run.n_events)}
+        # Read the other files without the lock: listing sounds may take a while.
+        examples = {"validation_examples": validation_examples(path), "evaluation_examples": evaluation_examples(path)}
+        return {"id": name} | from_records | run_details(path) | examples
 
-    def judged(self, name: str) -> dict[str, Any]:
-        """What the doctor says of a run; the same as before where nothing has changed, or only just.
-
-        Raises:
-            KeyError: If there is no run of that name.
-        """
+    def diagnosis(self, name: str) -> dict[str, Any]:
+        """Return the findings on a run; the previous ones if nothing changed since, or only just now."""
         path = self.runs[name]
-        with self._judging:
-            seen, now = _signature(path), time.monotonic()
-            known = self._judged.get(name)
-            if known is None or (known[0] != seen and now - known[1] > JUDGED_SECONDS):
-                self._judged[name] = known = seen, now, judged(path)
-            return known[2]
+        with self._diagnosis_lock:
+            stamps = _file_stamps(path)
+            now = time.monotonic()
+            cached = self._diagnoses.get(name)
+            if cached is not None and (cached[0] == stamps or now - cached[1] <= DIAGNOSIS_SECONDS):
+                return cached[2]
+            result = diagnosis(path)
+            self._diagnoses[name] = (stamps, now, result)
+            return result
 
 
-def _signature(path: Path) -> tuple[tuple[int, int], ...]:
-    """Size and time of a run's logs."""
-    found = []
-    for name in ("steps.jsonl", "validation.jsonl", "events.jsonl", "recipe.toml"):
+def series_payload(
+    name: str, run: FollowedRun, first: int, last: int, *, max_buckets: int, max_validations: int = 2000
+) -> dict[str, Any]:
+    """Return a run's curves, its validations, and how much of it has been read."""
+    curves = chart(run.downsample(first, last, max_buckets))
+    validations = validation_chart(run.validations, max_rows=max_validations)
+    return curves | read_progress(name, run) | {"validation": validations}
+
+
+def read_progress(name: str, run: FollowedRun) -> dict[str, Any]:
+    """Return how far a run has come, and how much of its records is still to be read."""
+    return {
+        "id": name,
+        "first_step": run.first_step,
+        "last_step": run.last_step,
+        "n_validations": run.n_validations,
+        "n_events": run.n_events,
+        "n_torn": run.n_torn,
+        "unread_bytes": run.unread_bytes,
+    }
+
+
+def find_runs(paths: Sequence[Path], *, depth: int = 3) -> list[Path]:
+    """Return the run directories among and below some folders, each once; links are not followed."""
+    found: dict[Path, None] = {}  # a dict, not a set: it keeps the order
+    for path in paths:
+        for run in _runs_below(path, depth):
+            found[run] = None
+    return list(found)
+
+
+def _runs_below(path: Path, depth: int) -> Iterator[Path]:
+    run = RunDirectory(path)
+    if run.steps.exists() or run.recipe.exists():
+        yield path
+        return
+    if depth == 0 or not path.is_dir():
+        return
+    try:
+        folders = sorted(entry.path for entry in os.scandir(path) if entry.is_dir(follow_symlinks=False))
+    except OSError:
+        return
+    for folder in folders:
+        yield from _runs_below(Path(folder), depth - 1)
+
+
+def _file_stamps(path: Path) -> FileStamps:
+    """Return size and modification time of a run's logs and recipe; -1 for files that do not exist."""
+    run = RunDirectory(path)
+    stamps = []
+    for file in (*run.logs, run.recipe):
         try:
-            about_file = (path / name).stat()
-            found.append((about_file.st_size, about_file.st_mtime_ns))
+            status = file.stat()
+            stamps.append((status.st_size, status.st_mtime_ns))
         except OSError:
-            found.append((-1, -1))
-    return tuple(found)
-
-
-def progress(name: str, run: Followed) -> dict[str, Any]:
-    """How far a followed run is, and how much of it is still to be read."""
-    counts = {"n_validations": run.n_validations, "n_events": run.n_events, "n_torn": run.n_torn}
-    steps = {"first_step": run.first_step, "last_step": run.last_step}
-    return {"id": name, "unread_bytes": run.unread_bytes} | steps | counts
+            stamps.append((-1, -1))
+    return tuple(stamps)

@@ -1,4 +1,4 @@
-"""The dashboard: run directories served as JSON, sound and events to a page on this machine."""
+"""The dashboard: serves run directories to a page on this machine, as JSON, audio and server-sent events."""
 
 import asyncio
 import json
@@ -21,21 +21,22 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from unbraid.errors import UserError
-from unbraid.web.audio import picture, sound_file
-from unbraid.web.run_store import TICK_SECONDS, Library, progress
+from unbraid.web.audio import audio_path, spectrogram_image
+from unbraid.web.run_store import POLL_SECONDS, RunStore, read_progress
 
 STATIC = Path(__file__).parent / "static"
-KINDS = {".js": "text/javascript", ".css": "text/css"}
-LOCAL = ("127.0.0.1", "localhost", "::1")
-PORT = 8642
-MOST_BUCKETS = 4000
+MEDIA_TYPES = {".js": "text/javascript", ".css": "text/css"}
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+DEFAULT_PORT = 8642
+MAX_BUCKETS = 4000
+KEEP_ALIVE_SECONDS = 15.0
 
-POLICY = (
+CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; media-src 'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 HEADERS = {
-    "content-security-policy": POLICY,
+    "content-security-policy": CONTENT_SECURITY_POLICY,
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
     "cross-origin-resource-policy": "same-origin",
@@ -43,223 +44,242 @@ HEADERS = {
 }
 
 
+# ---- Starting and stopping
+
+
 def serve(paths: Sequence[Path], *, address: str = "127.0.0.1", port: int | None = None) -> None:
-    """Serve a page on some runs until it is interrupted; prints the link to it.
+    """Print the link to a page on some runs, and serve it until interrupted.
 
     Args:
-        paths: Run directories, or folders that hold some; runs that come later are found too.
-        address: Where to listen.
-        port: Which port; `PORT`, or any free one where that is taken, if None.
+        paths: Run directories, or folders that contain some; runs that start later appear too.
+        address: Address to listen on.
+        port: Port to listen on. If None, `DEFAULT_PORT`, or any free port if that one is taken.
 
     Raises:
-        UserError: If there is nothing at a path, or it cannot be listened there.
+        UserError: If a folder does not exist, or the address and port cannot be listened on.
     """
     for path in paths:
         if not path.is_dir():
-            raise UserError(f"There is no folder {path}; give run directories, or a folder that holds some.")
-    listening = _listen(address, port)
-    port = listening.getsockname()[1]
+            raise UserError(f"There is no folder {path}. Give run directories, or a folder that contains some.")
+    listener = _listen(address, port)
+    port = listener.getsockname()[1]
     token = secrets.token_urlsafe(18)
-    library = Library([path.absolute() for path in paths])
-    hosts = LOCAL if address in LOCAL else None
-    app = guarded(routes(library), hosts=hosts, token=token, cookie=f"unbraid-{port}")
-    shown = socket.gethostname() if address in ("0.0.0.0", "::") else f"[{address}]" if ":" in address else address
+    store = RunStore([path.absolute() for path in paths])
+    hosts = LOOPBACK if address in LOOPBACK else None
+    app = require_token(create_app(store), hosts=hosts, token=token, cookie=f"unbraid-{port}")
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, timeout_graceful_shutdown=1, server_header=False
     )
-    watching = threading.Thread(target=library.watch, daemon=True)
+    watcher = threading.Thread(target=store.watch, daemon=True)
     try:
-        print(f"The page: http://{shown}:{port}/?token={token}", flush=True)  # noqa: T201
-        print("Ctrl-C ends it.", flush=True)  # noqa: T201
-        library.look_for_runs()
-        watching.start()
-        _Server(config, library).run(sockets=[listening])
+        print(f"Open http://{_link_host(address)}:{port}/?token={token}", flush=True)  # noqa: T201
+        print("Press Ctrl-C to stop.", flush=True)  # noqa: T201
+        store.update_list()
+        watcher.start()
+        _Server(config, store).run(sockets=[listener])
     except KeyboardInterrupt:
-        pass  # the way to end it
+        pass  # the usual way to stop it
     finally:
-        library.closing.set()
-        if watching.ident is not None:
-            watching.join(timeout=5)
+        store.closing.set()
+        if watcher.ident is not None:  # None if it was interrupted before the thread started
+            watcher.join(timeout=5)
 
 
 class _Server(uvicorn.Server):
-    """Tells the pages that listen that it ends, so that it need not break off what it tells them."""
+    """A server that ends the event streams on a signal; uvicorn would wait for them and then cut them off."""
 
-    def __init__(self, config: uvicorn.Config, library: Library) -> None:
+    def __init__(self, config: uvicorn.Config, store: RunStore) -> None:
         super().__init__(config)
-        self.library = library
+        self.store = store
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Hear of a signal."""
-        self.library.closing.set()
+        """End the event streams, and then the server."""
+        self.store.closing.set()
         super().handle_exit(sig, frame)
 
 
 def _listen(address: str, port: int | None) -> socket.socket:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    for wanted in (PORT, 0) if port is None else (port,):
-        listening = socket.socket(
-            family, socket.SOCK_STREAM, socket.IPPROTO_TCP
-        )  # said, so that answers are not held up
-        if sys.platform != "win32":
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    for candidate in (DEFAULT_PORT, 0) if port is None else (port,):
+        # asyncio turns off Nagle's algorithm, which delays small answers, only if the protocol is given as TCP.
+        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        if sys.platform != "win32":  # on Windows the option would let two servers share a port
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            listening.bind((address, wanted))
-            listening.listen()  # from here on nobody who has the link is turned away
+            listener.bind((address, candidate))
+            listener.listen()  # before the link is printed, so that it works at once
         except (OSError, OverflowError) as error:
-            listening.close()
-            if port is None and wanted == PORT and address in LOCAL:
+            listener.close()
+            if port is None and candidate == DEFAULT_PORT and address in LOOPBACK:
                 continue
             reason = getattr(error, "strerror", None) or str(error)
             raise UserError(
-                f"Nothing can listen at {address}, port {wanted} ({reason}); name another --port."
+                f"Cannot listen on {address}, port {candidate} ({reason}). Give another port with --port."
             ) from error
-        return listening
-    raise UserError(f"No port is free at {address}.")
+        return listener
+    raise UserError(f"No port is free on {address}.")
 
 
-def guarded(app: ASGIApp, *, hosts: Collection[str] | None, token: str, cookie: str) -> ASGIApp:
-    """An application that answers nobody but the holder of a token, reads only, and runs no script but its own.
+def _link_host(address: str) -> str:
+    """Return the host to print in the link for a listening address."""
+    if address in ("0.0.0.0", "::"):  # every interface: others reach it by this machine's name
+        return socket.gethostname()
+    return f"[{address}]" if ":" in address else address
+
+
+# ---- Who may ask
+
+
+def require_token(app: ASGIApp, *, hosts: Collection[str] | None, token: str, cookie: str) -> ASGIApp:
+    """Return an application that serves read requests with the right token, and adds `HEADERS` to every answer.
 
     Args:
-        app: What is guarded.
-        hosts: Names that the header Host may say, so that no foreign one can be led to this machine; with any port, as
-            one may be forwarded from elsewhere. Anything if None, where the page is open to a network.
-        token: What the first address must carry, as ``?token=``; it is kept in a cookie from then on.
-        cookie: The cookie's name.
+        app: The application to protect.
+        hosts: Names allowed in the Host header with any port (it may be forwarded). They defend against DNS rebinding,
+            by which a foreign site could reach this machine. None allows any, for a page that is open to a network.
+        token: The link carries it as ``?token=``. From then on it is kept in a cookie.
+        cookie: Name of the cookie.
     """
 
-    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+    async def protected(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await app(scope, receive, send)
             return
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [
-                    *message.get("headers", ()),
-                    *((k.encode(), v.encode()) for k, v in HEADERS.items()),
-                ]
+                extra = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
+                message["headers"] = [*message.get("headers", ()), *extra]
             await send(message)
 
-        request = Request(scope)
-        refusal = _refusal(request, hosts, token, cookie)
-        await (refusal or app)(scope, receive, send_with_headers)
+        response = _refuse_or_redirect(Request(scope), hosts, token, cookie)
+        await (response or app)(scope, receive, send_with_headers)
 
-    return answer
+    return protected
 
 
-def _refusal(request: Request, hosts: Collection[str] | None, token: str, cookie: str) -> Response | None:
-    """Why a request is not answered, or the way from the printed link to the page; None where it is answered."""
+def _refuse_or_redirect(request: Request, hosts: Collection[str] | None, token: str, cookie: str) -> Response | None:
+    """Return a refusal, or the redirect from the printed link to the page; None if the request is allowed."""
     if hosts is not None and _host_name(request.headers.get("host", "")) not in hosts:
-        return PlainTextResponse("This page answers to 127.0.0.1 and localhost alone.", 403)
+        return PlainTextResponse("This page is served to 127.0.0.1 and localhost only.", 403)
     if request.method not in ("GET", "HEAD"):
-        return PlainTextResponse("This page can only be read (GET).", 405, {"allow": "GET, HEAD"})
-    given = parse_qs(request.url.query).get("token", [""])[0]
-    if given and secrets.compare_digest(given.encode(), token.encode()):
-        forward = Response(status_code=303, headers={"location": "/"})
-        forward.set_cookie(cookie, token, httponly=True, samesite="lax")  # the link may be followed from another page
-        return forward if request.url.path == "/" else None
+        return PlainTextResponse("This page is read-only. Use GET.", 405, {"allow": "GET, HEAD"})
+    link_token = parse_qs(request.url.query).get("token", [""])[0]
+    if link_token and secrets.compare_digest(link_token.encode(), token.encode()):
+        if request.url.path != "/":
+            return None
+        redirect = Response(status_code=303, headers={"location": "/"})
+        # "lax" and not "strict": the link may be followed from another site's page, such as a web mailer.
+        redirect.set_cookie(cookie, token, httponly=True, samesite="lax")
+        return redirect
     if not secrets.compare_digest(request.cookies.get(cookie, "").encode(), token.encode()):
-        return PlainTextResponse("Open the link that unbraid dashboard has printed: it carries a token.", 403)
+        return PlainTextResponse("Open the link that unbraid dashboard has printed. It contains a token.", 403)
     return None
 
 
 def _host_name(host: str) -> str:
-    """Of ``name``, ``name:port`` or ``[::1]:port``."""
-    found = re.fullmatch(r"(?:\[([\da-fA-F:]+)\]|([\w.-]+))(?::\d+)?", host)
-    return (found[1] or found[2]).lower() if found else ""
+    """Return the name in ``name``, ``name:port`` or ``[::1]:port``, in lower case."""
+    match = re.fullmatch(r"(?:\[([\da-fA-F:]+)\]|([\w.-]+))(?::\d+)?", host)
+    return (match[1] or match[2]).lower() if match else ""
 
 
-def routes(library: Library) -> Starlette:
-    """The page, and what it asks for."""
+# ---- Answers
 
-    def of_run(found: Callable[[str, Request], Response]) -> Callable[[Request], Response]:
-        def answer(request: Request) -> Response:
+
+def create_app(store: RunStore) -> Starlette:
+    """Return the application that serves the page and everything it requests."""
+
+    def for_run(handler: Callable[[str, Request], Response]) -> Callable[[Request], Response]:
+        """Wrap a handler so that its errors become answers in words."""
+
+        def endpoint(request: Request) -> Response:
             try:
-                return found(request.path_params["name"], request)
+                return handler(request.path_params["name"], request)
             except KeyError:
-                return JSONResponse({"problem": "There is no such run any more."}, 404)
+                return JSONResponse({"problem": "This run no longer exists."}, 404)
             except (UserError, OSError) as error:
                 return JSONResponse({"problem": str(error)}, 404)
             except ValueError as error:
-                return JSONResponse({"problem": f"That cannot be asked ({error})."}, 400)
+                return JSONResponse({"problem": f"The request is not valid ({error})."}, 400)
 
-        return answer
+        return endpoint
 
     def series(name: str, request: Request) -> Response:
-        asked = request.query_params
-        first, last, n = int(asked.get("first", 0)), int(asked.get("last", 2**62)), int(asked.get("n", 600))
-        if not (-(2**62) <= first <= last <= 2**62 and n > 0):
-            raise ValueError("first must not be behind last, and n must be above 0")
-        return JSONResponse(library.series(name, first, last, min(n, MOST_BUCKETS)))
+        query = request.query_params
+        first = int(query.get("first", 0))
+        last = int(query.get("last", 2**62))
+        n_buckets = int(query.get("n", 600))
+        if not (-(2**62) <= first <= last <= 2**62 and n_buckets > 0):  # the limits keep them within int64
+            raise ValueError("first must not be greater than last, and n must be greater than 0")
+        return JSONResponse(store.series(name, first, last, min(n_buckets, MAX_BUCKETS)))
 
-    def sound(name: str, request: Request) -> Response:
-        return FileResponse(sound_file(library.runs[name], request.query_params.get("name", "")))
+    def audio(name: str, request: Request) -> Response:
+        return FileResponse(audio_path(store.runs[name], request.query_params.get("name", "")))
 
     def spectrogram(name: str, request: Request) -> Response:
-        run, asked = library.runs[name], request.query_params
-        named = [asked.get("name", ""), *([asked["like"]] if asked.get("like") else [])]
-        files = [sound_file(run, file) for file in named]
-        return Response(_drawn(*((file, file.stat().st_mtime_ns) for file in files)), media_type="image/webp")
+        query = request.query_params
+        path = audio_path(store.runs[name], query.get("name", ""))
+        reference = audio_path(store.runs[name], query["reference"]) if query.get("reference") else None
+        # The modification times are part of the cache's key.
+        mtime = path.stat().st_mtime_ns
+        reference_mtime = reference.stat().st_mtime_ns if reference else None
+        return Response(_cached_spectrogram(path, mtime, reference, reference_mtime), media_type="image/webp")
 
     return Starlette(
         routes=[
-            Route("/", lambda request: Response(page(), media_type="text/html")),
-            Route("/static/{name}", _static),
-            Route("/api/runs", lambda request: JSONResponse(list(library.overviews.values()))),
-            Route("/api/run/{name}", of_run(lambda name, _: JSONResponse(library.details(name)))),
-            Route("/api/judged/{name}", of_run(lambda name, _: JSONResponse(library.judged(name)))),
-            Route("/api/series/{name}", of_run(series)),
-            Route("/api/sound/{name}", of_run(sound)),
-            Route("/api/picture/{name}", of_run(spectrogram)),
-            Route("/api/live", lambda request: _live(library)),
+            Route("/", lambda request: Response(page_html(), media_type="text/html")),
+            Route("/static/{name}", _static_file),
+            Route("/api/runs", lambda request: JSONResponse(list(store.overviews.values()))),
+            Route("/api/details/{name}", for_run(lambda name, _: JSONResponse(store.details(name)))),
+            Route("/api/diagnosis/{name}", for_run(lambda name, _: JSONResponse(store.diagnosis(name)))),
+            Route("/api/series/{name}", for_run(series)),
+            Route("/api/audio/{name}", for_run(audio)),
+            Route("/api/spectrogram/{name}", for_run(spectrogram)),
+            Route("/api/live", lambda request: _live_events(store)),
         ]
     )
 
 
-def page() -> str:
-    """The page as it is served."""
+def page_html() -> str:
+    """Return the page as it is served."""
     return (STATIC / "page.html").read_text(encoding="utf-8")
 
 
-def _static(request: Request) -> Response:
+def _static_file(request: Request) -> Response:
     path = STATIC / request.path_params["name"]
-    if path.suffix not in KINDS or path.parent != STATIC or not path.is_file():
+    if path.suffix not in MEDIA_TYPES or path.parent != STATIC or not path.is_file():
         return PlainTextResponse("There is no such file.", 404)
-    return FileResponse(path, media_type=KINDS[path.suffix])
+    return FileResponse(path, media_type=MEDIA_TYPES[path.suffix])
 
 
 @lru_cache(maxsize=256)
-def _drawn(sound: tuple[Path, int], like: tuple[Path, int] | None = None) -> bytes:
-    """A spectrogram by file and time of its last change, so that the same is drawn once."""
-    return picture(sound[0], like[0] if like else None)
+def _cached_spectrogram(path: Path, mtime: int, reference: Path | None, reference_mtime: int | None) -> bytes:
+    return spectrogram_image(path, reference)
 
 
-def _live(library: Library) -> Response:
-    """Server-sent events: ``grown`` for each followed run that has, ``runs`` where the list has changed."""
+def _live_events(store: RunStore) -> Response:
+    """Return a stream of events: ``grown`` for each followed run that has changed, ``runs`` when the list has."""
 
-    async def told() -> AsyncIterator[str]:
-        versions: dict[str, int] = {}
-        list_version, quiet = library.list_version, 0.0
+    async def stream() -> AsyncIterator[str]:
+        sent_versions: dict[str, int] = {}
+        sent_list_version = store.list_version
+        silent_seconds = 0.0
         yield "retry: 1000\n\n"
-        while not library.closing.is_set():
-            known = dict(library.versions)
-            grown = {name: version for name, version in known.items() if versions.get(name) != version}
-            for name in grown:
-                if (run := library.followed.get(name)) is not None:
-                    yield f"event: grown\ndata: {json.dumps(progress(name, run))}\n\n"
-            if library.list_version != list_version:
-                list_version = library.list_version
-                yield f"event: runs\ndata: {json.dumps(list(library.overviews.values()))}\n\n"
-            versions |= grown
-            quiet = 0.0 if grown else quiet + TICK_SECONDS
-            if quiet > KEEP_ALIVE_SECONDS:  # or a dead connection would never be noticed
-                quiet = 0.0
-                yield ": still here\n\n"
-            await asyncio.sleep(TICK_SECONDS)
+        while not store.closing.is_set():
+            versions = dict(store.versions)  # a copy: the watching thread changes it
+            changed = [name for name, version in versions.items() if sent_versions.get(name) != version]
+            for name in changed:
+                run = store.followed.get(name)
+                if run is not None:
+                    yield f"event: grown\ndata: {json.dumps(read_progress(name, run))}\n\n"
+            sent_versions = versions
+            if store.list_version != sent_list_version:
+                sent_list_version = store.list_version
+                yield f"event: runs\ndata: {json.dumps(list(store.overviews.values()))}\n\n"
+            silent_seconds = 0.0 if changed else silent_seconds + POLL_SECONDS
+            if silent_seconds > KEEP_ALIVE_SECONDS:  # a lost connection is noticed only by writing to it
+                silent_seconds = 0.0
+                yield ": keep-alive\n\n"
+            await asyncio.sleep(POLL_SECONDS)
 
-    return StreamingResponse(told(), media_type="text/event-stream")
-
-
-KEEP_ALIVE_SECONDS = 15.0
+    return StreamingResponse(stream(), media_type="text/event-stream")

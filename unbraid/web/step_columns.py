@@ -1,54 +1,53 @@
-"""What the page shows of a step: rows of steps.jsonl as columns of numbers."""
+"""Rows of steps.jsonl as the columns of numbers that the page draws."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from unbraid.columns import numbers
+from unbraid.columns import Floats, numbers
 from unbraid.records import SKIPPED_OUTCOMES
-from unbraid.web.downsample import Floats
 
-RECORDED = ("grad_norm", "max_norm", "clipped_grad_norm", "lr", "seconds", "data_seconds", "examples_per_second")
-COLUMNS = (
-    "loss",
-    *RECORDED,
-    "si_sdr",
-    "clipped",
-    "update_ratio",
-    "memory_bytes",
-    "rescued",
-    *SKIPPED_OUTCOMES,
-)
+STEP_FLAGS = ("rescued", *SKIPPED_OUTCOMES)
+"""Columns of zeros and ones: a step trained without its bad examples, and each reason to skip a step."""
+
+AS_RECORDED = ("grad_norm", "max_norm", "clipped_grad_norm", "lr", "seconds", "data_seconds", "examples_per_second")
+COLUMNS = ("loss", *AS_RECORDED, "si_sdr", "clipped", "update_ratio", "memory_bytes", *STEP_FLAGS)
 
 
-def columns(rows: Sequence[Mapping[str, Any]]) -> Floats:
-    """``(column, row)``, in the order of `COLUMNS`; NaN where a row says nothing.
+def step_columns(rows: Sequence[Mapping[str, Any]]) -> Floats:
+    """Return rows as ``(column, row)`` in the order of `COLUMNS`; NaN where a row has no value.
 
-    The loss, SI-SDR and whether the gradient was clipped are those of steps that were trained, so that no mean holds
-    anything else.
+    ``loss``, ``si_sdr`` and ``clipped`` are NaN in skipped steps, so that their means are over trained steps only.
     """
     outcomes = [row.get("outcome") for row in rows]
-    trained = np.array([outcome == "trained" for outcome in outcomes])
-    found = {name: numbers(rows, name) for name in RECORDED}
-    found["memory_bytes"] = numbers(rows, "peak_memory_bytes")
-    found |= {name: np.where(trained, numbers(rows, name), np.nan) for name in ("loss", "clipped")}
-    found["si_sdr"] = np.where(trained, [_mean(row.get("si_sdr")) for row in rows], np.nan)
-    found["update_ratio"] = np.array([_update_ratio(row.get("blocks")) for row in rows], dtype=float)
-    found["rescued"] = (trained & (numbers(rows, "n_bad") > 0)).astype(float)
-    found |= {name: np.array([outcome == name for outcome in outcomes], dtype=float) for name in SKIPPED_OUTCOMES}
-    return np.stack([found[name] for name in COLUMNS])
+    trained = np.array([outcome == "trained" for outcome in outcomes], dtype=bool)
+    values = {name: numbers(rows, name) for name in AS_RECORDED}
+    values["memory_bytes"] = numbers(rows, "peak_memory_bytes")
+    for name in ("loss", "clipped"):
+        values[name] = np.where(trained, numbers(rows, name), np.nan)
+    values["si_sdr"] = np.where(trained, [_mean(row.get("si_sdr")) for row in rows], np.nan)
+    values["update_ratio"] = np.array([_median_update_ratio(row.get("blocks")) for row in rows], dtype=float)
+    values["rescued"] = (trained & (numbers(rows, "n_bad") > 0)).astype(float)
+    for name in SKIPPED_OUTCOMES:
+        values[name] = np.array([outcome == name for outcome in outcomes], dtype=float)
+    return np.stack([values[name] for name in COLUMNS])
+
+
+# The records may come from any program or a damaged disk: whatever is not a number is taken as missing.
 
 
 def _mean(values: Any) -> float:
-    known = [value for value in values if isinstance(value, (int, float))] if isinstance(values, list) else []
-    return sum(known) / len(known) if known else np.nan
+    if not isinstance(values, list):
+        return np.nan
+    present = [value for value in values if isinstance(value, (int, float))]
+    return sum(present) / len(present) if present else np.nan
 
 
-def _update_ratio(blocks: Any) -> float:
-    """The median over the blocks of a step that was looked at closely; NaN of another."""
+def _median_update_ratio(blocks: Any) -> float:
+    """Return the median over the blocks of a sampled step; NaN for other steps, which record no blocks."""
     if not isinstance(blocks, Mapping):
         return np.nan
     ratios = [block.get("update_ratio") for block in blocks.values() if isinstance(block, Mapping)]
-    known = [ratio for ratio in ratios if isinstance(ratio, (int, float))]
-    return float(np.median(known)) if known else np.nan
+    present = [ratio for ratio in ratios if isinstance(ratio, (int, float))]
+    return float(np.median(present)) if present else np.nan

@@ -1,71 +1,77 @@
-"use strict";
-// Where the page has its data from: the server that sent it, or the report that it lies in.
+// The source of the page's data: the server it came from, or the report that contains it.
 
-function fromServer() {
-  async function ask(path) {
-    const answer = await fetch(path, { credentials: "same-origin" });
-    const found = await answer.json().catch(() => ({ problem: "The answer could not be read." }));
-    if (!answer.ok) throw new Error(found.problem || `The server answered ${answer.status}.`);
-    return found;
+export function serverSource() {
+  async function getJson(path) {
+    const response = await fetch(path, { credentials: "same-origin" });
+    const content = await response.json().catch(() => ({ problem: "The server's answer could not be read." }));
+    if (!response.ok) throw new Error(content.problem || `The server answered with status ${response.status}.`);
+    return content;
   }
-  const name = (id) => encodeURIComponent(id);
+  const encode = encodeURIComponent;
   return {
     isReport: false,
-    runs: () => ask("/api/runs"),
-    details: (id) => ask(`/api/run/${name(id)}`),
-    judged: (id) => ask(`/api/judged/${name(id)}`),
-    series: (id, first, last, n) => ask(`/api/series/${name(id)}?first=${first}&last=${last}&n=${n}`),
-    sound: (id, file) => `/api/sound/${name(id)}?name=${encodeURIComponent(file)}`,
-    picture: (id, file, like) =>
-      `/api/picture/${name(id)}?name=${encodeURIComponent(file)}${like ? `&like=${encodeURIComponent(like)}` : ""}`,
-    listen(hear) {
-      let events = null;
-      const open = () => {
-        events = new EventSource("/api/live");
-        events.onopen = () => hear("open");
-        events.onerror = () => hear(events.readyState === EventSource.CLOSED ? "ended" : "lost");
-        events.addEventListener("runs", (event) => hear("runs", JSON.parse(event.data)));
-        events.addEventListener("grown", (event) => hear("grown", JSON.parse(event.data)));
-      };
-      // A browser has few connections to one place: a tab that is not seen gives its own back.
-      document.addEventListener("visibilitychange", () => {
-        if (events) events.close();
-        events = null;
-        if (!document.hidden) open();
-      });
-      if (!document.hidden) open();
+    runs: () => getJson("/api/runs"),
+    details: (id) => getJson(`/api/details/${encode(id)}`),
+    diagnosis: (id) => getJson(`/api/diagnosis/${encode(id)}`),
+    series: (id, first, last, n) => getJson(`/api/series/${encode(id)}?first=${first}&last=${last}&n=${n}`),
+    audio: (id, name) => `/api/audio/${encode(id)}?name=${encode(name)}`,
+    spectrogram(id, name, reference) {
+      const scale = reference ? `&reference=${encode(reference)}` : "";
+      return `/api/spectrogram/${encode(id)}?name=${encode(name)}${scale}`;
     },
+    listen,
   };
 }
 
-function fromReport(found) {
+// Call onEvent(kind, data) with each event of the server, and when the connection opens, is lost or has ended.
+function listen(onEvent) {
+  let events = null;
+  const open = () => {
+    events = new EventSource("/api/live");
+    events.onopen = () => onEvent("open");
+    events.onerror = () => onEvent(events.readyState === EventSource.CLOSED ? "ended" : "lost");
+    events.addEventListener("runs", (event) => onEvent("runs", JSON.parse(event.data)));
+    events.addEventListener("grown", (event) => onEvent("grown", JSON.parse(event.data)));
+  };
+  // A browser allows about six connections to a host: hidden tabs give theirs back.
+  document.addEventListener("visibilitychange", () => {
+    if (events) events.close();
+    events = null;
+    if (!document.hidden) open();
+  });
+  if (!document.hidden) open();
+}
+
+export function reportSource(report) {
   return {
     isReport: true,
-    made: found.made,
-    runs: async () => [found.run],
-    details: async () => found.details,
-    judged: async () => found.judged,
-    series: async (id, first, last) => {
-      const piece = found.pieces.find(({ window }) => window[0] <= first && last <= window[1]);
-      return clipped({ ...found.series, ...piece }, first, last);
+    date: report.date,
+    runs: async () => [report.run],
+    details: async () => report.details,
+    diagnosis: async () => report.diagnosis,
+    async series(_id, first, last) {
+      // The first findings come with finer curves around them.
+      const zoom = report.zooms.find(({ window }) => window[0] <= first && last <= window[1]);
+      return inWindow({ ...report.series, ...zoom }, first, last);
     },
-    sound: (id, file) => found.sounds[file],
-    picture: (id, file) => found.pictures[file],
+    audio: (_id, name) => report.audio[name],
+    spectrogram: (_id, name) => report.spectrograms[name],
     listen() {},
   };
 }
 
-function clipped(series, first, last) {
-  const kept = series.steps.map((step, place) => step + series.n_steps[place] > first && step <= last);
-  const keep = (values) => values.filter((_, place) => kept[place]);
-  const each = (table) => Object.fromEntries(Object.entries(table).map(([name, values]) => [name, keep(values)]));
+function inWindow(series, first, last) {
+  const isInside = series.steps.map((step, bucket) => step + series.n_steps[bucket] > first && step <= last);
+  const select = (values) => values.filter((_, bucket) => isInside[bucket]);
+  const selectAll = (table) =>
+    Object.fromEntries(Object.entries(table).map(([name, values]) => [name, select(values)]));
   return {
     ...series,
-    steps: keep(series.steps),
-    n_steps: keep(series.n_steps),
-    mean: each(series.mean),
-    low: each(series.low),
-    high: each(series.high),
-    left_out: each(series.left_out),
+    steps: select(series.steps),
+    n_steps: select(series.n_steps),
+    mean: selectAll(series.mean),
+    low: selectAll(series.low),
+    high: selectAll(series.high),
+    flags: selectAll(series.flags),
   };
 }

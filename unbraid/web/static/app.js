@@ -1,314 +1,416 @@
-"use strict";
-// The page: which runs are shown, in which window of steps, and what stands beside their curves.
+// The page: which runs are selected, which steps are in view, loading data, keys and printing.
 
-const embedded = document.getElementById("report-data");
-const source = embedded ? fromReport(JSON.parse(embedded.textContent)) : fromServer();
-const BUCKETS = 700;
-const state = { runs: [], chosen: [], series: {}, details: {}, judged: {}, window: null, marked: null, failed: {}, said: "" };
+import { CHARTS, Chart } from "./charts.js";
+import { element, swatch } from "./dom.js";
+import { integer, RUN_COLOURS, runStatus } from "./labels.js";
+import { showDetails, showDiagnosis, showSummary } from "./panels.js";
+import { allSteps, runById, runColour, runName, source, state } from "./state.js";
+import { cssColour, currentTheme, darkScheme, restoreTheme, switchTheme } from "./theme.js";
+
+const BUCKETS = 700; // about one per pixel of a chart
+const MAX_STEP = 2 ** 52;
+const DETAILS_MS = 10_000; // details and diagnosis of a growing run are loaded no more often than this
+
 const main = document.getElementById("main");
 let charts = [];
 
-const room = {
-  window: () => state.window || extent(),
-  zoom(window) {
-    state.window = window;
-    if (!window) state.marked = null;
-    remember();
-    refresh(state.chosen);
-  },
-  marked: () => state.marked,
-  theme: () => shownTheme(),
-  colour: (name) => resolved(name),
+// What the charts need to know of the page.
+const view = {
+  window: () => state.window ?? allSteps(),
+  zoom,
+  highlight: () => state.highlight,
+  theme: currentTheme,
+  colour: cssColour,
 };
 
-function resolved(name) {
-  const probe = resolved.probe || (resolved.probe = document.body.appendChild(make("span", { hidden: true })));
-  probe.style.color = `var(${name})`;
-  return getComputedStyle(probe).color;
+// ---- The window of steps
+
+function zoom(window) {
+  state.window = window;
+  if (!window) state.highlight = null;
+  saveToAddress();
+  loadSeries(state.selected);
 }
 
-function extent() {
-  let first = Infinity, last = -Infinity;
-  for (const id of state.chosen) {
-    const series = state.series[id];
-    if (!series || !series.last_step) continue;
-    first = Math.min(first, series.first_step);
-    last = Math.max(last, series.last_step);
-  }
-  return last >= first ? [Math.min(first, last - 1), last] : [0, 1];
+// Widen the window by a factor and shift it by a share of its width, within the steps that exist.
+function moveWindow(factor, shift) {
+  const [firstStep, lastStep] = allSteps();
+  const [first, last] = state.window ?? [firstStep, lastStep];
+  const width = Math.min(lastStep - firstStep, Math.max(4, Math.round((last - first) * factor)));
+  const centre = (first + last) / 2 + shift * (last - first);
+  const begin = Math.round(Math.max(firstStep, Math.min(lastStep - width, centre - width / 2)));
+  zoom(begin <= firstStep && begin + width >= lastStep ? null : [begin, begin + width]);
 }
 
-function colourOf(id) {
-  const place = state.chosen.indexOf(id);
-  return place < 0 ? null : RUN_COLOURS[place % RUN_COLOURS.length];
+// Show the steps of a finding, with a margin; `zoomed` in report.py includes the same steps.
+function showSteps(first, last) {
+  const margin = Math.max(20, Math.round(0.25 * (last - first)));
+  state.highlight = [first, last];
+  zoom([Math.max(0, first - margin), last + margin]);
+  document.getElementById("curves").scrollIntoView({ behavior: "smooth" });
 }
 
-function known(id) {
-  return state.runs.find((run) => run.id === id);
-}
+// ---- Which runs
 
-// ---- which runs
-
-function remember() {
+// The address holds the selection and the window, so that a reload or a bookmark shows the same.
+function saveToAddress() {
   if (source.isReport) return;
-  const said = new URLSearchParams({ runs: state.chosen.join(",") });
-  if (state.window) said.set("steps", state.window.join("-"));
-  history.replaceState(null, "", `${location.pathname}?${said}`);
+  const query = new URLSearchParams({ runs: state.selected.join(",") });
+  if (state.window) query.set("steps", state.window.join("-"));
+  history.replaceState(null, "", `${location.pathname}?${query}`);
 }
 
-function recall() {
-  const said = new URLSearchParams(location.search);
-  state.chosen = (said.get("runs") || "").split(",").filter((id) => known(id));
-  const window = (said.get("steps") || "").split("-").map(Number);
-  if (window.length === 2 && window.every(Number.isFinite) && window[1] > window[0]) state.window = window;
-  if (!state.chosen.length && state.runs.length) {
+function restoreFromAddress() {
+  const query = new URLSearchParams(location.search);
+  state.selected = (query.get("runs") ?? "").split(",").filter(runById);
+  const [first, last] = (query.get("steps") ?? "").split("-").map(Number);
+  if (Number.isFinite(first) && last > first) state.window = [first, last];
+  if (!state.selected.length && state.runs.length) {
     const running = state.runs.find((run) => run.state === "running");
-    state.chosen = [(running || state.runs[state.runs.length - 1]).id];
+    state.selected = [(running ?? state.runs.at(-1)).id];
   }
 }
 
-function focus(id) {
-  state.chosen = [id];
-  state.window = state.marked = null;
-  changed();
+function showRun(id) {
+  state.selected = [id];
+  state.window = null;
+  state.highlight = null;
+  selectionChanged();
 }
 
-function lay(id) {
-  const place = state.chosen.indexOf(id);
-  state.said = "";
-  if (place < 0 && state.chosen.length >= RUN_COLOURS.length) state.said = `No more than ${RUN_COLOURS.length} runs can lie over each other; take one away first.`;
-  else if (place < 0) state.chosen.push(id);
-  else if (state.chosen.length > 1) state.chosen.splice(place, 1);
-  changed();
+// Add a run to the charts or take it away.
+function toggleRun(id) {
+  state.notice = "";
+  const index = state.selected.indexOf(id);
+  if (index < 0 && state.selected.length >= RUN_COLOURS.length) {
+    state.notice = `At most ${RUN_COLOURS.length} runs can be shown together. Remove one first.`;
+  } else if (index < 0) {
+    state.selected.push(id);
+  } else if (state.selected.length > 1) {
+    state.selected.splice(index, 1);
+  }
+  selectionChanged();
 }
 
-function changed() {
-  remember();
-  listRuns();
-  build();
-  refresh(state.chosen);
-  if (state.chosen.length) attend(state.chosen[0]);
-  for (const id of state.chosen.slice(1)) if (!state.details[id]) attend(id);
+function selectionChanged() {
+  saveToAddress();
+  showRunList();
+  buildMain();
+  loadSeries(state.selected);
+  for (const [index, id] of state.selected.entries()) {
+    if (index === 0 || !state.details[id]) loadDetails(id);
+  }
 }
 
-function listRuns() {
+function showNextRun(offset) {
+  const index = state.runs.findIndex((run) => run.id === state.selected[0]);
+  const next = state.runs[index + offset];
+  if (next) showRun(next.id);
+}
+
+let shownList = "";
+
+function showRunList() {
+  const content = JSON.stringify([state.runs, state.selected]);
+  if (content === shownList) return;
+  shownList = content;
   const list = document.getElementById("runs");
-  const now = JSON.stringify([state.runs, state.chosen]);
-  if (listRuns.drawn === now) return;
-  listRuns.drawn = now;
-  const held = list.contains(document.activeElement) && [document.activeElement.closest(".run").dataset.id, document.activeElement.tagName];
-  const rows = state.runs.map((run, number) => {
-    const colour = colourOf(run.id);
-    const box = make("input", { type: "checkbox", checked: Boolean(colour), ariaLabel: `Show the curves of ${run.name}`, title: "Lay over the others",
-      onclick: (event) => { event.stopPropagation(); lay(run.id); } });
-    const row = make("div", { className: `run${state.chosen[0] === run.id ? " focus" : ""}`, title: `${run.folder}/${run.name}`, onclick: () => focus(run.id) },
-      box, make("button", { type: "button", className: "name", ariaCurrent: state.chosen[0] === run.id ? "true" : undefined }, run.name),
-      make("span", { className: "state" }, `${number < 9 ? `${number + 1} \u00b7 ` : ""}${stateOf(run)}`));
-    if (colour) row.style.setProperty("--of-run", colour);
-    row.dataset.id = run.id;
-    return row;
-  });
+
+  // The list changes while a run grows: give the focus back to the same run's checkbox or button.
+  const focused = list.contains(document.activeElement) ? document.activeElement : null;
+  const focusedTag = focused?.tagName.toLowerCase();
+  const focusedId = focused?.closest(".run").dataset.id;
+  const rows = state.runs.map(runRow);
   list.replaceChildren(...rows);
-  const again = held && rows.find((row) => row.dataset.id === held[0]);
-  if (again) again.querySelector(held[1].toLowerCase()).focus({ preventScroll: true });
+  const row = focused && rows.find((candidate) => candidate.dataset.id === focusedId);
+  row?.querySelector(focusedTag).focus({ preventScroll: true });
 }
 
-// ---- what is shown of them
+function runRow(run, index) {
+  const colour = runColour(run.id);
+  const isShown = state.selected[0] === run.id;
+  const checkbox = element("input", {
+    type: "checkbox",
+    checked: Boolean(colour),
+    ariaLabel: `Show the curves of ${run.name}`,
+    title: "Add to the charts",
+    onclick(event) {
+      event.stopPropagation(); // a click on the row shows this run alone
+      toggleRun(run.id);
+    },
+  });
+  const button = element("button", { type: "button", className: "name", ariaCurrent: isShown && "true" }, run.name);
+  const key = index < 9 ? `${index + 1} \u00b7 ` : "";
+  const row = element(
+    "div",
+    { className: isShown ? "run shown" : "run", title: `${run.folder}/${run.name}`, onclick: () => showRun(run.id) },
+    checkbox,
+    button,
+    element("span", { className: "state" }, key + runStatus(run)),
+  );
+  if (colour) row.style.setProperty("--run-colour", colour);
+  row.dataset.id = run.id;
+  return row;
+}
 
-function build() {
-  for (const chart of charts) chart.forget();
+// ---- The page of the selected runs
+
+function buildMain() {
+  for (const chart of charts) chart.destroy();
   charts = [];
-  const id = state.chosen[0];
-  if (!id) {
-    main.replaceChildren(make("p", { className: "soft" }, "There is no run here yet. One that begins in these folders appears by itself."));
+  if (!state.selected.length) {
+    const text = "There is no run here yet. A run that starts in these folders will appear by itself.";
+    main.replaceChildren(element("p", { className: "soft" }, text));
     return;
   }
-  charts = CHARTS.map((chart) => new Chart(chart, room));
+  charts = CHARTS.map((spec) => new Chart(spec, view));
+  const windowText = element("span", { className: "soft small", id: "window" });
+  const bar = element("div", { className: "bar", id: "bar" }, windowButtons(), windowText);
+  bar.append(element("span", { className: "legend", id: "run-names" }));
+  const curves = element("div", { className: "curves" });
+  curves.append(...charts.map((chart) => chart.box));
   main.replaceChildren(
-    make("div", { id: "lead" }),
-    make("section", { id: "health" }),
-    make("section", { id: "curves" }, make("h2", {}, "Curves"), make("div", { className: "bar", id: "bar" }), make("div", { className: "curves" }, charts.map((chart) => chart.box)), make("div", { id: "blocks" })),
-    make("section", { id: "sound" }), make("section", { id: "incidents" }), make("section", { id: "recipe" }));
-  lead();
-  health();
-  besides();
-  draw();
-}
-
-function draw() {
-  const runs = state.chosen.filter((id) => state.series[id]).map((id) => ({ id, name: (known(id) || {}).name || "", colour: colourOf(id), series: state.series[id] }));
-  const bar = document.getElementById("bar");
-  if (bar) {
-    const said = state.window ? `steps ${whole(state.window[0])} to ${whole(state.window[1])}` : "Drag across a curve to look closer, or press +.";
-    if (!bar.childElementCount) bar.append(...windowButtons(), make("span", { className: "soft small", id: "said" }), make("span", { className: "key", id: "who" }));
-    document.getElementById("said").textContent = said;
-    document.getElementById("who").replaceChildren(...(runs.length > 1 ? runs.map((run) => { const swatch = make("span", { className: "swatch" }); swatch.style.setProperty("--of-run", run.colour); return make("span", {}, swatch, run.name); }) : []));
-  }
-  for (const chart of charts) chart.draw(runs);
+    element("div", { id: "summary" }),
+    element("section", { id: "health" }),
+    element("section", { id: "curves" }, element("h2", {}, "Curves"), bar, curves, element("div", { id: "blocks" })),
+    element("section", { id: "sound" }),
+    element("section", { id: "incidents" }),
+    element("section", { id: "recipe" }),
+  );
+  showSummary();
+  showDiagnosis(showSteps);
+  showDetails();
+  drawCharts();
 }
 
 function windowButtons() {
-  const ways = [["+", "Closer (+)", () => move(0.5, 0)], ["\u2212", "Wider (\u2212)", () => move(2, 0)], ["\u2190", "Earlier (left arrow)", () => move(1, -0.5)],
-    ["\u2192", "Later (right arrow)", () => move(1, 0.5)], ["All steps (z)", "", () => room.zoom(null)]];
-  return ways.map(([text, title, onclick]) => make("button", { type: "button", title, ariaLabel: title || undefined, onclick }, text));
+  const buttons = [
+    ["+", "Zoom in (+)", () => moveWindow(0.5, 0)],
+    ["\u2212", "Zoom out (\u2212)", () => moveWindow(2, 0)],
+    ["\u2190", "Earlier (left arrow)", () => moveWindow(1, -0.5)],
+    ["\u2192", "Later (right arrow)", () => moveWindow(1, 0.5)],
+    ["All steps (z)", undefined, () => zoom(null)],
+  ];
+  return buttons.map(([text, title, onclick]) =>
+    element("button", { type: "button", title, ariaLabel: title, onclick }, text),
+  );
 }
 
-// A window so many times as wide, moved by such a share of its width, and never beyond the steps there are.
-function move(wider, by) {
-  const [first, last] = extent();
-  const [from, to] = state.window || [first, last];
-  const width = Math.min(last - first, Math.max(4, Math.round((to - from) * wider)));
-  const middle = (from + to) / 2 + by * (to - from);
-  const begin = Math.round(Math.max(first, Math.min(last - width, middle - width / 2)));
-  room.zoom(begin <= first && begin + width >= last ? null : [begin, begin + width]);
+function drawCharts() {
+  if (!charts.length) return;
+  const loaded = state.selected.filter((id) => state.series[id]);
+  const runs = loaded.map((id) => ({ id, name: runName(id), colour: runColour(id), series: state.series[id] }));
+  const [first, last] = state.window ?? [];
+  document.getElementById("window").textContent = state.window
+    ? `steps ${integer(first)} to ${integer(last)}`
+    : "Drag across a chart, or press +, to zoom in.";
+  const names = runs.map((run) => element("span", {}, swatch(run.colour), run.name));
+  document.getElementById("run-names").replaceChildren(...(runs.length > 1 ? names : []));
+  for (const chart of charts) chart.draw(runs);
 }
 
-// ---- asking
+// ---- Loading
 
-const asking = { under_way: {}, again: {} };
+const loading = new Set();
+const outdated = new Set(); // requested again while loading
 
-async function refresh(ids) {
-  await Promise.all(ids.map(async (id) => {
-    if (asking.under_way[id]) { asking.again[id] = true; return; }
-    asking.under_way[id] = true;
-    const [first, last] = state.window || [0, 2 ** 52];
-    try {
-      state.series[id] = await source.series(id, first, last, BUCKETS);
-      delete state.failed[`series ${id}`];
-    } catch (error) {
-      state.failed[`series ${id}`] = String(error.message || error);
-    }
-    asking.under_way[id] = false;
-    if (asking.again[id]) { asking.again[id] = false; await refresh([id]); }
-  }));
-  draw();
-  lead();
+async function loadSeries(ids) {
+  await Promise.all(ids.map(loadOneSeries));
+  drawCharts();
+  showSummary();
 }
 
-async function attend(id) {
-  attend.last = Date.now();
-  await Promise.all([["details", besides], ["judged", health]].map(async ([what, show]) => {
-    try {
-      state[what][id] = await source[what](id);
-      delete state.failed[`${what} ${id}`];
-    } catch (error) {
-      state.failed[`${what} ${id}`] = String(error.message || error);
-      if (what === "judged") state.judged[id] = { problem: String(error.message || error), findings: [] };
-    }
-    if (state.chosen.includes(id)) show();
-  }));
-  lead();
+async function loadOneSeries(id) {
+  if (loading.has(id)) {
+    outdated.add(id);
+    return;
+  }
+  loading.add(id);
+  do {
+    outdated.delete(id);
+    const [first, last] = state.window ?? [0, MAX_STEP];
+    await load("series", id, () => source.series(id, first, last, BUCKETS));
+  } while (outdated.has(id));
+  loading.delete(id);
 }
 
-const ATTEND_MS = 10_000; // health and the like are asked for no more often while a run grows
+let detailsLoadedAt = 0;
+
+async function loadDetails(id) {
+  detailsLoadedAt = Date.now();
+  const details = load("details", id, () => source.details(id)).then(() => {
+    if (state.selected.includes(id)) showDetails();
+  });
+  const diagnosis = load("diagnosis", id, () => source.diagnosis(id)).then((problem) => {
+    if (problem) state.diagnosis[id] = { problem, findings: [] };
+    if (state.selected.includes(id)) showDiagnosis(showSteps);
+  });
+  await Promise.all([details, diagnosis]);
+  showSummary();
+}
+
+// Store what is requested in the state, or its error, which is returned too.
+async function load(kind, id, request) {
+  const key = `${kind} ${id}`;
+  try {
+    state[kind][id] = await request();
+    delete state.errors[key];
+    return null;
+  } catch (error) {
+    state.errors[key] = String(error.message || error);
+    return state.errors[key];
+  }
+}
+
+// ---- Events from the server
+
 const due = { series: new Set(), details: new Set(), timer: null };
 
-function soon() {
-  if (due.timer) return;
-  due.timer = setTimeout(() => {
+// Collect what has changed for a quarter of a second: a fast run would otherwise cause a request per step.
+function scheduleLoading() {
+  due.timer ??= setTimeout(() => {
     due.timer = null;
-    const series = [...due.series], details = [...due.details];
+    const series = [...due.series];
+    const details = [...due.details];
     due.series.clear();
     due.details.clear();
-    if (series.length) refresh(series);
-    for (const id of details) attend(id);
+    if (series.length) loadSeries(series);
+    for (const id of details) loadDetails(id);
   }, 250);
 }
 
-function hear(kind, found) {
-  const link = document.getElementById("link");
-  if (kind === "open") { link.textContent = "live"; link.className = "link live"; }
-  if (kind === "ended") { link.textContent = "this dashboard has ended; open the link of a new one"; link.className = "link lost"; }
-  if (kind === "lost") { link.textContent = "no answer; trying again"; link.className = "link lost"; }
-  if (kind === "runs") {
-    state.runs = found;
-    if (!state.chosen.length) { recall(); changed(); } else { listRuns(); lead(); }
-  }
-  if (kind === "grown" && state.chosen.includes(found.id)) {
-    const before = state.series[found.id];
-    if (Date.now() - (attend.last || 0) > ATTEND_MS && found.id === state.chosen[0]) due.details.add(found.id);
-    clearTimeout(hear.after);
-    hear.after = setTimeout(() => attend(state.chosen[0]), ATTEND_MS); // and once more when it has become quiet
-    const run = known(found.id);
-    if (run && found.last_step > run.step) run.step = found.last_step;
-    due.series.add(found.id);
-    if (!before || found.n_validations !== before.n_validations || found.n_events !== before.n_events) due.details.add(found.id);
-    soon();
+const CONNECTION_TEXTS = {
+  open: "live",
+  lost: "no answer; trying again",
+  ended: "this dashboard has ended; open the link of a new one",
+};
+
+function onEvent(kind, data) {
+  if (kind === "runs") onRuns(data);
+  else if (kind === "grown") onGrown(data);
+  else {
+    const connection = document.getElementById("connection");
+    connection.textContent = CONNECTION_TEXTS[kind];
+    connection.className = kind === "open" ? "connection live" : "connection lost";
   }
 }
 
-// ---- light, keys
-
-function shownTheme() {
-  return document.documentElement.dataset.theme || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
+function onRuns(runs) {
+  state.runs = runs;
+  if (state.selected.length) {
+    showRunList();
+    showSummary();
+  } else {
+    restoreFromAddress();
+    selectionChanged();
+  }
 }
 
-function setTheme(theme) {
-  document.documentElement.dataset.theme = theme;
-  try { localStorage.setItem("unbraid-theme", theme); } catch { /* a file opened from a letter may have no storage */ }
-  draw();
+let quietTimer = null;
+
+function onGrown(progress) {
+  const { id } = progress;
+  if (!state.selected.includes(id)) return;
+  const run = runById(id);
+  if (run && progress.last_step > run.step) run.step = progress.last_step;
+  due.series.add(id);
+
+  // Details: at once for a new validation or event, from time to time for steps, and once more when it gets quiet.
+  const before = state.series[id];
+  const isNew = progress.n_validations !== before?.n_validations || progress.n_events !== before?.n_events;
+  const isOld = id === state.selected[0] && Date.now() - detailsLoadedAt > DETAILS_MS;
+  if (isNew || isOld) due.details.add(id);
+  clearTimeout(quietTimer);
+  quietTimer = setTimeout(() => loadDetails(state.selected[0]), DETAILS_MS);
+  scheduleLoading();
 }
 
-function go(section) {
-  const place = document.getElementById(section);
-  if (place) place.scrollIntoView({ behavior: "smooth" });
+// ---- Keys, resizing, printing
+
+function scrollToSection(sectionId) {
+  document.getElementById(sectionId)?.scrollIntoView({ behavior: "smooth" });
+}
+
+function toggleTheme() {
+  switchTheme();
+  drawCharts();
 }
 
 const KEYS = {
-  j: () => step(1), k: () => step(-1), z: () => room.zoom(null), t: () => setTheme(shownTheme() === "dark" ? "light" : "dark"),
-  "+": () => move(0.5, 0), "-": () => move(2, 0), ArrowLeft: () => move(1, -0.5), ArrowRight: () => move(1, 0.5),
-  h: () => go("health"), c: () => go("curves"), s: () => go("sound"), i: () => go("incidents"), r: () => go("recipe"),
+  j: () => showNextRun(1),
+  k: () => showNextRun(-1),
+  "+": () => moveWindow(0.5, 0),
+  "-": () => moveWindow(2, 0),
+  ArrowLeft: () => moveWindow(1, -0.5),
+  ArrowRight: () => moveWindow(1, 0.5),
+  z: () => zoom(null),
+  h: () => scrollToSection("health"),
+  c: () => scrollToSection("curves"),
+  s: () => scrollToSection("sound"),
+  i: () => scrollToSection("incidents"),
+  r: () => scrollToSection("recipe"),
+  t: toggleTheme,
   "?": () => document.getElementById("keys").showModal(),
 };
 
-function step(by) {
-  const place = state.runs.findIndex((run) => run.id === state.chosen[0]);
-  const next = state.runs[place + by];
-  if (next) focus(next.id);
-}
-
 document.addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey || /^(INPUT|SELECT|TEXTAREA|AUDIO)$/.test(event.target.tagName)) return;
+  const isTyping = /^(INPUT|SELECT|TEXTAREA|AUDIO)$/.test(event.target.tagName);
+  if (event.ctrlKey || event.metaKey || event.altKey || isTyping) return;
   const run = /^[1-9]$/.test(event.key) && state.runs[Number(event.key) - 1];
-  if (run) lay(run.id);
-  else if (KEYS[event.key]) KEYS[event.key]();
+  if (run) toggleRun(run.id);
+  else KEYS[event.key]?.();
 });
-document.getElementById("theme").addEventListener("click", KEYS.t);
+document.getElementById("theme").addEventListener("click", toggleTheme);
 document.getElementById("help").addEventListener("click", KEYS["?"]);
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => draw());
+darkScheme.addEventListener("change", drawCharts);
+
+let resizeTimer = null;
 addEventListener("resize", () => {
-  clearTimeout(room.resizing);
-  room.resizing = setTimeout(() => charts.forEach((chart) => chart.plot && chart.plot.setSize(chart.size())), 120);
+  clearTimeout(resizeTimer);
+  resizeTimer = setTimeout(() => {
+    for (const chart of charts) chart.resize();
+  }, 120);
 });
 
-// Paper is light, has a width of its own, and cannot open what is closed.
+// Paper is light, has a fixed width, and cannot be clicked: open what is closed.
+let beforePrint = { theme: undefined, closed: [] };
+
 addEventListener("beforeprint", () => {
-  start.before = [document.documentElement.dataset.theme, [...document.querySelectorAll("details:not([open])")]];
+  beforePrint = {
+    theme: document.documentElement.dataset.theme,
+    closed: [...document.querySelectorAll("details:not([open])")],
+  };
   document.documentElement.dataset.theme = "light";
-  for (const closed of start.before[1]) closed.open = true;
-  draw();
-  for (const chart of charts) if (chart.plot) chart.plot.setSize({ ...chart.size(), width: chart.chart.strip ? 660 : 310 });
+  for (const details of beforePrint.closed) details.open = true;
+  drawCharts();
+  for (const chart of charts) chart.resize(chart.spec.strip ? 660 : 310); // pixels: A4 with two charts in a row
 });
+
 addEventListener("afterprint", () => {
-  const [theme, closed] = start.before;
-  if (theme) document.documentElement.dataset.theme = theme; else delete document.documentElement.dataset.theme;
-  for (const one of closed) one.open = false;
-  draw();
-  for (const chart of charts) if (chart.plot) chart.plot.setSize(chart.size());
+  if (beforePrint.theme) document.documentElement.dataset.theme = beforePrint.theme;
+  else delete document.documentElement.dataset.theme;
+  for (const details of beforePrint.closed) details.open = false;
+  drawCharts();
+  for (const chart of charts) chart.resize();
 });
+
+// ---- Start
 
 async function start() {
-  try { const theme = localStorage.getItem("unbraid-theme"); if (theme) document.documentElement.dataset.theme = theme; } catch { /* as above */ }
+  restoreTheme();
   if (source.isReport) document.body.classList.add("report");
   try {
     state.runs = await source.runs();
   } catch (error) {
-    main.replaceChildren(make("p", {}, String(error.message || error)));
+    main.replaceChildren(element("p", {}, String(error.message || error)));
     return;
   }
-  recall();
-  changed();
-  source.listen(hear);
+  restoreFromAddress();
+  selectionChanged();
+  source.listen(onEvent);
 }
+
+// For the browser's console and the tests: names of a module cannot be reached from outside.
+globalThis.unbraid = { state, zoom, toggleRun };
 
 start();

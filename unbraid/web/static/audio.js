@@ -1,53 +1,85 @@
-"use strict";
-// What can be heard of a run: mixture, references and estimates with their spectrograms.
+// Mixtures, references and estimates to listen to, with their spectrograms.
 
-function heard(source, id, file, words, like) {
-  const picture = source.picture(id, file, like);
-  const sound = source.sound(id, file);
-  return make("figure", { className: "heard" },
-    picture && make("img", { src: picture, alt: `Spectrogram: ${words}`, loading: source.isReport ? "eager" : "lazy" }),
-    sound ? make("audio", { src: sound, controls: true, preload: "none", ariaLabel: words }) : make("p", { className: "say" }, "The sound is left out for size."),
-    make("figcaption", {}, words));
+import { element } from "./dom.js";
+import { decibels, integer } from "./labels.js";
+import { source } from "./state.js";
+
+// One recording. A reference sets the scale of the spectrogram's colours, so that the two can be compared.
+function recording(id, name, caption, reference) {
+  const image = source.spectrogram(id, name, reference);
+  const audio = source.audio(id, name);
+  return element(
+    "figure",
+    { className: "recording" },
+    // A lazy image would be missing when a report is printed.
+    image &&
+      element("img", { src: image, alt: `Spectrogram: ${caption}`, loading: source.isReport ? "eager" : "lazy" }),
+    audio
+      ? element("audio", { src: audio, controls: true, preload: "none", ariaLabel: caption })
+      : element("p", { className: "caption" }, "Not included, to keep the report small."),
+    element("figcaption", {}, caption),
+  );
 }
 
-function exampleCard(source, id, item, title) {
-  const grid = make("div", { className: "sound-grid" });
-  const score = make("span", { className: "soft small" });
-  const at = item.at;
-  const choose = at.length > 1 && make("select", { ariaLabel: "Checkpoint", onchange: () => show(at[Number(choose.value)]) },
-    at.map((one, place) => make("option", { value: String(place) }, `step ${whole(one.step)}`)));
-  function show(one) {
-    score.textContent = typeof one.si_sdri === "number" ? `SI-SDR improvement ${decibels(one.si_sdri)}` : "";
-    grid.replaceChildren(
-      ...item.mixture.map((file) => make("div", {}, heard(source, id, file, "Mixture"))),
-      ...one.estimate.map((file, number) => {
-        const reference = item.reference[number];
-        return make("div", { className: "pair" }, heard(source, id, file, `Estimate ${number + 1}`, reference),
-          reference && heard(source, id, reference, `Reference ${number + 1}`));
-      }));
-    if (!grid.childElementCount) grid.append(make("p", { className: "soft" }, "Its sound was not saved."));
+function exampleCard(id, example, title) {
+  const { mixture, references, estimates, files } = example;
+  const grid = element("div", { className: "recordings" });
+  const score = element("span", { className: "soft small" });
+
+  function showEstimate({ si_sdri: improvement, audio }) {
+    score.textContent = typeof improvement === "number" ? `SI-SDR improvement ${decibels(improvement)}` : "";
+    const cells = mixture.map((name) => element("div", {}, recording(id, name, "Mixture")));
+    audio.forEach((name, index) => {
+      const reference = references[index];
+      const cell = element("div", { className: "pair" }, recording(id, name, `Estimate ${index + 1}`, reference));
+      if (reference) cell.append(recording(id, reference, `Reference ${index + 1}`));
+      cells.push(cell);
+    });
+    grid.replaceChildren(...cells);
+    if (!cells.length) grid.append(element("p", { className: "soft" }, "Its audio was not saved."));
   }
-  if (choose) choose.value = String(at.length - 1);
-  if (at.length) show(at[at.length - 1]);
-  return make("article", { className: "card" },
-    make("div", { className: "bar" }, make("h3", {}, title), choose, score),
-    item.files.length ? make("p", { className: "say" }, item.files.map((file) => file.split("/").slice(-2).join("/")).join(" + ")) : null,
-    grid);
+
+  const options = estimates.map(({ step }, index) =>
+    element("option", { value: String(index) }, `step ${integer(step)}`),
+  );
+  const select = element(
+    "select",
+    { ariaLabel: "Checkpoint", onchange: () => showEstimate(estimates[select.value]) },
+    options,
+  );
+  if (estimates.length) {
+    select.value = String(estimates.length - 1);
+    showEstimate(estimates.at(-1));
+  }
+  const shortNames = files.map((file) => file.split("/").slice(-2).join("/"));
+  return element(
+    "article",
+    { className: "card" },
+    element("div", { className: "bar" }, element("h3", {}, title), estimates.length > 1 && select, score),
+    files.length > 0 && element("p", { className: "caption" }, shortNames.join(" + ")),
+    grid,
+  );
 }
 
-function soundSection(source, id, details) {
-  const { examples, worst } = details;
-  const parts = [make("h2", {}, "Sound")];
-  if (!examples.items.length && !worst.length) {
-    parts.push(make("p", { className: "soft" }, "Nothing was saved to hear: set validate.save_audio = 2, or unbraid evaluate RUN --save-worst 10."));
+// Return the elements of the section "Sound".
+export function audioSection(id, details) {
+  const { validation_examples: validation, evaluation_examples: evaluation } = details;
+  const parts = [element("h2", {}, "Sound")];
+  if (!validation.length && !evaluation.length) {
+    const advice = "No audio was saved. Set validate.save_audio = 2, or run unbraid evaluate RUN --save-worst 10.";
+    parts.push(element("p", { className: "soft" }, advice));
   }
-  if (examples.items.length) {
-    parts.push(make("div", { className: "sounds" }, examples.items.map((item) => exampleCard(source, id, item, `Validation example ${item.index + 1}`))));
+  if (validation.length) {
+    const cards = validation.map((example) => exampleCard(id, example, `Validation example ${example.index + 1}`));
+    parts.push(element("div", { className: "examples" }, cards));
   }
-  if (worst.length) {
-    parts.push(make("details", { open: !examples.items.length },
-      make("summary", {}, `The ${worst.length} worst of the last evaluation`),
-      make("div", { className: "sounds" }, worst.map((item) => exampleCard(source, id, item, `Mixture ${item.index}: ${decibels(item.at[0].si_sdri)}`)))));
+  if (evaluation.length) {
+    const cards = evaluation.map((example) =>
+      exampleCard(id, example, `Mixture ${example.index}: ${decibels(example.estimates[0].si_sdri)}`),
+    );
+    const summary = element("summary", {}, `Worst mixtures of the last evaluation (${evaluation.length})`);
+    const examples = element("div", { className: "examples" }, cards);
+    parts.push(element("details", { open: !validation.length }, summary, examples));
   }
-  return make("section", { id: "sound" }, parts);
+  return parts;
 }

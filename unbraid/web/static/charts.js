@@ -1,315 +1,348 @@
-"use strict";
-// Curves over steps: one chart a quantity, all runs laid over each other, cursor and window shared by all charts.
+// Curves over steps: one chart per quantity with all runs in it. The charts share the cursor and the window of steps.
 
-const SMOOTHED = 40; // buckets in the bold line's mean
+import { element } from "./dom.js";
+import { digits, integer } from "./labels.js";
+import { drawStrip, stripLegend, stripText, transparent } from "./strip.js";
 
-const CHARTS = [
-  { key: "loss", title: "Loss", lines: [{ of: "loss", smooth: true, spread: true }, { score: "loss", name: "validation" }],
-    say: "Trained steps alone. Bold: mean of neighbours; shade: least and greatest; dots: validation." },
-  { key: "si_sdri", title: "Validation: SI-SDR improvement, dB", lines: [{ score: "si_sdri" }],
-    say: "On sources not trained on. Zero is the mixture itself." },
-  { key: "norm", title: "Gradient norm", log: true,
-    lines: [{ of: "grad_norm", smooth: true, spread: true, name: "before clipping" }, { of: "limit", dash: [6, 4], name: "limit" },
-      { of: "clipped_grad_norm", smooth: true, name: "after", dash: [2, 3] }],
-    say: "Bold: before clipping; dotted: after; dashed: the limit." },
-  { key: "update_ratio", title: "Update over weight", log: true, lines: [{ of: "update_ratio" }],
-    say: "How far a step moves the weights, as a share of them (median over blocks). Around 1e-3 is usual with Adam." },
-  { key: "strip", title: "Clipped, and left out", strip: true },
-  { key: "lr", title: "Learning rate", log: true, lines: [{ of: "lr" }] },
-  { key: "speed", title: "Examples a second", lines: [{ of: "examples_per_second", smooth: true, faint: true }], zero: true },
-  { key: "wait", title: "Waiting for data, % of a step", lines: [{ make: waiting, smooth: true, faint: true, name: "waiting" }], zero: true },
-  { key: "memory", title: "Peak memory, GiB", lines: [{ make: (s) => scaled(s.mean.memory_bytes, 2 ** -30), name: "peak" }], zero: true },
-  { key: "sdr", title: "SI-SDR in training, dB", lines: [{ of: "si_sdr", smooth: true, spread: true }] },
+const SMOOTHING_BUCKETS = 40; // length of the moving average
+
+// Lines: `column` is a column of the steps, `validation` one of the validations, `values` computes one from a series.
+export const CHARTS = [
+  {
+    key: "loss",
+    title: "Loss",
+    lines: [
+      { column: "loss", smooth: true, range: true },
+      { validation: "loss", name: "validation", pointsOnly: true },
+    ],
+    caption: "Trained steps only. Bold: moving average; shaded: range; dots: validation.",
+  },
+  {
+    key: "si_sdri",
+    title: "Validation: SI-SDR improvement, dB",
+    lines: [{ validation: "si_sdri" }],
+    caption: "On sources that are not trained on. 0 dB is the unprocessed mixture.",
+  },
+  {
+    key: "norm",
+    title: "Gradient norm",
+    log: true,
+    lines: [
+      { column: "grad_norm", smooth: true, range: true, name: "before clipping" },
+      { column: "max_norm", dash: [6, 4], name: "max_norm" },
+      { column: "clipped_grad_norm", smooth: true, dash: [2, 3], name: "after clipping" },
+    ],
+    caption: "Bold: before clipping; dotted: after clipping; dashed: max_norm.",
+  },
+  {
+    key: "update_ratio",
+    title: "Update-to-weight ratio",
+    log: true,
+    lines: [{ column: "update_ratio" }],
+    caption: "Norm of a step's update over the norm of the weights, median over blocks. About 1e-3 is usual with Adam.",
+  },
+  { key: "strip", title: "Clipped and skipped steps", strip: true },
+  { key: "lr", title: "Learning rate", log: true, lines: [{ column: "lr" }] },
+  {
+    key: "speed",
+    title: "Examples per second",
+    lines: [{ column: "examples_per_second", smooth: true }],
+    fromZero: true,
+  },
+  {
+    key: "wait",
+    title: "Waiting for data, % of step time",
+    lines: [{ values: waitingPercent, smooth: true, name: "waiting" }],
+    fromZero: true,
+  },
+  { key: "memory", title: "Peak memory, GiB", lines: [{ values: memoryGib, name: "peak" }], fromZero: true },
+  { key: "sdr", title: "Training SI-SDR, dB", lines: [{ column: "si_sdr", smooth: true, range: true }] },
 ];
 
-function scaled(values, factor) {
-  return values && values.map((value) => (value === null ? null : value * factor));
+function memoryGib(series) {
+  return series.mean.memory_bytes?.map((bytes) => (bytes === null ? null : bytes / 2 ** 30));
 }
 
-function waiting(series) {
-  const { data_seconds: wait, seconds: work } = series.mean;
-  return wait && work && wait.map((value, at) => (value === null || work[at] === null ? null : (100 * value) / (value + work[at] || 1)));
-}
-
-function smoothed(values) {
-  const half = Math.floor(Math.min(SMOOTHED, values.length / 12) / 2);
-  const sums = [0], counts = [0];
-  for (const value of values) {
-    sums.push(sums[sums.length - 1] + (value === null ? 0 : value));
-    counts.push(counts[counts.length - 1] + (value === null ? 0 : 1));
-  }
-  return values.map((value, at) => {
-    const from = Math.max(0, at - half), to = Math.min(values.length, at + half + 1);
-    return value === null ? null : (sums[to] - sums[from]) / (counts[to] - counts[from]);
+function waitingPercent(series) {
+  const { data_seconds: waiting, seconds: working } = series.mean;
+  if (!waiting || !working) return undefined;
+  return waiting.map((seconds, bucket) => {
+    if (seconds === null || working[bucket] === null) return null;
+    return (100 * seconds) / (seconds + working[bucket] || 1);
   });
 }
 
-function thread(colour, alpha) {
-  return colour + Math.round(255 * alpha).toString(16).padStart(2, "0");
+function isPresent(value) {
+  return value !== null && value !== undefined;
 }
 
-// The series of one chart: for uPlot each a row of values over the steps of its run, with how to draw it.
-function rowsOf(chart, runs) {
-  const rows = [], bands = [];
+// Centred moving average of the values that are present, by running sums.
+function movingAverage(values) {
+  const half = Math.floor(Math.min(SMOOTHING_BUCKETS, values.length / 12) / 2);
+  const sums = [0];
+  const counts = [0];
+  for (const value of values) {
+    sums.push(sums.at(-1) + (value ?? 0));
+    counts.push(counts.at(-1) + (value === null ? 0 : 1));
+  }
+  return values.map((value, index) => {
+    if (value === null) return null;
+    const begin = Math.max(0, index - half);
+    const end = Math.min(values.length, index + half + 1);
+    return (sums[end] - sums[begin]) / (counts[end] - counts[begin]);
+  });
+}
+
+// Return the rows that uPlot draws for a chart, each with its run and style, and the bands between two of them.
+// Silent rows are not read out under the cursor.
+function chartRows(spec, runs) {
+  const rows = [];
+  const bands = [];
   for (const run of runs) {
-    for (const line of chart.lines) {
-      const series = run.series;
-      if (line.score) {
-        const scores = series.scores;
-        if (!scores || !scores.step.length) continue;
-        rows.push({ run, x: scores.step, y: scores[line.score], name: line.name || "", colour: run.colour, width: 2, dots: true, bare: Boolean(line.name) });
+    const { series, colour } = run;
+    for (const line of spec.lines) {
+      const name = line.name ?? "";
+      if (line.validation) {
+        const { validation } = series;
+        if (!validation?.step.length) continue;
+        const y = validation[line.validation];
+        rows.push({ run, x: validation.step, y, name, colour, width: 2, points: true, pointsOnly: line.pointsOnly });
         continue;
       }
-      const values = line.make ? line.make(series) : series.mean[line.of];
-      if (!values) continue;
       const x = series.steps;
-      if (line.spread && series.low[line.of]) {
-        const hidden = { run, x, colour: "transparent", width: 0, silent: true };
-        rows.push({ ...hidden, y: series.high[line.of] }, { ...hidden, y: series.low[line.of] });
-        bands.push({ series: [rows.length - 1, rows.length], fill: thread(run.colour, 0.16) });
+      const values = line.values ? line.values(series) : series.mean[line.column];
+      if (!values) continue;
+      if (line.range && series.low[line.column]) {
+        const edge = { run, x, colour: "transparent", width: 0, silent: true };
+        rows.push({ ...edge, y: series.high[line.column] }, { ...edge, y: series.low[line.column] });
+        bands.push({ series: [rows.length - 1, rows.length], fill: transparent(colour, 0.16) }); // series 0 is x
       }
-      if (line.smooth && !line.dash) rows.push({ run, x, y: values, colour: thread(run.colour, 0.3), width: 1, silent: true });
-      rows.push({ run, x, y: line.smooth ? smoothed(values) : values, exact: values, name: line.name || "", colour: run.colour,
-        width: line.dash ? 1.5 : 2, dash: line.dash });
+      if (line.smooth && !line.dash)
+        rows.push({ run, x, y: values, colour: transparent(colour, 0.3), width: 1, silent: true });
+      const y = line.smooth ? movingAverage(values) : values;
+      rows.push({ run, x, y, exact: values, name, colour, width: line.dash ? 1.5 : 2, dash: line.dash });
     }
   }
   return { rows, bands };
 }
 
-function joined(rows) {
-  const tables = rows.map((row) => [row.x, row.y]);
-  return uPlot.join(tables.length ? tables : [[[], []]], tables.map(() => [0, 0]));
+// The strip is drawn by hand; empty rows give it the axis of steps.
+function stripRows(runs) {
+  return runs.map((run) => {
+    const x = run.series.steps;
+    return { run, x, y: x.map(() => 0), colour: "transparent", width: 0, silent: true };
+  });
 }
 
-function positive(values) {
-  return values.map((value) => (value === null || value === undefined || value <= 0 ? null : value));
+// Runs have different steps: align them on one axis.
+function alignedData(rows) {
+  const tables = rows.length ? rows.map((row) => [row.x, row.y]) : [[[], []]];
+  return uPlot.join(
+    tables,
+    tables.map(() => [0, 0]),
+  );
 }
 
-class Chart {
-  constructor(chart, room) {
-    this.chart = chart;
-    this.read = make("span", { className: "read" });
-    this.place = make("div");
-    this.box = make("div", { className: "card chart", id: `chart-${chart.key}` },
-      make("div", { className: "title" }, make("h3", {}, chart.title), this.read), this.place,
-      chart.say && make("p", { className: "say" }, chart.say), chart.strip && reasons());
-    this.room = room;
+export class Chart {
+  // view: window(), zoom(window), highlight(), theme() and colour(cssVariable), as app.js has them.
+  constructor(spec, view) {
+    this.spec = spec;
+    this.view = view;
     this.plot = null;
-    this.shape = "";
+    this.layoutKey = "";
+    this.readout = element("span", { className: "readout" });
+    this.plotBox = element("div");
+    this.legend = element("div", { className: "legend" });
+    this.box = element(
+      "div",
+      { className: "card chart", id: `chart-${spec.key}` },
+      element("div", { className: "title" }, element("h3", {}, spec.title), this.readout),
+      this.plotBox,
+      spec.caption && element("p", { className: "caption" }, spec.caption),
+      spec.strip && this.legend,
+    );
   }
 
   draw(runs) {
+    const { spec } = this;
+    const { rows, bands } = spec.strip ? { rows: stripRows(runs), bands: [] } : chartRows(spec, runs);
+    if (spec.log) for (const row of rows) row.y = row.y.map((value) => (value > 0 ? value : null));
     this.runs = runs;
-    const { rows, bands } = this.chart.strip ? { rows: stripRows(runs), bands: [] } : rowsOf(this.chart, runs);
-    if (this.chart.log) for (const row of rows) row.y = positive(row.y);
-    const known = rows.some((row) => row.y.some((value) => value !== null && value !== undefined));
-    this.box.hidden = !known && !this.chart.strip;
-    if (this.box.hidden) return this.forget();
     this.rows = rows;
-    const shape = JSON.stringify([rows.map((row) => [row.colour, row.width, row.run.id, row.name]), runs.length, this.room.theme()]);
-    if (this.plot && shape === this.shape) {
-      this.plot.setData(joined(rows));
-      return undefined;
+    if (spec.strip) this.legend.replaceChildren(...(runs.length ? stripLegend(runs[0].series.flag_names) : []));
+
+    this.box.hidden = !spec.strip && !rows.some((row) => row.y.some(isPresent));
+    if (this.box.hidden) {
+      this.destroy();
+      return;
     }
-    this.forget();
-    this.shape = shape;
-    this.plot = new uPlot(this.options(rows, bands), joined(rows), this.place);
-    const canvas = this.place.querySelector("canvas");
+
+    // New data go into the plot that is there; only a change of its rows or colours needs a new one.
+    const styles = rows.map((row) => [row.colour, row.width, row.run.id, row.name]);
+    const layoutKey = JSON.stringify([styles, runs.length, this.view.theme()]);
+    if (this.plot && layoutKey === this.layoutKey) {
+      this.plot.setData(alignedData(rows));
+      return;
+    }
+    this.destroy();
+    this.layoutKey = layoutKey;
+    this.plot = new uPlot(this.options(rows, bands), alignedData(rows), this.plotBox);
+    const canvas = this.plotBox.querySelector("canvas");
     canvas.setAttribute("role", "img");
-    canvas.setAttribute("aria-label", `${this.chart.title}, ${runs.map((run) => this.inWords(run)).join("; ")}`);
-    return undefined;
+    canvas.setAttribute("aria-label", `${spec.title}: ${runs.map((run) => this.lastValueText(run)).join("; ")}`);
   }
 
-  inWords(run) {
-    const last = run.series.steps[run.series.steps.length - 1];
-    if (this.chart.strip) return `${run.name}: ${stripWords(run, last)} at the end`;
-    const row = this.rows.find((one) => one.run.id === run.id && !one.silent);
-    const value = row ? valueAt(row, last) : null;
-    return `${run.name}: ${value === null ? "not known" : digits(value)} at the end`;
+  lastValueText(run) {
+    const lastStep = run.series.steps.at(-1);
+    if (this.spec.strip) return `${run.name}, ${stripText(run, bucketAt(run.series, lastStep))}`;
+    const row = this.rows.find((candidate) => candidate.run.id === run.id && !candidate.silent);
+    const value = row ? valueNear(row, lastStep) : null;
+    return `${run.name} ends at ${value === null ? "no value" : digits(value)}`;
   }
 
-  forget() {
-    if (this.plot) this.plot.destroy();
+  destroy() {
+    this.plot?.destroy();
     this.plot = null;
   }
 
   size() {
-    return { width: Math.max(120, this.place.clientWidth || 400), height: this.chart.strip ? 44 + 26 * Math.max(1, this.runs.length) : 210 };
+    const height = this.spec.strip ? 44 + 26 * Math.max(1, this.runs.length) : 210;
+    return { width: Math.max(120, this.plotBox.clientWidth || 400), height };
+  }
+
+  resize(width) {
+    this.plot?.setSize({ ...this.size(), ...(width ? { width } : {}) });
   }
 
   options(rows, bands) {
-    const { chart, room } = this;
-    const ink = room.colour("--soft");
-    const grid = { stroke: room.colour("--grid"), width: 1 };
+    const { spec, view } = this;
+    const stroke = view.colour("--soft");
+    const grid = { stroke: view.colour("--grid"), width: 1 };
+    const axis = { stroke, grid, ticks: grid, font: "11px system-ui" };
+    const stepLabels = (_, steps) => steps.map((step) => (Number.isInteger(step) ? shortInteger(step) : ""));
+    const valueLabels = (_, values) => values.map((value) => (spec.strip || value === null ? "" : digits(value)));
+    const yScale = { distr: spec.log ? 3 : 1, range: spec.log ? undefined : valueRange(spec.fromZero) };
     return {
       ...this.size(),
-      scales: {
-        x: { time: false, range: () => room.window() },
-        y: chart.strip ? { range: () => [0, 1] } : { distr: chart.log ? 3 : 1, range: chart.log ? undefined : span(chart.zero) },
-      },
-      series: [{}, ...rows.map((row) => ({
-        stroke: row.colour, width: row.width, dash: row.dash, spanGaps: true, paths: row.bare ? () => null : undefined,
-        points: { show: Boolean(row.dots) || (!row.silent && row.y.filter((value) => value !== null && value !== undefined).length === 1), size: 5, fill: row.colour, stroke: row.colour },
-      }))],
+      scales: { x: { time: false, range: () => view.window() }, y: spec.strip ? { range: () => [0, 1] } : yScale },
+      series: [{}, ...rows.map(seriesOptions)],
       bands,
       axes: [
-        { stroke: ink, grid, ticks: grid, size: 28, font: "11px system-ui", values: (_, marks) => marks.map((mark) => (Number.isInteger(mark) ? short(mark) : "")) },
-        { stroke: ink, grid: chart.strip ? { show: false } : grid, ticks: grid, size: 54, font: "11px system-ui",
-          values: (_, marks) => marks.map((mark) => (chart.strip || mark === null ? "" : digits(mark))) },
+        { ...axis, size: 28, values: stepLabels },
+        { ...axis, size: 54, values: valueLabels, grid: spec.strip ? { show: false } : grid },
       ],
       legend: { show: false },
-      cursor: { y: false, sync: { key: "steps", scales: ["x", null] }, drag: { x: true, y: false, setScale: false }, points: { show: !chart.strip },
-        bind: { dblclick: () => () => room.zoom(null) } },
+      cursor: {
+        y: false,
+        sync: { key: "steps", scales: ["x", null] },
+        drag: { x: true, y: false, setScale: false },
+        points: { show: !spec.strip },
+        bind: { dblclick: () => () => view.zoom(null) },
+      },
       hooks: {
-        drawClear: [(plot) => mark(plot, room.marked(), room.colour("--warning"))],
-        draw: chart.strip ? [(plot) => drawStrip(plot, this.runs, room)] : [],
-        setSelect: [(plot) => {
-          if (plot.select.width < 4) return;
-          const from = plot.posToVal(plot.select.left, "x");
-          const to = plot.posToVal(plot.select.left + plot.select.width, "x");
-          plot.setSelect({ left: 0, top: 0, width: 0, height: 0 }, false);
-          room.zoom([Math.floor(from), Math.ceil(to)]);
-        }],
-        setCursor: [(plot) => this.tell(plot)],
+        drawClear: [(plot) => drawHighlight(plot, view.highlight(), view.colour("--warning"))],
+        draw: spec.strip ? [(plot) => drawStrip(plot, this.runs, view.colour("--grid"))] : [],
+        setSelect: [(plot) => this.zoomToSelection(plot)],
+        setCursor: [(plot) => this.updateReadout(plot)],
       },
     };
   }
 
-  tell(plot) {
+  zoomToSelection(plot) {
+    const { left, width } = plot.select;
+    if (width < 4) return; // a click, not a drag
+    const first = Math.floor(plot.posToVal(left, "x"));
+    const last = Math.ceil(plot.posToVal(left + width, "x"));
+    plot.setSelect({ left: 0, top: 0, width: 0, height: 0 }, false);
+    this.view.zoom([first, last]);
+  }
+
+  updateReadout(plot) {
     const { left } = plot.cursor;
-    if (left === null || left === undefined || left < 0) {
-      this.read.textContent = "";
-      return;
-    }
-    const step = plot.posToVal(left, "x");
-    if (this.chart.strip) {
-      this.read.textContent = this.runs.map((run) => (this.runs.length > 1 ? `${run.name}, ` : "") + stripWords(run, step)).join("; ");
-      return;
+    const isOutside = !isPresent(left) || left < 0;
+    this.readout.textContent = isOutside ? "" : this.readoutText(plot.posToVal(left, "x"));
+    this.readout.title = this.readout.textContent;
+  }
+
+  readoutText(step) {
+    const prefix = (run, separator) => (this.runs.length > 1 ? run.name + separator : "");
+    if (this.spec.strip) {
+      return this.runs.map((run) => prefix(run, ", ") + stripText(run, bucketAt(run.series, step))).join("; ");
     }
     const parts = [];
     for (const row of this.rows) {
-      if (row.silent) continue;
-      const value = valueAt(row, step);
-      if (value === null) continue;
-      const who = this.runs.length > 1 ? `${row.run.name} ` : "";
-      parts.push(`${who}${row.name ? `${row.name} ` : ""}${digits(value)}`);
+      const value = row.silent ? null : valueNear(row, step);
+      if (value !== null) parts.push(`${prefix(row.run, " ")}${row.name ? `${row.name} ` : ""}${digits(value)}`);
     }
-    this.read.textContent = parts.length ? `step ${whole(Math.max(0, step))}: ${parts.join(", ")}` : "";
-    this.read.title = this.read.textContent;
+    return parts.length ? `step ${integer(Math.max(0, step))}: ${parts.join(", ")}` : "";
   }
 }
 
-function short(mark) {
-  if (Math.abs(mark) >= 1e6) return `${Number((mark / 1e6).toPrecision(4))}M`;
-  return Math.abs(mark) >= 1e4 ? `${Number((mark / 1e3).toPrecision(5))}k` : String(mark);
-}
-
-function span(zero) {
-  return (_, low, high) => {
-    if (low === null || low === undefined) return [0, 1];
-    const room = (high - low || Math.abs(high) || 1) * 0.08;
-    return [zero ? Math.min(0, low) : low - room, high + room];
+function seriesOptions(row) {
+  // A single value is no line: show it as a point.
+  const isSinglePoint = !row.silent && row.y.filter(isPresent).length === 1;
+  return {
+    stroke: row.colour,
+    width: row.width,
+    dash: row.dash,
+    spanGaps: true,
+    paths: row.pointsOnly ? () => null : undefined,
+    points: { show: Boolean(row.points) || isSinglePoint, size: 5, fill: row.colour, stroke: row.colour },
   };
 }
 
-function nearest(x, step) {
-  let low = 0, high = x.length - 1;
+function shortInteger(step) {
+  if (Math.abs(step) >= 1e6) return `${Number((step / 1e6).toPrecision(4))}M`;
+  return Math.abs(step) >= 1e4 ? `${Number((step / 1e3).toPrecision(5))}k` : String(step);
+}
+
+// Return uPlot's function of the smallest and largest value: some margin, or down to zero.
+function valueRange(fromZero) {
+  return (_, low, high) => {
+    if (!isPresent(low)) return [0, 1];
+    const margin = (high - low || Math.abs(high) || 1) * 0.08;
+    return [fromZero ? Math.min(0, low) : low - margin, high + margin];
+  };
+}
+
+// Index of the step nearest to a given one, by bisection; -1 if there are no steps.
+function nearestIndex(steps, step) {
+  let low = 0;
+  let high = steps.length - 1;
   if (high < 0) return -1;
   while (low < high) {
     const middle = (low + high) >> 1;
-    if (x[middle] < step) low = middle + 1;
+    if (steps[middle] < step) low = middle + 1;
     else high = middle;
   }
-  return low > 0 && step - x[low - 1] < x[low] - step ? low - 1 : low;
+  return low > 0 && step - steps[low - 1] < steps[low] - step ? low - 1 : low;
 }
 
-// The value known nearest to a step: some are known at every 50th alone.
-function valueAt(row, step) {
-  if (!row.known) {
+function bucketAt(series, step) {
+  const bucket = nearestIndex(series.steps, step);
+  return bucket > 0 && series.steps[bucket] > step ? bucket - 1 : bucket;
+}
+
+// The value nearest to a step. Some columns have values at every 50th step only, so nulls are dropped first.
+function valueNear(row, step) {
+  if (!row.present) {
     const values = row.exact || row.y;
-    const places = row.x.map((_, at) => at).filter((at) => values[at] !== null && values[at] !== undefined);
-    row.known = { x: places.map((at) => row.x[at]), y: places.map((at) => values[at]) };
+    const indices = [...values.keys()].filter((index) => isPresent(values[index]));
+    row.present = { x: indices.map((index) => row.x[index]), y: indices.map((index) => values[index]) };
   }
-  const at = nearest(row.known.x, step);
-  return at < 0 ? null : row.known.y[at];
+  const index = nearestIndex(row.present.x, step);
+  return index < 0 ? null : row.present.y[index];
 }
 
-function mark(plot, marked, colour) {
-  if (!marked) return;
+function drawHighlight(plot, steps, colour) {
+  if (!steps) return;
   const { ctx, bbox } = plot;
-  const from = Math.max(bbox.left, plot.valToPos(marked[0], "x", true));
-  const to = Math.min(bbox.left + bbox.width, Math.max(from + 2, plot.valToPos(marked[1], "x", true)));
-  if (to <= from) return;
+  const left = Math.max(bbox.left, plot.valToPos(steps[0], "x", true));
+  const right = Math.min(bbox.left + bbox.width, Math.max(left + 2, plot.valToPos(steps[1], "x", true)));
+  if (right <= left) return;
   ctx.save();
   ctx.globalAlpha = 0.16;
   ctx.fillStyle = colour;
-  ctx.fillRect(from, bbox.top, to - from, bbox.height);
+  ctx.fillRect(left, bbox.top, right - left, bbox.height);
   ctx.restore();
-}
-
-function stripRows(runs) {
-  return runs.map((run) => ({ run, x: run.series.steps, y: run.series.steps.map(() => 0), colour: "transparent", width: 0, silent: true }));
-}
-
-// Of each run a lane: above how many of its steps were clipped, below those that were left out, by reason.
-function drawStrip(plot, runs, room) {
-  const { ctx, bbox } = plot;
-  const lane = bbox.height / Math.max(1, runs.length);
-  ctx.save();
-  ctx.beginPath();
-  ctx.rect(bbox.left, bbox.top, bbox.width, bbox.height);
-  ctx.clip();
-  runs.forEach((run, number) => {
-    const { steps, n_steps: sizes, mean, left_out: leftOut } = run.series;
-    const top = bbox.top + number * lane;
-    steps.forEach((step, at) => {
-      const from = Math.round(plot.valToPos(step, "x", true));
-      const wide = Math.max(1, Math.round(plot.valToPos(step + sizes[at], "x", true)) - from);
-      const clipped = mean.clipped ? mean.clipped[at] : null;
-      if (clipped) {
-        ctx.fillStyle = thread(run.colour, 0.12 + 0.78 * clipped);
-        ctx.fillRect(from, top + 1, wide, 0.44 * lane);
-      }
-      let depth = 0;
-      for (const reason of Object.keys(REASONS)) {
-        const count = leftOut[reason] ? leftOut[reason][at] : 0;
-        if (!count) continue;
-        ctx.fillStyle = REASON_COLOURS[reason];
-        ctx.fillRect(from, Math.round(top + 0.5 * lane + depth), Math.max(3, wide), Math.round(0.44 * lane - depth));
-        depth += 0.12 * lane;
-      }
-    });
-    if (number) {
-      ctx.fillStyle = room.colour("--grid");
-      ctx.fillRect(bbox.left, top, bbox.width, 1);
-    }
-  });
-  ctx.restore();
-}
-
-function stripWords(run, step) {
-  const { steps, n_steps: sizes, mean, left_out: leftOut } = run.series;
-  let at = nearest(steps, step);
-  if (at > 0 && steps[at] > step) at -= 1;
-  if (at < 0) return "";
-  const last = steps[at] + sizes[at] - 1;
-  const where = sizes[at] > 1 ? `steps ${whole(steps[at])} to ${whole(last)}` : `step ${whole(steps[at])}`;
-  const parts = [];
-  if (mean.clipped && mean.clipped[at] !== null) parts.push(sizes[at] > 1 ? `${(100 * mean.clipped[at]).toFixed(0)} % clipped` : mean.clipped[at] ? "clipped" : "not clipped");
-  for (const [reason, words] of Object.entries(REASONS)) {
-    const count = leftOut[reason] ? leftOut[reason][at] : 0;
-    const how = reason === "rescued" ? "rescued" : "left out";
-    if (count) parts.push(`${sizes[at] > 1 ? `${whole(count)} ${how}` : how} (${words})`);
-  }
-  return `${where}: ${parts.join(", ") || "nothing"}`;
-}
-
-function reasons() {
-  const key = make("div", { className: "key" }, make("span", {}, "above: share clipped; below, left out:"));
-  for (const [reason, words] of Object.entries(REASONS)) {
-    const dot = make("span", { className: "dot" });
-    dot.style.background = REASON_COLOURS[reason];
-    key.append(make("span", {}, dot, words));
-  }
-  return key;
 }
