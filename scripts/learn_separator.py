@@ -22,7 +22,7 @@ from PIL import Image
 from unbraid.config.recipe import load_recipe
 from unbraid.data.synthetic import make_synthetic_speech
 from unbraid.io import atomic_replace, write_atomically
-from unbraid.lab.experiment import Experiment, of_recipe
+from unbraid.lab.experiment import Experiment, experiment_from_recipe
 from unbraid.spectrogram import spectrogram_db
 from unbraid.train.loop import ValidationScores
 from unbraid.train.state import TrainState
@@ -38,7 +38,7 @@ PLAIN = ("train.precision=fp32", "train.compile=off", "schedule.name=constant", 
 
 def trained(subject: Experiment) -> dict[int, ValidationScores]:
     """Train a fork of a subject; what each validation came to, with the sound of its mixtures, by step."""
-    state, steps, recipe = subject.fork(), subject.steps(), subject.recipe
+    state, steps, recipe = subject.new_state(), subject.training_batches(), subject.recipe
     judge = validation(
         subject.corpus.valid,
         n_items=N_ITEMS,
@@ -119,7 +119,7 @@ def main() -> None:
         table = make_synthetic_speech(Path(voices), n_speakers=60, n_utterances=6)
         recipe = load_recipe(ROOT / "recipes" / "demo.toml", [f"data.path={table}", *SMALLER, *PLAIN])
         began = time.process_time()
-        found = trained(of_recipe(recipe, "demo"))
+        found = trained(experiment_from_recipe(recipe, "demo"))
         seconds = time.process_time() - began
     with io.BytesIO() as held, atomic_replace(folder / "separator.png") as path:
         draw(found).savefig(held, dpi=90, format="png")

@@ -9,7 +9,7 @@ import pytest
 from unbraid.cli import main as cli
 from unbraid.config.recipe import load_recipe
 from unbraid.errors import RecipeError, UserError
-from unbraid.lab.clipping import CONTESTS, PUBLISHED, TESTED, clipping_cells, clipping_markdown, reading
+from unbraid.lab.clipping import CONTESTS, PUBLISHED, TESTED, clipping_markdown, plan_clipping, reading
 from unbraid.lab.clipping_run import (
     TABLE_BEGINS,
     TABLE_ENDS,
@@ -18,7 +18,7 @@ from unbraid.lab.clipping_run import (
     trained_and_tested,
     write_table_into,
 )
-from unbraid.lab.sweep import Arm, Interrupted, cells_of, run_cells
+from unbraid.lab.sweep import Arm, Interrupted, plan_runs, run_sweep
 from unbraid.records import read_steps
 from unbraid.signals import StopRequest
 
@@ -31,13 +31,11 @@ def row(loss, percentile, si_sdri, fallen=()):
 
 def test_the_hundredth_percentile_is_no_clipping(recipe_file, tmp_path):
     file, overrides = recipe_file(), ["model.hidden=8", "train.max_steps=5", *SHORT]
-    (cut,) = clipping_cells(
-        file, percentiles=[100], losses=["snr"], seeds=1, out=tmp_path / "a", overrides=[*overrides]
-    )
+    (cut,) = plan_clipping(file, percentiles=[100], losses=["snr"], seeds=1, out=tmp_path / "a", overrides=[*overrides])
     bare = [*overrides, 'model={name="blstm", hidden=8, n_layers=2}', 'loss={name="neg_snr"}']
-    (free,) = cells_of(file, [Arm("none", ("clip.name=none",))], seeds=1, out=tmp_path / "b", overrides=bare)
-    list(run_cells([cut, free], stop=StopRequest()))
-    ours, theirs = read_steps(cut.run.steps), read_steps(free.run.steps)
+    (free,) = plan_runs(file, [Arm("none", ("clip.name=none",))], seeds=1, out=tmp_path / "b", overrides=bare)
+    list(run_sweep([cut, free], stop=StopRequest()))
+    ours, theirs = read_steps(cut.directory.steps), read_steps(free.directory.steps)
 
     assert [r.loss for r in ours] == [r.loss for r in theirs]
     assert not any(r.clipped for r in ours)
@@ -46,20 +44,20 @@ def test_the_hundredth_percentile_is_no_clipping(recipe_file, tmp_path):
 
 def test_a_signal_while_scores_are_taken_leaves_the_run_to_be_scored(recipe_file, tmp_path):
     overrides = ["model.hidden=8", "train.max_steps=1", *SHORT]
-    cells = clipping_cells(recipe_file(), percentiles=[100], losses=["snr"], seeds=1, out=tmp_path, overrides=overrides)
-    list(run_cells(cells, stop=StopRequest()))
+    cells = plan_clipping(recipe_file(), percentiles=[100], losses=["snr"], seeds=1, out=tmp_path, overrides=overrides)
+    list(run_sweep(cells, stop=StopRequest()))
 
     with pytest.raises(Interrupted):
         trained_and_tested(cells, StopRequest(signal=15), 2)
 
-    assert not (cells[0].run.path / TESTED).exists()
+    assert not (cells[0].directory.path / TESTED).exists()
     assert len(trained_and_tested(cells, StopRequest(), 2)) == 1
-    assert len(json.loads((cells[0].run.path / TESTED).read_text())["si_sdri"]) == 2
+    assert len(json.loads((cells[0].directory.path / TESTED).read_text())["si_sdri"]) == 2
 
 
 def test_each_loss_brings_its_model_and_a_conv_tasnet_of_the_recipes_own_stays(recipe_file, tmp_path):
     file = recipe_file('[[filter]]\nname = "threshold"\nthreshold_db = -30.0\n')
-    cells = clipping_cells(file, percentiles=[0, 50], seeds=1, out=tmp_path)
+    cells = plan_clipping(file, percentiles=[0, 50], seeds=1, out=tmp_path)
     by_loss = {cell.arm.name.partition(",")[0]: cell.recipe for cell in cells}
 
     assert len(cells) == 2 * len(CONTESTS)
@@ -73,14 +71,14 @@ def test_each_loss_brings_its_model_and_a_conv_tasnet_of_the_recipes_own_stays(r
 
 def test_a_size_of_a_model_goes_to_the_networks_that_have_it(recipe_file, tmp_path):
     overrides = ["model.n_filters=24", "model.hidden=8"]
-    cells = clipping_cells(recipe_file(), percentiles=[10], seeds=1, out=tmp_path, overrides=overrides)
+    cells = plan_clipping(recipe_file(), percentiles=[10], seeds=1, out=tmp_path, overrides=overrides)
     sizes = {cell.arm.name.partition(",")[0]: cell.recipe.model.options for cell in cells}
 
     assert sizes["snr"] == {"hidden": 8, "n_layers": 2}
     assert (sizes["conv_tasnet"]["n_filters"], sizes["conv_tasnet"]["hidden"]) == (24, 8)
     assert "hidden" not in sizes["sepformer"]
     with pytest.raises(RecipeError, match="no key 'n_filterz'"):
-        clipping_cells(recipe_file(), percentiles=[10], seeds=1, out=tmp_path, overrides=["model.n_filterz=24"])
+        plan_clipping(recipe_file(), percentiles=[10], seeds=1, out=tmp_path, overrides=["model.n_filterz=24"])
 
 
 @pytest.mark.slow

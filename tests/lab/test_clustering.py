@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from unbraid.dsp import stft
-from unbraid.lab.clustering import Clustered, centres, masks_of, nearest_centre
+from unbraid.lab.clustering import ClusteredSeparation, cluster_masks, kmeans_centres, nearest_centre
 from unbraid.losses.pit import judge_by, order_as_targets
 from unbraid.metrics import si_sdr
 from unbraid.model_output import ModelOutput
@@ -40,7 +40,7 @@ def test_clouds_that_lie_apart_are_told_apart_whatever_the_seed(seed):
     means = torch.eye(3, 5)
     vectors = means[truth] + 0.05 * torch.randn(300, 5, generator=drawn)
 
-    found = centres(vectors, 3, seed=seed)
+    found = kmeans_centres(vectors, 3, seed=seed)
     own = nearest_centre(vectors, found)
 
     assert len(set(own.tolist())) == 3
@@ -52,11 +52,11 @@ def test_clouds_that_lie_apart_are_told_apart_whatever_the_seed(seed):
 def test_the_same_vectors_and_seed_give_the_same_centres():
     vectors = torch.randn(200, 4, generator=torch.Generator().manual_seed(1))
 
-    assert torch.equal(centres(vectors, 2, seed=3), centres(vectors, 2, seed=3))
+    assert torch.equal(kmeans_centres(vectors, 2, seed=3), kmeans_centres(vectors, 2, seed=3))
 
 
 def test_vectors_that_are_all_the_same_give_masks_all_the_same():
-    masks = masks_of(torch.ones(6, 5, 3), torch.ones(6, 5), 2)
+    masks = cluster_masks(torch.ones(6, 5, 3), torch.ones(6, 5), 2)
 
     torch.testing.assert_close(masks.sum(0), torch.ones(6, 5))
     assert masks[0].unique().numel() == 1
@@ -69,7 +69,7 @@ def test_quiet_bins_do_not_move_the_centres():
     embedding[0, :2, 0], embedding[0, 2:4, 1] = 1.0, 1.0
     embedding[0, 4:] = torch.tensor([9.0, -9.0])
 
-    masks = masks_of(embedding, magnitude, 2)
+    masks = cluster_masks(embedding, magnitude, 2)
 
     assert torch.equal(masks[:, 0, 0], masks[:, 0, 1])
     assert torch.equal(masks[:, 0, 2], masks[:, 0, 3])
@@ -79,7 +79,7 @@ def test_quiet_bins_do_not_move_the_centres():
 def test_an_embedding_that_tells_the_sources_apart_separates_them():
     sources = tones()
     turn = torch.linalg.qr(torch.randn(2, 2, generator=torch.Generator().manual_seed(3)))[0]
-    separated = Clustered(Record(sources, turn), n_sources=2)(sources.sum(1))
+    separated = ClusteredSeparation(Record(sources, turn), n_sources=2)(sources.sum(1))
     ordered = order_as_targets(separated, sources, judge_by("permutation"), assign="permutation")
 
     assert separated.shape == sources.shape
@@ -89,14 +89,14 @@ def test_an_embedding_that_tells_the_sources_apart_separates_them():
 
 def test_one_embedding_for_all_bins_separates_nothing():
     sources = tones()
-    separated = Clustered(Record(sources, torch.ones(2, 2) / 2**0.5), n_sources=2)(sources.sum(1))
+    separated = ClusteredSeparation(Record(sources, torch.ones(2, 2) / 2**0.5), n_sources=2)(sources.sum(1))
 
     assert sorted(separated.square().mean((0, 2, 3)).tolist())[0] == 0  # all of the mixture in one
 
 
 def test_silence_is_separated_into_silence():
     sources = torch.zeros(1, 2, 1, 1000)
-    separated = Clustered(Record(sources, torch.eye(2)), n_sources=2)(sources.sum(1))
+    separated = ClusteredSeparation(Record(sources, torch.eye(2)), n_sources=2)(sources.sum(1))
 
     assert torch.equal(separated, sources)
 
@@ -104,4 +104,4 @@ def test_silence_is_separated_into_silence():
 def test_a_model_without_an_embedding_is_refused():
     model = nn.Conv1d(1, 1, 1)
     with pytest.raises(ValueError, match="no embedding"):
-        Clustered(model, n_sources=2)(torch.zeros(1, 1, 100))
+        ClusteredSeparation(model, n_sources=2)(torch.zeros(1, 1, 100))

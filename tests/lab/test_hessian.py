@@ -19,7 +19,7 @@ from unbraid.lab.hessian import (
     gradient,
     hessian_product,
 )
-from unbraid.lab.landscape import measured
+from unbraid.lab.landscape import loss_of_weights
 from unbraid.losses.waveform import neg_si_sdr
 from unbraid.model_output import sources_of
 
@@ -161,7 +161,7 @@ def test_float32_is_exact_inside_and_settings_are_restored_after(net, precision)
         for method in METHODS:
             gradient(model, [recording_loss], [1.0], method=method)
             hessian_product(model, [recording_loss], [1.0], method=method)(random_vector(len(dense)))
-        measured(model, recording_loss)({})
+        loss_of_weights(model, recording_loss)({})
         with pytest.raises(ValueError, match="x"), exact_float32():
             raise ValueError("x")
         assert settings() == before

@@ -15,21 +15,21 @@ from unbraid.cli import main as cli
 from unbraid.config.recipe import Component, load_recipe
 from unbraid.errors import RecipeError
 from unbraid.figures import draw_figure
-from unbraid.lab.experiment import of_recipe
+from unbraid.lab.experiment import experiment_from_recipe
 from unbraid.lab.lr_range import (
     LrGrid,
-    Point,
+    RangeStep,
+    divergence_reason,
+    format_lr,
+    learning_rates,
     lr_grid,
     lr_range,
-    rates,
-    rates_around,
-    short,
-    smooth,
-    suggest,
-    sweep,
-    why_lost,
+    lrs_around,
+    run_range_test,
+    smooth_losses,
+    suggest_lr,
 )
-from unbraid.lab.lr_range_figure import SMOOTHED, lr_range_figure, numbers, words
+from unbraid.lab.lr_range_figure import SMOOTHED, lr_range_figure, range_test_json, summary_sentences
 from unbraid.signals import StopRequest
 
 BLSTM = ["model.name=blstm", "model.hidden=16", "model.n_layers=1", "model.n_fft=128", "model.hop_length=64"]
@@ -43,22 +43,22 @@ def descent(curvature, start=1.0):
         nonlocal x
         loss, gradient = 0.5 * curvature * x * x, curvature * x
         x -= lr * gradient
-        return Point(loss, abs(gradient), 0.0)
+        return RangeStep(loss, abs(gradient), 0.0)
 
     return take_step
 
 
 @pytest.fixture
-def subject(recipe_file):
-    return of_recipe(load_recipe(recipe_file()), "tiny")
+def experiment(recipe_file):
+    return experiment_from_recipe(load_recipe(recipe_file()), "tiny")
 
 
 @pytest.mark.parametrize("curvature", [0.3, 1.0, 40.0, 1000.0])
 def test_on_a_parabola_the_suggestion_is_below_divergence_and_within_the_factor_that_follows(curvature):
-    lrs = rates()
-    points, reason, lost = sweep(descent(curvature), lrs)
+    lrs = learning_rates()
+    points, reason, lost = run_range_test(descent(curvature), lrs)
     losses = np.array([p.loss for p in points])
-    suggestion, _ = suggest(lrs[: len(points)], losses, n_planned=len(lrs), lost=lost)
+    suggestion, _ = suggest_lr(lrs[: len(points)], losses, n_planned=len(lrs), lost=lost)
 
     # A step multiplies the loss by (1 - x)^2, x = lr * curvature, so that 98 % are done where the sum of -2 ln(1 - x)
     # is ln 50. With rates of ratio r, the sum of all x so far is x r / (r - 1), and x <= -ln(1 - x) <= x / (1 - x).
@@ -73,9 +73,9 @@ def test_on_a_parabola_the_suggestion_is_below_divergence_and_within_the_factor_
 
 
 def test_a_steeper_parabola_wants_so_much_less():
-    lrs = rates()
+    lrs = learning_rates()
     found = [
-        suggest(lrs, np.array([p.loss for p in sweep(descent(c), lrs)[0]] + [1e3] * 200)[: len(lrs)])[0]
+        suggest_lr(lrs, np.array([p.loss for p in run_range_test(descent(c), lrs)[0]] + [1e3] * 200)[: len(lrs)])[0]
         for c in (1.0, 100.0)
     ]
 
@@ -83,7 +83,7 @@ def test_a_steeper_parabola_wants_so_much_less():
 
 
 def test_the_rates_grow_by_the_same_factor_from_the_first_to_the_last():
-    lrs = rates(1e-4, 1.0, 81)
+    lrs = learning_rates(1e-4, 1.0, 81)
 
     np.testing.assert_allclose(lrs[1:] / lrs[:-1], 10**0.05)
     assert (lrs[0], lrs[-1]) == (1e-4, 1.0)
@@ -92,19 +92,19 @@ def test_the_rates_grow_by_the_same_factor_from_the_first_to_the_last():
 def test_smoothing_keeps_a_constant_and_passes_over_what_is_not_finite():
     losses = np.full(50, 3.0)
     losses[[7, 8]] = np.nan
-    smoothed = smooth(losses, 20)
+    smoothed = smooth_losses(losses, 20)
 
     assert np.isnan(smoothed[[7, 8]]).all()
     np.testing.assert_allclose(np.delete(smoothed, [7, 8]), 3.0)
 
 
 def test_a_loss_gone_through_the_roof_moves_the_suggestion_no_further_than_one_back_at_the_start():
-    lrs = rates()[:150]
+    lrs = learning_rates()[:150]
     losses = np.concatenate([np.full(80, 5.0), np.linspace(5.0, 0.0, 40), np.zeros(29), [5.0]])
-    before, _ = suggest(lrs, losses)
+    before, _ = suggest_lr(lrs, losses)
     losses[-1] = 1e30
 
-    assert suggest(lrs, losses)[0] == before
+    assert suggest_lr(lrs, losses)[0] == before
 
 
 @pytest.mark.parametrize(("n_planned", "n_made"), [(60, 60), (100, 100), (200, 200), (200, 60)])
@@ -112,8 +112,8 @@ def test_scatter_between_mixtures_alone_is_hardly_ever_called_lost_and_hardly_ev
     lost, suggested = 0, 0
     for seed in range(50):
         losses = np.random.default_rng(seed).normal(10.0, 2.0, n_made)
-        lost += any(why_lost(losses[:n], n_planned) for n in range(1, n_made + 1))
-        suggestion, reason = suggest(rates(n_steps=n_planned)[:n_made], losses, n_planned=n_planned)
+        lost += any(divergence_reason(losses[:n], n_planned) for n in range(1, n_made + 1))
+        suggestion, reason = suggest_lr(learning_rates(n_steps=n_planned)[:n_made], losses, n_planned=n_planned)
         suggested += suggestion is not None
         assert (suggestion is None) == ("never came down" in reason)
 
@@ -124,17 +124,17 @@ def test_scatter_between_mixtures_alone_is_hardly_ever_called_lost_and_hardly_ev
 def test_a_loss_that_gives_back_half_of_its_descent_is_lost_and_one_that_gives_back_less_is_not():
     falls = np.concatenate([np.full(60, 10.0), np.linspace(10.0, 0.0, 60)])
 
-    assert not why_lost(np.concatenate([falls, np.full(60, 4.0)]), 200)
-    assert "back at 6," in why_lost(np.concatenate([falls, np.full(60, 6.0)]), 200)
+    assert not divergence_reason(np.concatenate([falls, np.full(60, 4.0)]), 200)
+    assert "back at 6," in divergence_reason(np.concatenate([falls, np.full(60, 6.0)]), 200)
 
 
 def test_a_loss_that_only_rises_is_lost_too():
-    assert "never come down" in why_lost(np.concatenate([np.full(30, 10.0), np.full(20, 11.0)]), 200)
+    assert "never come down" in divergence_reason(np.concatenate([np.full(30, 10.0), np.full(20, 11.0)]), 200)
 
 
 def test_five_steps_without_a_finite_loss_end_it_and_four_do_not():
     losses = iter([1.0] * 30 + [np.nan] * 4 + [1.0] * 3 + [np.nan] * 9)
-    points, reason, lost = sweep(lambda _lr: Point(next(losses), 1.0, 0.0), rates())
+    points, reason, lost = run_range_test(lambda _lr: RangeStep(next(losses), 1.0, 0.0), learning_rates())
 
     assert len(points) == 42
     assert "5 steps in a row" in reason
@@ -142,58 +142,58 @@ def test_five_steps_without_a_finite_loss_end_it_and_four_do_not():
 
 
 def test_a_loss_still_falling_at_the_end_asks_for_higher_rates_and_one_down_at_once_for_lower_ones():
-    lrs = rates()
-    suggestion, reason = suggest(lrs, np.concatenate([np.full(150, 5.0), np.linspace(5.0, 0.0, 50)]))
+    lrs = learning_rates()
+    suggestion, reason = suggest_lr(lrs, np.concatenate([np.full(150, 5.0), np.linspace(5.0, 0.0, 50)]))
     assert suggestion > 1
     assert "higher --to" in reason
 
-    suggestion, reason = suggest(lrs, np.concatenate([np.linspace(5.0, 0.0, 15), np.full(185, 0.0)]))
+    suggestion, reason = suggest_lr(lrs, np.concatenate([np.linspace(5.0, 0.0, 15), np.full(185, 0.0)]))
     assert suggestion is None
     assert "lower than --from 1e-7" in reason
 
 
 def test_a_falling_loss_cut_off_suggests_nothing_and_says_that_it_was_still_falling():
-    lrs = rates()
+    lrs = learning_rates()
     losses = np.concatenate([np.full(80, 5.0), np.linspace(5.0, 0.0, 60), np.full(60, 0.0)])
-    suggestion, reason = suggest(lrs[:120], losses[:120], n_planned=200)
+    suggestion, reason = suggest_lr(lrs[:120], losses[:120], n_planned=200)
     assert suggestion is None
     assert "still falling where the test was stopped" in reason
     assert "higher rates" not in reason
 
-    assert "higher rates" in suggest(lrs[:180], losses[:180], n_planned=200)[1]  # past the lowest for long
-    assert suggest(lrs[:120], losses[:120], n_planned=200, lost=True)[0] is not None  # and what comes next is known
+    assert "higher rates" in suggest_lr(lrs[:180], losses[:180], n_planned=200)[1]  # past the lowest for long
+    assert suggest_lr(lrs[:120], losses[:120], n_planned=200, lost=True)[0] is not None  # and what comes next is known
 
 
 def test_a_sweep_that_is_stopped_was_not_lost():
     stop = StopRequest()
     stop.signal = signal.SIGINT
-    points, reason, lost = sweep(descent(1.0), rates(), stop=stop)
+    points, reason, lost = run_range_test(descent(1.0), learning_rates(), stop=stop)
 
     assert (points, lost) == ([], False)
     assert "interrupted before 1e-7" in reason
 
 
 def test_a_loss_lost_within_the_first_steps_asks_for_lower_rates():
-    suggestion, reason = suggest(rates()[:25], np.full(25, 5.0), n_planned=200, lost=True)
+    suggestion, reason = suggest_lr(learning_rates()[:25], np.full(25, 5.0), n_planned=200, lost=True)
 
     assert suggestion is None
     assert "25 steps only, too few for a suggestion: begin lower than --from 1e-7" in reason
 
 
-def test_a_range_test_leaves_its_subject_alone_and_is_the_same_again(subject):
-    before = {name: weight.clone() for name, weight in subject.weights.items()}
+def test_a_range_test_leaves_its_subject_alone_and_is_the_same_again(experiment):
+    before = {name: weight.clone() for name, weight in experiment.weights.items()}
     lrs = np.geomspace(1e-5, 1e-1, 20)
-    first, second = lr_range(subject, lrs), lr_range(subject, lrs)
+    first, second = lr_range(experiment, lrs), lr_range(experiment, lrs)
 
     np.testing.assert_array_equal(first.losses, second.losses)
-    assert all(torch.equal(before[name], weight) for name, weight in subject.weights.items())
+    assert all(torch.equal(before[name], weight) for name, weight in experiment.weights.items())
     assert (first.lrs == lrs).all()
     assert np.isfinite(first.grad_norms).all()
     assert first.update_ratios[-1] > 100 * first.update_ratios[0]
 
 
-def test_the_recipe_s_own_rate_schedule_filters_and_average_do_not_act(subject):
-    recipe = subject.recipe
+def test_the_recipe_s_own_rate_schedule_filters_and_average_do_not_act(experiment):
+    recipe = experiment.recipe
     others = replace(
         recipe,
         optim=Component("adam", {"lr": 7.0}),
@@ -202,23 +202,23 @@ def test_the_recipe_s_own_rate_schedule_filters_and_average_do_not_act(subject):
         train=replace(recipe.train, ema=0.999),
     )
     lrs = np.geomspace(1e-4, 1e-1, 20)
-    plain, changed = lr_range(subject, lrs), lr_range(replace(subject, recipe=others), lrs)
+    plain, changed = lr_range(experiment, lrs), lr_range(replace(experiment, recipe=others), lrs)
 
     np.testing.assert_array_equal(plain.losses, changed.losses)
 
 
-def test_an_optimizer_without_a_learning_rate_is_refused(subject, tmp_path):
+def test_an_optimizer_without_a_learning_rate_is_refused(experiment, tmp_path):
     (tmp_path / "mine.py").write_text(
         "from torch.optim import SGD\ndef own(parameters):\n    return SGD(parameters, 1)\n"
     )
-    recipe = replace(subject.recipe, optim=Component("mine:own"), folder=tmp_path)
+    recipe = replace(experiment.recipe, optim=Component("mine:own"), folder=tmp_path)
 
     with pytest.raises(RecipeError, match="no key 'lr'"):
-        lr_range(replace(subject, recipe=recipe))
+        lr_range(replace(experiment, recipe=recipe))
 
 
-def test_a_grid_trains_every_rate_from_the_same_weights(subject):
-    found = lr_grid(subject, [1e-12, 1e-3, 1e-12], n_steps=3, n_items=4)
+def test_a_grid_trains_every_rate_from_the_same_weights(experiment):
+    found = lr_grid(experiment, [1e-12, 1e-3, 1e-12], n_steps=3, n_items=4)
 
     assert found.losses[0] == found.losses[2]
     assert found.losses[1] < found.losses[0]
@@ -230,29 +230,29 @@ def test_a_grid_whose_ends_are_not_finite_has_no_best():
     assert LrGrid(np.array([1.0, 2.0, 3.0]), np.array([np.nan, 4.0, -np.inf]), 1, 1).best == 2.0
 
 
-def test_the_grid_s_words_say_how_far_off_the_suggestion_is(subject):
-    test = replace(lr_range(subject, np.geomspace(1e-5, 1e-3, 20)), suggestion=0.01)
-    told = " ".join(words(test, LrGrid(np.array([0.01, 0.03, 0.1]), np.array([3.0, 2.0, 4.0]), 50, 32)))
-    at_edge = " ".join(words(test, LrGrid(np.array([0.03, 0.1]), np.array([2.0, 4.0]), 50, 32)))
+def test_the_grid_s_words_say_how_far_off_the_suggestion_is(experiment):
+    test = replace(lr_range(experiment, np.geomspace(1e-5, 1e-3, 20)), suggestion=0.01)
+    told = " ".join(summary_sentences(test, LrGrid(np.array([0.01, 0.03, 0.1]), np.array([3.0, 2.0, 4.0]), 50, 32)))
+    at_edge = " ".join(summary_sentences(test, LrGrid(np.array([0.03, 0.1]), np.array([2.0, 4.0]), 50, 32)))
 
     assert "3e-2 ends lowest, at 2; the suggestion is a factor of 3.0 off" in told
     assert "at the edge" in at_edge
 
 
-def test_the_words_warn_of_parts_with_which_the_suggestion_was_found_to_be_off(subject):
-    test = replace(lr_range(subject, np.geomspace(1e-5, 1e-3, 20)), suggestion=0.01)
+def test_the_words_warn_of_parts_with_which_the_suggestion_was_found_to_be_off(experiment):
+    test = replace(lr_range(experiment, np.geomspace(1e-5, 1e-3, 20)), suggestion=0.01)
 
-    assert "may be too low" in " ".join(words(replace(test, optimizer="sgd")))
-    assert "on which the rule was chosen" in " ".join(words(replace(test, optimizer="sgd")))
-    assert "may be too high" in " ".join(words(replace(test, clipper="autoclip")))
-    assert "may be" not in " ".join(words(test))
+    assert "may be too low" in " ".join(summary_sentences(replace(test, optimizer="sgd")))
+    assert "on which the rule was chosen" in " ".join(summary_sentences(replace(test, optimizer="sgd")))
+    assert "may be too high" in " ".join(summary_sentences(replace(test, clipper="autoclip")))
+    assert "may be" not in " ".join(summary_sentences(test))
 
 
-def test_what_is_not_finite_is_null_in_json_and_the_capped_curve_is_called_so(subject):
-    test = lr_range(subject, np.geomspace(1e-5, 1e-3, 20))
+def test_what_is_not_finite_is_null_in_json_and_the_capped_curve_is_called_so(experiment):
+    test = lr_range(experiment, np.geomspace(1e-5, 1e-3, 20))
     test.losses[3], test.grad_norms[4] = np.nan, np.inf
     found = LrGrid(np.array([0.01, 0.03]), np.array([np.inf, 2.0]), 50, 32)
-    told = json.loads(json.dumps(numbers(test, found), allow_nan=False))
+    told = json.loads(json.dumps(range_test_json(test, found), allow_nan=False))
     labels = [line.get_label() for line in draw_figure(lr_range_figure(test, found)).axes[0].lines]
 
     assert (told["losses"][3], told["grad_norms"][4], told["grid_losses"]) == (None, None, [None, 2.0])
@@ -262,12 +262,12 @@ def test_what_is_not_finite_is_null_in_json_and_the_capped_curve_is_called_so(su
 
 
 def test_a_grid_s_rates_lie_on_half_decades_about_one():
-    np.testing.assert_allclose(rates_around(0.028), 10.0 ** np.array([-3, -2.5, -2, -1.5, -1, -0.5, 0]))
+    np.testing.assert_allclose(lrs_around(0.028), 10.0 ** np.array([-3, -2.5, -2, -1.5, -1, -0.5, 0]))
 
 
 @pytest.mark.parametrize(("lr", "text"), [(3e-3, "3e-3"), (0.0318, "3.2e-2"), (1.0, "1e0"), (10.0, "1e1")])
 def test_a_rate_is_written_as_in_a_recipe(lr, text):
-    assert short(lr) == text
+    assert format_lr(lr) == text
 
 
 @pytest.mark.parametrize(
@@ -339,8 +339,8 @@ def test_stopped_by_a_signal_it_tells_and_draws_what_is_known(recipe_file, tmp_p
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])
 def test_the_suggestion_lies_within_a_factor_of_three_of_the_best_of_a_grid(recipe_file, model, optimizer):
     recipe = load_recipe(recipe_file(), [*model, f"optim.name={optimizer}"])
-    subject = of_recipe(recipe, "tiny")
-    suggestion = lr_range(subject).suggestion
-    found = lr_grid(subject, 10.0 ** np.arange(-3, 0.1, 0.5), n_steps=40)
+    experiment = experiment_from_recipe(recipe, "tiny")
+    suggestion = lr_range(experiment).suggestion
+    found = lr_grid(experiment, 10.0 ** np.arange(-3, 0.1, 0.5), n_steps=40)
 
     assert max(found.best / suggestion, suggestion / found.best) < 3

@@ -8,32 +8,32 @@ import pytest
 from matplotlib.figure import Figure
 
 from unbraid.cli import main as cli
-from unbraid.lab.confidence import interval
-from unbraid.lab.race import entries_of, race_cells, who_is_ahead
-from unbraid.lab.race_figure import Courses, draw_race
-from unbraid.lab.sweep import Ended, Outcome
+from unbraid.lab.confidence import mean_interval
+from unbraid.lab.race import plan_race, summarise_arms, verdict_sentence
+from unbraid.lab.race_figure import RaceCurves, draw_race
+from unbraid.lab.sweep import RunEnd, RunSummary
 
 
 def outcome(arm, seed, si_sdri, *, how="finished", loss=1.0):
-    return Outcome(arm, seed, Ended(how, 10), loss, 2.0, si_sdri, 0, 0.5, 1.0)
+    return RunSummary(arm, seed, RunEnd(how, 10), loss, 2.0, si_sdri, 0, 0.5, 1.0)
 
 
 def test_intervals_are_those_of_students_t():
-    found = interval([1.0, 2.0, 3.0])
+    found = mean_interval([1.0, 2.0, 3.0])
 
     assert found.mean == 2
     assert found.spread == 1
     assert found.half == pytest.approx(4.302652729911275 / math.sqrt(3))
-    assert interval([1.0, 3.0]).half == pytest.approx(12.706204736432095 * math.sqrt(2) / math.sqrt(2))
-    assert interval([1.0]).text() == "1.00"
-    assert interval([]).text() == "-"
+    assert mean_interval([1.0, 3.0]).half == pytest.approx(12.706204736432095 * math.sqrt(2) / math.sqrt(2))
+    assert mean_interval([1.0]).text() == "1.00"
+    assert mean_interval([]).text() == "-"
 
 
 def test_a_lead_that_every_seed_shows_is_more_than_the_spread_though_the_seeds_differ_by_far_more():
     outcomes = [outcome("a", seed, 5.0 * seed + 1 + 0.01 * seed) for seed in range(3)]
     outcomes += [outcome("b", seed, 5.0 * seed) for seed in range(3)]
 
-    said = who_is_ahead(outcomes)
+    said = verdict_sentence(outcomes)
 
     assert said.startswith("Ahead is a, by 1.01 dB of valid SI-SDRi before b.")
     assert "more than the spread over 3 seeds" in said
@@ -44,27 +44,27 @@ def test_a_lead_of_some_seeds_alone_is_said_to_be_no_more_than_chance():
     outcomes = [outcome("a", seed, value) for seed, value in enumerate([1.0, 4.0, 1.0])]
     outcomes += [outcome("b", seed, 1.5) for seed in range(3)]
 
-    assert "not more than chance" in who_is_ahead(outcomes)
+    assert "not more than chance" in verdict_sentence(outcomes)
 
 
 def test_one_seed_shows_no_spread():
-    assert "With one seed nobody knows" in who_is_ahead([outcome("a", 0, 2.0), outcome("b", 0, 1.0)])
+    assert "With one seed nobody knows" in verdict_sentence([outcome("a", 0, 2.0), outcome("b", 0, 1.0)])
 
 
 def test_an_arm_that_diverged_with_one_seed_is_not_ahead_and_is_said():
     outcomes = [outcome("a", 0, 9.0), outcome("a", 1, None, how="diverged")]
     outcomes += [outcome(arm, seed, value + 0.1 * seed) for arm, value in (("b", 2.0), ("c", 1.0)) for seed in (0, 1)]
 
-    assert who_is_ahead(outcomes).startswith("Ahead is b")
-    assert "1 of the arms did not finish with every seed" in who_is_ahead(outcomes)
-    assert entries_of(outcomes)[0].fallen == ("seed 1 diverged at step 10",)
+    assert verdict_sentence(outcomes).startswith("Ahead is b")
+    assert "1 of the arms did not finish with every seed" in verdict_sentence(outcomes)
+    assert summarise_arms(outcomes)[0].fallen == ("seed 1 diverged at step 10",)
 
 
 def test_an_optimizer_that_is_not_the_recipes_gets_its_own_rate_unless_one_is_given(recipe_file, tmp_path):
     file = recipe_file()
 
     def rates(over, *given):
-        cells, notes = race_cells(file, over, seeds=1, out=tmp_path / "out", overrides=given)
+        cells, notes = plan_race(file, over, seeds=1, out=tmp_path / "out", overrides=given)
         return [cell.recipe.optim.options.get("lr") for cell in cells], notes
 
     assert rates(["optim.name=adam,sgd,muon"], "optim.lr=2e-3") == ([2e-3] * 3, "")
@@ -131,7 +131,7 @@ def test_a_figure_is_drawn_of_arms_that_ended_at_different_steps_or_at_none():
     scores = {"a": [(at[9:10], at[:1])], "b": []}
     figure = Figure()
 
-    draw_race(Courses(losses, norms, scores), figure)
+    draw_race(RaceCurves(losses, norms, scores), figure)
 
     figure.canvas.draw()
 

@@ -13,7 +13,7 @@ from torch import nn
 from unbraid.cli import main as cli
 from unbraid.config.recipe import load_recipe
 from unbraid.lab import sharpness
-from unbraid.lab.experiment import mean_loss, of_recipe
+from unbraid.lab.experiment import experiment_from_recipe, mean_loss
 from unbraid.lab.gradient_noise import NoiseScale
 from unbraid.lab.hessian import (
     DOUBLE_BACKWARD,
@@ -58,7 +58,7 @@ def test_command_reports_eigenvalues_limit_and_noise_and_does_not_change_the_run
 
 
 def test_results_repeat_and_the_experiment_is_unchanged(recipe_file):
-    experiment = of_recipe(load_recipe(recipe_file()), "tiny")
+    experiment = experiment_from_recipe(load_recipe(recipe_file()), "tiny")
     before = {name: weight.clone() for name, weight in experiment.weights.items()}
     first, second = (measure_sharpness(experiment, n_items=3, n_products=4).as_json() for _ in range(2))
 
@@ -152,12 +152,12 @@ def test_hessians_of_recurrence_and_attention_are_symmetric(recipe_file, name):
     head, tail = file.read_text().split("[model]")
     options = "".join(f"{key} = {value}\n" for key, value in TINY[name].items())
     file.write_text(f'{head}[model]\nname = "{name}"\n{options}[optim]{tail.split("[optim]")[1]}')
-    experiment = of_recipe(load_recipe(file, ["data.excerpt_seconds=0.1"]), name)
-    model = experiment.model()
-    (batch,) = experiment.fixed(2)
+    experiment = experiment_from_recipe(load_recipe(file, ["data.excerpt_seconds=0.1"]), name)
+    model = experiment.copy_model()
+    (batch,) = experiment.fixed_batches(2)
 
     def loss(model):
-        return mean_loss(model, experiment.loss(), Precision("fp32"), [batch])
+        return mean_loss(model, experiment.build_loss(), Precision("fp32"), [batch])
 
     method = choose_method(model, loss)
     product = hessian_product(model, [loss], [1.0], method=method)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from unbraid.config.recipe import load_recipe
-from unbraid.lab.experiment import of_recipe
+from unbraid.lab.experiment import experiment_from_recipe
 from unbraid.lab.smoothness import flat_weights, gradient_function, smoothness
 from unbraid.train.step import train_step
 
@@ -19,7 +19,7 @@ DROPOUT += ["model.hop_length=16"]
 def make_experiment(recipe_file):
     """Return a factory of tiny experiments; it takes overrides of the recipe."""
     file = recipe_file()
-    return lambda *overrides: of_recipe(load_recipe(file, overrides), "tiny")
+    return lambda *overrides: experiment_from_recipe(load_recipe(file, overrides), "tiny")
 
 
 def symmetric_matrix(n, seed=0):
@@ -71,9 +71,9 @@ def test_step_below_float32_resolution_is_divided_by_the_distance_really_moved()
 @pytest.mark.parametrize("overrides", [[], DROPOUT, ["train.accumulate=2"]], ids=["plain", "dropout", "accumulate"])
 def test_compared_gradient_is_that_of_the_step(make_experiment, overrides):
     experiment = make_experiment(*overrides)
-    state = experiment.fork()
-    micro_batches = next(experiment.steps())
-    model = experiment.model().train()
+    state = experiment.new_state()
+    micro_batches = next(experiment.training_batches())
+    model = experiment.copy_model().train()
     before = flat_weights(state.unwrapped_model)
     record = train_step(state, micro_batches)
     gradient = gradient_function(model, state.loss, micro_batches, seed=state.seed, step=record.step)(before)
@@ -83,14 +83,14 @@ def test_compared_gradient_is_that_of_the_step(make_experiment, overrides):
 
 def test_smoothness_in_float32_equals_float64(make_experiment):
     experiment = make_experiment(*DROPOUT, "model.dropout=0")
-    state = experiment.fork()
-    batches = next(experiment.steps())
+    state = experiment.new_state()
+    batches = next(experiment.training_batches())
     double_batches = [replace(b, mixture=b.mixture.double(), sources=b.sources.double()) for b in batches]
     before = flat_weights(state.unwrapped_model)
     train_step(state, batches)
     change = flat_weights(state.unwrapped_model) - before
-    float32 = gradient_function(experiment.model().train(), state.loss, batches, seed=0, step=1)
-    float64 = gradient_function(experiment.model().double().train(), state.loss, double_batches, seed=0, step=1)
+    float32 = gradient_function(experiment.copy_model().train(), state.loss, batches, seed=0, step=1)
+    float64 = gradient_function(experiment.copy_model().double().train(), state.loss, double_batches, seed=0, step=1)
 
     expected = smoothness(float64, before.double(), change.double())
     assert smoothness(float32, before, change) == pytest.approx(expected, rel=1e-3)

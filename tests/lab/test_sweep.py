@@ -16,12 +16,12 @@ from unbraid.lab.sweep import (
     ENDED,
     Arm,
     Interrupted,
-    arms_of,
-    cells_of,
+    arms_from_options,
     final_loss,
-    outcome_of,
-    run_cells,
-    what_fell,
+    plan_runs,
+    run_sweep,
+    summarise_run,
+    unfinished_lines,
 )
 from unbraid.records import TIMING_FIELDS, RunDirectory, read_rows, read_steps
 from unbraid.run import train
@@ -33,15 +33,15 @@ SHORT = ["train.max_steps=4", "validate.every_steps=0", "save.every_steps=0", "v
 
 def recorded(cell):
     """Everything written of a run's steps but what the clock says."""
-    return [{k: v for k, v in row.items() if k not in TIMING_FIELDS} for row in read_rows(cell.run.steps)[0]]
+    return [{k: v for k, v in row.items() if k not in TIMING_FIELDS} for row in read_rows(cell.directory.steps)[0]]
 
 
 def go(cells, stop=None):
-    return list(run_cells(cells, stop=stop or StopRequest()))
+    return list(run_sweep(cells, stop=stop or StopRequest()))
 
 
 def test_over_is_multiplied_out_and_names_folders_that_can_be_read():
-    arms = arms_of(["optim.name=sgd,adam", "clip.name=none,fixed"])
+    arms = arms_from_options(["optim.name=sgd,adam", "clip.name=none,fixed"])
 
     assert [arm.name for arm in arms] == [
         "optim.name=sgd,clip.name=none",
@@ -53,7 +53,7 @@ def test_over_is_multiplied_out_and_names_folders_that_can_be_read():
 
 
 def test_a_comma_within_brackets_does_not_part_values():
-    (one, two) = arms_of(["data.gains_db=[-5, 0],[0, 0]"])
+    (one, two) = arms_from_options(["data.gains_db=[-5, 0],[0, 0]"])
 
     assert one.overrides == ("data.gains_db=[-5, 0]",)
     assert two.overrides == ("data.gains_db=[0, 0]",)
@@ -74,30 +74,30 @@ def test_a_comma_within_brackets_does_not_part_values():
 )
 def test_what_over_does_not_take_is_said_in_one_sentence(over, said):
     with pytest.raises(RecipeError, match=said):
-        arms_of(over)
+        arms_from_options(over)
 
 
 def test_no_seeds_an_unknown_part_and_a_seed_of_ones_own_are_refused_before_anything_runs(recipe_file, tmp_path):
     file, out = recipe_file(), tmp_path / "out"
     with pytest.raises(RecipeError, match="--seeds 0 must be 1 or more"):
-        cells_of(file, [PLAIN], seeds=0, out=out)
+        plan_runs(file, [PLAIN], seeds=0, out=out)
     with pytest.raises(RecipeError, match=r"optim.name=sdg.*'sdg' is not one of.*Did you mean 'sgd'"):
-        cells_of(file, [PLAIN, *arms_of(["optim.name=sdg"])], seeds=1, out=out)
+        plan_runs(file, [PLAIN, *arms_from_options(["optim.name=sdg"])], seeds=1, out=out)
     with pytest.raises(RecipeError, match="--seeds"):
-        cells_of(file, [PLAIN], seeds=1, out=out, overrides=["data.seed=3"])
+        plan_runs(file, [PLAIN], seeds=1, out=out, overrides=["data.seed=3"])
     assert not out.exists()
 
 
 def test_data_that_are_not_there_leave_no_folder_behind(recipe_file, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(UserError, match="does not exist"):
-        cells_of(recipe_file(), [PLAIN], seeds=1, out=out, overrides=[f"data.path={tmp_path / 'nowhere'}"])
+        plan_runs(recipe_file(), [PLAIN], seeds=1, out=out, overrides=[f"data.path={tmp_path / 'nowhere'}"])
     assert not out.exists()
 
 
 def test_arms_that_are_the_same_have_the_same_records_and_others_begin_alike(recipe_file, tmp_path):
     arms = [Arm("one", ()), Arm("two", ()), Arm("three", ("optim.name=sgd",))]
-    cells = cells_of(recipe_file(), arms, seeds=2, out=tmp_path, overrides=SHORT)
+    cells = plan_runs(recipe_file(), arms, seeds=2, out=tmp_path, overrides=SHORT)
     go(cells)
     one, two, three, other_seed, *_ = (recorded(cell) for cell in cells)
 
@@ -117,7 +117,7 @@ class StopAt(StopRequest):
 
     def __getattribute__(self, name):
         if name == "signal":
-            path = object.__getattribute__(self, "cell").run.steps
+            path = object.__getattribute__(self, "cell").directory.steps
             if path.exists() and len(read_rows(path)[0]) >= object.__getattribute__(self, "step"):
                 return int(signal.SIGTERM)
         return object.__getattribute__(self, name)
@@ -125,45 +125,45 @@ class StopAt(StopRequest):
 
 def test_a_grid_stopped_and_gone_on_with_is_as_one_never_stopped(recipe_file, tmp_path):
     file, arms = recipe_file(), [PLAIN, Arm("sgd", ("optim.name=sgd",))]
-    whole = cells_of(file, arms, seeds=1, out=tmp_path / "whole", overrides=SHORT)
+    whole = plan_runs(file, arms, seeds=1, out=tmp_path / "whole", overrides=SHORT)
     go(whole)
-    parted = cells_of(file, arms, seeds=1, out=tmp_path / "parted", overrides=SHORT)
+    parted = plan_runs(file, arms, seeds=1, out=tmp_path / "parted", overrides=SHORT)
     with pytest.raises(Interrupted) as stopped:
         go(parted, StopAt(parted[1], 2))
-    first = (parted[0].run.path / ENDED).stat().st_mtime_ns
+    first = (parted[0].directory.path / ENDED).stat().st_mtime_ns
     assert stopped.value.number == signal.SIGTERM
-    assert (parted[0].run.path / ENDED).exists()
-    assert not (parted[1].run.path / ENDED).exists()
+    assert (parted[0].directory.path / ENDED).exists()
+    assert not (parted[1].directory.path / ENDED).exists()
     assert 0 < len(recorded(parted[1])) < 4
 
     ended = go(parted)
 
     assert [how.how for _, how in ended] == ["finished", "finished"]
-    assert (parted[0].run.path / ENDED).stat().st_mtime_ns == first  # not done again
+    assert (parted[0].directory.path / ENDED).stat().st_mtime_ns == first  # not done again
     assert [recorded(cell) for cell in parted] == [recorded(cell) for cell in whole]
 
 
 def test_an_arm_that_diverges_is_a_result_and_the_race_goes_on(recipe_file, tmp_path):
     arms = [Arm("wild", ("optim.name=sgd", "optim.lr=1e30", "clip.name=none")), PLAIN]
     overrides = ["train.max_steps=60", *SHORT[1:]]
-    cells = cells_of(recipe_file(), arms, seeds=1, out=tmp_path, overrides=overrides)
+    cells = plan_runs(recipe_file(), arms, seeds=1, out=tmp_path, overrides=overrides)
     (wild, how), (plain, other) = go(cells)
 
     assert how.how == "diverged"
     assert 0 < how.step < 60
     assert how.reason
     assert other.how == "finished"
-    assert outcome_of(wild, how).left_out > 0
-    assert outcome_of(wild, how).si_sdri is None
-    assert outcome_of(plain, other).si_sdri is not None
-    (told,) = what_fell([(wild, how), (plain, other)])
-    assert str(wild.run.path) in told
+    assert summarise_run(wild, how).left_out > 0
+    assert summarise_run(wild, how).si_sdri is None
+    assert summarise_run(plain, other).si_sdri is not None
+    (told,) = unfinished_lines([(wild, how), (plain, other)])
+    assert str(wild.directory.path) in told
     again = go(cells)
     assert [one for _, one in again] == [how, other]
 
 
 def test_a_full_disk_is_no_outcome_and_the_run_is_gone_on_with(recipe_file, tmp_path, monkeypatch):
-    (cell,) = cells_of(recipe_file(), [PLAIN], seeds=1, out=tmp_path, overrides=SHORT)
+    (cell,) = plan_runs(recipe_file(), [PLAIN], seeds=1, out=tmp_path, overrides=SHORT)
 
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -172,36 +172,36 @@ def test_a_full_disk_is_no_outcome_and_the_run_is_gone_on_with(recipe_file, tmp_
         patched.setattr("unbraid.train.loop.save_checkpoint", full)
         with pytest.raises(TrainingStopped, match="make room"):
             go([cell])
-    assert not (cell.run.path / ENDED).exists()
+    assert not (cell.directory.path / ENDED).exists()
 
     assert go([cell])[0][1].how == "finished"
 
 
 def test_another_recipe_in_the_same_folder_is_refused(recipe_file, tmp_path):
     file = recipe_file()
-    go(cells_of(file, [PLAIN], seeds=1, out=tmp_path, overrides=SHORT))
+    go(plan_runs(file, [PLAIN], seeds=1, out=tmp_path, overrides=SHORT))
 
     with pytest.raises(CheckpointError, match=r"optim.lr was 0.001, is 0.01"):
-        cells_of(file, [PLAIN], seeds=1, out=tmp_path, overrides=[*SHORT, "optim.lr=1e-2"])
+        plan_runs(file, [PLAIN], seeds=1, out=tmp_path, overrides=[*SHORT, "optim.lr=1e-2"])
 
 
 def test_arms_from_a_run_that_went_on_meanwhile_are_refused(recipe_file, tmp_path):
     file, base = recipe_file(), RunDirectory(tmp_path / "base")
     list(train(load_recipe(file, SHORT), base))
     init = f"model.init={base.checkpoints / 'last'}"
-    go(cells_of(file, [PLAIN], seeds=1, out=tmp_path / "grid", overrides=[*SHORT, init]))
+    go(plan_runs(file, [PLAIN], seeds=1, out=tmp_path / "grid", overrides=[*SHORT, init]))
     list(train(load_recipe(file, [*SHORT, "train.max_steps=9", "save.keep=9"]), base, resume=True))
 
     with pytest.raises(CheckpointError, match=r"model\.init was .*, is "):
-        cells_of(file, [PLAIN], seeds=1, out=tmp_path / "grid", overrides=[*SHORT, init])
+        plan_runs(file, [PLAIN], seeds=1, out=tmp_path / "grid", overrides=[*SHORT, init])
 
 
 def test_the_final_loss_is_that_of_the_last_tenth_without_steps_left_out(recipe_file, tmp_path):
-    (cell,) = cells_of(recipe_file(), [PLAIN], seeds=1, out=tmp_path, overrides=["train.max_steps=20", *SHORT[1:]])
+    (cell,) = plan_runs(recipe_file(), [PLAIN], seeds=1, out=tmp_path, overrides=["train.max_steps=20", *SHORT[1:]])
     ((_, how),) = go([cell])
-    losses = [record.loss for record in read_steps(cell.run.steps)]
+    losses = [record.loss for record in read_steps(cell.directory.steps)]
 
-    assert outcome_of(cell, how).loss == pytest.approx(sum(losses[-2:]) / 2)
+    assert summarise_run(cell, how).loss == pytest.approx(sum(losses[-2:]) / 2)
     assert final_loss([]) is None
 
 

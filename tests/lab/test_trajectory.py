@@ -15,7 +15,7 @@ from unbraid.cli import main as cli
 from unbraid.config.recipe import load_recipe
 from unbraid.errors import RecipeError, UserError
 from unbraid.lab import trajectory_run
-from unbraid.lab.experiment import of_recipe
+from unbraid.lab.experiment import experiment_from_recipe
 from unbraid.lab.trajectory import (
     StepMeasurement,
     Trajectory,
@@ -36,18 +36,18 @@ DROPOUT += ["model.hop_length=16"]
 def make_experiment(recipe_file):
     """Return a factory of experiment experiments; it takes overrides of the recipe."""
     file = recipe_file()
-    return lambda *overrides: of_recipe(load_recipe(file, overrides), "tiny")
+    return lambda *overrides: experiment_from_recipe(load_recipe(file, overrides), "tiny")
 
 
 @pytest.mark.parametrize("overrides", [[], DROPOUT], ids=["conv_tasnet", "dropout"])
 def test_measuring_does_not_change_training_bit_for_bit(make_experiment, overrides):
     experiment = make_experiment(*overrides)
     torch.manual_seed(3)
-    plain = experiment.fork()
-    batches = experiment.steps()
+    plain = experiment.new_state()
+    batches = experiment.training_batches()
     records = [train_step(plain, next(batches)) for _ in range(4)]
     rng_state = torch.get_rng_state()
-    states = [experiment.fork(), experiment.fork()]
+    states = [experiment.new_state(), experiment.new_state()]
     often = list(measure_steps(experiment, states[0], n_steps=4, every=1))
     never = list(measure_steps(experiment, states[1], n_steps=4, every=5))
 
@@ -65,7 +65,7 @@ def test_step_size_is_the_distance_the_weights_moved(make_experiment):
     experiment = make_experiment(
         "optim.name=sgd", "optim.lr=1e-3", "optim.momentum=0", "clip.name=fixed", "clip.name=fixed", "clip.max_norm=0.5"
     )
-    steps = list(measure_steps(experiment, experiment.fork(), n_steps=3, every=2))
+    steps = list(measure_steps(experiment, experiment.new_state(), n_steps=3, every=2))
 
     for step in steps:
         assert step.step_size == pytest.approx(1e-3 * min(step.grad_norm, 0.5), rel=1e-3)
@@ -74,7 +74,7 @@ def test_step_size_is_the_distance_the_weights_moved(make_experiment):
 
 def test_schedule_runs_over_the_steps_of_the_experiment(make_experiment):
     experiment = make_experiment("optim.name=sgd", "optim.momentum=0", "schedule.name=cosine", "clip.name=fixed")
-    steps = list(measure_steps(experiment, experiment.fork(), n_steps=4, every=4))
+    steps = list(measure_steps(experiment, experiment.new_state(), n_steps=4, every=4))
 
     lrs = [s.step_size / min(s.grad_norm, s.max_norm) for s in steps]
     expected = [(1 + math.cos(math.pi * n_done / 4)) / 2 for n_done in range(4)]
@@ -307,4 +307,4 @@ def test_any_clipper_can_be_measured(make_experiment):
     experiment = replace(experiment, recipe=recipe_with_clipper(experiment.recipe, "zclip"))
 
     assert experiment.recipe.clip.name == "zclip"
-    assert len(list(measure_steps(experiment, experiment.fork(), n_steps=2, every=2))) == 2
+    assert len(list(measure_steps(experiment, experiment.new_state(), n_steps=2, every=2))) == 2

@@ -13,18 +13,18 @@ def landscape(args: argparse.Namespace) -> int:
 
     check_matplotlib()
     from unbraid.console import progress_bar
-    from unbraid.lab.experiment import of_checkpoint
-    from unbraid.lab.landscape_run import folder_for, look, tell, view_of
+    from unbraid.lab.experiment import experiment_from_checkpoint
+    from unbraid.lab.landscape_run import choose_view, draw_landscape, output_folder, summary_lines
     from unbraid.signals import stop_on_signals
 
-    subject = of_checkpoint(args.checkpoint, overrides=args.set, trust=args.trust)
+    experiment = experiment_from_checkpoint(args.checkpoint, overrides=args.set, trust=args.trust)
     run = args.checkpoint if args.plane else None
-    out = folder_for(args.checkpoint, subject, args.out)
-    view = view_of(subject, other=args.to, run=run, span=args.span, n_points=args.points, seed=args.seed)
+    out = output_folder(args.checkpoint, experiment, args.out)
+    view = choose_view(experiment, other=args.to, run=run, span=args.span, n_points=args.points, seed=args.seed)
     of = {"n_items": args.items, "split": args.split}
-    with stop_on_signals() as stop, progress_bar("taking the loss", len(view.chart.coefficients)) as advance:
-        found, plates = look(subject, view, out, **of, stop=stop, progress=advance)
-    for line in tell(found, plates, out, args.items):
+    with stop_on_signals() as stop, progress_bar("taking the loss", len(view.points.coefficients)) as advance:
+        found, plates = draw_landscape(experiment, view, out, **of, stop=stop, progress=advance)
+    for line in summary_lines(found, plates, out, args.items):
         print(line)
     return EXIT_STOPPED + found.signal if found.signal else 0
 

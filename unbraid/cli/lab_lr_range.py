@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def lr_range(args: argparse.Namespace) -> int:
     """Try learning rates that grow from step to step on a recipe's model, and suggest one with its reason."""
-    from unbraid.lab.lr_range_figure import numbers, write_lr_range
+    from unbraid.lab.lr_range_figure import range_test_json, write_lr_range
     from unbraid.plots import check_matplotlib
     from unbraid.signals import stop_on_signals
 
@@ -28,7 +28,7 @@ def lr_range(args: argparse.Namespace) -> int:
         test, grid = _lr_range_and_grid(args, out, stop)
         drawn = write_lr_range(out, test, grid) if out is not None and len(test.lrs) else None
     if args.json:
-        print(json.dumps(numbers(test, grid), indent=1, allow_nan=False))
+        print(json.dumps(range_test_json(test, grid), indent=1, allow_nan=False))
     else:
         print(_lr_range_words(test, grid, drawn, stop))
     return EXIT_STOPPED + stop.signal if stop.signal else 0
@@ -39,31 +39,31 @@ def _lr_range_and_grid(
 ) -> "tuple[RangeTest, LrGrid | None]":
     from unbraid.config.recipe import load_recipe
     from unbraid.console import progress_bar
-    from unbraid.lab.experiment import of_recipe
-    from unbraid.lab.lr_range import lr_grid, lr_range, rates, rates_around
+    from unbraid.lab.experiment import experiment_from_recipe
+    from unbraid.lab.lr_range import learning_rates, lr_grid, lr_range, lrs_around
 
-    lrs = rates(args.start, args.end, args.steps)
-    subject = of_recipe(load_recipe(find_recipe(args.recipe), args.set), args.recipe.stem)
+    lrs = learning_rates(args.start, args.end, args.steps)
+    experiment = experiment_from_recipe(load_recipe(find_recipe(args.recipe), args.set), args.recipe.stem)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)  # before the work, not after it
     quiet = nullcontext(lambda _done, _text: None)
     with quiet if args.json else progress_bar("range test", len(lrs)) as advance:
-        test = lr_range(subject, lrs, stop=stop, progress=advance)
+        test = lr_range(experiment, lrs, stop=stop, progress=advance)
     if not args.grid or test.suggestion is None or stop.signal:
         return test, None
-    rivals = rates_around(test.suggestion)
+    rivals = lrs_around(test.suggestion)
     with quiet if args.json else progress_bar("grid", len(rivals)) as advance:
-        found = lr_grid(subject, rivals, stop=stop, progress=advance)
+        found = lr_grid(experiment, rivals, stop=stop, progress=advance)
     return test, found if len(found.lrs) else None
 
 
 def _lr_range_words(test: "RangeTest", grid: "LrGrid | None", drawn: Path | None, stop: "StopRequest") -> str:
-    from unbraid.lab.lr_range import short
-    from unbraid.lab.lr_range_figure import words
+    from unbraid.lab.lr_range import format_lr
+    from unbraid.lab.lr_range_figure import summary_sentences
 
-    told = words(test, grid)
+    told = summary_sentences(test, grid)
     if test.suggestion is not None:
-        told.append(f"Take: --set optim.lr={short(test.suggestion)}")
+        told.append(f"Take: --set optim.lr={format_lr(test.suggestion)}")
     if drawn is not None:
         told.append(f"Figure: {drawn}, and the numbers beside it.")
     if stop.signal:

@@ -12,13 +12,13 @@ def sharpness(args: argparse.Namespace) -> int:
     """The largest eigenvalue of the Hessian, what it means for the learning rate, and the gradient noise scale."""
     from unbraid.console import progress_bar
     from unbraid.io import write_atomically
-    from unbraid.lab.experiment import of_checkpoint
+    from unbraid.lab.experiment import experiment_from_checkpoint
     from unbraid.lab.sharpness import describe, measure_sharpness
     from unbraid.signals import stop_on_signals
 
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
-    subject = of_checkpoint(args.checkpoint, overrides=args.set, trust=args.trust)
+    subject = experiment_from_checkpoint(args.checkpoint, overrides=args.set, trust=args.trust)
     asked = {"n_items": args.items, "n_products": args.iterations, "split": args.split, "seed": args.seed}
     with stop_on_signals() as stop, progress_bar("multiplying", args.iterations) as advance:
         found = measure_sharpness(subject, **asked, stop=stop, progress=advance)

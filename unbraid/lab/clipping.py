@@ -14,9 +14,9 @@ from unbraid.data.dataset import make_dataset
 from unbraid.errors import CheckpointError, RecipeError, nearest
 from unbraid.evaluate import evaluate
 from unbraid.io import write_atomically
-from unbraid.lab.clustering import Clustered
-from unbraid.lab.confidence import interval
-from unbraid.lab.sweep import Arm, Cell, Ended, Outcome, cells_of, outcome_of, overrides_for_steps, set_words
+from unbraid.lab.clustering import ClusteredSeparation
+from unbraid.lab.confidence import mean_interval
+from unbraid.lab.sweep import Arm, RunEnd, RunSummary, SweepRun, plan_runs, set_words, step_overrides, summarise_run
 from unbraid.models import MODELS
 from unbraid.records import to_json_row
 
@@ -109,7 +109,7 @@ class Cut:
     fallen: tuple[str, ...] = ()
 
 
-def clipping_cells(
+def plan_clipping(
     recipe: Path,
     *,
     percentiles: Sequence[float] = PERCENTILES,
@@ -118,7 +118,7 @@ def clipping_cells(
     steps: Mapping[str, int] | int | None = None,
     out: Path,
     overrides: Sequence[str] = (),
-) -> list[Cell]:
+) -> list[SweepRun]:
     """The runs of the table.
 
     What the recipe says of model, loss, clipping and transforms is left out: each loss brings its own. A recipe's own
@@ -138,15 +138,15 @@ def clipping_cells(
     """
     _check(percentiles, losses)
     base = load_recipe(recipe, overrides).model.name
-    found: list[Cell] = []
+    found: list[SweepRun] = []
     for name in losses:
         contest, n_steps = CONTESTS[name], steps.get(name) if isinstance(steps, Mapping) else steps
-        own = [*_parts_of(contest, base), *overrides_for_steps(n_steps)]
+        own = [*_parts_of(contest, base), *step_overrides(n_steps)]
         arms = [
             Arm(f"{name},percentile={p:g}", (f"clip={_toml({'name': 'autoclip', 'percentile': float(p)})}",))
             for p in percentiles
         ]
-        found += cells_of(recipe, arms, seeds=seeds, out=out, overrides=[*own, *_meant_for(contest, overrides)])
+        found += plan_runs(recipe, arms, seeds=seeds, out=out, overrides=[*own, *_meant_for(contest, overrides)])
     return sorted(found, key=lambda cell: cell.seed)  # stable: all arms of a seed before the next
 
 
@@ -190,7 +190,7 @@ def _toml(table: Mapping[str, Any]) -> str:
     return "{" + ", ".join(f"{key} = {json.dumps(value)}" for key, value in table.items()) + "}"
 
 
-def score(cell: Cell, *, n_items: int, progress: Progress | None = None) -> list[float]:
+def score(cell: SweepRun, *, n_items: int, progress: Progress | None = None) -> list[float]:
     """SI-SDRi of a trained run's last weights on mixtures of the test split, in dB; kept in its folder.
 
     The mixtures are those of seed 0 for every run, so that runs are compared on the same ones.
@@ -198,7 +198,7 @@ def score(cell: Cell, *, n_items: int, progress: Progress | None = None) -> list
     Raises:
         UserError: If the data has no test split, or the checkpoint cannot be read.
     """
-    path, name = cell.run.path / TESTED, cell.arm.name.partition(",")[0]
+    path, name = cell.directory.path / TESTED, cell.arm.name.partition(",")[0]
     if path.exists():
         try:
             known = json.loads(path.read_text(encoding="utf-8"))
@@ -208,9 +208,9 @@ def score(cell: Cell, *, n_items: int, progress: Progress | None = None) -> list
             raise CheckpointError(
                 f"{path} cannot be read ({error!r}); remove it, and the run is scored again."
             ) from error
-    model, recipe = load_model(cell.run.checkpoints / "last", trust=True)
+    model, recipe = load_model(cell.directory.checkpoints / "last", trust=True)
     if CONTESTS[name].of_embedding:
-        model = Clustered(model, n_sources=recipe.data.n_sources)
+        model = ClusteredSeparation(model, n_sources=recipe.data.n_sources)
     tracks, noise = list_tracks(recipe)
     tested = make_dataset(tracks, replace(recipe.data, seed=0), "test", noises=noise)
     scores = []
@@ -223,15 +223,15 @@ def score(cell: Cell, *, n_items: int, progress: Progress | None = None) -> list
     return known
 
 
-def cuts_of(ended: Sequence[tuple[Cell, Ended]], *, n_items: int) -> list[Cut]:
+def cuts_of(ended: Sequence[tuple[SweepRun, RunEnd]], *, n_items: int) -> list[Cut]:
     """The cells of the table, from runs that have ended; the tests are made where they are not there yet."""
-    by_arm: dict[str, list[tuple[Cell, Outcome]]] = {}
+    by_arm: dict[str, list[tuple[SweepRun, RunSummary]]] = {}
     for cell, how in ended:
-        by_arm.setdefault(cell.arm.name, []).append((cell, outcome_of(cell, how)))
+        by_arm.setdefault(cell.arm.name, []).append((cell, summarise_run(cell, how)))
     return [_cut(arm, of_arm, n_items) for arm, of_arm in by_arm.items()]
 
 
-def _cut(arm: str, of_arm: Sequence[tuple[Cell, Outcome]], n_items: int) -> Cut:
+def _cut(arm: str, of_arm: Sequence[tuple[SweepRun, RunSummary]], n_items: int) -> Cut:
     loss, _, percentile = arm.partition(",percentile=")
     finished = [(cell, one) for cell, one in of_arm if one.ended.how == "finished"]
     scores = [score(cell, n_items=n_items) for cell, _ in finished]
@@ -247,7 +247,7 @@ def _cut(arm: str, of_arm: Sequence[tuple[Cell, Outcome]], n_items: int) -> Cut:
 
 
 def clipping_json(
-    cuts: Sequence[Cut], cells: Sequence[Cell], *, n_items: int, date: str, machine: str, command: str
+    cuts: Sequence[Cut], cells: Sequence[SweepRun], *, n_items: int, date: str, machine: str, command: str
 ) -> dict[str, Any]:
     """All of it: what was run, and a row for each cell of the table."""
     budget = {cell.arm.name.partition(",")[0]: cell.recipe.train.max_steps for cell in cells}
@@ -292,7 +292,7 @@ def _column(loss: str) -> str | None:
 def _ours(row: Mapping[str, Any] | None) -> str:
     if row is None:
         return "-"
-    return "; ".join([interval(row["si_sdri"]).text(), *row["fallen"]])
+    return "; ".join([mean_interval(row["si_sdri"]).text(), *row["fallen"]])
 
 
 def _theirs(loss: str, percentile: float) -> str:
@@ -312,11 +312,11 @@ def _read(loss: str, rows: Sequence[Mapping[str, Any]]) -> str:
     others = [row for row in rows if row["percentile"] != 100 and row["si_sdri"]]
     if bare is None or not others or not bare["si_sdri"]:
         return f"{loss}: nothing to hold against training without clipping."
-    best = max(others, key=lambda row: interval(row["si_sdri"]).mean)
+    best = max(others, key=lambda row: mean_interval(row["si_sdri"]).mean)
     if len(best["si_sdri"]) != len(bare["si_sdri"]) or best["fallen"] or bare["fallen"]:
         return f"{loss}: p = {best['percentile']:g} came out highest; not every seed finished, so nothing is paired."
     pairs = zip(best["si_sdri"], bare["si_sdri"], strict=True)
-    gain = interval([own - without for own, without in pairs], level=1 - 0.05 / len(others))
+    gain = mean_interval([own - without for own, without in pairs], level=1 - 0.05 / len(others))
     which = (
         f"of those clipped p = {best['percentile']:g} came out highest"
         if len(others) > 1

@@ -16,19 +16,19 @@ from unbraid.io import write_atomically
 from unbraid.lab.clipping import (
     CONTESTS,
     PERCENTILES,
-    clipping_cells,
     clipping_json,
     clipping_markdown,
     cuts_of,
+    plan_clipping,
     reading,
     score,
 )
-from unbraid.lab.sweep import Cell, Ended, Interrupted, run_cells, what_fell
+from unbraid.lab.sweep import Interrupted, RunEnd, SweepRun, run_sweep, unfinished_lines
 from unbraid.lab.sweep_run import make_folders, side_by_side
 from unbraid.signals import StopRequest
 
 TABLE_BEGINS, TABLE_ENDS = "<!-- table: unbraid lab clipping -->", "<!-- end of table -->"
-"""Between these a file given as ``--markdown`` gets the table; one without them is the table alone."""
+"""Interpolation these a file given as ``--markdown`` gets the table; one without them is the table alone."""
 
 
 def run_clipping(args: argparse.Namespace, stop: StopRequest) -> list[str]:
@@ -40,7 +40,7 @@ def run_clipping(args: argparse.Namespace, stop: StopRequest) -> list[str]:
     """
     make_folders(args.json, args.markdown)
     losses = args.losses or list(CONTESTS)
-    cells = clipping_cells(
+    cells = plan_clipping(
         find_recipe(args.recipe),
         percentiles=PERCENTILES if args.percentiles is None else args.percentiles,
         losses=losses,
@@ -60,18 +60,25 @@ def run_clipping(args: argparse.Namespace, stop: StopRequest) -> list[str]:
     over = f"mean over {args.seeds} seeds ± half its 95 % interval" if args.seeds > 1 else "one seed"
     about = f"SI-SDRi in dB on {args.test_items} test mixtures: {over}."
     few = "With two seeds Student's t makes it 12.7 standard errors wide." if args.seeds == 2 else ""
-    return [f"{about} {few}".strip(), "", table, *what_fell(ended), *reading(found["rows"]), side_by_side(args.out)]
+    return [
+        f"{about} {few}".strip(),
+        "",
+        table,
+        *unfinished_lines(ended),
+        *reading(found["rows"]),
+        side_by_side(args.out),
+    ]
 
 
-def trained_and_tested(cells: list[Cell], stop: StopRequest, n_items: int) -> list[tuple[Cell, Ended]]:
+def trained_and_tested(cells: list[SweepRun], stop: StopRequest, n_items: int) -> list[tuple[SweepRun, RunEnd]]:
     """Train and score what is not yet, each run's scores after its training.
 
     Raises:
         Interrupted: If a signal came.
     """
-    ended: list[tuple[Cell, Ended]] = []
+    ended: list[tuple[SweepRun, RunEnd]] = []
     with progress_bar("training", 1.0) as advance:
-        for cell, how in run_cells(cells, stop=stop, progress=advance):
+        for cell, how in run_sweep(cells, stop=stop, progress=advance):
             if how.how == "finished":
                 share = min(0.999, (len(ended) + 1) / len(cells))
                 score(cell, n_items=n_items, progress=partial(_beside, advance, stop, share))

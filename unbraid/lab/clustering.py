@@ -13,16 +13,16 @@ from unbraid.seeding import generator
 N_STARTS = 4
 N_ROUNDS = 30
 RANGE_DB = 40.0
-"""Bins so far below the loudest have no say in where the centres lie."""
+"""Bins so far below the loudest have no say in where the kmeans_centres lie."""
 
 
-def centres(vectors: Tensor, n_clusters: int, *, seed: int = 0) -> Tensor:
+def kmeans_centres(vectors: Tensor, n_clusters: int, *, seed: int = 0) -> Tensor:
     """Centres of clusters by Lloyd's rounds from k-means++ starts; of several starts the tightest is taken.
 
     The same for the same vectors and seed.
 
     Args:
-        vectors: ``(vector, dim)``; fewer than clusters give centres that fall together.
+        vectors: ``(vector, dim)``; fewer than clusters give kmeans_centres that fall together.
         n_clusters: How many.
         seed: Of the starts.
 
@@ -62,12 +62,12 @@ def nearest_centre(vectors: Tensor, means: Tensor) -> Tensor:
     return torch.cdist(vectors.to(means.dtype), means).argmin(-1)
 
 
-def masks_of(embedding: Tensor, magnitude: Tensor, n_sources: int, *, seed: int = 0) -> Tensor:
+def cluster_masks(embedding: Tensor, magnitude: Tensor, n_sources: int, *, seed: int = 0) -> Tensor:
     """Each bin wholly to one source: that of its vector's cluster.
 
     Args:
         embedding: A vector for each bin, ``(frame, freq, dim)``.
-        magnitude: Of the mixture, ``(frame, freq)``; the loud bins alone make the centres.
+        magnitude: Of the mixture, ``(frame, freq)``; the loud bins alone make the kmeans_centres.
         n_sources: How many clusters.
         seed: Of the clustering.
 
@@ -76,12 +76,12 @@ def masks_of(embedding: Tensor, magnitude: Tensor, n_sources: int, *, seed: int 
     """
     loud = magnitude >= magnitude.max().clamp_min(SILENCE) * 10 ** (-RANGE_DB / 20)
     vectors = embedding.flatten(0, 1)
-    means = centres(embedding[loud] if loud.any() else vectors, n_sources, seed=seed)
+    means = kmeans_centres(embedding[loud] if loud.any() else vectors, n_sources, seed=seed)
     own = nearest_centre(vectors, means).view_as(magnitude)
     return torch.stack([own == source for source in range(n_sources)]).to(magnitude.dtype)
 
 
-class Clustered(nn.Module):
+class ClusteredSeparation(nn.Module):
     """A model whose sources are not its own: the clusters of its embedding, as masks on the mixture's spectrum.
 
     For evaluation; there is no gradient through it.
@@ -118,7 +118,7 @@ class Clustered(nn.Module):
         ).transpose(1, 2)
         vectors = rearrange(output.embedding, "b c l f d -> (b c) l f d")
         masks = [
-            masks_of(one, bins.abs(), self.n_sources, seed=self.seed)
+            cluster_masks(one, bins.abs(), self.n_sources, seed=self.seed)
             for one, bins in zip(vectors, spectrum, strict=True)
         ]
         masked = rearrange(torch.stack(masks) * spectrum[:, None], "(b c) s l f -> b s c f l", b=batch)

@@ -41,7 +41,7 @@ class Interval:
         return f"{self.mean:.{decimals}f}" + (f" ± {self.half:.{decimals}f}" if self.n > 1 else "")
 
 
-def interval(values: Sequence[float], *, level: float = 0.95) -> Interval:
+def mean_interval(values: Sequence[float], *, level: float = 0.95) -> Interval:
     """Mean, spread and confidence interval of independent values, taken for normally distributed.
 
     Args:

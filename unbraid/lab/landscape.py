@@ -1,8 +1,8 @@
-"""The loss around a model, between two, and in the plane of a run's path: which points, and what it is there."""
+"""The loss landscape around a model, between two models, and in the plane of a training path: points and their loss."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,253 +12,267 @@ from torch import Tensor, nn
 from unbraid.errors import UserError
 from unbraid.lab.hessian import exact_float32
 from unbraid.lab.weight_directions import (
-    Filters,
+    FilterLayout,
     Floats,
     PathPlane,
     Weights,
-    combined,
-    digest_of,
-    filter_normalised,
-    plane_of,
+    filter_normalised_direction,
+    linear_combination,
+    principal_plane,
+    weights_digest,
 )
 
-Measure = Callable[[Weights], float]
-"""The loss of a model with these weights."""
+LossFunction = Callable[[Weights], float]
+"""Weights in, loss out."""
 
 N_LINES = 5
 MAX_POINTS = 1001
 
 
-def measured(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> Measure:
-    """The loss as a function of the weights, in eval mode, without gradients and without TF32.
+def loss_of_weights(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> LossFunction:
+    """Return the loss as a function of the weights, in eval mode, without gradients and without TF32.
 
     Args:
-        model: Is copied, and never touched.
-        loss: Of a model, 0-d.
+        model: Model of the weights; it is copied and never changed.
+        loss: Loss of a model, 0-d.
     """
     copy = deepcopy(model).eval()
-    held = dict(copy.named_parameters()) | dict(copy.named_buffers())  # tied weights once, by their first name
+    # Tied weights appear once, under their first name.
+    tensors = dict(copy.named_parameters()) | dict(copy.named_buffers())
 
-    def measure(weights: Weights) -> float:
+    def evaluate(weights: Weights) -> float:
         with torch.no_grad(), exact_float32():
-            for name in held.keys() & weights.keys():
-                held[name].copy_(weights[name])
+            for name in tensors.keys() & weights.keys():
+                tensors[name].copy_(weights[name])
             return float(loss(copy))
 
-    return measure
+    return evaluate
 
 
 @dataclass(frozen=True)
-class Chart:
-    """Points to take the loss at: sums of a few anchors.
+class WeightPoints:
+    """Points in weight space at which to compute the loss: linear combinations of a few anchors.
 
     Attributes:
-        anchors: States and directions, as `combined` takes them.
+        anchors: State dicts and directions, as `linear_combination` takes them.
         coefficients: ``(point, anchor)``.
-        made_from: What decides both, as JSON holds it: the states by their bits, and how the points were laid. Not
-            what was computed of them, of which the last bits may change with the number of threads.
+        cache_key: What decides both, as JSON values: a digest of the state dicts and the settings of the grid.
+            Computed directions are not part of it, because their last bits may depend on the number of threads.
     """
 
     anchors: Sequence[Weights]
     coefficients: Floats
-    made_from: Mapping[str, Any]
+    cache_key: Mapping[str, Any]
 
-    def losses(self, measure: Measure, known: Sequence[float] = ()) -> Iterator[float]:
-        """The loss at each point in order, from the first that is not known on."""
-        for row in self.coefficients[len(known) :]:
-            yield measure(combined(self.anchors, row))
+    def losses(self, loss: LossFunction, n_done: int = 0) -> Iterator[float]:
+        """Yield the loss at each point in order, without the first ``n_done``."""
+        for row in self.coefficients[n_done:]:
+            yield loss(linear_combination(self.anchors, row))
 
 
-def steps_from(low: float, high: float, n_points: int) -> Floats:
-    """So many positions from low to high, both among them.
+def axis_positions(low: float, high: float, n_points: int) -> Floats:
+    """Return evenly spaced positions from low to high, both included.
 
     Raises:
-        UserError: If the range is upside down or empty, or there are fewer than three or more than `MAX_POINTS`.
+        UserError: If the range is reversed or empty, or there are fewer than three points or more than `MAX_POINTS`.
     """
     if not -np.inf < low < high < np.inf:
-        raise UserError(f"A range from {low:g} to {high:g} has no inside; give the lower end first.")
+        raise UserError(f"The range {low:g} to {high:g} is empty or not finite; give the lower end first.")
     if n_points < 3:
-        raise UserError(f"A number of {n_points} points shows no shape; give 3 or more.")
+        raise UserError(f"{n_points} points are too few to show a shape; give 3 or more.")
     if n_points > MAX_POINTS:
-        raise UserError(f"{n_points} points along an axis are more than can be taken; give at most {MAX_POINTS}.")
+        raise UserError(f"{n_points} points along an axis are too many; give at most {MAX_POINTS}.")
     return np.linspace(low, high, n_points)
 
 
 @dataclass(frozen=True)
-class Around:
-    """The loss on a grid over two random directions, and along lines in a few others.
+class RandomSlices:
+    """Points along random directions around a model, and on a grid over two of them.
 
     Attributes:
-        offsets: Positions along each direction, in norms of the filters, ``(point,)``; the middle one is 0.
-        chart: First the lines, one after another, then the grid row by row.
+        offsets: Positions along each direction, in norms of the filters, ``(position,)``; the middle one is 0.
+        points: The lines one after another, then the grid row by row.
     """
 
     offsets: Floats
-    chart: Chart
+    points: WeightPoints
 
     def split(self, losses: Floats) -> tuple[Floats, Floats]:
-        """Losses of the chart's points as lines, ``(line, point)``, and grid, ``(row, column)``."""
-        n, at = len(self.offsets), N_LINES * len(self.offsets)
-        return losses[:at].reshape(N_LINES, n), losses[at:].reshape(n, n)
+        """Split the losses at the points into lines, ``(line, position)``, and grid, ``(row, column)``."""
+        n = len(self.offsets)
+        n_on_lines = N_LINES * n
+        return losses[:n_on_lines].reshape(N_LINES, n), losses[n_on_lines:].reshape(n, n)
 
 
-def around(
+def random_slices(
     state: Weights,
     parameters: Sequence[str],
     *,
     span: float = 1.0,
     n_points: int = 21,
     seed: int = 0,
-    filters: Mapping[str, Filters] | None = None,
-) -> Around:
-    """Points around a model: along random directions, and on a grid of the first (columns) and the second (rows).
+    filters: Mapping[str, FilterLayout] | None = None,
+) -> RandomSlices:
+    """Return points along random directions from a model, and on a grid of the first (columns) and second (rows).
 
     Args:
-        state: The model's.
-        parameters: Which of it are parameters.
-        span: How far to go each way; at 1 the step is as long as the weights themselves.
-        n_points: Along each direction, odd, so that the model itself is one of them.
-        seed: Of the directions.
-        filters: As `filter_normalised` takes them.
+        state: State dict of the model.
+        parameters: Names of its parameters.
+        span: Distance to go each way; at 1 the step is as long as the weights themselves.
+        n_points: Number of positions along each direction; odd, so that the model itself is one of them.
+        seed: Seed of the directions.
+        filters: As `filter_normalised_direction` takes them.
 
     Raises:
         UserError: If the range or the number of points cannot be used.
     """
-    offsets = steps_from(-span, span, n_points)
+    offsets = axis_positions(-span, span, n_points)
     if n_points % 2 == 0:
-        raise UserError(f"{n_points} points have no middle one, where the model itself is; give {n_points + 1}.")
-    offsets[n_points // 2] = 0.0
+        raise UserError(f"{n_points} points have no middle one for the model itself; give {n_points + 1}.")
+    offsets[n_points // 2] = 0.0  # linspace may round the middle to 1e-17, and the model's own loss must be exact
     weights = {name: state[name] for name in parameters}
-    directions = [filter_normalised(weights, seed, index, filters=filters) for index in range(N_LINES)]
-    rows = np.zeros((N_LINES * n_points + n_points**2, 1 + N_LINES))
-    rows[:, 0] = 1
+    directions = [filter_normalised_direction(weights, seed, index, filters=filters) for index in range(N_LINES)]
+
+    # Anchor 0 is the model itself and always counts 1; then the lines, then the grid over directions 1 and 2.
+    coefficients = np.zeros((N_LINES * n_points + n_points**2, 1 + N_LINES))
+    coefficients[:, 0] = 1
     for line in range(N_LINES):
-        rows[line * n_points : (line + 1) * n_points, 1 + line] = offsets
-    rows[N_LINES * n_points :, 1] = np.tile(offsets, n_points)
-    rows[N_LINES * n_points :, 2] = np.repeat(offsets, n_points)
-    made_from: dict[str, Any] = {
-        "around": digest_of([state]),
+        coefficients[line * n_points : (line + 1) * n_points, 1 + line] = offsets
+    coefficients[N_LINES * n_points :, 1] = np.tile(offsets, n_points)
+    coefficients[N_LINES * n_points :, 2] = np.repeat(offsets, n_points)
+    cache_key = {
+        "around": weights_digest([state]),
         "span": span,
         "points": n_points,
         "seed": seed,
         "lines": N_LINES,
+        "filters": {name: {"axes": f.axes, "rows": f.group_sizes} for name, f in (filters or {}).items()},
     }
-    made_from["filters"] = {name: asdict(given) for name, given in (filters or {}).items()}
-    return Around(offsets, Chart([state, *directions], rows, made_from))
+    return RandomSlices(offsets, WeightPoints([state, *directions], coefficients, cache_key))
 
 
 @dataclass(frozen=True)
-class Between:
-    """The loss on the straight line through two models.
+class Interpolation:
+    """Points on the straight line through two models.
 
     Attributes:
-        at: 0 is the one, 1 the other, ``(point,)``; both are among them.
-        chart: In this order.
+        positions: 0 is the first model, 1 the second, ``(point,)``; both are among them.
+        points: In this order.
     """
 
-    at: Floats
-    chart: Chart
+    positions: Floats
+    points: WeightPoints
 
 
-def between(one: Weights, other: Weights, *, beyond: float = 0.25, n_points: int = 21) -> Between:
-    """Points on the line through two models; buffers, such as BatchNorm's statistics, go along.
+def interpolate(first: Weights, second: Weights, *, beyond: float = 0.25, n_points: int = 21) -> Interpolation:
+    """Return points on the line through two models; buffers, such as BatchNorm's statistics, are interpolated too.
 
     Args:
-        one: A state.
-        other: Another state of the same model.
-        beyond: How far past both ends to go, as a share of the way.
-        n_points: From the one to the other; those beyond come on top, as close together.
+        first: State dict.
+        second: Another state dict of the same model.
+        beyond: Distance to continue past both ends, as a share of the distance between them.
+        n_points: Number of points from the first to the second. Points beyond are extra, at the same spacing.
 
     Raises:
         UserError: If the range or the number of points cannot be used.
     """
-    steps_from(-beyond, 1 + beyond, n_points)
+    axis_positions(-beyond, 1 + beyond, n_points)  # only for its checks
     n_beyond = int(np.ceil(beyond * (n_points - 1) - 1e-9))
     if n_beyond > MAX_POINTS:
         raise UserError(
-            f"Going {beyond:g} of the way beyond both ends, {n_points - 1} steps to the way, takes {n_beyond} points "
-            f"each; give a range or a number of points that takes at most {MAX_POINTS}."
+            f"A span of {beyond:g} beyond both ends, at {n_points - 1} steps per unit, needs {n_beyond} points on each "
+            f"side; choose a span and a number of points that need at most {MAX_POINTS}."
         )
-    at = np.arange(-n_beyond, n_points + n_beyond) / (n_points - 1)
-    made_from = {"between": digest_of([one, other]), "beyond": beyond, "points": n_points}
-    return Between(at, Chart([one, other], np.stack([1 - at, at], axis=1), made_from))
+    # Integers over an integer: 0 and 1 are exact, so the ends are the models bit for bit.
+    positions = np.arange(-n_beyond, n_points + n_beyond) / (n_points - 1)
+    cache_key = {"between": weights_digest([first, second]), "beyond": beyond, "points": n_points}
+    coefficients = np.stack([1 - positions, positions], axis=1)
+    return Interpolation(positions, WeightPoints([first, second], coefficients, cache_key))
 
 
-def barrier(at: Floats, losses: Floats) -> tuple[float, float]:
-    """How far the loss between two models rises above the straight line from the one's to the other's.
+def loss_barrier(positions: Floats, losses: Floats) -> tuple[float, float]:
+    """Return the height and position of the loss barrier between two models.
+
+    The barrier is the largest rise of the loss above the straight line from one model's loss to the other's.
 
     Args:
-        at: As in `Between`.
+        positions: As in `Interpolation`.
         losses: ``(point,)``.
 
     Returns:
-        Its height, never below 0, and where it is highest; both NaN where a loss on the way is not finite.
+        Height, never below 0, and position. Both are NaN if a loss between the models is not finite.
 
     Reference:
         Entezari et al., "The role of permutation invariance in linear mode connectivity of neural networks",
         ICLR 2022, arXiv:2110.06296.
     """
-    inside = (at >= 0) & (at <= 1)
-    at, losses = at[inside], losses[inside]
+    inside = (positions >= 0) & (positions <= 1)
+    positions = positions[inside]
+    losses = losses[inside]
     if not np.isfinite(losses).all():
         return float("nan"), float("nan")
-    above = losses - ((1 - at) * losses[0] + at * losses[-1])
-    highest = int(above.argmax())
-    return float(above[highest]), float(at[highest])
+    rise = losses - ((1 - positions) * losses[0] + positions * losses[-1])
+    highest = int(rise.argmax())
+    return float(rise[highest]), float(positions[highest])
 
 
 @dataclass(frozen=True)
-class OfPath:
-    """The loss in the plane of a run's path.
+class PathSlice:
+    """Points in the plane of a training path.
 
     Attributes:
-        steps: After which training step each checkpoint was written, ``(checkpoint,)``.
-        plane: Its axes, and the path on it.
-        x: Along the first axis, ``(column,)``.
-        y: Along the second, ``(row,)``.
-        chart: First the checkpoints themselves, then the grid row by row.
+        steps: Training step of each checkpoint, ``(checkpoint,)``.
+        plane: Axes of the plane, and the path projected on it.
+        x: Positions along the first axis, ``(column,)``.
+        y: Positions along the second axis, ``(row,)``.
+        points: The checkpoints themselves, then the grid row by row.
     """
 
     steps: Sequence[int]
     plane: PathPlane
     x: Floats
     y: Floats
-    chart: Chart
+    points: WeightPoints
 
     def split(self, losses: Floats) -> tuple[Floats, Floats]:
-        """Losses of the chart's points: the checkpoints' own, ``(checkpoint,)``, and the grid's, ``(row, column)``."""
+        """Split the losses into those of the checkpoints, ``(checkpoint,)``, and of the grid, ``(row, column)``."""
         n = len(self.steps)
         return losses[:n], losses[n:].reshape(len(self.y), len(self.x))
 
 
-def of_path(
+def path_slice(
     states: Mapping[int, Weights], parameters: Sequence[str], *, margin: float = 0.25, n_points: int = 21
-) -> OfPath:
-    """Points in the plane through the last checkpoint, along the two principal axes of the path; buffers are its own.
+) -> PathSlice:
+    """Return points in the plane through the last checkpoint along the path's principal axes, with its buffers.
 
     Args:
-        states: Of the checkpoints, by training step; three or more.
-        parameters: Which of a state are parameters.
-        margin: How far beyond the path to go, as a share of its width and height.
-        n_points: Along each axis.
+        states: State dicts of the checkpoints by training step; three or more.
+        parameters: Names of the parameters in a state dict.
+        margin: Distance to continue beyond the path, as a share of its width and height.
+        n_points: Number of positions along each axis.
 
     Raises:
-        UserError: If they span no plane, or range or number of points cannot be used.
+        UserError: If the checkpoints span no plane, or the range or the number of points cannot be used.
     """
     steps = sorted(states)
     path = [states[step] for step in steps]
     try:
-        plane = plane_of(path, parameters)
+        plane = principal_plane(path, parameters)
     except ValueError as error:
-        raise UserError(f"The checkpoints have no plane to look at. {error}") from None
-    low, high = plane.path.min(0), plane.path.max(0)
-    wide = margin * (high - low)
-    x, y = (steps_from(low[axis] - wide[axis], high[axis] + wide[axis], n_points) for axis in (0, 1))
+        raise UserError(f"The checkpoints span no plane. {error}") from None
+    low = plane.coordinates.min(0)
+    high = plane.coordinates.max(0)
+    extra = margin * (high - low)
+    x = axis_positions(low[0] - extra[0], high[0] + extra[0], n_points)
+    y = axis_positions(low[1] - extra[1], high[1] + extra[1], n_points)
+
+    # Anchors: the last checkpoint, both axes, then the earlier checkpoints.
     anchors = [path[-1], *plane.axes, *path[:-1]]
-    rows = np.zeros((len(steps) + n_points**2, len(anchors)))
-    rows[: len(steps) - 1, 3:] = np.eye(len(steps) - 1)
-    rows[len(steps) - 1 :, 0] = 1
-    rows[len(steps) :, 1] = np.tile(x, n_points)
-    rows[len(steps) :, 2] = np.repeat(y, n_points)
-    made_from = {"path": digest_of(path), "margin": margin, "points": n_points}
-    return OfPath(steps, plane, x, y, Chart(anchors, rows, made_from))
+    n_earlier = len(steps) - 1
+    coefficients = np.zeros((len(steps) + n_points**2, len(anchors)))
+    coefficients[:n_earlier, 3:] = np.eye(n_earlier)
+    coefficients[n_earlier:, 0] = 1
+    coefficients[len(steps) :, 1] = np.tile(x, n_points)
+    coefficients[len(steps) :, 2] = np.repeat(y, n_points)
+    cache_key = {"path": weights_digest(path), "margin": margin, "points": n_points}
+    return PathSlice(steps, plane, x, y, WeightPoints(anchors, coefficients, cache_key))

@@ -1,4 +1,4 @@
-"""The loss at many points, one after another: with progress, stopped at any of them, and gone on with."""
+"""Compute the loss at many points, with progress; an interrupted computation resumes from a file."""
 
 import hashlib
 import json
@@ -13,23 +13,23 @@ import numpy as np
 
 from unbraid.errors import UserError
 from unbraid.io import write_atomically
-from unbraid.lab.landscape import Chart, Measure
+from unbraid.lab.landscape import LossFunction, WeightPoints
 from unbraid.lab.weight_directions import Floats
 from unbraid.signals import StopRequest
 
-KEEP_EVERY_SECONDS = 10.0
+SAVE_EVERY_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
-class Surveyed:
-    """What a survey came to.
+class PointLosses:
+    """Losses at the points computed so far.
 
     Attributes:
-        losses: At each point, ``(point,)``; those that were not come to are NaN.
-        n_done: How many were come to, in this survey and before.
-        n_new: How many of them in this one.
-        seconds: How long those took.
-        signal: What stopped it; 0 for nothing.
+        losses: Loss at each point, ``(point,)``; NaN where it was not computed yet.
+        n_done: Number of points computed, in this call and before.
+        n_new: Number of points computed in this call.
+        seconds: Time that the new points took.
+        signal: Number of the signal that stopped the computation; 0 for none.
     """
 
     losses: Floats
@@ -40,80 +40,85 @@ class Surveyed:
 
     @property
     def points_per_second(self) -> float:
-        """Of this survey; NaN where all were known."""
+        """Speed of this call; NaN if it computed nothing."""
         return self.n_new / self.seconds if self.n_new else math.nan
 
 
-def survey(
-    chart: Chart,
-    measure: Measure,
-    kept: Path,
+def evaluate_points(
+    points: WeightPoints,
+    loss: LossFunction,
+    path: Path,
     key: Mapping[str, Any],
     *,
     stop: StopRequest | None = None,
     progress: Callable[[float, str], None] = lambda done, text: None,
-) -> Surveyed:
-    """Take the loss at each point, and keep what there is, however it ends.
+) -> PointLosses:
+    """Compute the loss at each point, and save the losses to a file however the computation ends.
 
     Args:
-        chart: The points.
-        measure: The loss.
-        kept: File for the losses so far: written every ten seconds, and at the end; those that are there are not
-            taken again.
-        key: What decides the losses, as JSON holds it; it stands in the file.
-        stop: Ends it after the point at hand.
-        progress: Is told how many points are done, and how fast it goes.
+        points: Points in weight space.
+        loss: Loss as a function of the weights.
+        path: File of the losses, written every ten seconds and at the end. Losses in it are not computed again.
+        key: Everything that decides the losses, as JSON values; it is saved in the file.
+        stop: Ends the computation after the current point.
+        progress: Receives the number of points done and the speed.
 
     Raises:
-        UserError: If the file holds other points, or no points at all.
+        UserError: If the file holds other points, or cannot be read.
     """
-    stop, losses = stop or StopRequest(), read_points(kept, key)
-    n_known, n_points, began = len(losses), len(chart.coefficients), time.monotonic()
-    written = began
+    stop = stop or StopRequest()
+    losses = read_points(path, key)
+    n_before = len(losses)
+    n_points = len(points.coefficients)
+    start = time.monotonic()
+    saved_at = start
     try:
-        for loss in chart.losses(measure, tuple(losses)):
-            losses.append(loss)
+        for value in points.losses(loss, n_before):
+            losses.append(value)
             now = time.monotonic()
-            progress(len(losses), f"{(len(losses) - n_known) / (now - began):.1f} points/s")
-            if now - written >= KEEP_EVERY_SECONDS:
-                write_points(kept, key, losses)
-                written = now
+            progress(len(losses), f"{(len(losses) - n_before) / (now - start):.1f} points/s")
+            if now - saved_at >= SAVE_EVERY_SECONDS:
+                write_points(path, key, losses)
+                saved_at = now
             if stop.signal:
                 break
-    finally:  # also after a second Ctrl-C, which is not held back
-        if len(losses) > n_known:
-            write_points(kept, key, losses)
-    seconds = time.monotonic() - began
-    stopped = stop.signal if len(losses) < n_points else 0
-    filled = np.array([*losses, *[math.nan] * (n_points - len(losses))])
-    return Surveyed(filled, len(losses), len(losses) - n_known, seconds, stopped)
+    finally:
+        # Also after a second Ctrl-C, which raises KeyboardInterrupt here.
+        if len(losses) > n_before:
+            write_points(path, key, losses)
+    seconds = time.monotonic() - start
+    # A signal during the very last point stops nothing.
+    signal = stop.signal if len(losses) < n_points else 0
+    padded = np.full(n_points, math.nan)
+    padded[: len(losses)] = losses
+    return PointLosses(padded, len(losses), len(losses) - n_before, seconds, signal)
 
 
-def kept_name(key: Mapping[str, Any]) -> str:
-    """The name of the file for points with this key: others go to a file of their own, and none is overwritten."""
+def points_file_name(key: Mapping[str, Any]) -> str:
+    """Return the file name for points with this key; each key has a file of its own, so none is overwritten."""
     return f"points-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]}.json"
 
 
 def write_points(path: Path, key: Mapping[str, Any], losses: list[float]) -> None:
-    """Write losses whole; JSON knows no infinity and no NaN, so those are text."""
-    told = [loss if math.isfinite(loss) else str(loss) for loss in losses]
-    write_atomically(path, json.dumps({"key": key, "losses": told}) + "\n")
+    """Write losses to a JSON file; NaN and infinity, which JSON lacks, are written as text."""
+    values = [loss if math.isfinite(loss) else str(loss) for loss in losses]
+    write_atomically(path, json.dumps({"key": key, "losses": values}) + "\n")
 
 
 def read_points(path: Path, key: Mapping[str, Any]) -> list[float]:
-    """The losses that a file holds; none where there is no file.
+    """Return the losses in a file; an empty list if there is no file.
 
     Raises:
-        UserError: If they are those of another key, or it is no such file.
+        UserError: If the file has another key, or cannot be read.
     """
     if not path.exists():
         return []
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
-        losses = [float(loss) for loss in held["losses"]]
-        same = held["key"] == key
+        table = json.loads(path.read_text(encoding="utf-8"))
+        losses = [float(loss) for loss in table["losses"]]
+        same_key = table["key"] == key
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} holds no points that can be read; remove it, and they are taken again.") from None
-    if not same:
-        raise UserError(f"{path} holds points of something else; remove it, or give another folder by --out.")
+        raise UserError(f"{path} holds no readable points; remove it, and they are computed again.") from None
+    if not same_key:
+        raise UserError(f"{path} holds points of something else; remove it, or choose another folder with --out.")
     return losses

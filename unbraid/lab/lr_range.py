@@ -42,7 +42,7 @@ SCATTERS = 4.0
 
 
 @dataclass(frozen=True)
-class Point:
+class RangeStep:
     """One step of a range test.
 
     Attributes:
@@ -66,7 +66,7 @@ class RangeTest:
         clipper: Its name there.
         lrs: The learning rate of each step that was made.
         losses: Before that step, each on mixtures of its own.
-        smoothed_capped: The same, averaged over neighbouring steps, and capped at where it began; see `smooth`.
+        smoothed_capped: The same, averaged over neighbouring steps, and capped at where it began; see `smooth_losses`.
         grad_norms: Before clipping.
         update_ratios: Norm of the step's change over the norm of the weights.
         stop_reason: Why it ended there; a sentence.
@@ -110,7 +110,7 @@ class LrGrid:
         return float(self.lrs[np.where(finite, self.losses, np.inf).argmin()]) if finite.any() else None
 
 
-def rates(start: float = FROM, end: float = TO, n_steps: int = N_STEPS) -> Floats:
+def learning_rates(start: float = FROM, end: float = TO, n_steps: int = N_STEPS) -> Floats:
     """Learning rates that grow by the same factor from step to step, ``(step,)``.
 
     Raises:
@@ -126,19 +126,19 @@ def rates(start: float = FROM, end: float = TO, n_steps: int = N_STEPS) -> Float
 
 
 def lr_range(
-    subject: Experiment,
+    experiment: Experiment,
     lrs: Floats | None = None,
     *,
     stop: StopRequest | None = None,
     progress: Progress = lambda _done, _text: None,
 ) -> RangeTest:
-    """Test a range of learning rates on a copy of a subject's model, one step with each.
+    """Test a range of learning rates on a copy of a experiment's model, one step with each.
 
     Optimizer, clipper and transforms are the recipe's; its schedule, loss filters and average take no part.
 
     Args:
-        subject: Its recipe, weights and mixtures.
-        lrs: Ascending, ``(step,)``; those of `rates` where nothing is said.
+        experiment: Its recipe, weights and mixtures.
+        lrs: Ascending, ``(step,)``; those of `learning_rates` where nothing is said.
         stop: Ends it early, with what is known by then.
         progress: Is told how many steps are done, and what came of the last.
 
@@ -149,19 +149,21 @@ def lr_range(
         Smith, "Cyclical learning rates for training neural networks", WACV 2017, arXiv:1506.01186, of which the
         exponential growth and the rule are not.
     """
-    lrs = rates() if lrs is None else lrs
-    probe = without_schedule(subject)
-    state, stream = probe.fork(), probe.steps()
-    points, stop_reason, lost = sweep(lambda lr: step_at(state, next(stream), lr), lrs, stop=stop, progress=progress)
+    lrs = learning_rates() if lrs is None else lrs
+    probe = with_constant_lr(experiment)
+    state, stream = probe.new_state(), probe.training_batches()
+    points, stop_reason, lost = run_range_test(
+        lambda lr: measure_step(state, next(stream), lr), lrs, stop=stop, progress=progress
+    )
     losses = np.array([point.loss for point in points])
-    suggestion, reason = suggest(lrs[: len(points)], losses, n_planned=len(lrs), lost=lost)
+    suggestion, reason = suggest_lr(lrs[: len(points)], losses, n_planned=len(lrs), lost=lost)
     return RangeTest(
-        subject.name,
-        subject.recipe.optim.name,
-        subject.recipe.clip.name,
+        experiment.name,
+        experiment.recipe.optim.name,
+        experiment.recipe.clip.name,
         lrs[: len(points)],
         losses,
-        smooth(losses, first_steps(len(lrs))),
+        smooth_losses(losses, n_baseline_steps(len(lrs))),
         np.array([point.grad_norm for point in points]),
         np.array([point.update_ratio for point in points]),
         stop_reason,
@@ -170,17 +172,17 @@ def lr_range(
     )
 
 
-def without_schedule(subject: Experiment) -> Experiment:
+def with_constant_lr(experiment: Experiment) -> Experiment:
     """The same with a constant learning rate of 1 to be multiplied, and without loss filters and average."""
-    recipe = subject.recipe
+    recipe = experiment.recipe
     optim = replace(recipe.optim, options={**recipe.optim.options, "lr": 1.0})
     bare = replace(
         recipe, optim=optim, schedule=Component("constant"), filters=(), train=replace(recipe.train, ema=0.0)
     )
-    return replace(subject, recipe=bare)
+    return replace(experiment, recipe=bare)
 
 
-def step_at(state: TrainState, parts: Sequence[Batch], lr: float) -> Point:
+def measure_step(state: TrainState, parts: Sequence[Batch], lr: float) -> RangeStep:
     """One training step with a learning rate, and what it changed.
 
     Args:
@@ -195,16 +197,16 @@ def step_at(state: TrainState, parts: Sequence[Batch], lr: float) -> Point:
     moved = nn.utils.get_total_norm(torch._foreach_sub(weights, before)) / nn.utils.get_total_norm(before)
     known = [np.nan if value is None else value for value in (record.loss, record.grad_norm)]
     loss, grad_norm, ratio = (value if np.isfinite(value) else np.nan for value in (*known, float(moved)))
-    return Point(loss if record.trained else np.nan, grad_norm, ratio)
+    return RangeStep(loss if record.trained else np.nan, grad_norm, ratio)
 
 
-def sweep(
-    take_step: Callable[[float], Point],
+def run_range_test(
+    take_step: Callable[[float], RangeStep],
     lrs: Floats,
     *,
     stop: StopRequest | None = None,
     progress: Progress = lambda _done, _text: None,
-) -> tuple[list[Point], str, bool]:
+) -> tuple[list[RangeStep], str, bool]:
     """Take a step with each learning rate in turn until the loss is lost.
 
     Args:
@@ -216,18 +218,18 @@ def sweep(
     Returns:
         What came of each step, why it ended, and whether the loss was lost.
     """
-    points = list[Point]()
+    points = list[RangeStep]()
     for lr in map(float, lrs):
         if stop is not None and stop.signal:
-            return points, f"It was interrupted before {short(lr)}.", False
+            return points, f"It was interrupted before {format_lr(lr)}.", False
         points.append(take_step(lr))
-        progress(len(points), f"lr {short(lr)}  loss {points[-1].loss:.3g}")
-        if why := why_lost(np.array([point.loss for point in points]), len(lrs)):
-            return points, f"At {short(lr)} {why}.", True
-    return points, f"It went through to {short(lrs[-1])}, and the loss was never lost.", False
+        progress(len(points), f"lr {format_lr(lr)}  loss {points[-1].loss:.3g}")
+        if why := divergence_reason(np.array([point.loss for point in points]), len(lrs)):
+            return points, f"At {format_lr(lr)} {why}.", True
+    return points, f"It went through to {format_lr(lrs[-1])}, and the loss was never lost.", False
 
 
-def why_lost(losses: Floats, n_planned: int) -> str:
+def divergence_reason(losses: Floats, n_planned: int) -> str:
     """What says that the loss is lost by now; empty where nothing does.
 
     It is lost if it has given back half of its descent (`LOST`) and that is no chance: mixtures differ, and so do
@@ -240,29 +242,29 @@ def why_lost(losses: Floats, n_planned: int) -> str:
     """
     if len(losses) >= IN_A_ROW and not np.isfinite(losses[-IN_A_ROW:]).any():
         return f"{IN_A_ROW} steps in a row had a loss or gradient that is not finite"
-    known, n_first = losses[np.isfinite(losses)], first_steps(n_planned)
+    known, n_first = losses[np.isfinite(losses)], n_baseline_steps(n_planned)
     if len(known) <= n_first:
         return ""
     means = running_mean(known, max(5, n_planned // 20))[n_first - 1 :]
     top, low, last = known[:n_first].mean(), means.min(), means[-1]
-    if last - low <= max(LOST * (top - low), SCATTERS * scatter(known, n_first)):
+    if last - low <= max(LOST * (top - low), SCATTERS * loss_noise(known, n_first)):
         return ""
-    if top - low <= SCATTERS * scatter(known, n_first):
+    if top - low <= SCATTERS * loss_noise(known, n_first):
         return f"the loss had risen to {last:.3g} from {top:.3g}, and never come down before"
     return f"the loss was back at {last:.3g}, after it had come down from {top:.3g} to {low:.3g}"
 
 
-def first_steps(n_planned: int) -> int:
+def n_baseline_steps(n_planned: int) -> int:
     """How many steps say where a range test begins, and how much is chance: a tenth of those planned, 20 or more."""
     return max(FIRST_STEPS, n_planned // 10)
 
 
-def scatter(losses: Floats, n_first: int) -> float:
+def loss_noise(losses: Floats, n_first: int) -> float:
     """How much the loss differs between mixtures alone: its standard deviation from one first step to the next."""
     return float(np.diff(losses[:n_first]).std(ddof=1) / np.sqrt(2))
 
 
-def smooth(losses: Floats, n_first: int) -> Floats:
+def smooth_losses(losses: Floats, n_first: int) -> Floats:
     """Each loss averaged with its neighbours before and after, by a Gaussian of 3 % of the steps; ``(step,)``.
 
     It is capped: a loss higher than any of the first counts as the highest of those, or a single one that has gone
@@ -270,7 +272,7 @@ def smooth(losses: Floats, n_first: int) -> Floats:
 
     Args:
         losses: ``(step,)``; what is not finite counts for nothing, and stays as it is.
-        n_first: How many of them say where it begins; see `first_steps`.
+        n_first: How many of them say where it begins; see `n_baseline_steps`.
     """
     known, width = np.isfinite(losses), max(0.7, 0.03 * len(losses))
     highest = losses[known][:n_first].max(initial=-np.inf)
@@ -280,7 +282,7 @@ def smooth(losses: Floats, n_first: int) -> Floats:
     return np.where(known, means, np.nan)
 
 
-def suggest(
+def suggest_lr(
     lrs: Floats, losses: Floats, *, n_planned: int | None = None, lost: bool = False
 ) -> tuple[float | None, str]:
     """The learning rate by which the smoothed loss has done most of its descent (`DONE`), and why.
@@ -303,36 +305,39 @@ def suggest(
         The rate, with two digits, and a sentence; where the test does not tell, None and a sentence on what to do.
     """
     n_planned = len(lrs) if n_planned is None else n_planned
-    n_first, interrupted, known = first_steps(n_planned), not lost and len(lrs) < n_planned, np.isfinite(losses)
+    n_first, interrupted, known = n_baseline_steps(n_planned), not lost and len(lrs) < n_planned, np.isfinite(losses)
     lrs, losses = lrs[known], losses[known]
     if len(losses) < 1.5 * n_first:
-        lower = f": begin lower than --from {short(lrs[0])}" if lost and len(lrs) else ""
+        lower = f": begin lower than --from {format_lr(lrs[0])}" if lost and len(lrs) else ""
         return None, f"The loss is known of {len(losses)} steps only, too few for a suggestion{lower}."
-    smoothed = smooth(losses, n_first)
+    smoothed = smooth_losses(losses, n_first)
     top, lowest = float(losses[:n_first].mean()), int(smoothed.argmin())
     low, still_falling = float(smoothed[lowest]), not lost and lowest >= len(losses) - n_first / 2
-    if top - low <= SCATTERS * scatter(losses, n_first) / 2:
+    if top - low <= SCATTERS * loss_noise(losses, n_first) / 2:
         return None, (
             f"The loss never came down from {top:.3g} by more than mixtures differ: take more --steps, or a larger "
             "data.batch_size."
         )
     halfway, place = (int(np.argmax(smoothed <= top - share * (top - low))) for share in (0.5, DONE))
     if halfway < n_first:
-        return None, f"The loss was down by {short(lrs[halfway])} already: begin lower than --from {short(lrs[0])}."
+        return (
+            None,
+            f"The loss was down by {format_lr(lrs[halfway])} already: begin lower than --from {format_lr(lrs[0])}.",
+        )
     if still_falling and interrupted:
         return (
             None,
             f"The loss was down to {low:.3g} from {top:.3g}, and it was still falling where the test was stopped.",
         )
     rate = float(f"{lrs[place - 1]:.1e}")  # the step before is the last that this loss knows of
-    said = f"By {short(rate)} the loss had done {DONE:.0%} of its descent, from {top:.3g} to {low:.3g}"
+    said = f"By {format_lr(rate)} the loss had done {DONE:.0%} of its descent, from {top:.3g} to {low:.3g}"
     if still_falling:
         return rate, f"{said}, and it was still falling at the end of the range: a higher --to may find a higher rate."
-    return rate, f"{said} at {short(lrs[lowest])}; higher rates bring little more or spoil it."
+    return rate, f"{said} at {format_lr(lrs[lowest])}; higher rates bring little more or spoil it."
 
 
 def lr_grid(
-    subject: Experiment,
+    experiment: Experiment,
     lrs: Sequence[float] | Floats,
     *,
     n_steps: int = 50,
@@ -345,7 +350,7 @@ def lr_grid(
     Optimizer, clipper and transforms are the recipe's; its schedule, loss filters and average take no part.
 
     Args:
-        subject: Its recipe, weights and mixtures.
+        experiment: Its recipe, weights and mixtures.
         lrs: Ascending, ``(rate,)``.
         n_steps: Of each training.
         n_items: How many of the training mixtures each is judged by afterwards, by their mean loss.
@@ -355,16 +360,16 @@ def lr_grid(
     Raises:
         RecipeError: As `lr_range`.
     """
-    probe = without_schedule(subject)
-    fixed, losses = probe.fixed(n_items), list[float]()
+    probe = with_constant_lr(experiment)
+    fixed, losses = probe.fixed_batches(n_items), list[float]()
     for place, lr in enumerate(map(float, lrs)):
-        state = probe.fork()
+        state = probe.new_state()
         set_learning_rate(state, lr)
-        for done, parts in enumerate(islice(probe.steps(), n_steps)):
+        for done, parts in enumerate(islice(probe.training_batches(), n_steps)):
             if stop is not None and stop.signal:
                 return LrGrid(np.array(lrs)[:place], np.array(losses), n_steps, n_items)
             train_step(state, parts)
-            progress(place + (done + 1) / n_steps, f"lr {short(lr)}")
+            progress(place + (done + 1) / n_steps, f"lr {format_lr(lr)}")
         losses.append(_judged(state, fixed))
     return LrGrid(np.array(lrs), np.array(losses), n_steps, n_items)
 
@@ -375,14 +380,14 @@ def _judged(state: TrainState, fixed: Sequence[Batch]) -> float:
         return float(mean_loss(state.unwrapped_model, state.loss, state.precision, fixed))
 
 
-def rates_around(lr: float, *, decades: float = 1.5, a_decade: int = 2) -> Floats:
+def lrs_around(lr: float, *, decades: float = 1.5, a_decade: int = 2) -> Floats:
     """Learning rates on the grid of ``a_decade`` a decade that lie about one, ``(rate,)``."""
     middle = round(a_decade * np.log10(lr))
     reach = round(a_decade * decades)
     return 10.0 ** (np.arange(middle - reach, middle + reach + 1) / a_decade)
 
 
-def short(lr: float) -> str:
+def format_lr(lr: float) -> str:
     """A learning rate as one writes it in a recipe: 0.0032 is ``3.2e-3``, 0.01 is ``1e-2``."""
     digits, exponent = f"{lr:.1e}".split("e")
     return f"{digits.removesuffix('.0')}e{int(exponent)}"

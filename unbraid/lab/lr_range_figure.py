@@ -1,4 +1,4 @@
-"""A learning-rate range test as a figure, as words and as a file of numbers."""
+"""A learning-rate range test as a figure, as summary_sentences and as a file of range_test_json."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ import numpy as np
 from unbraid.columns import Floats
 from unbraid.figures import FigureSpec, write_figure
 from unbraid.io import write_atomically
-from unbraid.lab.lr_range import LrGrid, RangeTest, short
+from unbraid.lab.lr_range import LrGrid, RangeTest, format_lr
 from unbraid.records import json_row
 
 if TYPE_CHECKING:
@@ -31,21 +31,21 @@ def lr_range_figure(test: RangeTest, grid: LrGrid | None = None) -> FigureSpec:
 
     Args:
         test: With at least one step.
-        grid: Of the same subject.
+        grid: Of the same experiment.
     """
-    told = numbers(test, grid)
+    told = range_test_json(test, grid)
     known = {name: told[name] for name in ("suggestion", "grid_best") if told.get(name) is not None}
     return FigureSpec(
         "lr-range",
         f"Learning-rate range test of {test.name}, {test.optimizer}",
-        " ".join(words(test, grid)),
+        " ".join(summary_sentences(test, grid)),
         known,
         lambda figure: _draw(figure, test, grid),
         figsize=(6.8, 6.0),
     )
 
 
-def words(test: RangeTest, grid: LrGrid | None = None) -> list[str]:
+def summary_sentences(test: RangeTest, grid: LrGrid | None = None) -> list[str]:
     """What came of it, in sentences."""
     said = [test.stop_reason, test.reason]
     if grid is not None:
@@ -64,17 +64,18 @@ def words(test: RangeTest, grid: LrGrid | None = None) -> list[str]:
 def _of_grid(grid: LrGrid, suggestion: float | None) -> str:
     best, each = grid.best, f"{grid.n_steps} steps with each of {len(grid.lrs)} rates"
     if best is None or suggestion is None:
-        return f"Grid, {each}: " + ("none ended with a finite loss." if best is None else f"best is {short(best)}.")
+        return f"Grid, {each}: " + ("none ended with a finite loss." if best is None else f"best is {format_lr(best)}.")
     apart = max(best / suggestion, suggestion / best)
     loss = float(grid.losses[list(grid.lrs).index(best)])
     at_edge = best in (grid.lrs[0], grid.lrs[-1])
     edge = " (at the edge of the grid, so that the best may lie beyond it)" if at_edge else ""
     return (
-        f"Grid, {each}: {short(best)} ends lowest, at {loss:.3g}{edge}; the suggestion is a factor of {apart:.1f} off."
+        f"Grid, {each}: {format_lr(best)} ends lowest, at {loss:.3g}{edge}; the suggestion is a factor of {apart:.1f} "
+        "off."
     )
 
 
-def numbers(test: RangeTest, grid: LrGrid | None = None) -> dict[str, Any]:
+def range_test_json(test: RangeTest, grid: LrGrid | None = None) -> dict[str, Any]:
     """All of it as JSON knows it: what is not finite is null."""
     names = ("lrs", "losses", "smoothed_capped", "grad_norms", "update_ratios")
     told: dict[str, Any] = {
@@ -97,7 +98,7 @@ def write_lr_range(out: Path, test: RangeTest, grid: LrGrid | None = None) -> Pa
     Args:
         out: A folder, made where it is missing.
         test: With at least one step.
-        grid: Of the same subject.
+        grid: Of the same experiment.
 
     Returns:
         The figure.
@@ -106,7 +107,7 @@ def write_lr_range(out: Path, test: RangeTest, grid: LrGrid | None = None) -> Pa
         OSError: If the folder cannot be written to.
     """
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "lr-range.json", json.dumps(numbers(test, grid), indent=1, allow_nan=False) + "\n")
+    write_atomically(out / "lr-range.json", json.dumps(range_test_json(test, grid), indent=1, allow_nan=False) + "\n")
     return write_figure(lr_range_figure(test, grid), out)
 
 
@@ -125,7 +126,7 @@ def _draw_loss(axes: "Axes", test: RangeTest, grid: LrGrid | None) -> None:
     axes.semilogx(test.lrs, test.smoothed_capped, color=LOSS, linewidth=2.0, label=SMOOTHED)
     if test.suggestion is not None:
         level = float(np.interp(test.suggestion, test.lrs, test.smoothed_capped))
-        axes.plot(test.suggestion, level, "o", color=BEST, label=f"suggestion: {short(test.suggestion)}", zorder=5)
+        axes.plot(test.suggestion, level, "o", color=BEST, label=f"suggestion: {format_lr(test.suggestion)}", zorder=5)
     if grid is not None:
         label = f"grid: after {grid.n_steps} steps with it alone"
         axes.plot(grid.lrs, grid.losses, "s--", color=GRID, markersize=4, linewidth=0.8, label=label)

@@ -10,14 +10,14 @@ from typing import Any
 from unbraid.config.recipe import load_recipe
 from unbraid.config.schema import assignment
 from unbraid.errors import RecipeError
-from unbraid.lab.confidence import Interval, interval
-from unbraid.lab.sweep import Arm, Cell, Outcome, arms_of, cells_of
+from unbraid.lab.confidence import Interval, mean_interval
+from unbraid.lab.sweep import Arm, RunSummary, SweepRun, arms_from_options, plan_runs
 from unbraid.records import to_json_row
 from unbraid.train.optim import OPTIMIZERS
 
 
 @dataclass(frozen=True)
-class Entry:
+class ArmSummary:
     """An arm of a race over its seeds.
 
     Attributes:
@@ -39,9 +39,9 @@ class Entry:
     fallen: tuple[str, ...]
 
 
-def race_cells(
+def plan_race(
     recipe: Path, over: Sequence[str], *, seeds: int, out: Path, overrides: Sequence[str] = ()
-) -> tuple[list[Cell], str]:
+) -> tuple[list[SweepRun], str]:
     """The runs of a race.
 
     An optimizer other than the recipe's gets the learning rate that it has by default, unless one is given: the
@@ -53,10 +53,10 @@ def race_cells(
     Raises:
         UserError: If recipe, keys or values cannot be used.
     """
-    arms, notes = _with_rates(recipe, arms_of(over), overrides)
+    arms, notes = _with_rates(recipe, arms_from_options(over), overrides)
     if len(arms) < 2:
         raise RecipeError(f"--over {over[0]} has one value alone, and a race needs two: such as optim.name=sgd,adam.")
-    return cells_of(recipe, arms, seeds=seeds, out=out, overrides=overrides), notes
+    return plan_runs(recipe, arms, seeds=seeds, out=out, overrides=overrides), notes
 
 
 def _with_rates(recipe: Path, arms: Sequence[Arm], overrides: Sequence[str]) -> tuple[list[Arm], str]:
@@ -83,29 +83,29 @@ def _with_rates(recipe: Path, arms: Sequence[Arm], overrides: Sequence[str]) -> 
     )
 
 
-def entries_of(outcomes: Sequence[Outcome]) -> list[Entry]:
+def summarise_arms(outcomes: Sequence[RunSummary]) -> list[ArmSummary]:
     """Each arm over its seeds, in the order of the arms."""
-    by_arm: dict[str, list[Outcome]] = {}
+    by_arm: dict[str, list[RunSummary]] = {}
     for outcome in outcomes:
         by_arm.setdefault(outcome.arm, []).append(outcome)
     return [_entry(arm, of_arm) for arm, of_arm in by_arm.items()]
 
 
-def _entry(arm: str, of_arm: Sequence[Outcome]) -> Entry:
+def _entry(arm: str, of_arm: Sequence[RunSummary]) -> ArmSummary:
     finished = [one for one in of_arm if one.ended.how == "finished"]
     fallen = [one for one in of_arm if one.ended.how != "finished"]
-    return Entry(
+    return ArmSummary(
         arm=arm,
-        loss=interval([one.loss for one in finished if one.loss is not None]),
-        grad_norm=interval([one.grad_norm for one in of_arm if one.grad_norm is not None]),
-        si_sdri=interval([one.si_sdri for one in finished if one.si_sdri is not None]),
+        loss=mean_interval([one.loss for one in finished if one.loss is not None]),
+        grad_norm=mean_interval([one.grad_norm for one in of_arm if one.grad_norm is not None]),
+        si_sdri=mean_interval([one.si_sdri for one in finished if one.si_sdri is not None]),
         left_out=sum(one.left_out for one in of_arm),
         clipped=sum(one.clipped for one in of_arm) / len(of_arm),
         fallen=tuple(f"seed {one.seed} {one.ended.how} at step {one.ended.step}" for one in fallen),
     )
 
 
-def who_is_ahead(outcomes: Sequence[Outcome]) -> str:
+def verdict_sentence(outcomes: Sequence[RunSummary]) -> str:
     """A sentence: which arm has the highest SI-SDRi, and whether its lead over the next is more than chance.
 
     The lead is taken seed by seed, as both saw the same mixtures: what makes a seed easy for one makes it easy for the
@@ -123,7 +123,7 @@ def who_is_ahead(outcomes: Sequence[Outcome]) -> str:
         only = f"{next(iter(whole))} alone finished with every seed." if whole else "No arm finished with every seed."
         return f"Nobody to compare: {only}"
     first, second = sorted(whole, key=lambda arm: -sum(whole[arm].values()))[:2]
-    lead = interval([whole[first][seed] - whole[second][seed] for seed in sorted(seeds)])
+    lead = mean_interval([whole[first][seed] - whole[second][seed] for seed in sorted(seeds)])
     told = f"Ahead is {first}, by {lead.mean:.2f} dB of valid SI-SDRi before {second}."
     return f"{told} {_weighed(lead)}{besides}"
 
@@ -138,11 +138,11 @@ def _weighed(lead: Interval) -> str:
     return f"That is not more than chance over {lead.n} seeds may give: {paired}, which includes 0."
 
 
-def race_json(entries: Sequence[Entry], outcomes: Sequence[Outcome], *, notes: str) -> dict[str, Any]:
+def race_results(entries: Sequence[ArmSummary], outcomes: Sequence[RunSummary], *, notes: str) -> dict[str, Any]:
     """All of it, for ``--json``."""
     return {
         "arms": [to_json_row(entry) for entry in entries],
         "runs": [to_json_row(outcome) for outcome in outcomes],
-        "verdict": who_is_ahead(outcomes),
+        "verdict": verdict_sentence(outcomes),
         "learning_rates": notes,
     }

@@ -9,7 +9,7 @@ import numpy as np
 
 from unbraid.columns import Floats
 from unbraid.figures import FigureSpec
-from unbraid.lab.sweep import Cell, Ended
+from unbraid.lab.sweep import RunEnd, SweepRun
 from unbraid.plot_data import running_mean
 from unbraid.records import read_steps, read_validation
 
@@ -24,7 +24,7 @@ DASHES = ("-", "--", ":", "-.")
 
 
 @dataclass(frozen=True)
-class Courses:
+class RaceCurves:
     """What is drawn of a race: training loss and gradient norm of the steps trained, SI-SDRi of the validations."""
 
     losses: Curves
@@ -32,25 +32,25 @@ class Courses:
     scores: Curves
 
 
-def courses_of(cells: Sequence[tuple[Cell, Ended]]) -> Courses:
+def read_curves(cells: Sequence[tuple[SweepRun, RunEnd]]) -> RaceCurves:
     """The curves of some runs, by their records."""
     losses, norms, scores = (dict[str, list[tuple[Floats, Floats]]]() for _ in range(3))
     for cell, _ in cells:
-        trained = [record for record in read_steps(cell.run.steps) if record.trained]
+        trained = [record for record in read_steps(cell.directory.steps) if record.trained]
         rows = {
             "loss": [(r.step, r.loss) for r in trained if r.loss is not None],
             "norm": [(r.step, r.grad_norm) for r in trained if r.grad_norm is not None],
-            "score": [(r.step, r.si_sdri) for r in read_validation(cell.run.validation) if r.si_sdri is not None],
+            "score": [(r.step, r.si_sdri) for r in read_validation(cell.directory.validation) if r.si_sdri is not None],
         }
         for found, some in zip((losses, norms, scores), rows.values(), strict=True):
             table = np.array(some, np.float64).reshape(-1, 2)
             found.setdefault(cell.arm.name, []).append((table[:, 0], table[:, 1]))
-    return Courses(losses, norms, scores)
+    return RaceCurves(losses, norms, scores)
 
 
-def race_figure(ended: Sequence[tuple[Cell, Ended]], verdict: str) -> FigureSpec:
+def race_figure(ended: Sequence[tuple[SweepRun, RunEnd]], verdict: str) -> FigureSpec:
     """The figure of a race that was run."""
-    courses = courses_of(ended)
+    courses = read_curves(ended)
     n_seeds = len({cell.seed for cell, _ in ended})
     about = f"the mean over {n_seeds} seeds, and a band from the lowest to the highest" if n_seeds > 1 else "one seed"
     caption = (
@@ -65,7 +65,7 @@ def race_figure(ended: Sequence[tuple[Cell, Ended]], verdict: str) -> FigureSpec
     return FigureSpec("race", "A race from the same weights", caption, numbers, draw, figsize=(12.0, 4.4))
 
 
-def draw_race(courses: Courses, figure: "Figure", *, about: str = "") -> None:
+def draw_race(courses: RaceCurves, figure: "Figure", *, about: str = "") -> None:
     """Losses, norms, SI-SDRi; of arms that go the same way the thinner, dashed one lies on top."""
     from matplotlib import colormaps
 

@@ -12,9 +12,9 @@ from unbraid.console import progress_bar
 from unbraid.figures import write_figure
 from unbraid.io import write_atomically
 from unbraid.lab.confidence import Interval
-from unbraid.lab.race import Entry, entries_of, race_cells, race_json, who_is_ahead
+from unbraid.lab.race import ArmSummary, plan_race, race_results, summarise_arms, verdict_sentence
 from unbraid.lab.race_figure import race_figure
-from unbraid.lab.sweep import Cell, Ended, outcome_of, overrides_for_steps, run_cells, what_fell
+from unbraid.lab.sweep import RunEnd, SweepRun, run_sweep, step_overrides, summarise_run, unfinished_lines
 from unbraid.lab.sweep_run import make_folders, say, side_by_side
 from unbraid.plots import check_matplotlib
 from unbraid.signals import StopRequest
@@ -29,27 +29,29 @@ def run_race(args: argparse.Namespace, stop: StopRequest) -> list[str]:
     """
     check_matplotlib()
     make_folders(args.json)
-    overrides = [f"validate.every_steps={max(1, args.steps // 5)}", *args.set, *overrides_for_steps(args.steps)]
-    cells, notes = race_cells(find_recipe(args.recipe), args.over, seeds=args.seeds, out=args.out, overrides=overrides)
+    overrides = [f"validate.every_steps={max(1, args.steps // 5)}", *args.set, *step_overrides(args.steps)]
+    cells, notes = plan_race(find_recipe(args.recipe), args.over, seeds=args.seeds, out=args.out, overrides=overrides)
     if notes:
         say(notes)
     ended = _trained(cells, stop)
-    outcomes = [outcome_of(cell, how) for cell, how in ended]
-    entries = entries_of(outcomes)
+    outcomes = [summarise_run(cell, how) for cell, how in ended]
+    entries = summarise_arms(outcomes)
     Console().print(race_table(entries, args.seeds))
     numbers = args.json or args.out / "race.json"
-    write_atomically(numbers, json.dumps(race_json(entries, outcomes, notes=notes), indent=1, allow_nan=False) + "\n")
-    verdict = who_is_ahead(outcomes)
+    write_atomically(
+        numbers, json.dumps(race_results(entries, outcomes, notes=notes), indent=1, allow_nan=False) + "\n"
+    )
+    verdict = verdict_sentence(outcomes)
     picture = write_figure(race_figure(ended, verdict), args.out)
-    return [*what_fell(ended), verdict, f"Curves: {picture}; numbers: {numbers}", side_by_side(args.out)]
+    return [*unfinished_lines(ended), verdict, f"Curves: {picture}; numbers: {numbers}", side_by_side(args.out)]
 
 
-def _trained(cells: list[Cell], stop: StopRequest) -> list[tuple[Cell, Ended]]:
+def _trained(cells: list[SweepRun], stop: StopRequest) -> list[tuple[SweepRun, RunEnd]]:
     with progress_bar("training", 1.0) as advance:
-        return list(run_cells(cells, stop=stop, progress=advance))
+        return list(run_sweep(cells, stop=stop, progress=advance))
 
 
-def race_table(entries: Sequence[Entry], n_seeds: int) -> Table:
+def race_table(entries: Sequence[ArmSummary], n_seeds: int) -> Table:
     """A row for each arm: mean and standard deviation over the seeds."""
     title = (
         f"Mean ± standard deviation over those of {n_seeds} seed{'s' * (n_seeds > 1)} that finished: training loss "

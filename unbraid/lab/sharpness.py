@@ -101,8 +101,8 @@ def measure_sharpness(
     if n_items < 3:
         raise UserError(f"{n_items} mixtures are too few to tell gradients from noise; give 3 or more.")
     stop = stop or StopRequest()
-    model = experiment.model()
-    batches = experiment.fixed(n_items, split=split)
+    model = experiment.copy_model()
+    batches = experiment.fixed_batches(n_items, split=split)
     losses = [_loss_function(experiment, batch) for batch in batches]
     # The last batch may be smaller: weight by size, so that the sum is the mean over mixtures.
     loss_weights = [len(batch.mixture) / n_items for batch in batches]
@@ -152,7 +152,7 @@ def _measure_noise(
     """Return the noise scale, or None after a signal."""
     # The smallest batches of which there are at most MAX_BATCHES; all must be of one size.
     batch_size = -(-n_items // MAX_BATCHES)
-    batches = experiment.fixed(n_items - n_items % batch_size, split=split, batch_size=batch_size)
+    batches = experiment.fixed_batches(n_items - n_items % batch_size, split=split, batch_size=batch_size)
     n_gradients = 0
 
     def gradient_of_batch(index: int) -> Tensor:
@@ -170,7 +170,7 @@ def _measure_noise(
 
 
 def _loss_function(experiment: Experiment, batch: Batch) -> Loss:
-    loss = experiment.loss()
+    loss = experiment.build_loss()
     precision = Precision("fp32")
     return lambda model: mean_loss(model, loss, precision, [batch])
 

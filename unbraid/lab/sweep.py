@@ -45,17 +45,17 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Cell:
+class SweepRun:
     """An arm with one seed: a run."""
 
     arm: Arm
     seed: int
     recipe: Recipe
-    run: RunDirectory
+    directory: RunDirectory
 
 
 @dataclass(frozen=True)
-class Ended:
+class RunEnd:
     """How a run came to its end.
 
     Attributes:
@@ -70,7 +70,7 @@ class Ended:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunSummary:
     """What the records say of a run.
 
     Attributes:
@@ -87,7 +87,7 @@ class Outcome:
 
     arm: str
     seed: int
-    ended: Ended
+    ended: RunEnd
     loss: float | None
     grad_norm: float | None
     si_sdri: float | None
@@ -104,7 +104,7 @@ class Interrupted(UserError):
         self.number = number
 
 
-def arms_of(over: Sequence[str]) -> list[Arm]:
+def arms_from_options(over: Sequence[str]) -> list[Arm]:
     """The product of all ``--over KEY=VALUE,VALUE``, the last key changing fastest.
 
     Raises:
@@ -137,7 +137,9 @@ def _axis(text: str) -> tuple[str, list[str]]:
     return key, values
 
 
-def cells_of(recipe: Path, arms: Sequence[Arm], *, seeds: int, out: Path, overrides: Sequence[str] = ()) -> list[Cell]:
+def plan_runs(
+    recipe: Path, arms: Sequence[Arm], *, seeds: int, out: Path, overrides: Sequence[str] = ()
+) -> list[SweepRun]:
     """The runs of a grid, all arms of one seed before the next seed, each checked before any of them begins.
 
     Args:
@@ -162,7 +164,7 @@ def cells_of(recipe: Path, arms: Sequence[Arm], *, seeds: int, out: Path, overri
     for seed in range(seeds):
         for arm, folder in zip(arms, folders, strict=True):
             made = _fixed_start(load_recipe(recipe, [*overrides, *arm.overrides, f"data.seed={seed}"]))
-            found.append(Cell(arm, seed, made, RunDirectory(out / folder / f"seed-{seed}")))
+            found.append(SweepRun(arm, seed, made, RunDirectory(out / folder / f"seed-{seed}")))
     for cell in found[: len(arms)]:
         _try(cell)
     build_corpus(found[0].recipe)
@@ -179,7 +181,7 @@ def _fixed_start(recipe: Recipe) -> Recipe:
     return replace(recipe, model=replace(recipe.model, options={**recipe.model.options, "init": init}))
 
 
-def _try(cell: Cell) -> None:
+def _try(cell: SweepRun) -> None:
     """Put an arm's parts together once: what one of them refuses, it shall refuse before the first run."""
     try:
         build_state(cell.recipe, build_model(cell.recipe), precision="fp32")
@@ -187,22 +189,22 @@ def _try(cell: Cell) -> None:
         raise RecipeError(f"{cell.arm.name}: {error}") from error
 
 
-def _refuse_another(cell: Cell) -> None:
+def _refuse_another(cell: SweepRun) -> None:
     """Nothing of a run that is there is mixed with one by another recipe."""
-    if not cell.run.recipe.exists():
+    if not cell.directory.recipe.exists():
         return
-    before = tomllib.loads(cell.run.recipe.read_text(encoding="utf-8"))
+    before = tomllib.loads(cell.directory.recipe.read_text(encoding="utf-8"))
     changed = differences(before, recipe_table(cell.recipe))
     told = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in changed.items())
     if told:
         raise CheckpointError(
-            f"{cell.run.path} was begun by another recipe: {told}. Take that back, or name another -o."
+            f"{cell.directory.path} was begun by another recipe: {told}. Take that back, or name another -o."
         )
 
 
-def run_cells(
-    cells: Sequence[Cell], *, stop: StopRequest, progress: Callable[[float, str], None] | None = None
-) -> Iterator[tuple[Cell, Ended]]:
+def run_sweep(
+    cells: Sequence[SweepRun], *, stop: StopRequest, progress: Callable[[float, str], None] | None = None
+) -> Iterator[tuple[SweepRun, RunEnd]]:
     """Train what is not trained yet, in order; a run under way is gone on with.
 
     Args:
@@ -219,20 +221,20 @@ def run_cells(
     """
     progress = progress or (lambda done, text: None)
     for place, cell in enumerate(cells):
-        ended = how_it_ended(cell.run)
+        ended = read_end(cell.directory)
         if ended is None:
             if stop.signal:
                 raise Interrupted(stop.signal)
 
-            def advance(share: float, text: str, *, place: int = place, cell: Cell = cell) -> None:
+            def advance(share: float, text: str, *, place: int = place, cell: SweepRun = cell) -> None:
                 progress((place + share) / len(cells), f"{cell.arm.name} seed {cell.seed}  {text}")
 
-            ended = run_cell(cell, stop=stop, progress=advance)
+            ended = train_to_end(cell, stop=stop, progress=advance)
         progress((place + 1) / len(cells), f"{cell.arm.name} seed {cell.seed}")
         yield cell, ended
 
 
-def run_cell(cell: Cell, *, stop: StopRequest, progress: Callable[[float, str], None]) -> Ended:
+def train_to_end(cell: SweepRun, *, stop: StopRequest, progress: Callable[[float, str], None]) -> RunEnd:
     """Train one run to its end, from its newest checkpoint where there is one.
 
     Raises:
@@ -242,7 +244,7 @@ def run_cell(cell: Cell, *, stop: StopRequest, progress: Callable[[float, str], 
     budget, ticker, threads = cell.recipe.train, Ticker(), torch.get_num_threads()
     reason = ""
     try:
-        for record in train(cell.recipe, cell.run, resume=cell.run.recipe.exists(), stop=stop):
+        for record in train(cell.recipe, cell.directory, resume=cell.directory.recipe.exists(), stop=stop):
             if isinstance(record, Event):
                 continue
             ticker.add(record)
@@ -250,18 +252,18 @@ def run_cell(cell: Cell, *, stop: StopRequest, progress: Callable[[float, str], 
             by_steps = record.step / budget.max_steps if budget.max_steps else 0.0
             progress(min(1.0, max(by_time, by_steps)), ticker.text())
     except TrainingStopped as stopped:
-        if not _saved_to_the_end(cell.run):  # a full disk is no outcome
+        if not _saved_to_the_end(cell.directory):  # a full disk is no outcome
             raise
         reason = str(stopped)
     finally:
         torch.set_num_threads(threads)
     if stop.agreed:
         raise Interrupted(stop.agreed)
-    steps = read_steps(cell.run.steps)
+    steps = read_steps(cell.directory.steps)
     last = steps[-1].step if steps else 0
     how = "finished" if not reason else "diverged" if steps and steps[-1].outcome in FAULTS else "stopped"
-    ended = Ended(how, last, reason)
-    write_atomically(cell.run.path / ENDED, json.dumps(asdict(ended), indent=1) + "\n")
+    ended = RunEnd(how, last, reason)
+    write_atomically(cell.directory.path / ENDED, json.dumps(asdict(ended), indent=1) + "\n")
     return ended
 
 
@@ -270,33 +272,33 @@ def _saved_to_the_end(run: RunDirectory) -> bool:
     return bool(steps) and last.exists() and last.read_text(encoding="utf-8").strip() == f"step-{steps[-1]['step']:06d}"
 
 
-def what_fell(ended: Sequence[tuple[Cell, Ended]]) -> list[str]:
+def unfinished_lines(ended: Sequence[tuple[SweepRun, RunEnd]]) -> list[str]:
     """A line for each run that did not finish: why, and how it is run again."""
     return [
         f"{cell.arm.name} seed {cell.seed} {how.how} at step {how.step}: {how.reason} It counts as a result; to run it "
-        f"again, remove {cell.run.path}."
+        f"again, remove {cell.directory.path}."
         for cell, how in ended
         if how.how != "finished"
     ]
 
 
-def how_it_ended(run: RunDirectory) -> Ended | None:
+def read_end(run: RunDirectory) -> RunEnd | None:
     """How a run came to its end; None where it has not."""
     path = run.path / ENDED
     if not path.exists():
         return None
     try:
-        return Ended(**json.loads(path.read_text(encoding="utf-8")))
+        return RunEnd(**json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); remove it, and the run is looked at again.") from error
 
 
-def outcome_of(cell: Cell, ended: Ended) -> Outcome:
+def summarise_run(cell: SweepRun, ended: RunEnd) -> RunSummary:
     """What a run's records say of it."""
-    steps, validations = read_steps(cell.run.steps), read_validation(cell.run.validation)
+    steps, validations = read_steps(cell.directory.steps), read_validation(cell.directory.validation)
     trained = [record for record in steps if record.trained]
     norms = [record.grad_norm for record in trained if record.grad_norm is not None]
-    return Outcome(
+    return RunSummary(
         arm=cell.arm.name,
         seed=cell.seed,
         ended=ended,
@@ -316,7 +318,7 @@ def final_loss(steps: Sequence[StepRecord]) -> float | None:
     return statistics.fmean(losses) if losses else None
 
 
-def overrides_for_steps(n_steps: int | None) -> list[str]:
+def step_overrides(n_steps: int | None) -> list[str]:
     """What ``--steps`` lays over a recipe: so many, and no other end."""
     return [] if n_steps is None else [f"train.max_steps={n_steps}", "train.max_minutes=0"]
 

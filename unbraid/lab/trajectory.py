@@ -229,12 +229,12 @@ def measure_steps(experiment: Experiment, state: TrainState, *, n_steps: int, ev
 
     Args:
         experiment: Provides the batches, beginning with the state's next step.
-        state: Training state from `Experiment.fork`; changed in place.
+        state: Training state from `Experiment.new_state`; changed in place.
         n_steps: Last step, counted from the beginning of training; also the schedule's budget.
         every: Measure the smoothness in each step that is a multiple of it.
     """
-    probe = experiment.model().train()
-    batches = experiment.steps(first_step=state.step)
+    probe = experiment.copy_model().train()
+    batches = experiment.training_batches(first_step=state.step)
     while state.step < n_steps and state.faults.verdict() is None:
         set_learning_rate(state, state.schedule.factor(state.step + 1, state.step / n_steps))
         micro_batches = next(batches)

@@ -10,7 +10,7 @@ from unbraid.config.recipe import load_recipe, recipe_table
 from unbraid.errors import UserError
 from unbraid.figures import write_figure
 from unbraid.io import write_atomically
-from unbraid.lab.experiment import Experiment, of_recipe
+from unbraid.lab.experiment import Experiment, experiment_from_recipe
 from unbraid.lab.trajectory import (
     StepMeasurement,
     Trajectory,
@@ -18,7 +18,7 @@ from unbraid.lab.trajectory import (
     measure_steps,
     recipe_with_clipper,
 )
-from unbraid.lab.weight_directions import digest_of
+from unbraid.lab.weight_directions import weights_digest
 from unbraid.plots import check_matplotlib
 from unbraid.records import RunDirectory
 from unbraid.signals import StopRequest
@@ -43,7 +43,7 @@ def load_experiment(
     recipe = load_recipe(path, overrides)
     for clip in clips:
         recipe_with_clipper(recipe, clip)
-    return of_recipe(recipe, path.stem)
+    return experiment_from_recipe(recipe, path.stem)
 
 
 def check_interval(n_steps: int, every: int) -> None:
@@ -84,7 +84,7 @@ def run_arms(
     }
     # Build every arm once, so that a recipe that cannot be used is refused before any work.
     for arm_experiment in experiments.values():
-        arm_experiment.fork()
+        arm_experiment.new_state()
     folder.mkdir(parents=True, exist_ok=True)
 
     trajectories = []
@@ -128,8 +128,8 @@ class _ArmRun:
         self.every = every
         self.recipe = recipe_table(experiment.recipe)
         # A checkpoint of other settings must not be resumed.
-        self.settings = {"steps": n_steps, "every": every, "start": digest_of([experiment.weights])}
-        self.state: TrainState = experiment.fork()
+        self.settings = {"steps": n_steps, "every": every, "start": weights_digest([experiment.weights])}
+        self.state: TrainState = experiment.new_state()
         self.saved_step = -1
 
     def load(self) -> list[StepMeasurement]:

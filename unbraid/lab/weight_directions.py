@@ -1,4 +1,4 @@
-"""Points in the space of weights: filter-normalised random directions, straight lines, the plane of a path."""
+"""Directions in weight space: random filter-normalised ones, linear combinations, principal axes of a training path."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -14,36 +14,37 @@ from unbraid.seeding import generator
 
 Floats = npt.NDArray[np.float64]
 Weights = Mapping[str, Tensor]
-"""A model's state by name, or a difference of two; a name that a difference leaves out is 0 there."""
+"""A state dict, or the difference of two; a tensor missing from a difference is 0 there."""
 
 
-def combined(anchors: Sequence[Weights], coefficients: Sequence[float]) -> dict[str, Tensor]:
-    """The sum of anchors, each times its coefficient.
+def linear_combination(anchors: Sequence[Weights], coefficients: Sequence[float]) -> dict[str, Tensor]:
+    """Return the sum of anchors, each times its coefficient.
 
-    It is taken in float64 (complex128) and rounded once, and what counts 0 is left out: coefficients ``(0, 1)`` give
-    the second anchor bit for bit. Tensors of integers or truth values are the first anchor's.
+    The sum is computed in float64 (complex128) and rounded once. Anchors with coefficient 0 are skipped, so that
+    coefficients ``(0, 1)`` return the second anchor bit for bit. Integer and boolean tensors are the first anchor's.
 
     Args:
-        anchors: States or differences; the first names all tensors, and each sum has the dtype it has there.
+        anchors: State dicts or differences. The first one decides the names and dtypes.
         coefficients: ``(anchor,)``.
     """
-    return {name: _sum(name, anchors, coefficients) for name in anchors[0]}
+    return {name: _combine_tensor(name, anchors, coefficients) for name in anchors[0]}
 
 
-def _sum(name: str, anchors: Sequence[Weights], coefficients: Sequence[float]) -> Tensor:
+def _combine_tensor(name: str, anchors: Sequence[Weights], coefficients: Sequence[float]) -> Tensor:
     first = anchors[0][name]
     if not _is_continuous(first):
         return first
-    exact = _exact(first)
-    total = torch.zeros(first.shape, dtype=exact)
+    dtype = _double_dtype(first)
+    total = torch.zeros(first.shape, dtype=dtype)
     for anchor, coefficient in zip(anchors, coefficients, strict=True):
+        # Skipping zeros is not only faster: 0 * inf would be NaN.
         if coefficient != 0 and name in anchor:
-            total.add_(anchor[name].to(exact), alpha=float(coefficient))
+            total.add_(anchor[name].to(dtype), alpha=float(coefficient))
     return total.to(first.dtype)
 
 
-def _exact(like: Tensor) -> torch.dtype:
-    return torch.complex128 if like.is_complex() else torch.float64
+def _double_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.complex128 if tensor.is_complex() else torch.float64
 
 
 def _is_continuous(tensor: Tensor) -> bool:
@@ -51,108 +52,118 @@ def _is_continuous(tensor: Tensor) -> bool:
 
 
 @dataclass(frozen=True)
-class Filters:
-    """Which numbers of a parameter are one filter.
+class FilterLayout:
+    """The way a parameter divides into filters.
 
     Attributes:
-        axes: Those within a filter.
-        rows: How many along the first axis belong together, part after part; all of them where nothing is said.
+        axes: Axes within a filter.
+        group_sizes: Sizes of the groups that the first axis divides into; empty for a single group.
     """
 
     axes: tuple[int, ...]
-    rows: tuple[int, ...] = ()
+    group_sizes: tuple[int, ...] = ()
 
     def norms(self, weight: Tensor) -> Tensor:
-        """The norm of each number's filter, in float64, of the weight's shape."""
-        exact = weight.to(_exact(weight))
-        parts = exact.split(list(self.rows)) if self.rows else (exact,)
-        norms = [torch.linalg.vector_norm(part, dim=self.axes, keepdim=True).expand(part.shape) for part in parts]
+        """Return the norm of the filter that each element belongs to, in float64 and in the weight's shape."""
+        weight = weight.to(_double_dtype(weight))
+        groups = weight.split(list(self.group_sizes)) if self.group_sizes else (weight,)
+        norms = [torch.linalg.vector_norm(group, dim=self.axes, keepdim=True).expand(group.shape) for group in groups]
         return torch.cat(norms)
 
 
-def filters_of(model: nn.Module) -> dict[str, Filters]:
-    """The filters of the layers that have a linear layer for each band: an output of one band (and source) is one."""
-    found = {}
+def filter_layouts(model: nn.Module) -> dict[str, FilterLayout]:
+    """Return the layouts of weights that hold one linear layer per band: each output of a band is a filter."""
+    layouts = {}
     for prefix, module in model.named_modules():
         name = f"{prefix}.weight" if prefix else "weight"
         if isinstance(module, BandLinear):
-            found[name] = Filters((3,))
+            layouts[name] = FilterLayout((3,))
         elif isinstance(module, BandSplit):
-            found[name] = Filters((0,), tuple(width for n_bands, width in module.runs for _ in range(n_bands)))
-    return found
+            widths = tuple(width for n_bands, width in module.runs for _ in range(n_bands))
+            layouts[name] = FilterLayout((0,), widths)
+    return layouts
 
 
-def filter_normalised(
-    weights: Weights, seed: int, index: int = 0, *, filters: Mapping[str, Filters] | None = None
+def filter_normalised_direction(
+    weights: Weights, seed: int, index: int = 0, *, filters: Mapping[str, FilterLayout] | None = None
 ) -> dict[str, Tensor]:
-    """A random direction in which each filter has the norm that this filter of the weights has.
+    """Return a random direction in which each filter has the norm of the same filter in the weights.
 
-    A network of ReLUs of which one layer is scaled up, and the next scaled down by the same factor, is the same
-    network; drawn like this, the loss along the direction is the same too. That holds of one factor a layer: a factor
-    for each filter scales the next layer's columns differently, and so its filters' shapes, not only their norms. A
-    filter is a slice along the first axis: an output of a convolution or linear
-    layer, a gate of an LSTM; of a transposed convolution, a basis signal; of depthwise filters called ``taps``,
-    ``(tap, channel)``, a channel's column. Biases, norms and other tensors with fewer than two axes are left out.
+    If one layer of a ReLU network is scaled up and the next one scaled down by the same factor, the network computes
+    the same function; with filter normalisation the loss along the direction stays the same too. This holds for one
+    factor per layer. A factor per filter scales the next layer's columns differently, and so changes the shapes of its
+    filters, not only their norms.
+
+    A filter is a slice along the first axis: an output of a convolution or linear layer, or a gate of an LSTM. In a
+    transposed convolution it is a basis signal. In depthwise filters named ``taps``, ``(tap, channel)``, it is the
+    column of a channel. Biases, norms and other tensors with fewer than two axes are not moved.
 
     Args:
         weights: Parameters by name.
-        seed: Of the draw.
-        index: Which direction of this seed.
-        filters: Of parameters for which that is not so, by name; `filters_of` knows them.
+        seed: Seed of the draw.
+        index: Number of the direction; each index gives another one for the same seed.
+        filters: Layouts of the parameters that divide differently, as `filter_layouts` returns them.
 
     Reference:
         Li et al., "Visualizing the loss landscape of neural nets", NeurIPS 2018, arXiv:1712.09913.
     """
     direction = {}
-    for place, (name, weight) in enumerate(weights.items()):
-        if has_filters(name, weight):
-            noise = _normal(weight, generator(seed, "direction", index, place))
-            given = (filters or {}).get(name) or _usual(name, weight)
-            noise *= given.norms(weight) / given.norms(noise)
-            direction[name] = noise.to(weight.dtype)
+    for position, (name, weight) in enumerate(weights.items()):
+        if not has_filters(name, weight):
+            continue
+        noise = _normal_like(weight, generator(seed, "direction", index, position))
+        layout = (filters or {}).get(name) or _default_layout(name, weight)
+        noise *= layout.norms(weight) / layout.norms(noise)
+        direction[name] = noise.to(weight.dtype)
     return direction
 
 
-def _normal(like: Tensor, rng: np.random.Generator) -> Tensor:
-    """Numbers of a normal distribution, in float64 or complex128."""
-    real = torch.from_numpy(rng.standard_normal(like.shape))
-    return torch.complex(real, torch.from_numpy(rng.standard_normal(like.shape))) if like.is_complex() else real
+def _normal_like(tensor: Tensor, rng: np.random.Generator) -> Tensor:
+    """Draw standard normal numbers of a tensor's shape, in float64 or complex128."""
+    real = torch.from_numpy(rng.standard_normal(tensor.shape))
+    if not tensor.is_complex():
+        return real
+    return torch.complex(real, torch.from_numpy(rng.standard_normal(tensor.shape)))
 
 
 def has_filters(name: str, weight: Tensor) -> bool:
-    """Whether a parameter is made of filters: neither a bias nor a norm's or activation's own."""
+    """Return whether a parameter consists of filters, unlike a bias or the parameters of a norm or activation."""
     return _is_continuous(weight) and weight.dim() >= 2 and "bias" not in name.rsplit(".", 1)[-1]
 
 
-def _usual(name: str, weight: Tensor) -> Filters:
-    return Filters((0,) if name.rsplit(".", 1)[-1] == "taps" else tuple(range(1, weight.dim())))
+def _default_layout(name: str, weight: Tensor) -> FilterLayout:
+    return FilterLayout((0,) if name.rsplit(".", 1)[-1] == "taps" else tuple(range(1, weight.dim())))
 
 
 @dataclass(frozen=True)
 class PathPlane:
     """The plane through the last point of a path of weights, along the path's two principal axes.
 
-    It need not be the plane that the points lie closest to: that one goes through their mean.
+    It is not the least-squares plane of the points in general: that one goes through their mean.
 
     Attributes:
-        axes: Two directions of length 1, at right angles.
-        path: Each point's shadow on the plane, in units of the weights, ``(point, 2)``; the last is 0, 0.
-        shares: Of the path's variance along every principal axis, from the largest on, ``(point - 1,)``.
-        distances: Of each point from its shadow, ``(point,)``.
+        axes: Two orthonormal directions.
+        coordinates: Projection of each point on the plane, in units of the weights, ``(point, 2)``; the last is 0, 0.
+        variance_ratios: Share of the path's variance along each principal axis, in descending order,
+            ``(point - 1,)``.
+        distances: Distance of each point from its projection, ``(point,)``.
     """
 
     axes: tuple[dict[str, Tensor], dict[str, Tensor]]
-    path: Floats
-    shares: Floats
+    coordinates: Floats
+    variance_ratios: Floats
     distances: Floats
 
 
-def plane_of(points: Sequence[Weights], names: Sequence[str]) -> PathPlane:
-    """The two principal axes of a path, by the products of its points: nothing as large as weights times weights.
+def principal_plane(points: Sequence[Weights], names: Sequence[str]) -> PathPlane:
+    """Return the plane along the two principal axes of a path.
+
+    The axes come from the Gram matrix of the points, ``(point, point)``. The covariance matrix of the weights would be
+    far too large.
 
     Args:
-        points: Three or more states of one model.
-        names: Of its parameters; all that counts.
+        points: State dicts of one model, three or more.
+        names: Names of its parameters; other tensors are ignored.
 
     Raises:
         ValueError: If there are fewer than three points, or they do not span a plane.
@@ -162,55 +173,67 @@ def plane_of(points: Sequence[Weights], names: Sequence[str]) -> PathPlane:
     """
     if len(points) < 3:
         raise ValueError(f"A plane needs three points, not {len(points)}.")
+    # Gram matrix of the differences to the last point, summed over the parameters.
     n = len(points)
-    products = np.zeros((n, n))  # of the differences to the last point
+    gram = np.zeros((n, n))
     for name in names:
-        moved = _moved(points, name)
-        moved = (torch.view_as_real(moved) if moved.is_complex() else moved).reshape(n, -1)
-        products += (moved @ moved.T).numpy()
+        differences = _differences(points, name)
+        if differences.is_complex():
+            differences = torch.view_as_real(differences)
+        differences = differences.reshape(n, -1)
+        gram += (differences @ differences.T).numpy()
+
+    # Principal component analysis by the centred Gram matrix; eigh returns eigenvalues in ascending order.
     centring = np.eye(n) - 1 / n
-    variances, vectors = np.linalg.eigh(centring @ products @ centring)
-    variances, vectors = variances[::-1], vectors[:, ::-1]  # the largest first
+    variances, vectors = np.linalg.eigh(centring @ gram @ centring)
+    variances = variances[::-1]
+    vectors = vectors[:, ::-1]
     if not variances[1] > 1e-12 * variances[0]:
-        raise ValueError("The points lie on a line, or are one point; they span no plane.")
+        raise ValueError("The points lie on a line or coincide; they span no plane.")
     mixing = centring @ vectors[:, :2] / np.sqrt(variances[:2])
-    mixing = mixing * np.where(products[0] @ mixing > 0, -1.0, 1.0)  # drawn from left to right, and upwards
-    path = products @ mixing
-    axes = [_axis(points, names, mixing[:, place]) for place in (0, 1)]
-    distances = np.sqrt(np.maximum(np.diag(products) - (path**2).sum(1), 0))
-    kept = np.maximum(variances[: n - 1], 0)
-    return PathPlane((axes[0], axes[1]), path, kept / kept.sum(), distances)
+    # An eigenvector's sign is arbitrary: let the path run from left to right, and upwards.
+    mixing = mixing * np.where(gram[0] @ mixing > 0, -1.0, 1.0)
+
+    # Projections, axes as weights, and distances by Pythagoras; rounding can make a square slightly negative.
+    coordinates = gram @ mixing
+    axes = (_mix_differences(points, names, mixing[:, 0]), _mix_differences(points, names, mixing[:, 1]))
+    distances = np.sqrt(np.maximum(np.diag(gram) - (coordinates**2).sum(1), 0))
+    nonnegative = np.maximum(variances[: n - 1], 0)
+    return PathPlane(axes, coordinates, nonnegative / nonnegative.sum(), distances)
 
 
-def _axis(points: Sequence[Weights], names: Sequence[str], mixing: Floats) -> dict[str, Tensor]:
-    """Differences to the last point, mixed; in float64, so that nothing cancels."""
-    moved = ((name, _moved(points, name)) for name in names)  # one at a time
-    return {name: torch.tensordot(torch.from_numpy(mixing).to(part.dtype), part, dims=1) for name, part in moved}
+def _mix_differences(points: Sequence[Weights], names: Sequence[str], mixing: Floats) -> dict[str, Tensor]:
+    """Return a linear combination of the differences to the last point, in float64 against cancellation."""
+    direction = {}
+    for name in names:
+        differences = _differences(points, name)
+        direction[name] = torch.tensordot(torch.from_numpy(mixing).to(differences.dtype), differences, dims=1)
+    return direction
 
 
-def _moved(points: Sequence[Weights], name: str) -> Tensor:
-    stacked = torch.stack([point[name].to(_exact(point[name])) for point in points])
+def _differences(points: Sequence[Weights], name: str) -> Tensor:
+    stacked = torch.stack([point[name].to(_double_dtype(point[name])) for point in points])
     return stacked - stacked[-1]
 
 
-def random_walk_shares(n_points: int) -> Floats:
-    """What `PathPlane.shares` comes to on a random walk in many dimensions, ``(point - 1,)``.
+def random_walk_variance_ratios(n_points: int) -> Floats:
+    """Return `PathPlane.variance_ratios` of a random walk in many dimensions, ``(point - 1,)``.
 
-    Of a long one, 61 % and 15 %: a path without any aim looks as if it had two.
+    A long random walk has 61 % and 15 % of its variance along its first two axes, although it heads nowhere.
 
     Reference:
         Antognini and Sohl-Dickstein, "PCA of high dimensional random walks with comparison to neural network
         training", NeurIPS 2018, arXiv:1806.08805.
     """
-    shares = 1 / np.sin(np.pi * np.arange(1, n_points) / (2 * n_points)) ** 2
-    return shares / shares.sum()
+    variances = 1 / np.sin(np.pi * np.arange(1, n_points) / (2 * n_points)) ** 2
+    return variances / variances.sum()
 
 
-def digest_of(parts: Sequence[Weights]) -> str:
-    """A hash of tensors: their names, dtypes, shapes and every bit."""
+def weights_digest(state_dicts: Sequence[Weights]) -> str:
+    """Return a SHA-256 hash over the names, dtypes, shapes and every bit of the tensors."""
     digest = hashlib.sha256()
-    for part in parts:
-        for name, tensor in sorted(part.items()):
+    for state_dict in state_dicts:
+        for name, tensor in sorted(state_dict.items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
