@@ -26,7 +26,9 @@ from typing import Any
 import numpy as np
 from machine import processor
 
-from unbraid.records import BlockRecord, RunDirectory, StepRecord, to_json_row
+from unbraid.io import to_json_row
+from unbraid.records import BlockRecord, StepRecord
+from unbraid.run_directory import RunDirectory
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = [f"separator.blocks.{n}" for n in range(16)]

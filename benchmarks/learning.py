@@ -44,8 +44,9 @@ from unbraid.console import show_training
 from unbraid.data.dataset import make_dataset
 from unbraid.data.loader import StepSampler, batches
 from unbraid.evaluate import evaluate
-from unbraid.records import RunDirectory, read_steps
+from unbraid.records import read_steps
 from unbraid.run import train
+from unbraid.run_directory import RunDirectory
 
 ROOT = Path(__file__).parents[1]
 BY_TIME = ("asteroid", "ours")

@@ -16,7 +16,8 @@ from machine import processor
 
 from unbraid.build import load_model
 from unbraid.evaluate import summarise
-from unbraid.records import RunDirectory, read_rows, read_steps
+from unbraid.records import read_rows, read_steps
+from unbraid.run_directory import RunDirectory
 
 
 def main() -> None:

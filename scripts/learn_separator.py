@@ -21,7 +21,7 @@ from PIL import Image
 
 from unbraid.config.recipe import load_recipe
 from unbraid.data.synthetic import make_synthetic_speech
-from unbraid.io import atomic_replace, write_atomically
+from unbraid.io import atomic_replace, write_json
 from unbraid.lab.experiment import Experiment, experiment_from_recipe
 from unbraid.spectrogram import spectrogram_db
 from unbraid.train.loop import ValidationScores
@@ -126,7 +126,7 @@ def main() -> None:
         picture = Image.open(held).convert("RGB").quantize(N_COLORS, dither=Image.Dither.NONE)
         picture.save(path, format="png", optimize=True)
     write_sounds(found, folder)
-    write_atomically(folder / "separator.json", json.dumps(told(found, seconds), indent=1) + "\n")
+    write_json(folder / "separator.json", told(found, seconds))
     print(json.dumps(told(found, seconds)))
 
 

@@ -27,8 +27,9 @@ from unbraid.data.folders import list_speakers
 from unbraid.dsp import resample
 from unbraid.health.rules import examine
 from unbraid.health.series import read_series
-from unbraid.records import RunDirectory, read_rows
+from unbraid.records import read_rows
 from unbraid.run import train
+from unbraid.run_directory import RunDirectory
 
 RECIPE = """
 [data]

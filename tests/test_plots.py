@@ -13,7 +13,7 @@ from unbraid.cli.main import main
 from unbraid.errors import UserError
 from unbraid.health.series import read_series
 from unbraid.plots import PLOTS, draw_plots, draw_run
-from unbraid.records import RunDirectory
+from unbraid.run_directory import RunDirectory
 
 
 def test_a_run_and_its_sound_become_a_png(recipe_file, tmp_path, capsys):
@@ -145,7 +145,8 @@ def test_a_million_steps_take_no_gigabyte(tmp_path):
             file.write(block)
     script = (
         "import sys; from pathlib import Path; from unbraid.plots import draw_plots; "
-        "from unbraid.records import RunDirectory; draw_plots(RunDirectory(Path(sys.argv[1])), Path(sys.argv[2])); "
+        "from unbraid.run_directory import RunDirectory; "
+        "draw_plots(RunDirectory(Path(sys.argv[1])), Path(sys.argv[2])); "
         "print(Path('/proc/self/status').read_text())"
     )
 

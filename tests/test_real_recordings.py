@@ -10,7 +10,8 @@ from unbraid.config.shipped_recipes import recipes_folder
 from unbraid.data.dataset import DataSettings, Key, make_dataset
 from unbraid.data.folders import list_noises, list_speakers
 from unbraid.dsp import power_db
-from unbraid.records import RunDirectory, read_rows
+from unbraid.records import read_rows
+from unbraid.run_directory import RunDirectory
 
 DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 SPEECH, NOISE = DATA / "speech.csv", DATA / "noise.csv"

@@ -1,6 +1,6 @@
+import ast
 import json
 import math
-import os
 import subprocess
 import sys
 import tempfile
@@ -11,19 +11,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unbraid.errors import CheckpointError
+import unbraid
+from unbraid.io import to_json_row
 from unbraid.records import (
+    EVENT_CODES,
+    SCHEMA_VERSION,
+    SKIPPED_OUTCOMES,
     Event,
     ItemId,
-    RunDirectory,
     StepRecord,
     ValidationRecord,
     append_record,
-    owned,
     read_rows,
     read_steps,
     read_validation,
-    row_blocks,
+    skip_code,
+    steps_schema_version,
+    upgrade_row,
 )
 
 STEP = StepRecord(
@@ -31,6 +35,10 @@ STEP = StepRecord(
     n_trained=2, n_filtered=1, n_bad=0,
 )  # fmt: skip
 ANY_FLOAT = st.one_of(st.none(), st.floats())
+
+
+def strict_json(text):
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 
 def same(one, other):
@@ -78,21 +86,6 @@ def test_orders_and_items_of_a_validation_come_back_and_an_old_row_has_none(tmp_
     assert read_validation(tmp_path / "old.jsonl") == [replace(record, orders=(), item_si_sdri=())]
 
 
-def test_some_lines_can_be_read_from_the_beginning_or_from_any_byte_on(tmp_path):
-    path = tmp_path / "steps.jsonl"
-    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1, 101)))
-    size = path.stat().st_size
-
-    assert [row["step"] for row in read_rows(path, first=3)[0]] == [1, 2, 3]
-    assert [row["step"] for row in read_rows(path, first=2, begin=size // 2)[0]] == [52, 53]
-    assert [[row["step"] for row in rows] for rows, _ in row_blocks(path, first=5, size=2)] == [[1, 2], [3, 4], [5]]
-    assert [row for rows, _ in row_blocks(path, size=7) for row in rows] == read_rows(path)[0]
-
-
-def strict_json(text):
-    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-
-
 @pytest.mark.parametrize(("value", "text"), [(math.nan, "nan"), (math.inf, "inf"), (-math.inf, "-inf")])
 def test_a_number_that_is_not_finite_is_null_with_its_text_beside_it(tmp_path, value, text):
     append_record(tmp_path / "steps.jsonl", replace(STEP, loss=value))
@@ -104,7 +97,7 @@ def test_a_number_that_is_not_finite_is_null_with_its_text_beside_it(tmp_path, v
 
 def test_evidence_that_is_not_finite_keeps_its_text_too(tmp_path):
     evidence = {"loss": math.nan, "norms": [1.0, math.inf], "layer": {"max": -math.inf}}
-    append_record(tmp_path / "events.jsonl", Event("STEP_SKIPPED", 1, 0, "left out", evidence=evidence))
+    append_record(tmp_path / "events.jsonl", Event("STEP_SKIPPED_NONFINITE_LOSS", 1, 0, "left out", evidence=evidence))
 
     row = strict_json((tmp_path / "events.jsonl").read_text())
 
@@ -139,62 +132,98 @@ def test_a_line_torn_anywhere_is_counted_and_costs_no_other(data):
     assert n_torn == 1
 
 
-@given(st.lists(st.one_of(st.binary(max_size=20), st.sampled_from([b"5", b"null", b"[]", b'"x"', b"NaN", b"\0" * 16]))))
-def test_rows_are_always_objects_whatever_bytes_the_file_holds(lines):
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "steps.jsonl"
-        path.write_bytes(b"\n".join(lines) + b'\n{"step": 7}\n')
-        rows, _ = read_rows(path)
+def test_every_outcome_but_a_filtered_batch_has_an_event_code_of_its_own():
+    skipped = {code for code in EVENT_CODES if code.startswith("STEP_SKIPPED_")}
 
-    assert all(isinstance(row, dict) for row in rows)
-    assert rows[-1] == {"step": 7}
+    assert {skip_code(outcome) for outcome in SKIPPED_OUTCOMES if outcome != "all_filtered"} == skipped
 
 
-def test_a_file_that_does_not_exist_has_no_rows(tmp_path):
-    assert read_rows(tmp_path / "steps.jsonl") == ([], 0)
+def test_every_event_code_is_written_somewhere_and_none_is_missing_from_the_list():
+    sources = [path for path in Path(unbraid.__file__).parent.rglob("*.py") if path.name != "records.py"]
+    constants = {
+        node.value
+        for path in sources
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    calls = {
+        call.args[0].value
+        for path in sources
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(call, ast.Call) and call.args and isinstance(call.args[0], ast.Constant)
+        if getattr(call.func, "id", getattr(call.func, "attr", "")) in ("tell", "record_event", "Event", "AudioFault")
+    }
+    written = {code for code in EVENT_CODES if not code.startswith("STEP_SKIPPED_")}
+
+    assert written <= constants
+    assert len(calls) > 15
+    assert calls <= set(EVENT_CODES)
 
 
-def test_a_second_owner_is_refused_with_the_firsts_process(tmp_path):
-    with (
-        owned(RunDirectory(tmp_path)),
-        pytest.raises(CheckpointError, match=f"process {os.getpid()}"),
-        owned(RunDirectory(tmp_path)),
-    ):
-        pytest.fail("two owners at once")
+VERSION_2_STEP = {
+    "step": 7, "outcome": "loss_scale", "loss": None, "loss_text": "nan", "limit": None, "limit_text": "inf",
+    "norm_after": 1.5, "n_easy": 3, "n_trained": 1, "n_bad": 0, "epoch": 0, "grad_norm": 2.0, "lr": 1e-3,
+    "loss_scale": 1024.0,
+    "items": [
+        {
+            "item": {"purpose": "train", "epoch": 0, "index": 4, "files": ["a.wav"]}, "loss": -1.0, "weight": 1.0,
+            "order": [1, 0], "levels_db": [-20.0, -22.0], "likeness": 0.25, "residual_db": -3.0, "beside_db": -40.0,
+            "source_levels_db": [-21.0, -23.0],
+        }
+    ],
+}  # fmt: skip
 
 
-def test_a_second_process_is_refused_too(tmp_path):
-    code = "import sys, pathlib, unbraid.records as r\nwith r.owned(r.RunDirectory(pathlib.Path(sys.argv[1]))): pass"
+def test_a_step_of_version_2_is_read_under_todays_names(tmp_path):
+    path = tmp_path / "steps.jsonl"
+    path.write_text(json.dumps(VERSION_2_STEP) + "\n")
 
-    with owned(RunDirectory(tmp_path)):
-        done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=False)
+    [row], _ = read_rows(path)
+    [step] = read_steps(path)
 
-    assert done.returncode != 0
-    assert f"process {os.getpid()}" in done.stderr
-
-
-def test_a_run_directory_is_free_again_after_its_owner_failed(tmp_path):
-    run = RunDirectory(tmp_path / "new")
-    with pytest.raises(KeyError), owned(run):
-        raise KeyError
-
-    with owned(run):
-        assert run.lock.exists()
+    assert row["max_norm_text"] == "inf"
+    assert not {"limit", "limit_text", "norm_after", "n_easy"} & set(row)
+    assert (step.outcome, step.max_norm, step.clipped_grad_norm, step.n_filtered) == ("fp16_overflow", math.inf, 1.5, 3)
+    assert math.isnan(step.loss)
+    [item] = step.items
+    assert (item.estimate_levels_db, item.similarity, item.source_residual_db) == ((-20.0, -22.0), 0.25, -40.0)
 
 
-def test_a_killed_owner_leaves_the_run_directory_free(tmp_path):
-    code = (
-        "import os, sys, pathlib, unbraid.records as r\n"
-        "with r.owned(r.RunDirectory(pathlib.Path(sys.argv[1]))): os.kill(os.getpid(), 9)"
-    )
-    done = subprocess.run([sys.executable, "-c", code, tmp_path], check=False)
-    assert done.returncode == -9
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("STEP_SKIPPED_LOSS_SCALE", "STEP_SKIPPED_FP16_OVERFLOW"),
+        ("CHECKPOINT_PASSED_OVER", "CHECKPOINT_SKIPPED"),
+        ("RUN_BEGUN_AGAIN", "RUN_RESTARTED"),
+        ("CHOSEN", "AUTO_CHOSEN"),
+    ],
+)
+def test_an_event_of_version_2_is_read_under_its_new_code(old, new):
+    row = {"code": old, "step": 3, "message": "why"}
 
-    with owned(RunDirectory(tmp_path)):
-        assert (tmp_path / "lock").read_text().strip() == str(os.getpid())
+    assert upgrade_row(row) == {"code": new, "step": 3, "message": "why"}
+
+
+def test_rows_of_today_are_read_unchanged(tmp_path):
+    step = to_json_row(replace(STEP, outcome="fp16_overflow", max_norm=math.inf))
+    event = to_json_row(Event("AUDIO_NONFINITE", 1, 0, "bad.wav"))
+
+    assert upgrade_row(dict(step)) == step
+    assert upgrade_row(dict(event)) == event
+
+
+def test_the_schema_version_of_a_run_is_that_of_its_first_step(tmp_path):
+    old, new = tmp_path / "old.jsonl", tmp_path / "new.jsonl"
+    old.write_text(json.dumps(VERSION_2_STEP) + "\n")
+    append_record(old, STEP)
+    append_record(new, STEP)
+
+    assert steps_schema_version(old) == 2
+    assert steps_schema_version(new) == SCHEMA_VERSION
+    assert steps_schema_version(tmp_path / "missing.jsonl") == SCHEMA_VERSION
 
 
 def test_reading_records_and_audio_needs_no_torch():
-    code = "import sys, unbraid.records, unbraid.audio; sys.exit('torch' in sys.modules)"
+    code = "import sys, unbraid.records, unbraid.run_directory, unbraid.audio; sys.exit('torch' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -7,13 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import soundfile
 
 from unbraid.errors import AudioError
-
-Audio = npt.NDArray[np.float32]
-"""``(channel, time)``, float32, full scale is 1."""
+from unbraid.type_aliases import AudioArray
 
 SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif", ".w64", ".caf", ".opus"})
 
@@ -48,7 +45,7 @@ def probe_audio(path: Path) -> AudioInfo:
     return AudioInfo(info.frames, info.samplerate, info.channels)
 
 
-def read_audio(path: Path, start_seconds: float = 0.0, duration_seconds: float | None = None) -> tuple[Audio, int]:
+def read_audio(path: Path, start_seconds: float = 0.0, duration_seconds: float | None = None) -> tuple[AudioArray, int]:
     """Read a file, or only an excerpt of it.
 
     Args:
@@ -79,7 +76,7 @@ def read_audio(path: Path, start_seconds: float = 0.0, duration_seconds: float |
     return np.ascontiguousarray(audio.T), rate
 
 
-def write_audio(path: Path, audio: Audio, sample_rate: int) -> Path:
+def write_audio(path: Path, audio: AudioArray, sample_rate: int) -> Path:
     """Write a file with its level kept: WAV as 32-bit float, so that nothing clips; other formats as 24 or 16 bit.
 
     Args:
@@ -113,7 +110,7 @@ def write_audio(path: Path, audio: Audio, sample_rate: int) -> Path:
     return path
 
 
-def first_bad_sample(audio: Audio) -> int | None:
+def first_bad_sample(audio: AudioArray) -> int | None:
     """Index in time of the first sample that is not finite, over all channels; None where all are."""
     finite = np.isfinite(audio).all(axis=0)
     return None if finite.all() else int(finite.argmin())

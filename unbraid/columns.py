@@ -2,15 +2,14 @@
 
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-Floats = npt.NDArray[np.float64]
-Row = Mapping[str, Any]
+from unbraid.type_aliases import FloatArray, Row
 
 NUMBERS = (
     "step",
@@ -43,10 +42,10 @@ class Sampled:
         items: The examples of each sampled step, as `unbraid.records.ItemRecord` has them.
     """
 
-    step: Floats
+    step: FloatArray
     blocks: tuple[str, ...]
-    norms: Floats
-    ratios: Floats
+    norms: FloatArray
+    ratios: FloatArray
     items: Sequence[Sequence[Row]]
 
 
@@ -55,9 +54,9 @@ class Columns:
 
     def __init__(self) -> None:
         self.n_torn = 0
-        self._numbers: dict[str, list[Floats]] = {name: [] for name in NUMBERS}
+        self._numbers: dict[str, list[FloatArray]] = {name: [] for name in NUMBERS}
         self._outcomes: list[npt.NDArray[np.str_]] = []
-        self._si_sdr: list[Floats] = []
+        self._si_sdr: list[FloatArray] = []
         self._sampled = _Evenly()
 
     def add(self, rows: Sequence[Row], n_torn: int = 0) -> None:
@@ -72,7 +71,7 @@ class Columns:
                 self._sampled.add(row)
         self.n_torn += n_torn
 
-    def take(self) -> tuple[dict[str, Floats], npt.NDArray[np.str_], Floats, Sampled]:
+    def take(self) -> tuple[dict[str, FloatArray], npt.NDArray[np.str_], FloatArray, Sampled]:
         """Numbers of all steps by name, outcomes, SI-SDR of each source, and the sampled steps; the rest is let go."""
         of_step = {name: np.concatenate([np.empty(0), *self._numbers.pop(name)]) for name in NUMBERS}
         outcome = np.concatenate([np.empty(0, dtype="<U1"), *self._outcomes])
@@ -113,7 +112,7 @@ def _sampled(rows: Sequence[Row]) -> Sampled:
     )
 
 
-def numbers(rows: Sequence[Row], name: str) -> Floats:
+def numbers(rows: Sequence[Row], name: str) -> FloatArray:
     """One number of each row; NaN where there is none, infinite where its text says so."""
     try:
         values = np.array([row.get(name) for row in rows], dtype=np.float64)
@@ -145,7 +144,7 @@ def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def rows_of(values: Sequence[Sequence[Any]], width: int | None = None) -> Floats:
+def rows_of(values: Sequence[Sequence[Any]], width: int | None = None) -> FloatArray:
     """Lists of numbers as an array as wide as asked for, or as the longest; NaN where one is missing."""
     lengths = set(map(len, values))
     width = max(lengths, default=0) if width is None else width
@@ -160,7 +159,7 @@ def rows_of(values: Sequence[Sequence[Any]], width: int | None = None) -> Floats
     return table
 
 
-def _beneath(tables: Sequence[Floats]) -> Floats:
+def _beneath(tables: Sequence[FloatArray]) -> FloatArray:
     """Tables one under the other, as wide as the widest; NaN where one is not."""
     whole = np.full((sum(map(len, tables)), max((table.shape[1] for table in tables), default=0)), np.nan)
     first = 0
@@ -170,6 +169,6 @@ def _beneath(tables: Sequence[Floats]) -> Floats:
     return whole
 
 
-def _of_blocks(rows: Sequence[Row], blocks: Sequence[str], name: str) -> Floats:
+def _of_blocks(rows: Sequence[Row], blocks: Sequence[str], name: str) -> FloatArray:
     of_rows: Iterable[Row] = [row.get("blocks") or {} for row in rows]
     return rows_of([[_number(found.get(block) or {}, name) for block in blocks] for found in of_rows], len(blocks))

@@ -10,8 +10,8 @@ from unbraid.data.synthetic import make_synthetic_speech
 from unbraid.evaluate import Summary, evaluate_checkpoint
 from unbraid.health.rules import bulletin
 from unbraid.plots import check_matplotlib, draw_run
-from unbraid.records import RunDirectory
 from unbraid.run import train
+from unbraid.run_directory import RunDirectory
 from unbraid.signals import stop_on_signals
 from unbraid.web.report import write_report
 

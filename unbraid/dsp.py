@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unbraid.audio import Audio
+from unbraid.type_aliases import AudioArray
 
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
@@ -36,7 +36,7 @@ def without_autocast(function: Callable[Given, Result]) -> Callable[Given, Resul
     return computed
 
 
-def resample(audio: Audio, from_rate: int, to_rate: int) -> Audio:
+def resample(audio: AudioArray, from_rate: int, to_rate: int) -> AudioArray:
     """Change the sample rate of ``(channel, time)``, keeping the duration to the nearest sample above."""
     if from_rate == to_rate or audio.shape[-1] == 0:
         return audio
@@ -44,7 +44,7 @@ def resample(audio: Audio, from_rate: int, to_rate: int) -> Audio:
     return fit_length(np.ascontiguousarray(soxr.resample(audio.T, from_rate, to_rate).T), n_samples)
 
 
-def fit_length(audio: Audio, n_samples: int) -> Audio:
+def fit_length(audio: AudioArray, n_samples: int) -> AudioArray:
     """Cut, or pad with zeros at the end, to exactly ``n_samples``."""
     missing = n_samples - audio.shape[-1]
     if missing <= 0:
@@ -52,7 +52,7 @@ def fit_length(audio: Audio, n_samples: int) -> Audio:
     return np.pad(audio, [(0, 0)] * (audio.ndim - 1) + [(0, missing)])
 
 
-def power_db(audio: Audio) -> float:
+def power_db(audio: AudioArray) -> float:
     """Mean power in dB of full scale (a square wave of amplitude 1 has 0); silence is -200."""
     return float(10 * np.log10(np.square(audio, dtype=np.float64).mean() + SILENCE))
 

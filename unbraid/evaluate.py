@@ -25,11 +25,10 @@ from unbraid.losses.pit import judge_by, order_as_targets
 from unbraid.metrics import sdr, si_sdr
 from unbraid.train.checkpoint import find_checkpoint
 from unbraid.train.validation_audio import write_estimates, write_mixture_and_references
+from unbraid.type_aliases import Row
 
 METRICS = ("si_sdr", "si_sdri", "sdr", "sdri")
 TABLE_SUFFIXES = (".csv", ".parquet")
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)

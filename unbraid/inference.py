@@ -4,10 +4,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from unbraid.audio import Audio
 from unbraid.dsp import fit_length, resample
 from unbraid.metrics import best_assignment, pairwise_si_sdr, reorder
 from unbraid.model_output import ModelOutput, sources_of
+from unbraid.type_aliases import AudioArray
 
 
 def separate(model: nn.Module, mixture: Tensor) -> Tensor:
@@ -35,14 +35,14 @@ def infer(model: nn.Module, mixture: Tensor) -> Tensor | ModelOutput:
 
 def separate_audio(
     model: nn.Module,
-    audio: Audio,
+    audio: AudioArray,
     sample_rate: int,
     *,
     model_rate: int,
     match_level: bool,
     fixed_order: bool = False,
     silent_below_db: float | None = None,
-) -> Audio:
+) -> AudioArray:
     """Separate a recording at its own rate.
 
     Args:
@@ -84,7 +84,7 @@ def same_source_in_every_channel(estimates: Tensor) -> Tensor:
     return torch.stack([reorder(c, best_assignment(pairwise_si_sdr(c, first))) for c in channels], 2)
 
 
-def at_mixture_level(estimates: Audio, mixture: Audio, *, silent_below_db: float | None = None) -> Audio:
+def at_mixture_level(estimates: AudioArray, mixture: AudioArray, *, silent_below_db: float | None = None) -> AudioArray:
     """Give each estimate the gain, and the sign, with which all of them together come nearest to the mixture.
 
     A loss that does not care for scale leaves both open. Least squares over all channels and samples.

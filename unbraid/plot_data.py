@@ -3,10 +3,10 @@
 import numpy as np
 import numpy.typing as npt
 
-from unbraid.columns import Floats
+from unbraid.type_aliases import FloatArray
 
 
-def thin(x: Floats, y: Floats, n_bins: int = 1500) -> tuple[Floats, Floats]:
+def thin(x: FloatArray, y: FloatArray, n_bins: int = 1500) -> tuple[FloatArray, FloatArray]:
     """A curve that looks the same with the lowest and the highest point of each bin alone.
 
     Args:
@@ -27,7 +27,7 @@ def thin(x: Floats, y: Floats, n_bins: int = 1500) -> tuple[Floats, Floats]:
     return x[chosen], y[chosen]
 
 
-def running_mean(values: Floats, width: int) -> Floats:
+def running_mean(values: FloatArray, width: int) -> FloatArray:
     """Mean of each value and up to ``width - 1`` before it."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
     ends = np.arange(1, len(values) + 1)
@@ -35,7 +35,7 @@ def running_mean(values: Floats, width: int) -> Floats:
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
-def shares(marked: npt.NDArray[np.bool_], among: npt.NDArray[np.bool_], starts: npt.NDArray[np.int64]) -> Floats:
+def shares(marked: npt.NDArray[np.bool_], among: npt.NDArray[np.bool_], starts: npt.NDArray[np.int64]) -> FloatArray:
     """The share of marks among some steps in each bin, ``(bin,)``; NaN in a bin that has none of those.
 
     Args:

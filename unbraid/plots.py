@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from unbraid.audio import Audio, read_audio
-from unbraid.columns import Floats
+from unbraid.audio import read_audio
 from unbraid.errors import UserError
 from unbraid.health.series import Series, read_series
 from unbraid.plot_data import bin_starts, running_mean, shares, thin
-from unbraid.records import RunDirectory, StepRecord, read_steps, read_validation
+from unbraid.records import StepRecord, read_steps, read_validation
+from unbraid.run_directory import RunDirectory
 from unbraid.spectrogram import spectrogram_db
+from unbraid.type_aliases import AudioArray, FloatArray
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -89,7 +90,7 @@ def _draw_norm(axes: "Axes", steps: Sequence[StepRecord]) -> None:
     axes.legend(frameon=False)
 
 
-def _draw_spectrograms(figure: Any, sounds: Sequence[tuple[str, Audio, int]]) -> None:
+def _draw_spectrograms(figure: Any, sounds: Sequence[tuple[str, AudioArray, int]]) -> None:
     n_sources = (len(sounds) - 1) // 2
     grid = figure.add_gridspec(2, n_sources + 1)
     places = [grid[:, 0], *(grid[row, 1 + column] for row in (0, 1) for column in range(n_sources))]
@@ -162,7 +163,7 @@ def _plot_valid(figure: "Figure", curves: Series) -> bool:
     return len(at) > 0
 
 
-def _validated(curves: Series, name: str, *, of: npt.NDArray[np.bool_] | None = None) -> tuple[Floats, Floats]:
+def _validated(curves: Series, name: str, *, of: npt.NDArray[np.bool_] | None = None) -> tuple[FloatArray, FloatArray]:
     """Step and value of the validations, or of some of them, whose value is finite, each ``(n,)``."""
     values = curves.of_validation[name]
     known = np.isfinite(values) if of is None else np.isfinite(values) & of
@@ -252,7 +253,7 @@ SKIP_COLORS = ("#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#17becf")
 THIN: dict[str, Any] = {"linewidth": 0.8, "markersize": 2}
 
 
-def _draw_noisy(axes: "Axes", step: Floats, values: Floats, color: str, name: str = "") -> None:
+def _draw_noisy(axes: "Axes", step: FloatArray, values: FloatArray, color: str, name: str = "") -> None:
     """Every value faintly, and their running mean."""
     if not len(step):
         return

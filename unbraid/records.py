@@ -1,18 +1,12 @@
-"""The run directory: file names, record dataclasses, append and read JSON lines; no torch."""
+"""Records of a run: steps, validations and events; their outcomes and codes; the reader of older records."""
 
-import contextlib
-import errno
-import json
-import math
-import os
-from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
-from itertools import islice
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
-from unbraid.errors import CheckpointError
+from unbraid.io import append_row, json_line_blocks, read_json_lines, to_json_row
+from unbraid.type_aliases import Row
 
 SCHEMA_VERSION = 3
 """Of the run directory. Version 2 had other names for some fields and outcomes; `upgrade_row` translates them."""
@@ -24,7 +18,12 @@ _ITEM_FIELDS_OF_VERSION_2 = {
     "beside_db": "source_residual_db",
 }
 _OUTCOMES_OF_VERSION_2 = {"all_easy": "all_filtered", "loss_scale": "fp16_overflow"}
-_CODES_OF_VERSION_2 = {"STEP_SKIPPED_LOSS_SCALE": "STEP_SKIPPED_FP16_OVERFLOW"}
+_CODES_OF_VERSION_2 = {
+    "STEP_SKIPPED_LOSS_SCALE": "STEP_SKIPPED_FP16_OVERFLOW",
+    "CHECKPOINT_PASSED_OVER": "CHECKPOINT_SKIPPED",
+    "CHOSEN": "AUTO_CHOSEN",
+    "RUN_BEGUN_AGAIN": "RUN_RESTARTED",
+}
 
 Outcome = Literal[
     "trained", "all_filtered", "nonfinite_loss", "over_limit", "nonfinite_gradient", "fp16_overflow", "out_of_memory"
@@ -39,6 +38,52 @@ SKIPPED_OUTCOMES: tuple[Outcome, ...] = tuple(outcome for outcome in OUTCOMES if
 FAULT_OUTCOMES: tuple[Outcome, ...] = ("nonfinite_loss", "over_limit", "nonfinite_gradient", "out_of_memory")
 """Outcomes that mean something is wrong. A batch of filtered examples is no fault, nor is an fp16 overflow: the loss
 scale is found by overflowing now and then."""
+
+EventCode = Literal[
+    # audio files
+    "AUDIO_EMPTY",
+    "AUDIO_EXCLUDED",
+    "AUDIO_NONFINITE",
+    "AUDIO_SILENT",
+    "AUDIO_TOO_SHORT",
+    "AUDIO_UNREADABLE",
+    "AUDIO_WRONG_RATE",
+    "DATA_WORKER_LOST",
+    # steps
+    "OUTPUT_DEAD",
+    "OUT_OF_MEMORY",
+    "RANKS_DIFFER",
+    "SLOW_RANK",
+    "STEP_RAISED",
+    "STEP_RESCUED",
+    "STEP_SKIPPED_FP16_OVERFLOW",
+    "STEP_SKIPPED_NONFINITE_GRADIENT",
+    "STEP_SKIPPED_NONFINITE_LOSS",
+    "STEP_SKIPPED_OUT_OF_MEMORY",
+    "STEP_SKIPPED_OVER_LIMIT",
+    "WEIGHTS_NONFINITE",
+    # what could not be written
+    "AUDIO_NOT_SAVED",
+    "CHECKPOINT_FAILED",
+    "INCIDENT_FAILED",
+    "LOGGER_FAILED",
+    "LOG_FAILED",
+    # starting and resuming
+    "AUTO_CHOSEN",
+    "CHECKPOINT_SKIPPED",
+    "RECIPE_CHANGED",
+    "RUN_RESTARTED",
+    "RUN_RESUMED",
+]
+"""Code of an event; stable, so that scripts can rely on it."""
+
+EVENT_CODES: tuple[EventCode, ...] = get_args(EventCode)
+
+
+def skip_code(outcome: Outcome) -> EventCode:
+    """Return the code of the event for a step that was skipped with this outcome."""
+    return cast(EventCode, f"STEP_SKIPPED_{outcome.upper()}")
+
 
 TIMING_FIELDS = frozenset(
     {
@@ -221,7 +266,7 @@ class Event:
         evidence: Figures and positions that show it.
     """
 
-    code: str
+    code: EventCode
     step: int
     rank: int
     message: str
@@ -229,197 +274,78 @@ class Event:
     evidence: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class RunDirectory:
-    """The names of the files in a run directory: the only thing that parts of unbraid share about a run."""
-
-    path: Path
-
-    @property
-    def recipe(self) -> Path:
-        """The resolved recipe, TOML."""
-        return self.path / "recipe.toml"
-
-    @property
-    def environment(self) -> Path:
-        """Versions, device, threads, what "auto" chose, and whether the loss is in dB, JSON."""
-        return self.path / "environment.json"
-
-    @property
-    def data(self) -> Path:
-        """How many files and speakers are trained on and validated on, and which are in both, JSON."""
-        return self.path / "data.json"
-
-    @property
-    def lock(self) -> Path:
-        """Held by the one process that may write here."""
-        return self.path / "lock"
-
-    @property
-    def steps(self) -> Path:
-        """One `StepRecord` a line."""
-        return self.path / "steps.jsonl"
-
-    @property
-    def validation(self) -> Path:
-        """One `ValidationRecord` a line."""
-        return self.path / "validation.jsonl"
-
-    @property
-    def events(self) -> Path:
-        """One `Event` a line."""
-        return self.path / "events.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folders ``step-NNNNNN``, and the small text files ``best`` and ``last`` that name one of them."""
-        return self.path / "checkpoints"
-
-    @property
-    def incidents(self) -> Path:
-        """Folders that hold what `unbraid replay` needs to run a bad step again."""
-        return self.path / "incidents"
-
-    @property
-    def audio(self) -> Path:
-        """The first validation examples to hear, and folders ``step-NNNNNN`` of what each validation made of them."""
-        return self.path / "audio"
-
-    @property
-    def logs(self) -> tuple[Path, Path, Path]:
-        """The files of JSON lines, which a resumed run cuts back to where its checkpoint stands."""
-        return self.steps, self.validation, self.events
-
-
-def to_json_row(record: Any) -> dict[str, Any]:
-    """A record dataclass as a dict that is valid JSON: a value that is not finite is null, with its text beside it."""
-    return json_row(asdict(record))
-
-
-def json_row(values: Mapping[str, Any]) -> dict[str, Any]:
-    """As `to_json_row`, of a mapping."""
-    row: dict[str, Any] = {}
-    for name, value in values.items():
-        row[name] = _finite(value)
-        if isinstance(value, float) and not math.isfinite(value):
-            row[f"{name}_text"] = str(value)
-    return row
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return json_row(value)
-    if isinstance(value, (list, tuple)):
-        return [_finite(part) for part in value]
-    return value
-
-
 def append_record(path: Path, record: Any) -> None:
-    """Append one record as one line, in a single write; of a line that a full disk cuts short nothing stays.
+    """Append one record to a file of JSON lines.
 
     Raises:
-        OSError: If the disk refuses.
+        OSError: If the line cannot be written.
     """
-    line = (json.dumps(to_json_row(record), allow_nan=False) + "\n").encode()
-    with path.open("ab", buffering=0) as file:
-        end = file.tell()
-        if file.write(line) < len(line):
-            file.truncate(end)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    append_row(path, to_json_row(record))
 
 
 def read_rows(
     path: Path, last: int | None = None, *, first: int | None = None, begin: int = 0
-) -> tuple[list[dict[str, Any]], int]:
-    """Read JSON lines; a line that cannot be read (the torn last one of a killed run) is counted, not raised.
-
-    Args:
-        path: The file; one that is not there is empty.
-        last: Read no more than about so many lines of its end, so that a long file costs no more; all if None.
-        first: Read no more than so many lines; all if None.
-        begin: Byte to begin at; what is left of a line there is passed over.
-
-    Returns:
-        The rows, and how many lines were left out.
-    """
-    rows: list[dict[str, Any]] = []
-    torn = 0
-    if not path.exists():
-        return rows, torn
-    if last is not None:
-        begin = max(begin, path.stat().st_size - last * _BYTES_A_LINE)
-    for some, n_torn in row_blocks(path, first=first, last=last, begin=begin):
-        rows += some
-        torn += n_torn
-    return rows, torn
+) -> tuple[list[Row], int]:
+    """Read the rows of a log under today's field names, as `unbraid.io.read_json_lines` does."""
+    rows, n_torn = read_json_lines(path, last, first=first, begin=begin)
+    return [upgrade_row(row) for row in rows], n_torn
 
 
-def row_blocks(
-    path: Path, *, first: int | None = None, last: int | None = None, begin: int = 0, size: int = 4096
-) -> Iterator[tuple[list[dict[str, Any]], int]]:
-    """As `read_rows`, some lines at a time: the rows of each block, and how many of its lines were left out."""
-    if not path.exists():
-        return
-    with path.open("rb") as file:
-        file.seek(begin)
-        if begin:
-            file.readline()  # the rest of a line
-        lines = islice(file, first) if last is None else iter(deque(islice(file, first), last))
-        while block := list(islice(lines, size)):
-            parsed = [_parsed(line) for line in block]
-            rows = [row for row in parsed if isinstance(row, dict)]
-            yield rows, len(parsed) - len(rows)
+def row_blocks(path: Path, *, size: int = 4096) -> Iterator[tuple[list[Row], int]]:
+    """Yield the rows of a log block by block under today's field names, as `unbraid.io.json_line_blocks` does."""
+    for rows, n_torn in json_line_blocks(path, size=size):
+        yield [upgrade_row(row) for row in rows], n_torn
 
 
-def _parsed(line: bytes) -> Any:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return upgrade_row(row) if isinstance(row, dict) else row
-
-
-def upgrade_row(row: dict[str, Any]) -> dict[str, Any]:
+def upgrade_row(row: Row) -> Row:
     """Return a row of ``steps.jsonl`` or ``events.jsonl`` under today's names, whichever version wrote it."""
-    if "n_easy" in row:  # a step of version 2
-        row = _renamed(row, _FIELDS_OF_VERSION_2)
-        row["outcome"] = _OUTCOMES_OF_VERSION_2.get(str(row.get("outcome")), row.get("outcome"))
+    if _is_version_2_step(row):
+        row = _rename(row, _FIELDS_OF_VERSION_2)
+        outcome = row.get("outcome")
+        row["outcome"] = _OUTCOMES_OF_VERSION_2.get(str(outcome), outcome)
         if row.get("items"):
-            row["items"] = [_renamed(item, _ITEM_FIELDS_OF_VERSION_2) for item in row["items"]]
+            row["items"] = [_rename(item, _ITEM_FIELDS_OF_VERSION_2) for item in row["items"]]
     elif row.get("code") in _CODES_OF_VERSION_2:
         row["code"] = _CODES_OF_VERSION_2[row["code"]]
     return row
 
 
-def _renamed(row: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    # the text of a value that is not finite stands beside it, under the same name with a suffix
-    texts = {f"{old}_text": f"{new}_text" for old, new in names.items()}
-    return {names.get(name) or texts.get(name) or name: value for name, value in row.items()}
+def _is_version_2_step(row: Row) -> bool:
+    # Rows carry no version number; every step of version 2 has this field, and no later one.
+    return "n_easy" in row
 
 
-_BYTES_A_LINE = 2000
-"""More than a step that is not looked at closely takes."""
+def _rename(row: Row, names: Mapping[str, str]) -> Row:
+    # A non-finite value has its text in a second field, NAME_text, which is renamed with it.
+    all_names = {**names, **{f"{old}_text": f"{new}_text" for old, new in names.items()}}
+    return {all_names.get(name, name): value for name, value in row.items()}
+
+
+def steps_schema_version(path: Path) -> int:
+    """Return the schema version that wrote the first step of a log; the current one if there is none."""
+    rows, _ = read_json_lines(path, first=1)
+    return 2 if rows and _is_version_2_step(rows[0]) else SCHEMA_VERSION
 
 
 def read_steps(path: Path) -> list[StepRecord]:
-    """The steps of a run; a null whose text stands beside it comes back as the NaN or infinity that it was."""
+    """Return the steps of a run; a number stored as null and text becomes the original NaN or infinity."""
     return [_from_row(StepRecord, row) for row in read_rows(path)[0]]
 
 
 def read_validation(path: Path) -> list[ValidationRecord]:
-    """The validations of a run, as `read_steps`."""
+    """Return the validations of a run, with NaN and infinity restored as in `read_steps`."""
     return [_from_row(ValidationRecord, row) for row in read_rows(path)[0]]
 
 
-def _from_row(kind: type[Any], row: dict[str, Any]) -> Any:
+def _from_row(kind: type[Any], row: Row) -> Any:
+    # Fields that this version does not know are ignored; fields that the row does not have keep their defaults.
     names = [f.name for f in fields(kind) if f.name in row]
     values: dict[str, Any] = {
         name: float(row[f"{name}_text"]) if f"{name}_text" in row else row[name] for name in names
     }
-    if "bad_items" in values:
-        values["bad_items"] = tuple(map(_item_id, values["bad_items"]))
+    # JSON has lists only; the records hold tuples and nested records.
+    if kind is StepRecord:
+        values["bad_items"] = tuple(map(_item_id, values.get("bad_items", ())))
         values["si_sdr"] = tuple(values.get("si_sdr", ()))
         values["blocks"] = {name: _from_row(BlockRecord, block) for name, block in values.get("blocks", {}).items()}
         values["items"] = tuple(map(_item_record, values.get("items", ())))
@@ -436,40 +362,3 @@ def _item_id(row: Mapping[str, Any]) -> ItemId:
 def _item_record(row: dict[str, Any]) -> ItemRecord:
     tuples = {name: tuple(row.get(name, ())) for name in ("order", "estimate_levels_db", "source_levels_db")}
     return replace(_from_row(ItemRecord, row), item=_item_id(row["item"]), **tuples)
-
-
-@contextlib.contextmanager
-def owned(run: RunDirectory) -> Iterator[None]:
-    """Hold the run directory's lock, so that two runs never write into one; a killed owner leaves it free.
-
-    Raises:
-        CheckpointError: If another process holds it.
-    """
-    try:
-        run.path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"{run.path} cannot be the run directory ({error.strerror}); give another.") from error
-    with run.lock.open("a+", encoding="utf-8") as file:
-        try:
-            _lock(file.fileno())
-        except OSError:
-            file.seek(0)
-            owner = file.read().strip() or "unknown"
-            raise CheckpointError(
-                f"{run.path} is being written by another run (process {owner}); wait for it, or give another --run."
-            ) from None
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        yield
-
-
-def _lock(descriptor: int) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        import msvcrt
-
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-        return
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,11 +1,9 @@
 """Run a recipe in a run directory: lock it, start or resume, train, and record the environment."""
 
-import json
 import os
 import platform
 from collections.abc import Callable, Generator, Iterator
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +20,9 @@ from unbraid.data.leakage import compare_splits
 from unbraid.data.loader import LoadedBatch, StepSampler, batches
 from unbraid.data.tracks import Track
 from unbraid.errors import CheckpointError, UserError
-from unbraid.io import write_atomically
-from unbraid.records import Event, RunDirectory, append_record, owned
+from unbraid.io import write_atomically, write_json
+from unbraid.records import Event, EventCode, append_record
+from unbraid.run_directory import RunDirectory, run_directory_lock
 from unbraid.signals import StopRequest
 from unbraid.train.checkpoint import (
     Checkpoint,
@@ -82,7 +81,7 @@ def train(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     # Only the main process writes to the run directory, so only it takes the lock.
-    with dist.process_group(device), owned(run) if dist.is_main() else nullcontext():
+    with dist.process_group(device), run_directory_lock(run) if dist.is_main() else nullcontext():
         yield from _train(recipe, run, device, resume=resume, stop=stop)
 
 
@@ -99,7 +98,9 @@ def _train(
     yield from forward_to_loggers(_train_from(checkpoint, events, recipe, run, device, stop), loggers, EventLog(run))
 
 
-def _find_start(recipe: Recipe, run: RunDirectory, *, resume: bool) -> tuple[Checkpoint | None, list[tuple[str, str]]]:
+def _find_start(
+    recipe: Recipe, run: RunDirectory, *, resume: bool
+) -> tuple[Checkpoint | None, list[tuple[EventCode, str]]]:
     """Find the checkpoint to start from, and check that no earlier run is overwritten or continued differently.
 
     Returns:
@@ -120,14 +121,14 @@ def _find_start(recipe: Recipe, run: RunDirectory, *, resume: bool) -> tuple[Che
 
     # The main process verifies the checkpoints; the others read the one it chose.
     checkpoint, skipped = newest_checkpoint(run) if dist.is_main() else (None, [])
-    events = [("CHECKPOINT_PASSED_OVER", message) for message in skipped]
+    events: list[tuple[EventCode, str]] = [("CHECKPOINT_SKIPPED", message) for message in skipped]
     path = dist.from_main_process(checkpoint.path if checkpoint else None)
     if checkpoint is None and path is not None:
         checkpoint = read_checkpoint(path)
     if checkpoint is None:
         if any(run.checkpoints.glob("step-*")):
             raise CheckpointError(f"{run.path} has no undamaged checkpoint ({' '.join(skipped)}); start a new run.")
-        return None, [*events, ("RUN_BEGUN_AGAIN", f"{run.path} had no checkpoint yet; the run starts from step 0.")]
+        return None, [*events, ("RUN_RESTARTED", f"{run.path} had no checkpoint yet; the run starts from step 0.")]
 
     # The rest of the run must be trained by the same recipe, except for keys that do not change its result.
     changes = {
@@ -165,7 +166,7 @@ def _open_loggers(
 
 def _train_from(
     checkpoint: Checkpoint | None,
-    events: list[tuple[str, str]],
+    events: list[tuple[EventCode, str]],
     recipe: Recipe,
     run: RunDirectory,
     device: torch.device,
@@ -182,7 +183,7 @@ def _train_from(
     before = checkpoint.choices if checkpoint else None
     choices, reason = dist.from_main_process(choose(recipe, model, device, before=before))
     if reason:
-        events = [*events, ("CHOSEN", reason)]
+        events = [*events, ("AUTO_CHOSEN", reason)]
     # Sums depend on the number of threads, so a resumed run keeps it. It is not set needlessly: torch's batched solver
     # may hang on the CPU once set_num_threads was called.
     if torch.get_num_threads() != choices["threads"]:
@@ -237,7 +238,7 @@ def _open_run_directory(
     corpus: Corpus,
     state: TrainState,
     checkpoint: Checkpoint | None,
-    events: list[tuple[str, str]],
+    events: list[tuple[EventCode, str]],
     choices: dict[str, Any],
     device: torch.device,
 ) -> list[Event]:
@@ -253,8 +254,8 @@ def _open_run_directory(
     # Describe the run.
     write_atomically(run.recipe, to_toml(recipe))
     loss_in_db = bool(getattr(state.loss, "in_db", False))
-    _write_json(run.environment, environment(choices, device, loss_in_db=loss_in_db))
-    _write_json(run.data, compare_splits(_used_tracks(corpus.train), _used_tracks(corpus.valid)))
+    write_json(run.environment, environment(choices, device, loss_in_db=loss_in_db))
+    write_json(run.data, compare_splits(_used_tracks(corpus.train), _used_tracks(corpus.valid)))
 
     recorded = [Event(code, state.step, 0, message) for code, message in events]
     if checkpoint is not None:
@@ -268,10 +269,6 @@ def _open_run_directory(
 def _used_tracks(split: MixtureDataset) -> list[Track]:
     excluded = set(split.settings.exclude)
     return [track for track in split.tracks if str(track.path) not in excluded]
-
-
-def _write_json(path: Path, table: dict[str, Any]) -> None:
-    write_atomically(path, json.dumps(table, indent=1) + "\n")
 
 
 def environment(choices: dict[str, Any], device: torch.device, *, loss_in_db: bool) -> dict[str, Any]:

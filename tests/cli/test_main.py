@@ -147,7 +147,7 @@ def test_a_silent_corpus_ends_the_run_with_one_line(workers, recipe_file, speake
 def test_a_run_directory_that_is_a_file_is_said_so(recipe_file, tmp_path, capsys):
     (tmp_path / "file").touch()
 
-    assert "cannot be the run directory" in fails(capsys, "train", recipe_file(), "--run", tmp_path / "file")
+    assert "cannot be created" in fails(capsys, "train", recipe_file(), "--run", tmp_path / "file")
 
 
 def test_a_file_to_leave_out_that_is_not_there_is_said_so(recipe_file, tmp_path, capsys):

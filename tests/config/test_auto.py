@@ -11,8 +11,9 @@ from torch import nn
 from unbraid.config import auto
 from unbraid.config.auto import Compiling, choose, compiling_pays
 from unbraid.config.recipe import load_recipe, recipe_from_table
-from unbraid.records import Event, RunDirectory, read_rows
+from unbraid.records import Event, read_rows
 from unbraid.run import train
+from unbraid.run_directory import RunDirectory
 
 CPU = torch.device("cpu")
 
@@ -140,11 +141,11 @@ def test_a_run_says_at_its_start_what_was_chosen_and_on_resuming_that_it_goes_on
     changes[-1] = "train.max_steps=4"
     resumed = [event for event in train(load_recipe(file, changes), run, resume=True) if isinstance(event, Event)]
 
-    assert [(event.code, event.step) for event in begun] == [("CHOSEN", 0)]
+    assert [(event.code, event.step) for event in begun] == [("AUTO_CHOSEN", 0)]
     assert "precision is " in begun[0].message
     assert "compile is off" in begun[0].message
     changes[1:] = ["train.compile=off", "train.max_steps=6"]  # where there is no compiler any more
     assert list(train(load_recipe(file, changes), run, resume=True))
     assert [event.code for event in resumed] == ["RECIPE_CHANGED", "RUN_RESUMED"]
     told = [row["code"] for row in read_rows(run.events)[0]]
-    assert told == ["CHOSEN", "RECIPE_CHANGED", "RUN_RESUMED", *2 * ["RECIPE_CHANGED"], "RUN_RESUMED"]
+    assert told == ["AUTO_CHOSEN", "RECIPE_CHANGED", "RUN_RESUMED", *2 * ["RECIPE_CHANGED"], "RUN_RESUMED"]

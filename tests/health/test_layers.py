@@ -7,9 +7,9 @@ from toys import make_batch
 
 from unbraid.health.gradients import first_blocks
 from unbraid.health.series import series_of
+from unbraid.io import to_json_row
 from unbraid.losses.pit import SeparationLoss
 from unbraid.losses.waveform import neg_snr
-from unbraid.records import to_json_row
 from unbraid.train.block_stats import SAMPLE_EVERY_STEPS
 from unbraid.train.state import TrainState
 from unbraid.train.step import train_step

@@ -9,7 +9,7 @@ import pytest
 import test_rules
 from made_up import Run
 
-from unbraid import records
+from unbraid import io
 from unbraid.cli.main import main
 from unbraid.columns import Columns
 from unbraid.config.recipe import recipe_from_table, to_toml
@@ -239,11 +239,11 @@ def test_nothing_is_found_in_some_steps_of_a_healthy_run(make, tmp_path):
 def test_a_look_costs_no_more_late_in_a_run_than_early(tmp_path, monkeypatch):
     paths = [write(Run(n_steps, every=n_steps // 4), tmp_path / str(n_steps)) for n_steps in (4000, 16000)]
     monkeypatch.setattr("unbraid.health.rules.LOOKED_BACK", 500)
-    parse, counts = records._parsed, []
+    parse, counts = io._parse_line, []
 
     for path in paths:
         lines = []
-        monkeypatch.setattr(records, "_parsed", lambda line, lines=lines: lines.append(1) or parse(line))
+        monkeypatch.setattr(io, "_parse_line", lambda line, lines=lines: lines.append(1) or parse(line))
         assert bulletin(path) == "doctor: healthy"
         counts.append(len(lines))
 

@@ -12,8 +12,8 @@ from unbraid.config.recipe import load_recipe
 from unbraid.data import dataset, loader
 from unbraid.health.rules import examine
 from unbraid.health.series import read_series
-from unbraid.records import RunDirectory
 from unbraid.run import train
+from unbraid.run_directory import RunDirectory
 from unbraid.train import validate
 
 MODELS = """

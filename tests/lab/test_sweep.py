@@ -23,8 +23,9 @@ from unbraid.lab.sweep import (
     summarise_run,
     unfinished_lines,
 )
-from unbraid.records import TIMING_FIELDS, RunDirectory, read_rows, read_steps
+from unbraid.records import TIMING_FIELDS, read_rows, read_steps
 from unbraid.run import train
+from unbraid.run_directory import RunDirectory
 from unbraid.signals import StopRequest
 
 PLAIN = Arm("plain", ())

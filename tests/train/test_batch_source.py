@@ -5,7 +5,8 @@ import itertools
 import pytest
 
 from unbraid.errors import TrainingStopped
-from unbraid.records import RunDirectory, read_rows
+from unbraid.records import read_rows
+from unbraid.run_directory import RunDirectory
 from unbraid.train.batch_source import BatchSource
 from unbraid.train.event_log import EventLog
 

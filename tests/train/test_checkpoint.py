@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from unbraid.errors import CheckpointError
-from unbraid.records import RunDirectory
 from unbraid.robust.clip import AutoClip
 from unbraid.robust.precision import Precision
+from unbraid.run_directory import RunDirectory
 from unbraid.train.checkpoint import find_checkpoint, newest_checkpoint, read_checkpoint, save_checkpoint
 from unbraid.train.optim import OPTIMIZERS, Plateau
 from unbraid.train.state import TrainState

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from unbraid.audio import read_audio
-from unbraid.records import RunDirectory, read_rows
+from unbraid.records import read_rows
+from unbraid.run_directory import RunDirectory
 
 pytestmark = pytest.mark.ddp
 

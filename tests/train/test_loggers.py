@@ -11,8 +11,9 @@ import pytest
 
 from unbraid.cli.main import main
 from unbraid.config.recipe import load_recipe
-from unbraid.records import Event, RunDirectory, StepRecord, ValidationRecord, read_rows
+from unbraid.records import Event, StepRecord, ValidationRecord, read_rows
 from unbraid.run import train
+from unbraid.run_directory import RunDirectory
 from unbraid.train.loggers import LOGGERS, numbers_of
 
 STEP = StepRecord(

@@ -15,8 +15,9 @@ from unbraid.cli.main import main
 from unbraid.config.recipe import load_recipe
 from unbraid.config.registry import _load_module as find_module
 from unbraid.errors import RecipeError, TrainingStopped
-from unbraid.records import TIMING_FIELDS, Event, RunDirectory, StepRecord, read_rows
+from unbraid.records import TIMING_FIELDS, Event, StepRecord, read_rows
 from unbraid.run import train
+from unbraid.run_directory import RunDirectory
 from unbraid.train.checkpoint import read_checkpoint
 
 NETS = """

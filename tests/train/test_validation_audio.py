@@ -22,8 +22,9 @@ from unbraid.errors import AudioError
 from unbraid.inference import at_mixture_level, separate
 from unbraid.losses.pit import judge_by, order_as_targets
 from unbraid.metrics import si_sdr
-from unbraid.records import Event, ItemId, RunDirectory, StepRecord, ValidationRecord, read_rows
+from unbraid.records import Event, ItemId, StepRecord, ValidationRecord, read_rows
 from unbraid.run import train
+from unbraid.run_directory import RunDirectory
 from unbraid.train.validation_audio import (
     AudioExample,
     AudioOptions,
@@ -248,7 +249,7 @@ def test_of_a_folder_that_cannot_be_written_whole_nothing_stays(tmp_path, monkey
     def refuse(path, text):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("unbraid.train.validation_audio.write_atomically", refuse)
+    monkeypatch.setattr("unbraid.train.validation_audio.write_json", refuse)
     with pytest.raises(OSError, match="No space left"):
         save_audio_examples(tmp_path, 1, [make_sound()])
 

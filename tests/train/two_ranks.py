@@ -17,9 +17,10 @@ from unbraid import dist
 from unbraid.data.batch import Batch
 from unbraid.data.loader import LoadedBatch
 from unbraid.errors import TrainingStopped
-from unbraid.records import Event, ItemId, RunDirectory
+from unbraid.records import Event, ItemId
 from unbraid.robust.clip import AutoClip, NoClip
 from unbraid.robust.filter import OutlierFilter, PercentileFilter, ThresholdFilter
+from unbraid.run_directory import RunDirectory
 from unbraid.signals import StopRequest
 from unbraid.train.loop import ValidationScores, fit
 from unbraid.train.settings import Job, SaveSettings, TrainSettings, ValidateSettings

@@ -11,7 +11,7 @@ from unbraid.errors import EXIT_STOPPED
 def sharpness(args: argparse.Namespace) -> int:
     """The largest eigenvalue of the Hessian, what it means for the learning rate, and the gradient noise scale."""
     from unbraid.console import progress_bar
-    from unbraid.io import write_atomically
+    from unbraid.io import write_json
     from unbraid.lab.experiment import experiment_from_checkpoint
     from unbraid.lab.sharpness import describe, measure_sharpness
     from unbraid.signals import stop_on_signals
@@ -24,7 +24,7 @@ def sharpness(args: argparse.Namespace) -> int:
         found = measure_sharpness(subject, **asked, stop=stop, progress=advance)
     print("\n".join(describe(found)))
     if args.out:
-        write_atomically(args.out, json.dumps(found.as_json(), indent=1, allow_nan=False) + "\n")
+        write_json(args.out, found.as_json())
     return EXIT_STOPPED + found.signal if found.signal else 0
 
 

@@ -22,8 +22,8 @@ def train(args: argparse.Namespace) -> int:
     from unbraid.config.recipe import load_recipe
     from unbraid.console import program, show_training
     from unbraid.health.rules import bulletin
-    from unbraid.records import RunDirectory
     from unbraid.run import train as run_training
+    from unbraid.run_directory import RunDirectory
     from unbraid.signals import stop_on_signals
 
     recipe = load_recipe(find_recipe(args.recipe), args.set)
@@ -153,7 +153,7 @@ def report(args: argparse.Namespace) -> int:
 
     if args.plots:
         from unbraid.plots import draw_plots
-        from unbraid.records import RunDirectory
+        from unbraid.run_directory import RunDirectory
 
         for path in draw_plots(RunDirectory(args.run), args.plots):
             print(path)

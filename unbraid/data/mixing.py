@@ -7,10 +7,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from unbraid.audio import Audio, first_bad_sample, read_audio
+from unbraid.audio import first_bad_sample, read_audio
 from unbraid.data.tracks import Track
 from unbraid.dsp import fit_length, power_db, resample, to_amplitude
 from unbraid.errors import AudioError
+from unbraid.records import EventCode
+from unbraid.type_aliases import AudioArray
 
 SILENT_DB = -80.0
 """Mean power below which audio counts as silent: a few steps of 16 bit."""
@@ -25,9 +27,9 @@ LENGTH_TOLERANCE_SECONDS = 0.1
 class Mixture(NamedTuple):
     """What a model hears and what it was made of, all of the same length."""
 
-    mixture: Audio  # (channel, time)
-    sources: Audio  # (source, channel, time)
-    noise: Audio | None  # (channel, time)
+    mixture: AudioArray  # (channel, time)
+    sources: AudioArray  # (source, channel, time)
+    noise: AudioArray | None  # (channel, time)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,7 @@ class AudioFault:
         in_excerpt_only: Nothing is wrong with the file as a whole: this excerpt of it is silent.
     """
 
-    code: str
+    code: EventCode
     path: str
     message: str
     in_excerpt_only: bool = False
@@ -55,7 +57,9 @@ class ExcerptError(Exception):
         self.fault = fault
 
 
-def read_excerpt(track: Track, start_seconds: float, n_samples: int, sample_rate: int, *, keep_silent: bool) -> Audio:
+def read_excerpt(
+    track: Track, start_seconds: float, n_samples: int, sample_rate: int, *, keep_silent: bool
+) -> AudioArray:
     """Read, judge, mix down to one channel, resample, and fit an excerpt of a track.
 
     Args:
@@ -112,7 +116,7 @@ def check_file(track: Track, *, keep_silent: bool) -> AudioFault | None:
 
 
 def _judge(
-    audio: Audio, rate: int, track: Track, *, keep_silent: bool, start_seconds: float = 0.0
+    audio: AudioArray, rate: int, track: Track, *, keep_silent: bool, start_seconds: float = 0.0
 ) -> AudioFault | None:
     path = str(track.path)
     if audio.size == 0:
@@ -129,14 +133,17 @@ def _judge(
     return None
 
 
-def _is_silent(audio: Audio) -> bool:
+def _is_silent(audio: AudioArray) -> bool:
     """Whether nothing is left once the channels are mixed down and a constant offset is taken away."""
     mono = audio.mean(axis=0)
     return power_db(mono - mono.mean()) < SILENT_DB
 
 
 def mix(
-    sources: Sequence[Audio], estimate_levels_db: Sequence[float], noise: Audio | None = None, snr_db: float = 0.0
+    sources: Sequence[AudioArray],
+    estimate_levels_db: Sequence[float],
+    noise: AudioArray | None = None,
+    snr_db: float = 0.0,
 ) -> Mixture:
     """Add sources up, each at its own level, and noise below them.
 
@@ -163,6 +170,6 @@ def mix(
     return Mixture(total, scaled, noise)
 
 
-def _at_level(audio: Audio, level_db: float) -> Audio:
+def _at_level(audio: AudioArray, level_db: float) -> AudioArray:
     now = power_db(audio)
     return audio if now < SILENT_DB else audio * np.float32(to_amplitude(level_db - now))

@@ -28,7 +28,8 @@ import soundfile
 import soxr
 
 from unbraid.errors import UserError
-from unbraid.io import atomic_replace
+from unbraid.io import atomic_replace, write_json
+from unbraid.type_aliases import AudioArray
 
 SPLITS = {"train": 0.72, "valid": 0.08, "test": 0.2}
 FORMAT = 2  # to be raised whenever the same parameters would give other audio
@@ -79,8 +80,6 @@ ENDINGS = (
     "before the rain began|because the bus was late|while the children slept|and laughed about it|without a word"
     "|and gave it away|although it was far too cold|until the music stopped|just to be sure|for seventy three pounds"
 )
-
-Audio = np.ndarray[Any, np.dtype[np.float32]]
 
 
 class SynthesisError(UserError):
@@ -169,8 +168,7 @@ def make_synthetic_speech(
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    with atomic_replace(marker) as path:
-        path.write_text(json.dumps(parameters, indent=1) + "\n", encoding="utf-8")
+    write_json(marker, parameters)
     return table
 
 
@@ -304,7 +302,7 @@ class Speaker:
         ):
             self.library.espeak_SetParameter(parameter, value, 0)
 
-    def say(self, sentence: str) -> Audio:
+    def say(self, sentence: str) -> AudioArray:
         """Speak one sentence: ``(time,)`` at `SYNTHESIS_RATE`, in [-1, 1]."""
         self.pieces.clear()
         self.library.espeak_ng_SetRandSeed(ctypes.c_long(1))  # breath is noise, else seeded with the time
@@ -315,7 +313,7 @@ class Speaker:
         return np.frombuffer(b"".join(self.pieces), np.int16).astype(np.float32) / np.float32(32768)
 
 
-def trim_and_level(audio: Audio, sample_rate: int) -> Audio:
+def trim_and_level(audio: AudioArray, sample_rate: int) -> AudioArray:
     """Cut what is 40 dB below the loudest 10 ms from both ends, and bring the rest to `RMS_DB`."""
     frame = max(1, sample_rate // 100)
     frames = audio[: max(1, len(audio) // frame) * frame].reshape(-1, min(frame, len(audio)))

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from unbraid.columns import Floats
 from unbraid.fault_advice import ADVICE
 from unbraid.health.finding import Finding
 from unbraid.health.rolling_median import highest, middle, usual
 from unbraid.health.series import Series
+from unbraid.type_aliases import FloatArray
 
 RECENT = 1000
 LIKE_ADAM = ("adam", "adamw", "muon", "schedule_free")
@@ -128,7 +128,7 @@ def learning_rate(series: Series) -> Finding | None:
     return None
 
 
-def _scores(scores: Floats) -> str:
+def _scores(scores: FloatArray) -> str:
     return f" Validation came to {highest(scores):+.2f} dB at best and is at {scores[-1]:+.2f}." if len(scores) else ""
 
 

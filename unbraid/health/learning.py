@@ -3,10 +3,10 @@
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from unbraid.columns import Floats
 from unbraid.health.finding import Finding
 from unbraid.health.rolling_median import highest, lowest, middle, where_lowest
 from unbraid.health.series import Series
+from unbraid.type_aliases import FloatArray
 
 
 def oscillation(series: Series) -> Finding | None:
@@ -199,7 +199,7 @@ AROUND = 20
 """Steps on either side that make up the trend."""
 
 
-def _autocorrelation(values: Floats) -> float:
+def _autocorrelation(values: FloatArray) -> float:
     """Of neighbours, between ranks, so that a few spikes do not make it."""
     ranks = values.argsort().argsort().astype(float)
     ranks -= ranks.mean()

@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from unbraid.columns import Floats, rows_of
+from unbraid.columns import rows_of
 from unbraid.health.finding import Finding
 from unbraid.health.rolling_median import highest, middle
 from unbraid.health.series import Series
+from unbraid.type_aliases import FloatArray
 
 SILENT_DB, BELOW_LOUDEST_DB = -180.0, 80.0
 """An output counts as silent below either: a loss that ignores level lets all of them be faint."""
@@ -201,5 +202,5 @@ def foreign_sum(series: Series) -> Finding | None:
     )
 
 
-def _by_source(values: Floats) -> Floats:
+def _by_source(values: FloatArray) -> FloatArray:
     return np.array([middle(column) for column in values.T])

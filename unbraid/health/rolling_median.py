@@ -3,12 +3,12 @@
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from unbraid.columns import Floats
+from unbraid.type_aliases import FloatArray
 
 AT_A_TIME = 20_000
 
 
-def usual(values: Floats, *, n_before: int = 100, at_least: int = 30) -> tuple[Floats, Floats]:
+def usual(values: FloatArray, *, n_before: int = 100, at_least: int = 30) -> tuple[FloatArray, FloatArray]:
     """Median, and median distance from it, of the finite values before each one.
 
     Args:
@@ -33,7 +33,7 @@ def usual(values: Floats, *, n_before: int = 100, at_least: int = 30) -> tuple[F
     return medians, spreads
 
 
-def _medians(rows: Floats) -> Floats:
+def _medians(rows: FloatArray) -> FloatArray:
     """The median of what is not NaN in each row; sorting is several times as fast as `numpy.nanmedian`."""
     ordered = np.sort(rows, axis=1)  # NaN comes last
     count = np.isfinite(ordered).sum(1)
@@ -41,24 +41,24 @@ def _medians(rows: Floats) -> Floats:
     return np.take_along_axis(ordered, middles, axis=1).mean(1)
 
 
-def middle(values: Floats) -> float:
+def middle(values: FloatArray) -> float:
     """The median of what is finite; NaN where nothing is."""
     finite = values[np.isfinite(values)]
     return float(np.median(finite)) if len(finite) else float("nan")
 
 
-def highest(values: Floats) -> float:
+def highest(values: FloatArray) -> float:
     """The largest of what is finite; NaN where nothing is."""
     finite = values[np.isfinite(values)]
     return float(finite.max()) if len(finite) else float("nan")
 
 
-def lowest(values: Floats) -> float:
+def lowest(values: FloatArray) -> float:
     """The smallest of what is finite; NaN where nothing is."""
     return -highest(-values)
 
 
-def where_lowest(values: Floats) -> int | None:
+def where_lowest(values: FloatArray) -> int | None:
     """The place of the smallest of what is finite; None where nothing is."""
     return int(np.where(np.isfinite(values), values, np.inf).argmin()) if np.isfinite(values).any() else None
 

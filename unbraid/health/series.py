@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from unbraid.columns import Columns, Floats, Row, Sampled, numbers
+from unbraid.columns import Columns, Sampled, numbers
 from unbraid.errors import CheckpointError
-from unbraid.records import RunDirectory, read_rows, row_blocks
+from unbraid.records import read_rows, row_blocks
+from unbraid.run_directory import RunDirectory
+from unbraid.type_aliases import FloatArray, Row
 
 DB_LOSSES = ("neg_sa_sdr", "neg_si_sdr", "neg_snr", "neg_thresholded_snr")
 """The losses of ours that are in dB, by name: for runs that have not written down whether theirs is."""
@@ -39,11 +41,11 @@ class Series:
         thinned: Of a run whose end alone was read, some steps of all of it.
     """
 
-    of_step: Mapping[str, Floats]
+    of_step: Mapping[str, FloatArray]
     outcome: npt.NDArray[np.str_]
-    si_sdr: Floats
+    si_sdr: FloatArray
     sampled: Sampled
-    of_validation: Mapping[str, Floats]
+    of_validation: Mapping[str, FloatArray]
     validations: Sequence[Row] = ()
     events: Sequence[Row] = ()
     recipe: Row = field(default_factory=dict)
@@ -67,7 +69,7 @@ class Series:
         reasons, first = np.unique(self.outcome, return_index=True)
         return {str(reasons[at]): self.outcome == reasons[at] for at in first.argsort() if reasons[at] != "trained"}
 
-    def of_trained(self, name: str) -> tuple[Floats, Floats]:
+    def of_trained(self, name: str) -> tuple[FloatArray, FloatArray]:
         """Step and value of the trained steps whose value is finite, each ``(n,)``."""
         values = self.of_step[name]
         known = self.trained & np.isfinite(values)
@@ -121,7 +123,7 @@ class Series:
         written = self.environment.get("loss_in_db")
         return written if isinstance(written, bool) else self.said("loss.name", "neg_si_sdr") in DB_LOSSES
 
-    def level(self, loss: Floats | None = None) -> Floats:
+    def level(self, loss: FloatArray | None = None) -> FloatArray:
         """Losses as they can be compared: in dB as they are, else ten times their logarithm; the run's own if None.
 
         A loss of one's own that is ever 0 or below is taken as it is.
@@ -229,6 +231,6 @@ def _table(path: Path, parse: Callable[[str], Any]) -> Row:
         table = parse(path.read_text(encoding="utf-8")) if path.exists() else {}
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); mend it, or move it away.") from error
-    if not isinstance(table, Mapping):
+    if not isinstance(table, dict):
         raise CheckpointError(f"{path} cannot be read (it is no table); mend it, or move it away.")
     return table

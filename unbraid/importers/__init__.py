@@ -15,7 +15,7 @@ from unbraid.importers.key_mapping import Foreign
 from unbraid.importers.msst import roformer
 from unbraid.importers.safe_reading import YAML, Settings, list_files, read_settings, read_weights, state_dict
 from unbraid.importers.speechbrain import PARTS, speechbrain
-from unbraid.records import RunDirectory
+from unbraid.run_directory import RunDirectory
 from unbraid.train.checkpoint import save_checkpoint
 
 

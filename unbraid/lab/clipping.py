@@ -13,19 +13,19 @@ from unbraid.config.schema import assignment
 from unbraid.data.dataset import make_dataset
 from unbraid.errors import CheckpointError, RecipeError, nearest
 from unbraid.evaluate import evaluate
-from unbraid.io import write_atomically
+from unbraid.io import to_json_row, write_json
 from unbraid.lab.clustering import ClusteredSeparation
 from unbraid.lab.confidence import mean_interval
 from unbraid.lab.sweep import Arm, RunEnd, RunSummary, SweepRun, plan_runs, set_words, step_overrides, summarise_run
 from unbraid.models import MODELS
-from unbraid.records import to_json_row
+from unbraid.io import to_json_row
+from unbraid.type_aliases import ProgressCallback
 
 TESTED = "tested.json"
 """In a run's folder, once it has been scored: SI-SDRi of each mixture of the test split, in dB."""
 
 PERCENTILES = (0.0, 1.0, 10.0, 25.0, 50.0, 90.0, 100.0)
 
-Progress = Callable[[float, str], None]
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def _toml(table: Mapping[str, Any]) -> str:
     return "{" + ", ".join(f"{key} = {json.dumps(value)}" for key, value in table.items()) + "}"
 
 
-def score(cell: SweepRun, *, n_items: int, progress: Progress | None = None) -> list[float]:
+def score(cell: SweepRun, *, n_items: int, progress: ProgressCallback | None = None) -> list[float]:
     """SI-SDRi of a trained run's last weights on mixtures of the test split, in dB; kept in its folder.
 
     The mixtures are those of seed 0 for every run, so that runs are compared on the same ones.
@@ -219,7 +219,7 @@ def score(cell: SweepRun, *, n_items: int, progress: Progress | None = None) -> 
         if progress is not None:
             progress(len(scores) / n_items, f"{cell.arm.name} seed {cell.seed}  tested on {len(scores)} of {n_items}")
     known = [float(value) for value in scores if value is not None]
-    write_atomically(path, json.dumps({"n_items": n_items, "si_sdri": known}) + "\n")
+    write_json(path, {"n_items": n_items, "si_sdri": known}, indent=None)
     return known
 
 

@@ -1,7 +1,6 @@
 """What `unbraid lab clipping` does from start to end, and what it prints and writes."""
 
 import argparse
-import json
 import re
 import shlex
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from pathlib import Path
 from unbraid.config.shipped_recipes import find_recipe
 from unbraid.console import Advance, progress_bar
 from unbraid.errors import RecipeError, UserError
-from unbraid.io import write_atomically
+from unbraid.io import write_atomically, write_json
 from unbraid.lab.clipping import (
     CONTESTS,
     PERCENTILES,
@@ -54,7 +53,7 @@ def run_clipping(args: argparse.Namespace, stop: StopRequest) -> list[str]:
     date, command = datetime.now(UTC).date().isoformat(), _shown(args.words)
     found = clipping_json(cuts, cells, n_items=args.test_items, date=date, machine=machine(), command=command)
     table = clipping_markdown(found["rows"])
-    write_atomically(args.json or args.out / "clipping.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
+    write_json(args.json or args.out / "clipping.json", found)
     if args.markdown:
         write_table_into(args.markdown, table)
     over = f"mean over {args.seeds} seeds ± half its 95 % interval" if args.seeds > 1 else "one seed"

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from unbraid.columns import Floats
 from unbraid.errors import UserError
+from unbraid.type_aliases import FloatArray
 
-Sums = Floats | np.float64
+Sums = FloatArray | np.float64
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def _estimates(sum_of_squares: Sums, square_of_sum: Sums, n_batches: int, batch_
     return noise, signal, scale
 
 
-def _jackknife_error(estimates: Floats) -> float:
+def _jackknife_error(estimates: FloatArray) -> float:
     """Return the standard error of an estimate from its values without each batch in turn."""
     if not np.isfinite(estimates).all():
         return float("nan")

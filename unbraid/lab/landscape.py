@@ -13,7 +13,6 @@ from unbraid.errors import UserError
 from unbraid.lab.hessian import exact_float32
 from unbraid.lab.weight_directions import (
     FilterLayout,
-    Floats,
     PathPlane,
     Weights,
     filter_normalised_direction,
@@ -21,6 +20,7 @@ from unbraid.lab.weight_directions import (
     principal_plane,
     weights_digest,
 )
+from unbraid.type_aliases import FloatArray
 
 LossFunction = Callable[[Weights], float]
 """Weights in, loss out."""
@@ -61,7 +61,7 @@ class WeightPoints:
     """
 
     anchors: Sequence[Weights]
-    coefficients: Floats
+    coefficients: FloatArray
     cache_key: Mapping[str, Any]
 
     def losses(self, loss: LossFunction, n_done: int = 0) -> Iterator[float]:
@@ -70,7 +70,7 @@ class WeightPoints:
             yield loss(linear_combination(self.anchors, row))
 
 
-def axis_positions(low: float, high: float, n_points: int) -> Floats:
+def axis_positions(low: float, high: float, n_points: int) -> FloatArray:
     """Return evenly spaced positions from low to high, both included.
 
     Raises:
@@ -94,10 +94,10 @@ class RandomSlices:
         points: The lines one after another, then the grid row by row.
     """
 
-    offsets: Floats
+    offsets: FloatArray
     points: WeightPoints
 
-    def split(self, losses: Floats) -> tuple[Floats, Floats]:
+    def split(self, losses: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Split the losses at the points into lines, ``(line, position)``, and grid, ``(row, column)``."""
         n = len(self.offsets)
         n_on_lines = N_LINES * n
@@ -160,7 +160,7 @@ class Interpolation:
         points: In this order.
     """
 
-    positions: Floats
+    positions: FloatArray
     points: WeightPoints
 
 
@@ -190,7 +190,7 @@ def interpolate(first: Weights, second: Weights, *, beyond: float = 0.25, n_poin
     return Interpolation(positions, WeightPoints([first, second], coefficients, cache_key))
 
 
-def loss_barrier(positions: Floats, losses: Floats) -> tuple[float, float]:
+def loss_barrier(positions: FloatArray, losses: FloatArray) -> tuple[float, float]:
     """Return the height and position of the loss barrier between two models.
 
     The barrier is the largest rise of the loss above the straight line from one model's loss to the other's.
@@ -230,11 +230,11 @@ class PathSlice:
 
     steps: Sequence[int]
     plane: PathPlane
-    x: Floats
-    y: Floats
+    x: FloatArray
+    y: FloatArray
     points: WeightPoints
 
-    def split(self, losses: Floats) -> tuple[Floats, Floats]:
+    def split(self, losses: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Split the losses into those of the checkpoints, ``(checkpoint,)``, and of the grid, ``(row, column)``."""
         n = len(self.steps)
         return losses[:n], losses[n:].reshape(len(self.y), len(self.x))

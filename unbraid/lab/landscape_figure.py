@@ -9,7 +9,8 @@ import numpy as np
 
 from unbraid.figures import FigureSpec
 from unbraid.lab.landscape import Interpolation, PathSlice, RandomSlices, loss_barrier
-from unbraid.lab.weight_directions import Floats, random_walk_variance_ratios
+from unbraid.lab.weight_directions import random_walk_variance_ratios
+from unbraid.type_aliases import FloatArray
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +23,7 @@ CONTOUR_SIZE = (6.4, 5.0)
 SURFACE_SIZE = (6.4, 5.4)
 
 
-def random_slice_figures(slices: RandomSlices, losses: Floats, *, name: str, unit: str) -> list[FigureSpec]:
+def random_slice_figures(slices: RandomSlices, losses: FloatArray, *, name: str, unit: str) -> list[FigureSpec]:
     """Return curves, contours and a surface of the loss around a model.
 
     Args:
@@ -104,7 +105,7 @@ def _describe_rises(rises: Sequence[float]) -> str:
 
 
 def interpolation_figure(
-    interpolation: Interpolation, losses: Floats, *, names: tuple[str, str], unit: str
+    interpolation: Interpolation, losses: FloatArray, *, names: tuple[str, str], unit: str
 ) -> FigureSpec:
     """Return the curve of the loss from one model to another, with the barrier.
 
@@ -149,7 +150,7 @@ def interpolation_figure(
     return FigureSpec("between", f"The loss from {names[0]} to {names[1]}", caption, numbers, draw, CURVE_SIZE)
 
 
-def path_figures(path: PathSlice, losses: Floats, *, name: str, unit: str) -> list[FigureSpec]:
+def path_figures(path: PathSlice, losses: FloatArray, *, name: str, unit: str) -> list[FigureSpec]:
     """Return contours and a surface of the loss in the plane of a training path, with the path.
 
     Args:
@@ -200,7 +201,7 @@ def path_figures(path: PathSlice, losses: Floats, *, name: str, unit: str) -> li
     ]
 
 
-def _inf_for_nonfinite(losses: Floats) -> Floats:
+def _inf_for_nonfinite(losses: FloatArray) -> FloatArray:
     """Return the losses with infinity for NaN and -inf; unlike nanargmin, argmin then works if none is finite."""
     return np.where(np.isfinite(losses), losses, np.inf)
 
@@ -209,7 +210,7 @@ def _format_loss(loss: float) -> str:
     return f"{loss:.2f}" if np.isfinite(loss) else "not finite"
 
 
-def _describe_nonfinite(grid: Floats) -> str:
+def _describe_nonfinite(grid: FloatArray) -> str:
     n_nonfinite = int((~np.isfinite(grid)).sum())
     return f"At {n_nonfinite} of {grid.size} points the loss is not finite; they stay white. " if n_nonfinite else ""
 
@@ -228,15 +229,15 @@ class LossSurface:
         heights: Loss of each mark, ``(mark,)``.
     """
 
-    x: Floats
-    y: Floats
-    losses: Floats
+    x: FloatArray
+    y: FloatArray
+    losses: FloatArray
     unit: str
     labels: tuple[str, str]
-    marks: Floats
-    heights: Floats
+    marks: FloatArray
+    heights: FloatArray
 
-    def levels(self) -> Floats:
+    def levels(self) -> FloatArray:
         """Return round, even contour levels up to the 95th percentile: a few huge losses must not flatten the rest."""
         from matplotlib.ticker import MaxNLocator
 
@@ -282,7 +283,7 @@ class LossSurface:
         axes.set_box_aspect(None, zoom=0.88)
 
 
-def _draw_lines(offsets: Floats, lines: Floats, unit: str, figure: "Figure") -> None:
+def _draw_lines(offsets: FloatArray, lines: FloatArray, unit: str, figure: "Figure") -> None:
     axes = figure.add_subplot()
     for index, (line, color) in enumerate(zip(lines, LINE_COLORS, strict=True), start=1):
         axes.plot(offsets, line, ".-", color=color, linewidth=1.2, markersize=4, label=f"direction {index}")
@@ -292,7 +293,7 @@ def _draw_lines(offsets: Floats, lines: Floats, unit: str, figure: "Figure") -> 
     axes.legend(frameon=False, fontsize="small")
 
 
-def _draw_interpolation(positions: Floats, losses: Floats, unit: str, figure: "Figure") -> None:
+def _draw_interpolation(positions: FloatArray, losses: FloatArray, unit: str, figure: "Figure") -> None:
     axes = figure.add_subplot()
     ends = losses[(positions == 0) | (positions == 1)]
     axes.plot([0, 1], ends, "--", color="#777777", linewidth=1)
@@ -301,7 +302,7 @@ def _draw_interpolation(positions: Floats, losses: Floats, unit: str, figure: "F
     axes.set(xlabel="position between the models", ylabel=unit)
 
 
-def _draw_marks(axes: "Axes", marks: Floats, **style: Any) -> None:
+def _draw_marks(axes: "Axes", marks: FloatArray, **style: Any) -> None:
     """Draw a cross for one point, or a path from a dot to a star for several; marks are ``(2 or 3, point)``."""
     if marks.shape[1] == 1:
         axes.plot(*marks, "+", color=MARK_COLOR, markersize=12, markeredgewidth=2, **style)

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from unbraid.errors import UserError
-from unbraid.io import write_atomically
+from unbraid.io import write_json
 from unbraid.lab.landscape import LossFunction, WeightPoints
-from unbraid.lab.weight_directions import Floats
+from unbraid.type_aliases import FloatArray
 from unbraid.signals import StopRequest
 
 SAVE_EVERY_SECONDS = 10.0
@@ -32,7 +32,7 @@ class PointLosses:
         signal: Number of the signal that stopped the computation; 0 for none.
     """
 
-    losses: Floats
+    losses: FloatArray
     n_done: int
     n_new: int
     seconds: float
@@ -102,7 +102,7 @@ def points_file_name(key: Mapping[str, Any]) -> str:
 def write_points(path: Path, key: Mapping[str, Any], losses: list[float]) -> None:
     """Write losses to a JSON file; NaN and infinity, which JSON lacks, are written as text."""
     values = [loss if math.isfinite(loss) else str(loss) for loss in losses]
-    write_atomically(path, json.dumps({"key": key, "losses": values}) + "\n")
+    write_json(path, {"key": key, "losses": values}, indent=None)
 
 
 def read_points(path: Path, key: Mapping[str, Any]) -> list[float]:

@@ -14,7 +14,7 @@ import torch
 from unbraid.build import build_model, choose_device, load_weights
 from unbraid.errors import CheckpointError, UserError
 from unbraid.figures import FigureSpec, write_figure
-from unbraid.io import write_atomically
+from unbraid.io import finite_or_none, write_json
 from unbraid.lab.experiment import Experiment, mean_loss
 from unbraid.lab.landscape import (
     LossFunction,
@@ -26,8 +26,9 @@ from unbraid.lab.landscape import (
 )
 from unbraid.lab.landscape_figure import interpolation_figure, path_figures, random_slice_figures
 from unbraid.lab.landscape_points import PointLosses, evaluate_points, points_file_name
-from unbraid.lab.weight_directions import Floats, filter_layouts, weights_digest
-from unbraid.records import RunDirectory
+from unbraid.lab.weight_directions import filter_layouts, weights_digest
+from unbraid.type_aliases import FloatArray
+from unbraid.run_directory import RunDirectory
 from unbraid.robust.precision import Precision
 from unbraid.signals import StopRequest
 from unbraid.train.checkpoint import complete_checkpoints, find_checkpoint, read_checkpoint
@@ -46,7 +47,7 @@ class LandscapeView:
 
     name: Literal["around", "between", "path"]
     points: WeightPoints
-    figures: Callable[[Floats], list[FigureSpec]]
+    figures: Callable[[FloatArray], list[FigureSpec]]
     arrays: dict[str, Any] = field(default_factory=dict)
 
 
@@ -88,7 +89,7 @@ def random_view(experiment: Experiment, *, span: float = 1.0, n_points: int = 21
         filters=filter_layouts(experiment.copy_model()),
     )
 
-    def figures(losses: Floats) -> list[FigureSpec]:
+    def figures(losses: FloatArray) -> list[FigureSpec]:
         return random_slice_figures(slices, losses, name=experiment.name, unit=unit)
 
     arrays = {"offsets": slices.offsets.tolist(), "order": "lines of each direction, then the grid row by row"}
@@ -116,7 +117,7 @@ def interpolation_view(
     unit = loss_label(experiment)
     interpolation = interpolate(experiment.weights, weights, beyond=beyond, n_points=n_points)
 
-    def figures(losses: Floats) -> list[FigureSpec]:
+    def figures(losses: FloatArray) -> list[FigureSpec]:
         return [interpolation_figure(interpolation, losses, names=names, unit=unit)]
 
     arrays = {"at": interpolation.positions.tolist(), "order": "along the line"}
@@ -143,7 +144,7 @@ def path_view(experiment: Experiment, run: Path, *, margin: float = 0.25, n_poin
     name = run.resolve().name
     unit = loss_label(experiment)
 
-    def figures(losses: Floats) -> list[FigureSpec]:
+    def figures(losses: FloatArray) -> list[FigureSpec]:
         return path_figures(path_points, losses, name=name, unit=unit)
 
     arrays = {
@@ -267,7 +268,7 @@ def draw_landscape(
             for figure in figures
         ],
     }
-    write_atomically(json_file, json.dumps(table, indent=1, allow_nan=False) + "\n")
+    write_json(json_file, table)
     return result, figures
 
 
@@ -307,4 +308,4 @@ def _check_same_weights(json_file: Path, digest: str) -> None:
 
 
 def _finite_or_null(values: Iterable[float]) -> list[float | None]:
-    return [float(value) if math.isfinite(value) else None for value in values]
+    return [finite_or_none(float(value)) for value in values]

@@ -13,7 +13,7 @@ import torch
 from scipy.ndimage import gaussian_filter1d
 from torch import nn
 
-from unbraid.columns import Floats
+from unbraid.type_aliases import FloatArray
 from unbraid.config.recipe import Component
 from unbraid.data.batch import Batch
 from unbraid.errors import UserError
@@ -22,8 +22,8 @@ from unbraid.plot_data import running_mean
 from unbraid.signals import StopRequest
 from unbraid.train.state import TrainState, evaluation_weights, set_learning_rate
 from unbraid.train.step import train_step
+from unbraid.type_aliases import ProgressCallback
 
-Progress = Callable[[float, str], None]
 
 FROM, TO, N_STEPS = 1e-7, 10.0, 200
 FIRST_STEPS = 20
@@ -77,11 +77,11 @@ class RangeTest:
     name: str
     optimizer: str
     clipper: str
-    lrs: Floats
-    losses: Floats
-    smoothed_capped: Floats
-    grad_norms: Floats
-    update_ratios: Floats
+    lrs: FloatArray
+    losses: FloatArray
+    smoothed_capped: FloatArray
+    grad_norms: FloatArray
+    update_ratios: FloatArray
     stop_reason: str
     suggestion: float | None
     reason: str
@@ -98,8 +98,8 @@ class LrGrid:
         n_items: Mixtures that it is judged by.
     """
 
-    lrs: Floats
-    losses: Floats
+    lrs: FloatArray
+    losses: FloatArray
     n_steps: int
     n_items: int
 
@@ -110,7 +110,7 @@ class LrGrid:
         return float(self.lrs[np.where(finite, self.losses, np.inf).argmin()]) if finite.any() else None
 
 
-def learning_rates(start: float = FROM, end: float = TO, n_steps: int = N_STEPS) -> Floats:
+def learning_rates(start: float = FROM, end: float = TO, n_steps: int = N_STEPS) -> FloatArray:
     """Learning rates that grow by the same factor from step to step, ``(step,)``.
 
     Raises:
@@ -127,10 +127,10 @@ def learning_rates(start: float = FROM, end: float = TO, n_steps: int = N_STEPS)
 
 def lr_range(
     experiment: Experiment,
-    lrs: Floats | None = None,
+    lrs: FloatArray | None = None,
     *,
     stop: StopRequest | None = None,
-    progress: Progress = lambda _done, _text: None,
+    progress: ProgressCallback = lambda _done, _text: None,
 ) -> RangeTest:
     """Test a range of learning rates on a copy of a experiment's model, one step with each.
 
@@ -202,10 +202,10 @@ def measure_step(state: TrainState, parts: Sequence[Batch], lr: float) -> RangeS
 
 def run_range_test(
     take_step: Callable[[float], RangeStep],
-    lrs: Floats,
+    lrs: FloatArray,
     *,
     stop: StopRequest | None = None,
-    progress: Progress = lambda _done, _text: None,
+    progress: ProgressCallback = lambda _done, _text: None,
 ) -> tuple[list[RangeStep], str, bool]:
     """Take a step with each learning rate in turn until the loss is lost.
 
@@ -229,7 +229,7 @@ def run_range_test(
     return points, f"It went through to {format_lr(lrs[-1])}, and the loss was never lost.", False
 
 
-def divergence_reason(losses: Floats, n_planned: int) -> str:
+def divergence_reason(losses: FloatArray, n_planned: int) -> str:
     """What says that the loss is lost by now; empty where nothing does.
 
     It is lost if it has given back half of its descent (`LOST`) and that is no chance: mixtures differ, and so do
@@ -259,12 +259,12 @@ def n_baseline_steps(n_planned: int) -> int:
     return max(FIRST_STEPS, n_planned // 10)
 
 
-def loss_noise(losses: Floats, n_first: int) -> float:
+def loss_noise(losses: FloatArray, n_first: int) -> float:
     """How much the loss differs between mixtures alone: its standard deviation from one first step to the next."""
     return float(np.diff(losses[:n_first]).std(ddof=1) / np.sqrt(2))
 
 
-def smooth_losses(losses: Floats, n_first: int) -> Floats:
+def smooth_losses(losses: FloatArray, n_first: int) -> FloatArray:
     """Each loss averaged with its neighbours before and after, by a Gaussian of 3 % of the steps; ``(step,)``.
 
     It is capped: a loss higher than any of the first counts as the highest of those, or a single one that has gone
@@ -283,7 +283,7 @@ def smooth_losses(losses: Floats, n_first: int) -> Floats:
 
 
 def suggest_lr(
-    lrs: Floats, losses: Floats, *, n_planned: int | None = None, lost: bool = False
+    lrs: FloatArray, losses: FloatArray, *, n_planned: int | None = None, lost: bool = False
 ) -> tuple[float | None, str]:
     """The learning rate by which the smoothed loss has done most of its descent (`DONE`), and why.
 
@@ -338,12 +338,12 @@ def suggest_lr(
 
 def lr_grid(
     experiment: Experiment,
-    lrs: Sequence[float] | Floats,
+    lrs: Sequence[float] | FloatArray,
     *,
     n_steps: int = 50,
     n_items: int = 32,
     stop: StopRequest | None = None,
-    progress: Progress = lambda _done, _text: None,
+    progress: ProgressCallback = lambda _done, _text: None,
 ) -> LrGrid:
     """Train for a few steps with each learning rate, from the same weights on the same mixtures, and compare the ends.
 
@@ -380,7 +380,7 @@ def _judged(state: TrainState, fixed: Sequence[Batch]) -> float:
         return float(mean_loss(state.unwrapped_model, state.loss, state.precision, fixed))
 
 
-def lrs_around(lr: float, *, decades: float = 1.5, a_decade: int = 2) -> Floats:
+def lrs_around(lr: float, *, decades: float = 1.5, a_decade: int = 2) -> FloatArray:
     """Learning rates on the grid of ``a_decade`` a decade that lie about one, ``(rate,)``."""
     middle = round(a_decade * np.log10(lr))
     reach = round(a_decade * decades)

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from unbraid.columns import Floats
+from unbraid.type_aliases import FloatArray
 from unbraid.figures import FigureSpec, write_figure
-from unbraid.io import write_atomically
+from unbraid.io import to_json_row, write_json
 from unbraid.lab.lr_range import LrGrid, RangeTest, format_lr
-from unbraid.records import json_row
+from unbraid.io import to_json_row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -89,7 +89,7 @@ def range_test_json(test: RangeTest, grid: LrGrid | None = None) -> dict[str, An
     if grid is not None:
         told |= {"grid_lrs": grid.lrs.tolist(), "grid_losses": grid.losses.tolist(), "grid_best": grid.best}
         told |= {"grid_steps": grid.n_steps, "grid_items": grid.n_items}
-    return json_row(told)
+    return to_json_row(told)
 
 
 def write_lr_range(out: Path, test: RangeTest, grid: LrGrid | None = None) -> Path:
@@ -107,7 +107,7 @@ def write_lr_range(out: Path, test: RangeTest, grid: LrGrid | None = None) -> Pa
         OSError: If the folder cannot be written to.
     """
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "lr-range.json", json.dumps(range_test_json(test, grid), indent=1, allow_nan=False) + "\n")
+    write_json(out / "lr-range.json", range_test_json(test, grid))
     return write_figure(lr_range_figure(test, grid), out)
 
 
@@ -137,7 +137,7 @@ def _draw_loss(axes: "Axes", test: RangeTest, grid: LrGrid | None) -> None:
     axes.legend(frameon=False, fontsize="small")
 
 
-def _limits(shown: Floats, test: RangeTest) -> tuple[float | None, float | None]:
+def _limits(shown: FloatArray, test: RangeTest) -> tuple[float | None, float | None]:
     """From the lowest to not much above where it began: what is lost may be higher by any power of ten."""
     if not len(shown):
         return None, None
@@ -155,5 +155,5 @@ def _draw_norms(axes: "Axes", test: RangeTest) -> None:
     beside.set_ylabel("update over weights", color=RATIO)
 
 
-def _positive(values: Floats) -> Floats:
+def _positive(values: FloatArray) -> FloatArray:
     return np.where(values > 0, values, np.nan)

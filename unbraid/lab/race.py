@@ -12,7 +12,7 @@ from unbraid.config.schema import assignment
 from unbraid.errors import RecipeError
 from unbraid.lab.confidence import Interval, mean_interval
 from unbraid.lab.sweep import Arm, RunSummary, SweepRun, arms_from_options, plan_runs
-from unbraid.records import to_json_row
+from unbraid.io import to_json_row
 from unbraid.train.optim import OPTIMIZERS
 
 

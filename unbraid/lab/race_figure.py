@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from unbraid.columns import Floats
 from unbraid.figures import FigureSpec
 from unbraid.lab.sweep import RunEnd, SweepRun
 from unbraid.plot_data import running_mean
 from unbraid.records import read_steps, read_validation
+from unbraid.type_aliases import FloatArray
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Curves = Mapping[str, Sequence[tuple[Floats, Floats]]]
+Curves = Mapping[str, Sequence[tuple[FloatArray, FloatArray]]]
 """By arm: for each seed steps and values."""
 
 DASHES = ("-", "--", ":", "-.")
@@ -34,7 +34,7 @@ class RaceCurves:
 
 def read_curves(cells: Sequence[tuple[SweepRun, RunEnd]]) -> RaceCurves:
     """The curves of some runs, by their records."""
-    losses, norms, scores = (dict[str, list[tuple[Floats, Floats]]]() for _ in range(3))
+    losses, norms, scores = (dict[str, list[tuple[FloatArray, FloatArray]]]() for _ in range(3))
     for cell, _ in cells:
         trained = [record for record in read_steps(cell.directory.steps) if record.trained]
         rows = {
@@ -93,11 +93,11 @@ def draw_race(courses: RaceCurves, figure: "Figure", *, about: str = "") -> None
     figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize="small")
 
 
-def _smoothed(curves: Sequence[tuple[Floats, Floats]]) -> list[tuple[Floats, Floats]]:
+def _smoothed(curves: Sequence[tuple[FloatArray, FloatArray]]) -> list[tuple[FloatArray, FloatArray]]:
     return [(at, running_mean(values, max(1, len(values) // 50))) for at, values in curves if len(at)]
 
 
-def _band(axes: "Axes", curves: Sequence[tuple[Floats, Floats]], style: Mapping[str, Any]) -> None:
+def _band(axes: "Axes", curves: Sequence[tuple[FloatArray, FloatArray]], style: Mapping[str, Any]) -> None:
     """The mean over seeds, from lowest to highest around it; where one ended early its last steps are drawn alone."""
     if not curves:
         axes.plot([], [], **style)

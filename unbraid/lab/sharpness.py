@@ -10,6 +10,7 @@ from torch import Tensor
 
 from unbraid.data.batch import Batch
 from unbraid.errors import UserError
+from unbraid.io import to_json_row
 from unbraid.lab.experiment import Experiment, mean_loss
 from unbraid.lab.gradient_noise import NoiseScale, noise_scale
 from unbraid.lab.hessian import (
@@ -21,7 +22,6 @@ from unbraid.lab.hessian import (
     gradient,
     hessian_product,
 )
-from unbraid.records import json_row
 from unbraid.robust.precision import Precision
 from unbraid.seeding import generator
 from unbraid.signals import StopRequest
@@ -60,7 +60,7 @@ class Sharpness:
         hessian = {name: value for name, value in asdict(self.eigenvalues).items() if name != "vector"}
         hessian["converged"] = self.eigenvalues.converged
         hessian["lowest_converged"] = self.eigenvalues.lowest_converged
-        return json_row(
+        return to_json_row(
             {
                 "hessian": hessian,
                 "noise_scale": self.noise and asdict(self.noise),

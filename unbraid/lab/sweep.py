@@ -21,8 +21,9 @@ from unbraid.config.recipe import Recipe, differences, load_recipe, recipe_table
 from unbraid.config.schema import assignment
 from unbraid.console import Ticker
 from unbraid.errors import CheckpointError, RecipeError, TrainingStopped, UserError
-from unbraid.io import write_atomically
-from unbraid.records import Event, RunDirectory, StepRecord, read_rows, read_steps, read_validation
+from unbraid.io import write_json
+from unbraid.records import Event, StepRecord, read_rows, read_steps, read_validation
+from unbraid.run_directory import RunDirectory
 from unbraid.run import train
 from unbraid.signals import StopRequest
 from unbraid.train.checkpoint import find_checkpoint
@@ -263,7 +264,7 @@ def train_to_end(cell: SweepRun, *, stop: StopRequest, progress: Callable[[float
     last = steps[-1].step if steps else 0
     how = "finished" if not reason else "diverged" if steps and steps[-1].outcome in FAULTS else "stopped"
     ended = RunEnd(how, last, reason)
-    write_atomically(cell.directory.path / ENDED, json.dumps(asdict(ended), indent=1) + "\n")
+    write_json(cell.directory.path / ENDED, asdict(ended))
     return ended
 
 

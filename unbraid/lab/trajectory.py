@@ -10,14 +10,15 @@ import torch
 from scipy.stats import pearsonr
 
 import unbraid
-from unbraid.columns import Floats
 from unbraid.config.recipe import Component, Recipe
 from unbraid.config.registry import build_component
+from unbraid.io import finite_or_none
 from unbraid.lab.experiment import Experiment
 from unbraid.lab.smoothness import FRACTIONS, flat_weights, gradient_function, smoothness
 from unbraid.robust import CLIPPERS
 from unbraid.train.state import TrainState, set_learning_rate
 from unbraid.train.step import train_step
+from unbraid.type_aliases import FloatArray
 
 RECIPE_CLIPPER = "recipe"
 """Name of the recipe's own clipper with its options."""
@@ -88,7 +89,7 @@ class Trajectory:
     steps: tuple[StepMeasurement, ...]
     stop_reason: str | None = None
 
-    def column(self, name: Column) -> Floats:
+    def column(self, name: Column) -> FloatArray:
         """Return one value for each step, ``(n_steps,)``; NaN where it is missing."""
         values = [getattr(step, name) for step in self.steps]
         return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
@@ -108,7 +109,7 @@ class Trajectory:
         is_late = self.column("step") >= first_step
         return correlate(self._log_column(x)[is_late], self._log_column(y)[is_late])
 
-    def _log_column(self, name: Column) -> Floats:
+    def _log_column(self, name: Column) -> FloatArray:
         values = self.column(name)
         # A loss in dB falls below 0, where it has no logarithm; it is a logarithm already.
         return values if name == "loss" else log_or_nan(values)
@@ -195,14 +196,14 @@ def _json_number(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else float(f"{value:.6g}")
 
 
-def log_or_nan(values: Floats) -> Floats:
+def log_or_nan(values: FloatArray) -> FloatArray:
     """Return natural logarithms of the same shape; NaN for values that are not finite or not above 0."""
     has_log = np.isfinite(values) & (values > 0)
     # np.log would warn about 0 and negative values, so they are replaced before and masked after.
     return np.where(has_log, np.log(np.where(has_log, values, 1.0)), np.nan)
 
 
-def correlate(x: Floats, y: Floats) -> Correlation:
+def correlate(x: FloatArray, y: FloatArray) -> Correlation:
     """Return Pearson's correlation of two series, ``(n,)`` each, over the points where both are finite."""
     is_finite = np.isfinite(x) & np.isfinite(y)
     x = x[is_finite]
@@ -258,7 +259,7 @@ def measure_steps(experiment: Experiment, state: TrainState, *, n_steps: int, ev
             grad_norm=record.grad_norm,
             max_norm=record.max_norm,
             step_size=float(torch.linalg.vector_norm(change.double())),
-            smoothness=local_smoothness if math.isfinite(local_smoothness) else None,
+            smoothness=finite_or_none(local_smoothness),
             clipped=record.clipped,
         )
 

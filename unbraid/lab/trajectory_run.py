@@ -9,7 +9,7 @@ from time import perf_counter
 from unbraid.config.recipe import load_recipe, recipe_table
 from unbraid.errors import UserError
 from unbraid.figures import write_figure
-from unbraid.io import write_atomically
+from unbraid.io import write_json
 from unbraid.lab.experiment import Experiment, experiment_from_recipe
 from unbraid.lab.trajectory import (
     StepMeasurement,
@@ -20,7 +20,7 @@ from unbraid.lab.trajectory import (
 )
 from unbraid.lab.weight_directions import weights_digest
 from unbraid.plots import check_matplotlib
-from unbraid.records import RunDirectory
+from unbraid.run_directory import RunDirectory
 from unbraid.signals import StopRequest
 from unbraid.train.checkpoint import find_checkpoint, read_checkpoint, save_checkpoint
 from unbraid.train.state import TrainState
@@ -179,7 +179,7 @@ def write_comparison(comparison: TrajectoryComparison, folder: Path, numbers: Pa
 
     file = numbers or folder / "trajectory.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, json.dumps(comparison.as_json(), allow_nan=False) + "\n")
+    write_json(file, comparison.as_json(), indent=None)
     folder.mkdir(parents=True, exist_ok=True)
     picture = write_figure(trajectory_figure(comparison), folder)
     return [f"The figure is {picture}, and the numbers are in {file}."]

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from unbraid.models.bs_roformer import BandLinear, BandSplit
 from unbraid.seeding import generator
+from unbraid.type_aliases import FloatArray
 
-Floats = npt.NDArray[np.float64]
 Weights = Mapping[str, Tensor]
 """A state dict, or the difference of two; a tensor missing from a difference is 0 there."""
 
@@ -150,9 +150,9 @@ class PathPlane:
     """
 
     axes: tuple[dict[str, Tensor], dict[str, Tensor]]
-    coordinates: Floats
-    variance_ratios: Floats
-    distances: Floats
+    coordinates: FloatArray
+    variance_ratios: FloatArray
+    distances: FloatArray
 
 
 def principal_plane(points: Sequence[Weights], names: Sequence[str]) -> PathPlane:
@@ -202,7 +202,7 @@ def principal_plane(points: Sequence[Weights], names: Sequence[str]) -> PathPlan
     return PathPlane(axes, coordinates, nonnegative / nonnegative.sum(), distances)
 
 
-def _mix_differences(points: Sequence[Weights], names: Sequence[str], mixing: Floats) -> dict[str, Tensor]:
+def _mix_differences(points: Sequence[Weights], names: Sequence[str], mixing: FloatArray) -> dict[str, Tensor]:
     """Return a linear combination of the differences to the last point, in float64 against cancellation."""
     direction = {}
     for name in names:
@@ -216,7 +216,7 @@ def _differences(points: Sequence[Weights], name: str) -> Tensor:
     return stacked - stacked[-1]
 
 
-def random_walk_variance_ratios(n_points: int) -> Floats:
+def random_walk_variance_ratios(n_points: int) -> FloatArray:
     """Return `PathPlane.variance_ratios` of a random walk in many dimensions, ``(point - 1,)``.
 
     A long random walk has 61 % and 15 % of its variance along its first two axes, although it heads nowhere.

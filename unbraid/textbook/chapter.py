@@ -1,28 +1,25 @@
 """The chapter on gradient descent in a folder: every plate's figure and animation, their numbers, and a page."""
 
 import html
-import json
-import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unbraid.figures import FigureSpec, write_figure
-from unbraid.io import atomic_replace, write_atomically
+from unbraid.io import atomic_replace, finite_or_none, write_atomically, write_json
 from unbraid.plots import check_matplotlib
 from unbraid.textbook.animation import frames, has_ffmpeg, write_gif, write_mp4
 from unbraid.textbook.line_figure import line_figures
 from unbraid.textbook.surfaces_figure import surface_figures
+from unbraid.type_aliases import ProgressCallback
 
 if TYPE_CHECKING:
     pass
 
-Progress = Callable[[float, str], None]
-
 
 def write_chapter(
-    out: Path, *, loss: str = "l2", seed: int = 0, animate: bool = True, progress: Progress | None = None
+    out: Path, *, loss: str = "l2", seed: int = 0, animate: bool = True, progress: ProgressCallback | None = None
 ) -> Path:
     """Make every plate, and write figures, animations, ``numbers.json`` and ``index.html``.
 
@@ -57,7 +54,7 @@ def write_chapter(
         progress(0.3 + 0.7 * sum(work[:place]) / sum(work), plate.name)
         _write_figure(out, plate, animate=animate, videos=videos)
     told = {"loss": loss, "seed": seed, "plates": [_as_json(plate) for plate in plates]}
-    write_atomically(out / "numbers.json", json.dumps(told, indent=1, allow_nan=False) + "\n")
+    write_json(out / "numbers.json", told)
     write_atomically(out / "index.html", page(plates, loss=loss, seed=seed, animate=animate, videos=videos))
     progress(1.0, "")
     return out / "index.html"
@@ -77,7 +74,7 @@ def _write_figure(out: Path, plate: FigureSpec, *, animate: bool, videos: bool) 
 
 def _as_json(plate: FigureSpec) -> dict[str, Any]:
     """JSON knows no infinity and no NaN: those are null."""
-    numbers = {name: float(value) if math.isfinite(value) else None for name, value in plate.numbers.items()}
+    numbers = {name: finite_or_none(float(value)) for name, value in plate.numbers.items()}
     return {"name": plate.name, "title": plate.title, "caption": plate.caption, "numbers": numbers}
 
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from unbraid.columns import Floats
 from unbraid.textbook.line import B_RANGE, M_RANGE, TRUE_B, TRUE_M, Grid, Points, Problem
+from unbraid.type_aliases import FloatArray
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,7 +30,7 @@ def draw_line(axes: "Axes", line: Iterable[float], color: str, label: str | None
     return artist
 
 
-def heights(line: Iterable[float]) -> Floats:
+def heights(line: Iterable[float]) -> FloatArray:
     """A line's y at both ends of the figure, ``(2,)``."""
     m, b = map(float, line)
     return m * X_RANGE + b
@@ -50,7 +50,7 @@ def draw_contour(axes: "Axes", grid: Grid, problem: Problem) -> None:
     axes.set(xlabel="m", ylabel="b", xlim=M_RANGE, ylim=B_RANGE)
 
 
-def drawable(path: Tensor) -> Floats:
+def drawable(path: Tensor) -> FloatArray:
     """A path ``(step, 2)`` to draw, as ``(2, step)``: what is far outside is brought nearer, in its direction."""
     size = path.abs().amax(1, keepdim=True).clamp(min=1e3)
     return (path / size * 1e3).numpy().T

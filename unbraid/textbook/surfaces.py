@@ -14,8 +14,8 @@ from unbraid.robust.clip import AutoClip, Clipper, FixedClip, NoClip, clip_
 from unbraid.robust.transform import ValueClip
 from unbraid.seeding import generator
 from unbraid.train.optim import OPTIMIZERS
+from unbraid.type_aliases import FloatArray
 
-Floats = npt.NDArray[np.float64]
 Loss = Callable[[Tensor], Tensor]
 """Points ``(point, 2)`` to losses ``(point,)``."""
 
@@ -29,8 +29,8 @@ class Quadratic:
         lowest: Where it is 0, ``(2,)``.
     """
 
-    hessian: Floats
-    lowest: Floats
+    hessian: FloatArray
+    lowest: FloatArray
 
     @classmethod
     def turned(cls, curvatures: tuple[float, float], degrees: float, lowest: tuple[float, float]) -> "Quadratic":
@@ -56,8 +56,8 @@ class Dents:
         curvature: Of the bowl.
     """
 
-    centres: Floats
-    depths: Floats
+    centres: FloatArray
+    depths: FloatArray
     width: float
     curvature: float
 
@@ -100,14 +100,16 @@ class FedBack:
         return (state - self.target).square()
 
 
-def evaluate(loss: Loss, points: npt.ArrayLike) -> Floats:
+def evaluate(loss: Loss, points: npt.ArrayLike) -> FloatArray:
     """Losses at points ``(..., 2)``, in one pass."""
     wide = np.asarray(points, dtype=float)
     with torch.no_grad():
         return loss(torch.from_numpy(wide.reshape(-1, 2))).numpy().reshape(wide.shape[:-1])
 
 
-def grid(across: tuple[float, float], up: tuple[float, float], n_points: int) -> tuple[Floats, Floats, Floats]:
+def grid(
+    across: tuple[float, float], up: tuple[float, float], n_points: int
+) -> tuple[FloatArray, FloatArray, FloatArray]:
     """Two axes, x and y, each ``(n_points,)``, and the points of their grid, ``(y, x, 2)``."""
     x, y = np.linspace(*across, n_points), np.linspace(*up, n_points)
     return x, y, np.stack(np.meshgrid(x, y), axis=-1)
@@ -123,16 +125,16 @@ class Descent:
         norms: Of the gradient before clipping, ``(step, start)``.
     """
 
-    points: Floats
-    losses: Floats
-    norms: Floats
+    points: FloatArray
+    losses: FloatArray
+    norms: FloatArray
 
     def of(self, which: slice) -> "Descent":
         """Those of some starts."""
         return Descent(self.points[:, which], self.losses[:, which], self.norms[:, which])
 
     @property
-    def outcome(self) -> Floats:
+    def outcome(self) -> FloatArray:
         """Mean loss over the last tenth of the steps, ``(start,)``: who swings about is judged by all of the swing."""
         n_last = max(1, len(self.losses) // 10)
         last = np.where(np.isfinite(self.losses[-n_last:]), self.losses[-n_last:], np.inf)
@@ -264,13 +266,13 @@ def clip_by(clipper: Clipper | ValueClip, weight: nn.Parameter) -> None:
         clipper(weight, weight.grad)
 
 
-def autoclip_limits(norms: npt.ArrayLike, percentile: float) -> Floats:
+def autoclip_limits(norms: npt.ArrayLike, percentile: float) -> FloatArray:
     """The limit that `AutoClip` sets in each step of a series of norms, ``(step,)``."""
     clipper, known = AutoClip(percentile=percentile), torch.as_tensor(np.asarray(norms, dtype=float))
     return np.array([float(clipper(norm, norm.isfinite())) for norm in known])
 
 
-def training_norms(seed: int, n_steps: int = 600, *, batch_size: int = 8) -> Floats:
+def training_norms(seed: int, n_steps: int = 600, *, batch_size: int = 8) -> FloatArray:
     """Gradient norms of a small training, ``(step,)``: a net of 16 tanh units fits a sine from noisy points.
 
     One label in 25 is off by far, as bad examples are: most norms are small, and a few very large.
@@ -293,7 +295,7 @@ def training_norms(seed: int, n_steps: int = 600, *, batch_size: int = 8) -> Flo
 _SHAPES = (((1, 16), 2.0), ((16,), 1.0), ((16, 1), 0.25), ((1,), 0.1))
 
 
-def orthogonal(rng: np.random.Generator, n_units: int) -> Floats:
+def orthogonal(rng: np.random.Generator, n_units: int) -> FloatArray:
     """A random orthogonal matrix: times a factor it has all its eigenvalues at that radius."""
     q, r = np.linalg.qr(rng.normal(size=(n_units, n_units)))
     return q * np.sign(np.diag(r))
@@ -301,7 +303,7 @@ def orthogonal(rng: np.random.Generator, n_units: int) -> Floats:
 
 def recurrent_gradients(
     weight: npt.ArrayLike, inputs: npt.ArrayLike, direction: npt.ArrayLike, *, linear: bool = False
-) -> Floats:
+) -> FloatArray:
     """Gradient of a loss at the end by the state so many steps before, ``(time + 1, unit)``, distance 0 first.
 
     The net is ``state = tanh(W state + input)``, or without the tanh, and the loss ``direction`` times the last
@@ -324,7 +326,7 @@ def recurrent_gradients(
 
 def lstm_gradients(
     rng: np.random.Generator, inputs: npt.ArrayLike, direction: npt.ArrayLike, forget_bias: float
-) -> Floats:
+) -> FloatArray:
     """As `recurrent_gradients` for an LSTM, by its whole state: output beside cell, ``(time + 1, 2 unit)``.
 
     Output and cell count as two states that could be set apart, so that nothing is counted twice.

@@ -14,7 +14,6 @@ from unbraid.textbook.surfaces import (
     Dents,
     Descent,
     FedBack,
-    Floats,
     Loss,
     Quadratic,
     Racer,
@@ -31,6 +30,7 @@ from unbraid.textbook.surfaces import (
     training_norms,
 )
 from unbraid.train.optim import OPTIMIZERS
+from unbraid.type_aliases import FloatArray
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,16 +56,16 @@ class _Ground:
         losses: ``(y, x)``.
     """
 
-    x: Floats
-    y: Floats
-    losses: Floats
+    x: FloatArray
+    y: FloatArray
+    losses: FloatArray
 
     @classmethod
     def of(cls, loss: Loss, across: tuple[float, float], up: tuple[float, float], n_points: int = 181) -> "_Ground":
         x, y, points = grid(across, up, n_points)
         return cls(x, y, evaluate(loss, points))
 
-    def draw(self, axes: "Axes", levels: Floats, labels: tuple[str, str] = ("x", "y")) -> None:
+    def draw(self, axes: "Axes", levels: FloatArray, labels: tuple[str, str] = ("x", "y")) -> None:
         axes.contourf(self.x, self.y, self.losses, levels=levels, cmap="Blues_r", extend="both", alpha=0.6)
         axes.set(xlim=(self.x[0], self.x[-1]), ylim=(self.y[0], self.y[-1]), xlabel=labels[0], ylabel=labels[1])
 
@@ -136,7 +136,7 @@ def _of_race(found: Mapping[str, Racer]) -> dict[str, float]:
 
 
 def _show_race(
-    found: Mapping[str, Racer], ground: _Ground, levels: Floats, lowest: Floats, scale: str, figure: "Figure"
+    found: Mapping[str, Racer], ground: _Ground, levels: FloatArray, lowest: FloatArray, scale: str, figure: "Figure"
 ) -> Callable[[int], None]:
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
     ground.draw(left, levels)
@@ -154,7 +154,7 @@ def _trails(
     figure: "Figure", ground: "Axes", beside: "Axes", paths: Mapping[str, Descent], *others: "Axes"
 ) -> Callable[[int], None]:
     """Paths on the surface, their heads, and their losses; returns what lets them grow to a step."""
-    drawn: list[tuple[Any, Floats]] = []
+    drawn: list[tuple[Any, FloatArray]] = []
     for color, (name, descent) in zip(COLORS, paths.items(), strict=False):
         points, losses = descent.points[:, 0], descent.losses[:, 0]
         for axes in (ground, *others):
@@ -248,7 +248,7 @@ def recurrence(seed: int, n_times: int = 100, n_units: int = 32) -> FigureSpec:
     rng = generator(seed, "recurrence")
     turn, inputs = orthogonal(rng, n_units), rng.normal(0, 0.1, (n_times, n_units))
     direction = np.ones(n_units) / n_units**0.5
-    curves: dict[str, Floats] = {}
+    curves: dict[str, FloatArray] = {}
     for radius in (0.9, 1.1, 2.0):
         curves[f"linear, {radius:g}"] = recurrent_gradients(radius * turn, inputs, direction, linear=True)
         curves[f"tanh, {radius:g}"] = recurrent_gradients(radius * turn, inputs, direction)
@@ -275,7 +275,7 @@ def recurrence(seed: int, n_times: int = 100, n_units: int = 32) -> FigureSpec:
     )
 
 
-def _draw_recurrence(norms: Mapping[str, Floats], figure: "Figure") -> None:
+def _draw_recurrence(norms: Mapping[str, FloatArray], figure: "Figure") -> None:
     axes, colors = figure.add_subplot(), dict(zip(("0.9", "1.1", "2"), COLORS, strict=False))
     for name, norm in norms.items():
         kind, last = name.split(", ")[0], name.split(" ")[-1]
@@ -314,7 +314,7 @@ def autoclip(seed: int) -> FigureSpec:
     )
 
 
-def _draw_autoclip(norms: Floats, limits: Mapping[int, Floats], figure: "Figure") -> None:
+def _draw_autoclip(norms: FloatArray, limits: Mapping[int, FloatArray], figure: "Figure") -> None:
     from matplotlib import colormaps
 
     axes = figure.add_subplot()

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from unbraid import dist
-from unbraid.records import Event, RunDirectory, StepRecord, ValidationRecord, append_record
+from unbraid.records import Event, EventCode, StepRecord, ValidationRecord, append_record
+from unbraid.run_directory import RunDirectory
 
 Record = StepRecord | ValidationRecord | Event
 """What a run yields."""
@@ -34,7 +35,14 @@ class EventLog:
                 self.untold.append(Event("LOG_FAILED", record.step, dist.rank(), message))
 
     def tell(
-        self, code: str, step: int, message: str, *, rank: int | None = None, files: Sequence[str] = (), **evidence: Any
+        self,
+        code: EventCode,
+        step: int,
+        message: str,
+        *,
+        rank: int | None = None,
+        files: Sequence[str] = (),
+        **evidence: Any,
     ) -> None:
         """Write an event, and keep it for whoever listens."""
         event = Event(code, step, dist.rank() if rank is None else rank, message, tuple(files), evidence)

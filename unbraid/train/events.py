@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from unbraid import dist
 from unbraid.data.mixing import AudioFault
 from unbraid.errors import AudioError
-from unbraid.records import Event, StepRecord
+from unbraid.records import Event, EventCode, StepRecord, skip_code
 from unbraid.train.event_log import EventLog
 from unbraid.train.incident import has_custom_code, join_batches, make_incident, write_incident
 from unbraid.train.settings import Job
@@ -90,7 +90,7 @@ class Observer:
             "norm": record.grad_norm,
             "items": [[item.purpose, item.epoch, item.index] for item in record.bad_items],
         }
-        code = "STEP_RESCUED" if rescued else f"STEP_SKIPPED_{record.outcome.upper()}"
+        code: EventCode = "STEP_RESCUED" if rescued else skip_code(record.outcome)
         return Event(code, record.step, dist.rank(), message, tuple(files), evidence)
 
     def _keep_for_replay(self, record: StepRecord, launched: LaunchedStep) -> tuple[str, bool]:

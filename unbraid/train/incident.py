@@ -16,8 +16,8 @@ from torch import Tensor
 from unbraid import dist
 from unbraid.data.batch import Batch
 from unbraid.errors import CheckpointError
-from unbraid.io import write_atomically
-from unbraid.records import SCHEMA_VERSION, ItemId, StepRecord, json_row
+from unbraid.io import to_json_row, write_json
+from unbraid.records import SCHEMA_VERSION, ItemId, StepRecord
 from unbraid.robust.precision import Precision
 from unbraid.train.checkpoint import read_verified, write_tensors
 from unbraid.train.diagnose import Diagnosis, diagnose
@@ -132,7 +132,7 @@ def write_incident(folder: Path, incident: Incident) -> Path:
         temporary.mkdir(parents=True)
         tensors = {"model.safetensors": incident.weights, "batch.safetensors": audio}
         about["sha256"] = {name: write_tensors(temporary / name, some) for name, some in tensors.items()}
-        write_atomically(temporary / ABOUT, json.dumps(json_row(about), indent=1, allow_nan=False))
+        write_json(temporary / ABOUT, to_json_row(about))
         temporary.rename(final)
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -8,7 +8,8 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any, Protocol
 
 from unbraid.errors import UserError
-from unbraid.records import Event, RunDirectory, StepRecord, ValidationRecord
+from unbraid.records import Event, StepRecord, ValidationRecord
+from unbraid.run_directory import RunDirectory
 from unbraid.train.event_log import EventLog, Record
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from unbraid.records import RunDirectory
+from unbraid.run_directory import RunDirectory
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,5 @@
 """Examples to hear: mixture, references and estimates as files; those of each validation beside their scores."""
 
-import json
 import math
 import shutil
 from collections.abc import Iterator, Sequence
@@ -11,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unbraid.audio import Audio, read_audio, write_audio
+from unbraid.audio import read_audio, write_audio
 from unbraid.data.batch import Batch
 from unbraid.errors import AudioError
 from unbraid.inference import at_mixture_level
-from unbraid.io import write_atomically
+from unbraid.io import to_json_row, write_json
 from unbraid.metrics import is_active
-from unbraid.records import json_row
+from unbraid.type_aliases import AudioArray
 
 MAX_FOLDERS = 24
 """Of so many validations the sound stays: the first, the newest, and others evenly between."""
@@ -43,9 +42,9 @@ class AudioExample:
 
     index: int
     sample_rate: int
-    mixture: Audio
-    references: Audio
-    estimates: Audio
+    mixture: AudioArray
+    references: AudioArray
+    estimates: AudioArray
     si_sdr: tuple[float, ...] = ()
     si_sdri: float = math.nan
     files: tuple[str, ...] = ()
@@ -151,7 +150,7 @@ def save_audio_examples(folder: Path, step: int, sounds: Sequence[AudioExample])
         said = ("index", "si_sdri", "si_sdr", "files")
         items = [{name: getattr(sound, name) for name in said} for sound in sounds]
         scores = {"step": step, "sample_rate": sounds[0].sample_rate, "items": items}
-        write_atomically(here / SCORES, json.dumps(json_row(scores), indent=1, allow_nan=False) + "\n")
+        write_json(here / SCORES, to_json_row(scores))
     except (AudioError, OSError):
         shutil.rmtree(here, ignore_errors=True)
         raise
@@ -165,7 +164,7 @@ def remove_later_audio(folder: Path, step: int) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _given(sound: AudioExample) -> Iterator[tuple[str, Audio]]:
+def _given(sound: AudioExample) -> Iterator[tuple[str, AudioArray]]:
     yield f"{sound.index:03d}-mixture.wav", sound.mixture
     yield from ((f"{sound.index:03d}-reference-{n}.wav", audio) for n, audio in enumerate(sound.references, 1))
 
@@ -181,7 +180,7 @@ def _write_given_once(folder: Path, sound: AudioExample) -> None:
         write_audio(path, audio, sound.sample_rate)
 
 
-def _holds(path: Path, audio: Audio) -> bool:
+def _holds(path: Path, audio: AudioArray) -> bool:
     try:
         return np.array_equal(read_audio(path)[0], audio)
     except AudioError:

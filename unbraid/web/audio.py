@@ -13,11 +13,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from unbraid.audio import SUFFIXES, Audio, probe_audio, read_audio
+from unbraid.audio import SUFFIXES, probe_audio, read_audio
 from unbraid.errors import AudioError
-from unbraid.records import RunDirectory
+from unbraid.io import finite_or_none
+from unbraid.run_directory import RunDirectory
 from unbraid.spectrogram import spectrogram_db
-from unbraid.web.payloads import finite_or_none
+from unbraid.type_aliases import AudioArray
 
 MAX_EVALUATION_EXAMPLES = 10
 IMAGE_HEIGHT = 128
@@ -136,7 +137,7 @@ def _float_or_none(text: str | None) -> float | None:
         value = float(text or "")
     except ValueError:
         return None
-    return value if math.isfinite(value) else None
+    return finite_or_none(value)
 
 
 def audio_names(examples: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -231,7 +232,7 @@ def _colour_map() -> npt.NDArray[np.uint8]:
 # ---- Audio for the report
 
 
-def encode_mp3(audio: Audio, sample_rate: int) -> bytes:
+def encode_mp3(audio: AudioArray, sample_rate: int) -> bytes:
     """Return audio as MP3 at a low bit rate and at most 16 kHz, small enough for a mail attachment.
 
     Args:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from unbraid.columns import Floats
+from unbraid.type_aliases import FloatArray
 
 Ints = npt.NDArray[np.int64]
 
@@ -30,10 +30,10 @@ class Downsampled(NamedTuple):
 
     steps: Ints
     n_steps: Ints
-    low: Floats
-    high: Floats
-    mean: Floats
-    total: Floats
+    low: FloatArray
+    high: FloatArray
+    mean: FloatArray
+    total: FloatArray
 
 
 class Buckets:
@@ -59,7 +59,7 @@ class Buckets:
         self.total = np.zeros((n_columns, INITIAL_BUCKETS))
         self.n_finite = np.zeros((n_columns, INITIAL_BUCKETS), np.int32)
 
-    def append(self, steps: Ints, offsets: Ints, values: Floats) -> None:
+    def append(self, steps: Ints, offsets: Ints, values: FloatArray) -> None:
         """Add steps after those already present.
 
         Args:
@@ -80,7 +80,7 @@ class Buckets:
             offsets = offsets[n_fitting:]
             values = values[:, n_fitting:]
 
-    def _fill(self, bucket: int, room: int, steps: Ints, offsets: Ints, values: Floats) -> None:
+    def _fill(self, bucket: int, room: int, steps: Ints, offsets: Ints, values: FloatArray) -> None:
         """Put the first ``room`` steps into the given bucket and the rest into new buckets after it."""
         # Reduce the new steps to one column per bucket that they touch.
         starts = np.concatenate([[0], np.arange(room, len(steps), self.width)])
@@ -168,7 +168,7 @@ def merge_buckets(
     n_steps: Ints,
     low: npt.NDArray[np.floating],
     high: npt.NDArray[np.floating],
-    total: Floats,
+    total: FloatArray,
     n_finite: npt.NDArray[np.int32],
     *,
     max_buckets: int,
@@ -201,7 +201,7 @@ def merge_buckets(
     )
 
 
-def downsample_steps(steps: Sequence[int], values: Floats, *, max_buckets: int) -> Downsampled:
+def downsample_steps(steps: Sequence[int], values: FloatArray, *, max_buckets: int) -> Downsampled:
     """Downsample single steps as `Buckets.downsample` does.
 
     Args:

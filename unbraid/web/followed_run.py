@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from unbraid.records import RunDirectory
+from unbraid.io import finite_or_none
+from unbraid.run_directory import RunDirectory
 from unbraid.web.downsample import Buckets, Downsampled, downsample_steps
 from unbraid.web.jsonl_tail import JsonlTail, parse_row
-from unbraid.web.payloads import VALIDATION_COLUMNS, finite_or_none
+from unbraid.web.payloads import VALIDATION_COLUMNS
 from unbraid.web.step_columns import COLUMNS, step_columns
 
 EXACT_STEPS = 2000

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import sys
 import time
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -12,11 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from unbraid.columns import Floats
 from unbraid.errors import UserError
 from unbraid.health.rules import examine, verdict
 from unbraid.health.series import read_series
-from unbraid.records import FAULT_OUTCOMES, RunDirectory, json_row, read_rows
+from unbraid.io import finite_or_none, to_json_row
+from unbraid.records import FAULT_OUTCOMES, read_rows
+from unbraid.run_directory import RunDirectory
+from unbraid.type_aliases import FloatArray
 from unbraid.web.downsample import Downsampled
 from unbraid.web.step_columns import COLUMNS, STEP_FLAGS
 
@@ -69,7 +70,7 @@ def chart(buckets: Downsampled) -> dict[str, Any]:
     }
 
 
-def rounded(values: Floats) -> list[float | None]:
+def rounded(values: FloatArray) -> list[float | None]:
     """Return values to five significant digits, to keep the JSON small; None where a value is not finite."""
     is_finite = np.isfinite(values)
     magnitude = np.where(is_finite & (values != 0), np.abs(values), 1.0)
@@ -77,14 +78,6 @@ def rounded(values: Floats) -> list[float | None]:
     scale = 10.0 ** np.clip(4 - np.floor(np.log10(magnitude)), -30, 30)
     result = np.round(np.where(is_finite, values, 0.0) * scale) / scale
     return [value if finite else None for value, finite in zip(result.tolist(), is_finite.tolist(), strict=True)]
-
-
-def finite_or_none(value: Any) -> float | None:
-    """Return a number that JSON can hold as it is, and None for anything else."""
-    if not isinstance(value, (int, float)):
-        return None
-    # Not math.isfinite: a JSON file may hold an integer too large for a float.
-    return value if -sys.float_info.max <= value <= sys.float_info.max else None
 
 
 def validation_chart(rows: Sequence[Mapping[str, Any]], *, max_rows: int) -> dict[str, list[Any]]:
@@ -300,6 +293,6 @@ def diagnosis(path: Path) -> dict[str, Any]:
     return {
         "verdict": "" if problem else verdict(findings),
         "problem": problem,
-        "findings": [json_row(asdict(finding)) for finding in findings],
+        "findings": [to_json_row(asdict(finding)) for finding in findings],
         "n_last_steps": None if problem else n_last_steps,
     }

@@ -12,8 +12,8 @@ from typing import Any
 
 from unbraid.audio import read_audio
 from unbraid.errors import AudioError, CheckpointError, UserError
-from unbraid.io import write_atomically
-from unbraid.records import RunDirectory, json_row
+from unbraid.io import to_json_row, write_atomically
+from unbraid.run_directory import RunDirectory
 from unbraid.web.audio import (
     audio_names,
     encode_mp3,
@@ -168,7 +168,7 @@ def inline_page(html: str, data: dict[str, Any]) -> str:
     html = re.sub(r'<script(?P<module> type="module")? src="/static/(?P<name>[\w.]+)"></script>', inline_script, html)
 
     # "<" is escaped, so that no text from the run can end the element that holds the data.
-    json_text = json.dumps(json_row(data), allow_nan=False, default=str).replace("<", "\\u003c")
+    json_text = json.dumps(to_json_row(data), allow_nan=False, default=str).replace("<", "\\u003c")
     data_element = f'<script type="application/json" id="report-data">{json_text}</script>'
     html = html.replace("<noscript>", f"{data_element}\n<noscript>", 1)
     policy = (

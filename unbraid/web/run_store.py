@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from unbraid.records import RunDirectory
+from unbraid.run_directory import RunDirectory
 from unbraid.web.audio import evaluation_examples, validation_examples
 from unbraid.web.followed_run import FollowedRun
 from unbraid.web.jsonl_tail import JsonlTail

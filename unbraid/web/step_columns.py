@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from unbraid.columns import Floats, numbers
+from unbraid.columns import numbers
 from unbraid.records import SKIPPED_OUTCOMES
+from unbraid.type_aliases import FloatArray, Row
 
 STEP_FLAGS = ("rescued", *SKIPPED_OUTCOMES)
 """Columns of zeros and ones: a step trained without its bad examples, and each reason to skip a step."""
@@ -15,7 +16,7 @@ AS_RECORDED = ("grad_norm", "max_norm", "clipped_grad_norm", "lr", "seconds", "d
 COLUMNS = ("loss", *AS_RECORDED, "si_sdr", "clipped", "update_ratio", "memory_bytes", *STEP_FLAGS)
 
 
-def step_columns(rows: Sequence[Mapping[str, Any]]) -> Floats:
+def step_columns(rows: Sequence[Row]) -> FloatArray:
     """Return rows as ``(column, row)`` in the order of `COLUMNS`; NaN where a row has no value.
 
     ``loss``, ``si_sdr`` and ``clipped`` are NaN in skipped steps, so that their means are over trained steps only.
