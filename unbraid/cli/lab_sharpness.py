@@ -1,7 +1,6 @@
 """`unbraid lab sharpness`."""
 
 import argparse
-import json
 from pathlib import Path
 
 from unbraid.cli.options import Add, add_set, add_trust, file_to_write, positive

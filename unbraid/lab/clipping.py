@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,12 @@ from unbraid.lab.clustering import ClusteredSeparation
 from unbraid.lab.confidence import mean_interval
 from unbraid.lab.sweep import Arm, RunEnd, RunSummary, SweepRun, plan_runs, set_words, step_overrides, summarise_run
 from unbraid.models import MODELS
-from unbraid.io import to_json_row
 from unbraid.type_aliases import ProgressCallback
 
 TESTED = "tested.json"
 """In a run's folder, once it has been scored: SI-SDRi of each mixture of the test split, in dB."""
 
 PERCENTILES = (0.0, 1.0, 10.0, 25.0, 50.0, 90.0, 100.0)
-
 
 
 @dataclass(frozen=True)

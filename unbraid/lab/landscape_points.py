@@ -14,8 +14,8 @@ import numpy as np
 from unbraid.errors import UserError
 from unbraid.io import write_json
 from unbraid.lab.landscape import LossFunction, WeightPoints
-from unbraid.type_aliases import FloatArray
 from unbraid.signals import StopRequest
+from unbraid.type_aliases import FloatArray
 
 SAVE_EVERY_SECONDS = 10.0
 

@@ -1,7 +1,6 @@
 """Draw the loss landscape of an experiment: choose the points, compute the losses, write figures and JSON."""
 
 import json
-import math
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
@@ -27,11 +26,11 @@ from unbraid.lab.landscape import (
 from unbraid.lab.landscape_figure import interpolation_figure, path_figures, random_slice_figures
 from unbraid.lab.landscape_points import PointLosses, evaluate_points, points_file_name
 from unbraid.lab.weight_directions import filter_layouts, weights_digest
-from unbraid.type_aliases import FloatArray
-from unbraid.run_directory import RunDirectory
 from unbraid.robust.precision import Precision
+from unbraid.run_directory import RunDirectory
 from unbraid.signals import StopRequest
 from unbraid.train.checkpoint import complete_checkpoints, find_checkpoint, read_checkpoint
+from unbraid.type_aliases import FloatArray
 
 
 @dataclass(frozen=True)

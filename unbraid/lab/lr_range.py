@@ -13,7 +13,6 @@ import torch
 from scipy.ndimage import gaussian_filter1d
 from torch import nn
 
-from unbraid.type_aliases import FloatArray
 from unbraid.config.recipe import Component
 from unbraid.data.batch import Batch
 from unbraid.errors import UserError
@@ -22,8 +21,7 @@ from unbraid.plot_data import running_mean
 from unbraid.signals import StopRequest
 from unbraid.train.state import TrainState, evaluation_weights, set_learning_rate
 from unbraid.train.step import train_step
-from unbraid.type_aliases import ProgressCallback
-
+from unbraid.type_aliases import FloatArray, ProgressCallback
 
 FROM, TO, N_STEPS = 1e-7, 10.0, 200
 FIRST_STEPS = 20

@@ -1,16 +1,14 @@
 """A learning-rate range test as a figure, as summary_sentences and as a file of range_test_json."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from unbraid.type_aliases import FloatArray
 from unbraid.figures import FigureSpec, write_figure
 from unbraid.io import to_json_row, write_json
 from unbraid.lab.lr_range import LrGrid, RangeTest, format_lr
-from unbraid.io import to_json_row
+from unbraid.type_aliases import FloatArray
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

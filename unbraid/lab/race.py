@@ -10,9 +10,9 @@ from typing import Any
 from unbraid.config.recipe import load_recipe
 from unbraid.config.schema import assignment
 from unbraid.errors import RecipeError
+from unbraid.io import to_json_row
 from unbraid.lab.confidence import Interval, mean_interval
 from unbraid.lab.sweep import Arm, RunSummary, SweepRun, arms_from_options, plan_runs
-from unbraid.io import to_json_row
 from unbraid.train.optim import OPTIMIZERS
 
 

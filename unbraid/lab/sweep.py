@@ -23,8 +23,8 @@ from unbraid.console import Ticker
 from unbraid.errors import CheckpointError, RecipeError, TrainingStopped, UserError
 from unbraid.io import write_json
 from unbraid.records import Event, StepRecord, read_rows, read_steps, read_validation
-from unbraid.run_directory import RunDirectory
 from unbraid.run import train
+from unbraid.run_directory import RunDirectory
 from unbraid.signals import StopRequest
 from unbraid.train.checkpoint import find_checkpoint
 
