@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from race import Contestant, race
 from torch import Tensor
 
-from unbraid.models.attention import attend_explicitly
+from unbraid.models.attention import attend_unfused
 
 HEADS, CHANNELS, ROWS = 8, 32, 8000
 """Of a SepFormer's attention; so many rows over batch and sequence together, in sequences of the length measured."""
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    ways = {"fused": F.scaled_dot_product_attention, "explicit": attend_explicitly}
+    ways = {"fused": F.scaled_dot_product_attention, "explicit": attend_unfused}
     print("dtype     backward  frames  fused / explicit, time, median (lowest, highest)")
     for dtype in (torch.bfloat16, torch.float32):
         for backward in (True, False):

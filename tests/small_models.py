@@ -2,7 +2,7 @@
 
 import torch
 
-from unbraid.model_output import sources_of, tensors_in
+from unbraid.model_output import get_sources, iter_tensors
 from unbraid.models import MODELS
 
 TINY = {
@@ -55,7 +55,7 @@ SMALL = {
 """Wide and deep enough for roundings to behave as in the published sizes."""
 
 
-def as_it_is(name, *, seed=0, sizes=TINY, **others):
+def make_model(name, *, seed=0, sizes=TINY, **others):
     """A model that returns what it returns."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -64,8 +64,8 @@ def as_it_is(name, *, seed=0, sizes=TINY, **others):
 
 def tiny(name, *, whole=False, **others):
     """One that returns its sources alone; or, whole, all that it returns as one row of numbers."""
-    model = as_it_is(name, **others)
-    model.register_forward_hook(lambda _model, _given, output: flat(output) if whole else sources_of(output))
+    model = make_model(name, **others)
+    model.register_forward_hook(lambda _model, _given, output: flat(output) if whole else get_sources(output))
     return model
 
 
@@ -74,4 +74,4 @@ def small(name, *, seed=0):
 
 
 def flat(output):
-    return torch.cat([tensor.float().flatten() for tensor in tensors_in(output)])
+    return torch.cat([tensor.float().flatten() for tensor in iter_tensors(output)])

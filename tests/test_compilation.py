@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch._inductor import config
 
-from unbraid.compilation import absent_for_compiling, compile_model
+from unbraid.compilation import compile_model, missing_build_tools
 from unbraid.errors import UserError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -16,7 +16,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 @pytest.fixture
 def all_there(monkeypatch):
     """As if this machine had a compiler."""
-    monkeypatch.setattr("unbraid.compilation.absent_for_compiling", lambda _device: "")
+    monkeypatch.setattr("unbraid.compilation.missing_build_tools", lambda _device: "")
 
 
 class Regions(nn.Module):
@@ -65,7 +65,7 @@ def test_what_the_compiler_would_not_find_is_named(monkeypatch, tmp_path, device
     for name in there:
         (tmp_path / name).touch(mode=0o755)
 
-    assert absent_for_compiling(device) == absent
+    assert missing_build_tools(device) == absent
 
 
 def test_without_what_compiling_needs_it_is_refused_in_a_sentence(monkeypatch):

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unbraid.dsp import check_same_shape, fit_length, istft, overlap_add, power_db, resample, stft, to_amplitude
+from unbraid.dsp import check_same_shape, db_to_amplitude, fit_length, istft, overlap_add, power_db, resample, stft
 
 
 def sine(frequency, sample_rate, seconds=0.5):
@@ -85,11 +85,11 @@ def test_power_is_known_for_simple_signals(audio, expected):
 def test_a_gain_in_db_moves_the_power_by_as_much(gain_db):
     audio = sine(440, 8000).astype(np.float64)
 
-    assert power_db(audio * to_amplitude(gain_db)) == pytest.approx(power_db(audio) + gain_db, abs=1e-9)
+    assert power_db(audio * db_to_amplitude(gain_db)) == pytest.approx(power_db(audio) + gain_db, abs=1e-9)
 
 
 def test_twenty_db_are_a_factor_of_ten():
-    assert to_amplitude(20) == pytest.approx(10)
+    assert db_to_amplitude(20) == pytest.approx(10)
 
 
 @pytest.mark.parametrize("shape", [(1, 8), (8,), (2, 1), (2, 9)])

@@ -22,10 +22,10 @@ from rich.table import Table
 
 from unbraid.bench_advice import Advice, BenchRow, Variant, advise, keys_of, rate_of, short
 from unbraid.build import build_model, build_state, choose_device
-from unbraid.compilation import absent_for_compiling, compile_model
+from unbraid.compilation import compile_model, missing_build_tools
 from unbraid.config.recipe import Recipe
 from unbraid.data.batch import Batch
-from unbraid.dsp import to_amplitude
+from unbraid.dsp import db_to_amplitude
 from unbraid.errors import UserError
 from unbraid.models import MODELS
 from unbraid.records import StepRecord
@@ -195,7 +195,7 @@ def measure(recipe: Recipe, variant: Variant, *, seconds: float) -> BenchRow:
     began = perf_counter()
     model = build_model(recipe).to(device)
     if variant.compiled:
-        if absent := absent_for_compiling(device):
+        if absent := missing_build_tools(device):
             return BenchRow(variant, note=f"{absent}, which compiling needs")
         compile_model(model, device)
     state = build_state(recipe, model, precision=variant.precision)
@@ -227,7 +227,7 @@ def noise(recipe: Recipe, batch_size: int) -> Batch:
     """A batch of the right size and level."""
     rng = torch.Generator().manual_seed(recipe.data.seed)
     sources = torch.randn(batch_size, recipe.data.n_sources, 1, recipe.data.n_samples, generator=rng)
-    sources *= to_amplitude(recipe.data.level_db)
+    sources *= db_to_amplitude(recipe.data.level_db)
     return Batch.from_tensors(sources.sum(1), sources)
 
 

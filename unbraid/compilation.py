@@ -21,13 +21,13 @@ def compile_model(model: nn.Module, device: torch.device) -> None:
     Raises:
         UserError: If something is absent that compiling needs.
     """
-    if absent := absent_for_compiling(device):
+    if absent := missing_build_tools(device):
         raise UserError(f'{absent}, which compiling needs: install it, or set train.compile = "off".')
     _take_the_processors_word()
     getattr(model, "compile_regions", model.compile)()
 
 
-def absent_for_compiling(device: torch.device) -> str:
+def missing_build_tools(device: torch.device) -> str:
     """What torch's compiler would look for on Linux and not find, in words; empty if all is there.
 
     It makes C++ for a CPU, and for a GPU a launcher in C.

@@ -57,7 +57,7 @@ def power_db(audio: AudioArray) -> float:
     return float(10 * np.log10(np.square(audio, dtype=np.float64).mean() + SILENCE))
 
 
-def to_amplitude(level_db: float) -> float:
+def db_to_amplitude(level_db: float) -> float:
     """The factor that changes a level by so many dB."""
     return float(10 ** (level_db / 20))
 

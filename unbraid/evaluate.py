@@ -21,7 +21,7 @@ from unbraid.data.mixing import AudioFault
 from unbraid.dsp import SILENCE
 from unbraid.errors import UserError
 from unbraid.inference import separate
-from unbraid.losses.pit import judge_by, order_as_targets
+from unbraid.losses.pit import evaluation_loss, match_to_targets
 from unbraid.metrics import sdr, si_sdr
 from unbraid.train.checkpoint import find_checkpoint
 from unbraid.train.validation_audio import write_estimates, write_mixture_and_references
@@ -163,7 +163,7 @@ def _separated(model: nn.Module, dataset: MixtureDataset, recipe: Recipe, index:
     loaded = collate([dataset[Key(0, index)]])
     estimate = separate(model, loaded.batch.mixture).cpu()
     sources = loaded.batch.sources
-    return order_as_targets(estimate, sources, judge_by(recipe.assign), assign=recipe.assign), loaded
+    return match_to_targets(estimate, sources, evaluation_loss(recipe.assign), assign=recipe.assign), loaded
 
 
 def _scores(ordered: Tensor, batch: Batch) -> Row:

@@ -6,13 +6,13 @@ from torch import Tensor, nn
 
 from unbraid.dsp import fit_length, resample
 from unbraid.metrics import best_assignment, pairwise_si_sdr, reorder
-from unbraid.model_output import ModelOutput, sources_of
+from unbraid.model_output import ModelOutput, get_sources
 from unbraid.type_aliases import AudioArray
 
 
 def separate(model: nn.Module, mixture: Tensor) -> Tensor:
     """Separate ``(batch, channel, time)`` into ``(batch, source, channel, time)``, as `infer` does."""
-    return sources_of(infer(model, mixture))
+    return get_sources(infer(model, mixture))
 
 
 def infer(model: nn.Module, mixture: Tensor) -> Tensor | ModelOutput:

@@ -25,15 +25,15 @@ class ModelOutput(NamedTuple):
     hop_length: int = 0
 
 
-def sources_of(output: Tensor | ModelOutput) -> Tensor:
+def get_sources(output: Tensor | ModelOutput) -> Tensor:
     """The sources alone, ``(batch, source, channel, time)``."""
     return output.sources if isinstance(output, ModelOutput) else output
 
 
-def tensors_in(output: Any) -> Iterator[Tensor]:
+def iter_tensors(output: Any) -> Iterator[Tensor]:
     """All tensors that a module returns: itself one, or in tuples and lists."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, (tuple, list)):
         for part in output:
-            yield from tensors_in(part)
+            yield from iter_tensors(part)

@@ -38,7 +38,7 @@ def recipe(**settings):
 
 @pytest.fixture(autouse=True)
 def _compiler(monkeypatch):
-    monkeypatch.setattr(auto, "absent_for_compiling", lambda device: "")
+    monkeypatch.setattr(auto, "missing_build_tools", lambda device: "")
 
 
 def test_compiling_pays_where_the_steps_that_it_adds_outnumber_those_that_it_costs():
@@ -83,7 +83,7 @@ def test_what_cannot_gain_is_not_compiled(model, why):
 
 
 def test_without_what_the_compiler_needs_nothing_is_compiled(monkeypatch):
-    monkeypatch.setattr(auto, "absent_for_compiling", lambda device: "g++ is not here")
+    monkeypatch.setattr(auto, "missing_build_tools", lambda device: "g++ is not here")
 
     expected = (False, "g++ is not here, which compiling needs")
     assert compiling_pays(recipe(), Compiles(), CPU, "bf16") == expected

@@ -12,7 +12,7 @@ from unbraid.config.registry import build_loss
 from unbraid.config.shipped_recipes import recipes_folder
 from unbraid.errors import RecipeError
 from unbraid.losses.waveform import l1, neg_thresholded_snr
-from unbraid.models.bs_roformer import runs, uniform_bands
+from unbraid.models.bs_roformer import group_equal_widths, uniform_bands
 
 SHIPPED = sorted(recipes_folder().glob("*.toml"))
 ENDS = "[train]\nmax_steps = 1\n"
@@ -47,8 +47,8 @@ def test_bands_are_laid_out_for_the_rate_of_the_data_unless_told(write):
 
     at_8_kHz, told = (build_model(load_recipe(write(text + more))) for more in ("", "sample_rate = 44_100\n"))
 
-    assert at_8_kHz.split.runs == runs([2 * len(band) for band in uniform_bands(2048, 8000)])
-    assert told.split.runs != at_8_kHz.split.runs
+    assert at_8_kHz.split.width_groups == group_equal_widths([2 * len(band) for band in uniform_bands(2048, 8000)])
+    assert told.split.width_groups != at_8_kHz.split.width_groups
 
 
 def test_a_threshold_filter_is_at_minus_thirty_db_unless_told(write):

@@ -54,13 +54,13 @@ def test_every_length_up_to_4000_sampled_comes_back_finite(name):
 @pytest.mark.parametrize("gain", [0.1, 100.0])
 def test_one_that_claims_to_follow_gain_does(name, gain):
     model, mixture = tiny(name).eval(), noise(2, 1, 1500)
-    assert isinstance(model.follows_gain, bool)
+    assert isinstance(model.scale_equivariant, bool)
 
     with torch.no_grad():
         plain, other = model(mixture), model(gain * mixture)
 
     followed = torch.allclose(other / gain, plain, rtol=1e-3, atol=1e-3 * plain.abs().max().item())
-    assert followed == model.follows_gain
+    assert followed == model.scale_equivariant
 
 
 @every_model

@@ -6,7 +6,7 @@ from torch import nn
 
 from unbraid.dsp import stft
 from unbraid.lab.clustering import ClusteredSeparation, cluster_masks, kmeans_centres, nearest_centre
-from unbraid.losses.pit import judge_by, order_as_targets
+from unbraid.losses.pit import evaluation_loss, match_to_targets
 from unbraid.metrics import si_sdr
 from unbraid.model_output import ModelOutput
 
@@ -80,7 +80,7 @@ def test_an_embedding_that_tells_the_sources_apart_separates_them():
     sources = tones()
     turn = torch.linalg.qr(torch.randn(2, 2, generator=torch.Generator().manual_seed(3)))[0]
     separated = ClusteredSeparation(Record(sources, turn), n_sources=2)(sources.sum(1))
-    ordered = order_as_targets(separated, sources, judge_by("permutation"), assign="permutation")
+    ordered = match_to_targets(separated, sources, evaluation_loss("permutation"), assign="permutation")
 
     assert separated.shape == sources.shape
     assert si_sdr(ordered, sources).min() > 20

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from small_models import TINY, as_it_is
+from small_models import TINY, make_model
 from torch import nn
 from torch.autograd.functional import hessian
 from torch.func import functional_call
@@ -21,7 +21,7 @@ from unbraid.lab.hessian import (
 )
 from unbraid.lab.landscape import loss_of_weights
 from unbraid.losses.waveform import neg_si_sdr
-from unbraid.model_output import sources_of
+from unbraid.model_output import get_sources
 
 
 def symmetric(values, seed=0):
@@ -209,9 +209,9 @@ def test_unrelated_errors_are_raised():
 
 @pytest.mark.parametrize("name", TINY)
 def test_every_model_has_second_derivatives(name):
-    model = as_it_is(name).eval()
+    model = make_model(name).eval()
     torch.manual_seed(0)
     mixture = torch.randn(2, 1, 200)
     target = torch.randn(2, 2, 1, 200)
 
-    assert choose_method(model, lambda model: neg_si_sdr(sources_of(model(mixture)), target).mean()) in METHODS[:2]
+    assert choose_method(model, lambda model: neg_si_sdr(get_sources(model(mixture)), target).mean()) in METHODS[:2]

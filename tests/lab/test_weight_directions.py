@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from small_models import TINY, as_it_is
+from small_models import TINY, make_model
 
 from unbraid.lab.weight_directions import (
     filter_layouts,
@@ -27,7 +27,7 @@ def norms(tensor, name, filters):
 
 @pytest.mark.parametrize("model_name", TINY)
 def test_each_filter_of_a_direction_has_the_norm_of_the_models_own(model_name):
-    model = as_it_is(model_name)
+    model = make_model(model_name)
     weights = dict(model.named_parameters())
     filters = filter_layouts(model)
     direction = filter_normalised_direction(weights, seed=0, filters=filters)
@@ -42,7 +42,7 @@ def test_each_filter_of_a_direction_has_the_norm_of_the_models_own(model_name):
 
 
 def test_biases_norms_and_scalars_are_not_moved():
-    weights = dict(as_it_is("bs_roformer").named_parameters()) | dict(as_it_is("conv_tasnet").named_parameters())
+    weights = dict(make_model("bs_roformer").named_parameters()) | dict(make_model("conv_tasnet").named_parameters())
     not_moved = set(weights) - set(filter_normalised_direction(weights, seed=0))
 
     assert {"norm.weight", "norm.bias", "slope", "split.bias", "estimate.hidden.0.bias", "narrow.bias"} <= not_moved
@@ -50,7 +50,7 @@ def test_biases_norms_and_scalars_are_not_moved():
 
 
 def test_a_zero_filter_of_one_band_and_source_stays_and_its_neighbours_move():
-    model = as_it_is("bs_roformer")
+    model = make_model("bs_roformer")
     weights = dict(model.named_parameters())
     filters = filter_layouts(model)
     (linear,) = [name for name, layout in filters.items() if not layout.group_sizes][:1]

@@ -8,9 +8,9 @@ from toys import SIGNAL_LOSSES
 
 from unbraid.errors import UserError
 from unbraid.losses import LOSSES
-from unbraid.losses.mixit import mixit_ways
+from unbraid.losses.mixit import best_mixing_matrix
 from unbraid.losses.pairwise import Term
-from unbraid.losses.pit import SeparationLoss, assign_sources, order_as_targets
+from unbraid.losses.pit import SeparationLoss, find_order, match_to_targets
 from unbraid.losses.waveform import l1, neg_sa_sdr, neg_si_sdr, neg_snr, neg_thresholded_snr
 
 every_loss = pytest.mark.parametrize("name", SIGNAL_LOSSES)
@@ -95,7 +95,7 @@ def test_spare_outputs_are_left_to_themselves(name, n_outputs):
 def test_the_gradient_is_that_of_the_chosen_order_alone(name):
     target = signals(3, 3, 1, 400)
     estimate = estimates_of(target)
-    order = assign_sources(LOSSES[name], estimate, target)
+    order = find_order(estimate, target, LOSSES[name])
 
     one, other = estimate.clone().requires_grad_(), estimate.clone().requires_grad_()
     SeparationLoss(LOSSES[name])(one, target).sum().backward()
@@ -138,12 +138,12 @@ def test_autocast_changes_neither_loss_nor_order(name, assign):
     estimate = target.mean(1, keepdim=True) + 1e-3 * signals(64, 4 if assign == "mixit" else 2, 1, 400, seed=1)
     loss = SeparationLoss(LOSSES[name], assign=assign)
 
-    plain, ordered = loss.assigned(estimate, target), order_as_targets(estimate, target, LOSSES[name], assign=assign)
+    plain, ordered = loss.with_order(estimate, target), match_to_targets(estimate, target, LOSSES[name], assign=assign)
     with torch.autocast("cpu", torch.bfloat16):
         assert (target @ target.mT).dtype == torch.bfloat16  # or it would say nothing
         under, ordered_under = (
-            loss.assigned(estimate, target),
-            order_as_targets(estimate, target, LOSSES[name], assign=assign),
+            loss.with_order(estimate, target),
+            match_to_targets(estimate, target, LOSSES[name], assign=assign),
         )
 
     assert all(map(torch.equal, plain, under))
@@ -277,7 +277,7 @@ def test_a_sum_of_losses_is_their_weighted_sum_in_one_order(assign):
     estimate = estimates_of(target)
     losses = SeparationLoss([Term(neg_snr, 0.3), Term(l1, 50.0), Term(neg_sa_sdr, 0.1)], assign=assign)
 
-    ordered = order_as_targets(estimate, target, losses.terms, assign=assign)
+    ordered = match_to_targets(estimate, target, losses.terms, assign=assign)
 
     parts = 0.3 * neg_snr(ordered, target).mean((1, 2)) + 50 * l1(ordered, target).mean((1, 2))
     torch.testing.assert_close(losses(estimate, target), parts + 0.1 * neg_sa_sdr(ordered, target))
@@ -315,11 +315,11 @@ def test_mixit_knows_sources_that_make_up_two_mixtures():
     mixtures = torch.stack([sources[:, [0, 2]].sum(1), sources[:, [1, 3]].sum(1)], 1)
     estimate = sources.requires_grad_()
 
-    found = SeparationLoss(neg_snr, assign="mixit").assigned(estimate, mixtures)
+    found = SeparationLoss(neg_snr, assign="mixit").with_order(estimate, mixtures)
     (gradient,) = torch.autograd.grad(found.losses.sum(), estimate)
 
     assert (found.losses < -90).all()
-    assert mixit_ways([Term(neg_snr)], estimate, mixtures, {})[0].tolist() == [
+    assert best_mixing_matrix([Term(neg_snr)], estimate, mixtures, {})[0].tolist() == [
         [True, False, True, False],
         [False, True, False, True],
     ]
@@ -328,9 +328,9 @@ def test_mixit_knows_sources_that_make_up_two_mixtures():
 
 
 def test_more_ways_than_can_be_tried_are_refused_in_one_sentence():
-    with pytest.raises(UserError, match="fewer outputs"):
+    with pytest.raises(UserError, match="Reduce the number of outputs"):
         SeparationLoss(neg_snr, assign="mixit")(signals(1, 17, 1, 10), signals(1, 2, 1, 10))
-    with pytest.raises(UserError, match="256 ways are the most, or neg_snr, with which 65536 are"):
+    with pytest.raises(UserError, match="the limit is 256 for this loss and 65536 for neg_snr"):
         SeparationLoss(l1, assign="mixit")(signals(1, 9, 1, 10), signals(1, 2, 1, 10))
     assert SeparationLoss(neg_snr, assign="mixit")(signals(1, 9, 1, 10), signals(1, 2, 1, 10)).isfinite()
 
@@ -368,8 +368,8 @@ def test_what_a_loss_asks_for_and_is_not_there_is_told_in_one_sentence():
         (lambda: SeparationLoss([]), "one or more terms"),
         (lambda: SeparationLoss([Term(neg_snr, 0.0)]), "weight above 0"),
         (lambda: SeparationLoss(neg_snr, inactive_weight=-1.0), "0 or more"),
-        (lambda: SeparationLoss(neg_si_sdr, assign="mixit"), "cares for level"),
-        (lambda: SeparationLoss(neg_snr, assign="mixit", inactive_weight=1.0), "leave inactive_weight out"),
+        (lambda: SeparationLoss(neg_si_sdr, assign="mixit"), "depend on their level"),
+        (lambda: SeparationLoss(neg_snr, assign="mixit", inactive_weight=1.0), "Omit inactive_weight"),
     ],
 )
 def test_what_makes_no_loss_is_refused(made, said):
@@ -382,11 +382,11 @@ def test_si_sdr_of_each_target_is_told_in_the_order_of_the_targets(n_sources):
     target = signals(3, n_sources, 1, 400)
     estimate = estimates_of(target)
 
-    found = SeparationLoss(neg_si_sdr).assigned(estimate, target)
+    found = SeparationLoss(neg_si_sdr).with_order(estimate, target)
 
     chosen = torch.stack([item[order] for item, order in zip(estimate, found.order, strict=True)])
     torch.testing.assert_close(found.si_sdr, -neg_si_sdr(chosen, target)[..., 0])
-    torch.testing.assert_close(SeparationLoss(l1).assigned(estimate, target).si_sdr, found.si_sdr)
+    torch.testing.assert_close(SeparationLoss(l1).with_order(estimate, target).si_sdr, found.si_sdr)
 
 
 def mine(heard, wanted):
@@ -402,7 +402,7 @@ class Mine(torch.nn.Module):
 def test_a_loss_of_ones_own_may_call_its_signals_as_it_likes(loss):
     target = signals(3, 2, 1, 100)
 
-    found = SeparationLoss(loss).assigned(target.flip(1), target)
+    found = SeparationLoss(loss).with_order(target.flip(1), target)
 
     assert found.order.tolist() == [[1, 0]] * 3
     assert not found.losses.any()

@@ -156,7 +156,7 @@ def test_a_source_alone_is_its_own_mask_and_nothing_else_is_wanted():
 def test_the_loss_of_masks_finds_the_order_of_the_sources():
     sources = signals(3, 3, 1, 800)
     loss = SeparationLoss(mask_inference)
-    turned = loss.assigned(sources[:, [2, 0, 1]], sources, mixture=sources.sum(1))
+    turned = loss.with_order(sources[:, [2, 0, 1]], sources, mixture=sources.sum(1))
 
     assert turned.order.tolist() == [[1, 2, 0]] * 3
     torch.testing.assert_close(turned.losses, loss(sources, sources, mixture=sources.sum(1)))

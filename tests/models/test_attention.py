@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from unbraid.models.attention import attend, rotary_angles, rotate
+from unbraid.models.attention import apply_rotary, attend, rotary_angles
 
 
 def heads(dtype=torch.float32, seed=0):
@@ -32,7 +32,7 @@ def test_dropout_drops_and_keeps_the_mean(dtype):
 def test_a_dot_product_of_rotated_vectors_sees_their_distance_alone():
     angles = rotary_angles(50, 8, torch.device("cpu"))
     query, key = (part[0, 0, 0].expand(50, 8) for part in heads()[:2])
-    products = rotate(query, angles) @ rotate(key, angles).T
+    products = apply_rotary(query, angles) @ apply_rotary(key, angles).T
 
     for distance in (0, 1, 7):
         along = products.diagonal(distance)
@@ -42,7 +42,7 @@ def test_a_dot_product_of_rotated_vectors_sees_their_distance_alone():
 
 def test_rotation_keeps_lengths_and_the_first_frame():
     features = heads()[0]
-    turned = rotate(features, rotary_angles(17, 8, torch.device("cpu")))
+    turned = apply_rotary(features, rotary_angles(17, 8, torch.device("cpu")))
 
     torch.testing.assert_close(turned.norm(dim=-1), features.norm(dim=-1))
     torch.testing.assert_close(turned[..., 0, :], features[..., 0, :])

@@ -2,11 +2,11 @@ import math
 
 import pytest
 import torch
-from small_models import as_it_is
+from small_models import make_model
 
 from unbraid.dsp import stft
 from unbraid.losses.spectral import deep_clustering
-from unbraid.model_output import sources_of
+from unbraid.model_output import get_sources
 from unbraid.models.blstm import BLSTM, Chimera, log_magnitude
 
 SIZES = {"hidden": 12, "n_layers": 2, "n_fft": 16, "hop_length": 8}
@@ -47,21 +47,21 @@ def test_mask_inference_has_the_parameters_of_four_layers_of_600_units():
 @pytest.mark.parametrize("time", [1, 7, 8, 9, 33, 500, 1001])
 @both
 def test_every_length_comes_back_exactly(name, time, sizes):
-    output = as_it_is(name, n_sources=3, **sizes)(noise(2, 2, time))
+    output = make_model(name, n_sources=3, **sizes)(noise(2, 2, time))
 
-    assert sources_of(output).shape == (2, 3, 2, time)
-    assert sources_of(output).isfinite().all()
+    assert get_sources(output).shape == (2, 3, 2, time)
+    assert get_sources(output).isfinite().all()
 
 
 def test_softmax_masks_deal_the_whole_mixture_out():
     mixture = noise(2, 1, 700)
 
-    torch.testing.assert_close(as_it_is("blstm", mask="softmax")(mixture).sum(1), mixture, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(make_model("blstm", mask="softmax")(mixture).sum(1), mixture, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("bias", "share"), [(-100.0, 0.0), (0.0, 0.5), (100.0, 1.0)])
 def test_a_mask_of_the_same_number_everywhere_is_a_gain(bias, share):
-    model, mixture = as_it_is("blstm"), noise(1, 2, 300)
+    model, mixture = make_model("blstm"), noise(1, 2, 300)
     with torch.no_grad():
         model.masks.weight.zero_()
         model.masks.bias.fill_(bias)
@@ -72,10 +72,10 @@ def test_a_mask_of_the_same_number_everywhere_is_a_gain(bias, share):
 @pytest.mark.parametrize("gain", [1e-6, 1e-4, 300.0])
 @both
 def test_masks_and_embedding_do_not_depend_on_the_level(name, gain):
-    model, mixture = as_it_is(name).eval(), noise(2, 1, 600)
+    model, mixture = make_model(name).eval(), noise(2, 1, 600)
     plain, changed = model(mixture), model(gain * mixture)
 
-    torch.testing.assert_close(sources_of(changed) / gain, sources_of(plain), atol=1e-6, rtol=1e-3)
+    torch.testing.assert_close(get_sources(changed) / gain, get_sources(plain), atol=1e-6, rtol=1e-3)
     if name == "chimera":
         torch.testing.assert_close(changed.embedding, plain.embedding, atol=1e-5, rtol=1e-4)
 
@@ -114,7 +114,7 @@ def test_chimeras_sources_are_those_of_its_masks_alone():
 
 
 def test_both_of_chimeras_heads_and_what_they_share_get_a_gradient():
-    model, sources = as_it_is("chimera"), noise(2, 2, 1, 400)
+    model, sources = make_model("chimera"), noise(2, 2, 1, 400)
     output = model(sources.sum(1))
     clustering = deep_clustering(output.embedding, sources, sources.sum(1), n_fft=16, hop_length=8)
     (clustering.sum() + (output.sources - sources).square().mean()).backward()
@@ -124,16 +124,16 @@ def test_both_of_chimeras_heads_and_what_they_share_get_a_gradient():
 
 @both
 def test_silence_gives_finite_gradients(name):
-    model, silence = as_it_is(name), torch.zeros(2, 1, 300, requires_grad=True)
+    model, silence = make_model(name), torch.zeros(2, 1, 300, requires_grad=True)
     output = model(silence)
-    (sources_of(output).sum() + (output.embedding[..., 0].sum() if name == "chimera" else 0)).backward()
+    (get_sources(output).sum() + (output.embedding[..., 0].sum() if name == "chimera" else 0)).backward()
 
-    assert not sources_of(output).any()
+    assert not get_sources(output).any()
     assert all(tensor.grad.isfinite().all() for tensor in (silence, *model.parameters()) if tensor.grad is not None)
 
 
 def test_deep_clustering_tells_a_low_and_a_high_tone_apart_after_a_few_steps():
-    model, sources = as_it_is("chimera"), tones()
+    model, sources = make_model("chimera"), tones()
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-2)
     losses = []
     for _ in range(15):
@@ -152,7 +152,7 @@ def test_deep_clustering_tells_a_low_and_a_high_tone_apart_after_a_few_steps():
 def test_the_gradient_under_autocast_is_that_of_float32(dtype):
     gradients = []
     for enabled in (False, True):
-        model, mixture = as_it_is("chimera", hidden=32), noise(2, 1, 500)
+        model, mixture = make_model("chimera", hidden=32), noise(2, 1, 500)
         with torch.autocast("cpu", dtype, enabled=enabled):
             output = model(mixture)
         (output.sources.square().mean() / 1e-3 + output.embedding[..., 0].mean()).backward()
@@ -163,7 +163,7 @@ def test_the_gradient_under_autocast_is_that_of_float32(dtype):
 
 @pytest.mark.parametrize("n_layers", [1, 2])
 def test_dropout_is_for_training_alone(n_layers):
-    model, mixture = as_it_is("blstm", dropout=0.3, n_layers=n_layers), noise(1, 1, 300)
+    model, mixture = make_model("blstm", dropout=0.3, n_layers=n_layers), noise(1, 1, 300)
     torch.manual_seed(0)
 
     assert not torch.equal(model(mixture), model(mixture))

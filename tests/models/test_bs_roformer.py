@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from unbraid.models.attention import rotary_angles, rotate
+from unbraid.models.attention import apply_rotary, rotary_angles
 from unbraid.models.bs_roformer import (
     PUBLISHED_WIDTHS,
     BandMasks,
@@ -35,7 +35,7 @@ def noise(*shape, seed=0):
 def with_masks(model, *values):
     """The model with these real numbers as masks, one for each band, or one for all."""
     parts = []
-    for i, width in enumerate(width for n_bands, width in model.estimate.runs for _ in range(n_bands)):
+    for i, width in enumerate(width for n_bands, width in model.estimate.width_groups for _ in range(n_bands)):
         value, gate = torch.zeros(width), torch.full((width,), 50.0)
         value[::2] = values[i % len(values)]
         parts += [value, gate] * model.n_sources
@@ -162,7 +162,7 @@ def test_a_layer_is_gated_attention_and_a_feed_forward_network():
     query, key, value = layer.query_key_value(normed).split(8, -1)
     gates, heads = layer.gates(normed).sigmoid(), []
     for h, part in enumerate((slice(4), slice(4, 8))):
-        scores = rotate(query[..., part], angles) @ rotate(key[..., part], angles).transpose(1, 2) / 4**0.5
+        scores = apply_rotary(query[..., part], angles) @ apply_rotary(key[..., part], angles).transpose(1, 2) / 4**0.5
         heads.append(scores.softmax(-1) @ value[..., part] * gates[..., [h]])
     expected = features + layer.merge(torch.cat(heads, -1))
     expected = expected + layer.narrow(F.gelu(layer.widen(normal(expected, layer.hidden_norm.weight))))

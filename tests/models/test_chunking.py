@@ -2,7 +2,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unbraid.models.chunking import cut, join
+from unbraid.models.chunking import merge_chunks, split_into_chunks
 
 
 @given(st.integers(1, 60), st.sampled_from([2, 6, 10]))
@@ -10,15 +10,15 @@ def test_chunks_that_are_cut_and_joined_are_twice_what_they_were(n_frames, chunk
     """Chunks overlap by half: every frame is in exactly two of them."""
     frames = torch.arange(1.0, 2 * n_frames * 3 + 1).reshape(2, n_frames, 3)
 
-    chunks = cut(frames, chunk_size)
+    chunks = split_into_chunks(frames, chunk_size)
 
     assert chunks.shape[2] == chunk_size
-    assert torch.equal(join(chunks, n_frames), 2 * frames)
+    assert torch.equal(merge_chunks(chunks, n_frames), 2 * frames)
 
 
 @given(st.integers(1, 40))
 def test_a_chunk_holds_frames_that_follow_each_other(n_frames):
-    chunks = cut(torch.arange(1.0, n_frames + 1).reshape(1, n_frames, 1), 6)[0, :, :, 0]
+    chunks = split_into_chunks(torch.arange(1.0, n_frames + 1).reshape(1, n_frames, 1), 6)[0, :, :, 0]
 
     for start, chunk in enumerate(chunks):
         expected = torch.arange(6.0) + 3 * (start - 1) + 1

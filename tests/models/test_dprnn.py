@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unbraid.models.chunking import cut, join, published_pads
+from unbraid.models.chunking import merge_chunks, published_padding, split_into_chunks
 from unbraid.models.dprnn import DPRNN
 
 
@@ -99,20 +99,20 @@ def test_it_is_the_published_network(n_frames):
 @given(st.integers(1, 60), st.sampled_from([2, 6, 10]))
 def test_chunks_up_to_a_whole_chunk_beyond_the_frames_are_those_of_unfold(n_frames, chunk_size):
     frames = noise(2, n_frames, 3)
-    before, after = published_pads(n_frames, chunk_size, "chunk")
+    before, after = published_padding(n_frames, chunk_size, "chunk")
 
-    chunks = cut(F.pad(frames, (0, 0, before, after)), chunk_size)
+    chunks = split_into_chunks(F.pad(frames, (0, 0, before, after)), chunk_size)
 
     columns = frames.transpose(1, 2)[..., None]
     unfolded = F.unfold(columns, (chunk_size, 1), padding=(chunk_size, 0), stride=(chunk_size // 2, 1))
     assert torch.equal(chunks, unfolded.unflatten(1, (3, chunk_size)).permute(0, 3, 2, 1))
-    assert torch.equal(join(chunks, before + n_frames)[:, before:], 2 * frames)
+    assert torch.equal(merge_chunks(chunks, before + n_frames)[:, before:], 2 * frames)
 
 
 @given(st.integers(1, 60), st.sampled_from([2, 6, 10]))
 def test_chunks_in_pairs_are_even_and_as_few_as_leave_a_frame_of_zeros(n_frames, chunk_size):
-    before, after = published_pads(n_frames, chunk_size, "pairs")
-    chunks = cut(F.pad(noise(1, n_frames, 1), (0, 0, before, after)), chunk_size)
+    before, after = published_padding(n_frames, chunk_size, "pairs")
+    chunks = split_into_chunks(F.pad(noise(1, n_frames, 1), (0, 0, before, after)), chunk_size)
 
     assert before == 0
     assert 1 <= after <= chunk_size

@@ -2,8 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from unbraid.models.chunking import cut, join, published_pads
-from unbraid.models.sepformer import RESepFormer, SepFormer, sinusoids
+from unbraid.models.chunking import merge_chunks, published_padding, split_into_chunks
+from unbraid.models.sepformer import RESepFormer, SepFormer, sinusoidal_positions
 
 both = pytest.mark.parametrize("model_class", [SepFormer, RESepFormer])
 
@@ -37,9 +37,9 @@ def test_the_defaults_have_the_published_size(model_class, published):
 def test_joining_before_the_sources_are_split_is_the_published_sum(n_frames):
     model, encoded = tiny(n_blocks=0), noise(2, n_frames, 8)
     features = model.enter(model.norm(encoded))
-    chunks = cut(F.pad(features, (0, 0, *published_pads(n_frames, 6, "pairs"))), 6)
+    chunks = split_into_chunks(F.pad(features, (0, 0, *published_padding(n_frames, 6, "pairs"))), 6)
 
-    sources = join(model.split(model.activation(chunks)), n_frames).unflatten(-1, (2, 8))
+    sources = merge_chunks(model.split(model.activation(chunks)), n_frames).unflatten(-1, (2, 8))
 
     expected = model.leave(model.output(sources).tanh() * model.gate(sources).sigmoid()).relu()
     torch.testing.assert_close(model.masks(encoded), expected, rtol=1e-5, atol=1e-6)
@@ -106,7 +106,7 @@ def test_activations_computed_again_need_not_be_kept(model_class):
 
 
 def test_positions_are_sines_and_cosines_of_falling_rates():
-    positions = sinusoids(50, 8, torch.device("cpu"))
+    positions = sinusoidal_positions(50, 8, torch.device("cpu"))
 
     place, rate = 7, 10_000 ** (-4 / 8)  # channels 4 and 5 have the third of four rates
     assert positions[place, 4].item() == pytest.approx(torch.sin(torch.tensor(place * rate)).item(), abs=1e-5)

@@ -3,14 +3,14 @@ import torch
 import torch.nn.functional as F
 
 from unbraid.models.sepreformer import (
-    BatchNorm,
-    Double,
+    ChannelsLastBatchNorm,
     GlobalAttention,
     Layer,
     SepReformer,
     SourceAttention,
-    by_distance,
-    take_level,
+    Upsample,
+    normalize_rms,
+    relative_to_absolute,
 )
 
 TINY = {
@@ -79,7 +79,7 @@ def test_the_output_follows_the_gain(gain):
 def test_levels_are_root_mean_squares_and_that_of_silence_is_0():
     waveform = torch.tensor([[3.0, -3.0, 3.0, -3.0], [0.0, 0.0, 0.0, 0.0], [0.0, 2e-5, 0.0, 0.0]], requires_grad=True)
 
-    plain, levels = take_level(waveform)
+    plain, levels = normalize_rms(waveform)
     (plain * levels).sum().backward()
 
     torch.testing.assert_close(levels, torch.tensor([[3.0], [0.0], [1e-5]]), rtol=1e-5, atol=0)
@@ -92,7 +92,7 @@ def test_columns_for_distances_become_columns_for_frames(n_frames):
     distances = torch.arange(n_frames - 1, -n_frames - 1, -1).float().expand(2, n_frames, -1)
     frames = torch.arange(float(n_frames))
 
-    assert torch.equal(by_distance(distances), (frames[:, None] - frames).expand(2, -1, -1))
+    assert torch.equal(relative_to_absolute(distances), (frames[:, None] - frames).expand(2, -1, -1))
 
 
 def test_attention_over_frames_is_softmax_of_products_with_keys_and_with_distances():
@@ -153,7 +153,7 @@ def test_a_layer_treats_all_sources_alike():
 
 
 def test_doubling_is_a_product_with_both_rates_side_by_side():
-    double, low, high = seeded(Double, d_model=4), noise(2, 3, 4), noise(2, 6, 4, seed=1)
+    double, low, high = seeded(Upsample, d_model=4), noise(2, 3, 4), noise(2, 6, 4, seed=1)
     both = torch.cat([low.repeat_interleave(2, 1), high], -1)
     expected = F.linear(both, torch.cat([double.low.weight, double.high.weight], 1), double.low.bias)
 
@@ -162,7 +162,7 @@ def test_doubling_is_a_product_with_both_rates_side_by_side():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_batch_norm_is_that_of_torch(training):
-    ours, theirs = BatchNorm(5).train(training), torch.nn.BatchNorm1d(5).train(training)
+    ours, theirs = ChannelsLastBatchNorm(5).train(training), torch.nn.BatchNorm1d(5).train(training)
     features = 3 + noise(2, 30, 5)
 
     torch.testing.assert_close(ours(features), theirs(features.transpose(1, 2)).transpose(1, 2))

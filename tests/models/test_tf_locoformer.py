@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from unbraid.models.tf_locoformer import ConvSwiGLU, RMSGroupNorm, RotaryAttention, TFLocoformer, deviation
+from unbraid.models.tf_locoformer import ConvSwiGLU, RMSGroupNorm, RotaryAttention, TFLocoformer, std_over_time
 
 MEDIUM = {"n_layers": 6, "d_model": 128, "d_hidden": 384, "kernel_size": 4}
 
@@ -103,12 +103,12 @@ def test_layers_along_frequency_never_mix_frames_and_those_along_time_never_freq
 
 def test_the_deviation_is_that_of_torch_and_its_gradient_in_silence_is_0():
     waveform, silence = noise(3, 50) + 1, torch.full((1, 50), 0.0, requires_grad=True)
-    deviation(silence).sum().backward()
+    std_over_time(silence).sum().backward()
 
-    torch.testing.assert_close(deviation(waveform), waveform.std(1, keepdim=True))
-    assert deviation(silence).item() == 0
+    torch.testing.assert_close(std_over_time(waveform), waveform.std(1, keepdim=True))
+    assert std_over_time(silence).item() == 0
     assert not silence.grad.any()
-    assert deviation(torch.ones(1, 1)).item() == 0
+    assert std_over_time(torch.ones(1, 1)).item() == 0
 
 
 @pytest.mark.parametrize("time", range(160, 168))

@@ -129,7 +129,7 @@ def test_each_example_of_a_sampled_step_is_recorded_with_what_the_model_made_of_
     batch = make_batch(3)
     with torch.no_grad():
         estimate = state.model(batch.mixture)
-        wanted = state.loss.assigned(estimate, batch.sources)
+        wanted = state.loss.with_order(estimate, batch.sources)
 
     record = sampled_step(state, [batch.select([0]), batch.select([1, 2])])
 
@@ -187,7 +187,7 @@ def test_si_sdr_of_each_source_is_the_mean_over_the_examples_trained_on():
     batch.sources[2, 1] = 0.0  # silent: no SI-SDR
     with torch.no_grad():
         estimate = state.model(batch.mixture)
-        order = state.loss.assigned(estimate, batch.sources).order
+        order = state.loss.with_order(estimate, batch.sources).order
     ratios = si_sdr(estimate.gather(1, order[:, :, None, None].expand_as(estimate)), batch.sources)[:, :, 0]
 
     record = train_step(state, [batch.select([0, 1]), batch.select([2, 3])])

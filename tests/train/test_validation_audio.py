@@ -20,7 +20,7 @@ from unbraid.data.dataset import Key
 from unbraid.data.loader import collate
 from unbraid.errors import AudioError
 from unbraid.inference import at_mixture_level, separate
-from unbraid.losses.pit import judge_by, order_as_targets
+from unbraid.losses.pit import evaluation_loss, match_to_targets
 from unbraid.metrics import si_sdr
 from unbraid.records import Event, ItemId, StepRecord, ValidationRecord, read_rows
 from unbraid.run import train
@@ -83,7 +83,7 @@ def test_what_is_heard_is_what_the_model_makes_of_the_validation_mixture_at_its_
     model, _ = load_model(run.checkpoints / "last")
     estimate = separate(model, torch.from_numpy(made.mixture)[None])
     sources = torch.from_numpy(made.sources)[None]
-    ordered = order_as_targets(estimate, sources, judge_by("permutation"), assign="permutation")
+    ordered = match_to_targets(estimate, sources, evaluation_loss("permutation"), assign="permutation")
 
     heard = [read_audio(run.audio / "step-000006" / f"001-estimate-{k}.wav")[0] for k in (1, 2)]
 

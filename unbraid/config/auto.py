@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from unbraid.compilation import absent_for_compiling
+from unbraid.compilation import missing_build_tools
 from unbraid.config.recipe import Recipe
 from unbraid.robust.precision import best_precision
 
@@ -74,7 +74,7 @@ def compiling_pays(recipe: Recipe, model: nn.Module, device: torch.device, preci
         return False, f"{name} has no compile_regions"
     if sys.platform != "linux":
         return False, "it is left out on other systems than Linux"
-    if absent := absent_for_compiling(device):
+    if absent := missing_build_tools(device):
         return False, f"{absent}, which compiling needs"
     on_cpu = device.type == "cpu"
     gains = getattr(model, "compile_gain", {})

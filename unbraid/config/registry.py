@@ -14,7 +14,7 @@ from torch import nn
 from unbraid.config.recipe import Component, Recipe
 from unbraid.config.schema import checked
 from unbraid.errors import RecipeError, nearest
-from unbraid.losses import LOSSES, NAMES, SignalLoss, loss_inputs
+from unbraid.losses import LOSS_INPUTS, LOSSES, SignalLoss, loss_inputs
 from unbraid.losses.pairwise import Term
 from unbraid.losses.pit import SeparationLoss
 
@@ -130,7 +130,8 @@ def _bound_loss(part: Component, folder: Path | None) -> SignalLoss:
     """A loss with the recipe's options, tried on a moment of noise: what it refuses, it shall refuse before a run."""
     loss = find_component("loss", part, LOSSES, folder)
     asked = loss_inputs(loss)
-    kept = NAMES if "embedding" in asked else NAMES[:3]  # n_fft and hop_length are an embedding's, or else one's own
+    # n_fft and hop_length belong to the embedding; without one they are options of the loss itself.
+    kept = LOSS_INPUTS if "embedding" in asked else LOSS_INPUTS[:3]
     called = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss)
     supplied = (*kept, *([*called.parameters][:2] if "estimate" in asked else []))
     options = checked("loss", loss, part.options, given=supplied)

@@ -9,7 +9,7 @@ import numpy as np
 
 from unbraid.audio import first_bad_sample, read_audio
 from unbraid.data.tracks import Track
-from unbraid.dsp import fit_length, power_db, resample, to_amplitude
+from unbraid.dsp import db_to_amplitude, fit_length, power_db, resample
 from unbraid.errors import AudioError
 from unbraid.records import EventCode
 from unbraid.type_aliases import AudioArray
@@ -172,4 +172,4 @@ def mix(
 
 def _at_level(audio: AudioArray, level_db: float) -> AudioArray:
     now = power_db(audio)
-    return audio if now < SILENT_DB else audio * np.float32(to_amplitude(level_db - now))
+    return audio if now < SILENT_DB else audio * np.float32(db_to_amplitude(level_db - now))

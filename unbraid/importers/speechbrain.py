@@ -17,7 +17,7 @@ from unbraid.importers.key_mapping import (
     weight_and_bias,
 )
 from unbraid.importers.safe_reading import Settings, Tensors, read_weights, state_dict
-from unbraid.models.sepformer import sinusoids
+from unbraid.models.sepformer import sinusoidal_positions
 
 PARTS = ("encoder", "masknet", "decoder")
 """Each in a file of that name."""
@@ -174,7 +174,7 @@ def _positions(origin: str, theirs: str, weights: Tensors) -> Tensors:
     table = weights.get(f"{theirs}.pos_enc.pe")
     if table is None:
         raise CheckpointError(f"{origin} has no positions in {theirs}, where ours has; it is not imported.")
-    return {f"{theirs}.pos_enc.pe": sinusoids(min(1000, table.shape[-2]), table.shape[-1], table.device)}
+    return {f"{theirs}.pos_enc.pe": sinusoidal_positions(min(1000, table.shape[-2]), table.shape[-1], table.device)}
 
 
 def _made_by(name: str, settings: dict[str, Settings]) -> list[dict[str, Any]]:

@@ -78,7 +78,7 @@ def filter_layouts(model: nn.Module) -> dict[str, FilterLayout]:
         if isinstance(module, BandLinear):
             layouts[name] = FilterLayout((3,))
         elif isinstance(module, BandSplit):
-            widths = tuple(width for n_bands, width in module.runs for _ in range(n_bands))
+            widths = tuple(width for n_bands, width in module.width_groups for _ in range(n_bands))
             layouts[name] = FilterLayout((0,), widths)
     return layouts
 

@@ -1,9 +1,9 @@
-"""LOSSES, by name: ``(estimate, target)``, both ``(..., time)``, to one value per signal; lower is better.
+"""LOSSES by name: ``(estimate, target)``, both ``(..., time)``, to one value per signal; lower is better.
 
-A loss may ask for more, by the names of its parameters: the ``mixture``, ``(batch, channel, time)``; and of a model
-that returns a `ModelOutput` the ``embedding``, and ``n_fft`` and ``hop_length`` of its spectrum. Those that do are
-given signals ``(batch, source, channel, time)``, and may return one value per example, ``(batch,)``. Keyword arguments
-of other names are keys of the recipe.
+A loss receives more inputs if it has parameters of these names: ``mixture``, ``(batch, channel, time)``, and, from a
+model that returns a `ModelOutput`, its ``embedding`` with the ``n_fft`` and ``hop_length`` of the spectrum. Such a loss
+is called with signals ``(batch, source, channel, time)`` and may return one value per example, ``(batch,)``. All other
+keyword arguments are options, set in the recipe.
 """
 
 import functools
@@ -20,8 +20,15 @@ from unbraid.losses.spectral import (
     multi_resolution_stft,
     whitened_kmeans,
 )
-from unbraid.losses.waveform import l1, neg_sa_sdr, neg_si_sdr, neg_snr, neg_thresholded_snr, neg_thresholded_snr_of
-from unbraid.metrics import Products, distortion_of, si_sdr_of, snr_of
+from unbraid.losses.waveform import (
+    l1,
+    neg_sa_sdr,
+    neg_si_sdr,
+    neg_snr,
+    neg_thresholded_snr,
+    neg_thresholded_snr_from_moments,
+)
+from unbraid.metrics import PairMoments, mse_from_moments, si_sdr_from_moments, snr_from_moments
 
 SignalLoss = Callable[..., Tensor]
 
@@ -39,64 +46,71 @@ LOSSES: dict[str, SignalLoss] = {
 }
 
 IN_DB: frozenset[SignalLoss] = frozenset({neg_si_sdr, neg_snr, neg_thresholded_snr, neg_sa_sdr})
-"""Losses whose values are in dB, so that a threshold in dB means something."""
+"""Losses in dB. Only for these is a threshold in dB meaningful."""
 
 SCALE_INVARIANT: frozenset[SignalLoss] = frozenset({neg_si_sdr})
-"""Losses that do not care for an estimate's gain, and to which a silent target means nothing."""
+"""Losses that ignore the gain of the estimate and are undefined for a silent target."""
 
-BY_PRODUCTS: dict[SignalLoss, Callable[..., Tensor]] = {
-    neg_si_sdr: lambda products: -si_sdr_of(products),
-    neg_snr: lambda products: -snr_of(products),
-    neg_thresholded_snr: neg_thresholded_snr_of,
-    neg_sa_sdr: distortion_of,
+MOMENT_LOSSES: dict[SignalLoss, Callable[..., Tensor]] = {
+    neg_si_sdr: lambda moments: -si_sdr_from_moments(moments),
+    neg_snr: lambda moments: -snr_from_moments(moments),
+    neg_thresholded_snr: neg_thresholded_snr_from_moments,
+    # The error energies of all sources add up inside SA-SDR's one ratio, so the sum of the errors ranks the orders.
+    neg_sa_sdr: mse_from_moments,
 }
-"""What to compare pairs of signals by, from `Products` and the loss's own options; their sums decide on the order."""
+"""Forms of the losses that compare all pairs of signals at once, from `PairMoments` and the options of the loss."""
 
-NAMES = ("estimate", "target", "mixture", "embedding", "n_fft", "hop_length")
-"""What the step supplies, if a loss has a parameter of that name."""
+LOSS_INPUTS = ("estimate", "target", "mixture", "embedding", "n_fft", "hop_length")
+"""The inputs that the training step supplies to parameters of these names."""
 
 
-def bare(loss: SignalLoss | None) -> SignalLoss | None:
-    """The function itself, where a recipe's options were bound to it."""
+def unwrap_partial(loss: SignalLoss | None) -> SignalLoss | None:
+    """Return the loss function itself, without the options that a recipe has bound to it."""
     return loss.func if isinstance(loss, functools.partial) else loss
 
 
 def is_scale_invariant(loss: SignalLoss | None) -> bool:
-    """Return whether a loss ignores the level, as those in `SCALE_INVARIANT` do.
+    """Return whether a loss ignores the gain of the estimate, as those in `SCALE_INVARIANT` do.
 
-    A loss of your own says so with the attribute ``is_scale_invariant = True``.
+    A custom loss declares this with the attribute ``is_scale_invariant = True``.
     """
-    return bare(loss) in SCALE_INVARIANT or getattr(bare(loss), "is_scale_invariant", False) is True
+    function = unwrap_partial(loss)
+    return function in SCALE_INVARIANT or getattr(function, "is_scale_invariant", False) is True
 
 
 def is_in_db(loss: SignalLoss) -> bool:
-    """Whether a loss is in dB: one of `IN_DB`, or one of your own with ``unit = "dB"`` as an attribute."""
-    return bare(loss) in IN_DB or getattr(bare(loss), "unit", None) == "dB"
+    """Return whether a loss is in dB: one of `IN_DB`, or a custom loss with the attribute ``unit = "dB"``."""
+    function = unwrap_partial(loss)
+    return function in IN_DB or getattr(function, "unit", None) == "dB"
 
 
-def by_products(loss: SignalLoss) -> Callable[[Products], Tensor] | None:
-    """How pairs are compared without going through them one by one: an entry of `BY_PRODUCTS`, or None."""
-    function = bare(loss)
-    found = None if function is None else BY_PRODUCTS.get(function)
-    return functools.partial(found, **loss.keywords) if found and isinstance(loss, functools.partial) else found
+def loss_from_moments(loss: SignalLoss) -> Callable[[PairMoments], Tensor] | None:
+    """Return the form of a loss that takes `PairMoments`, with its options bound; None if it has no such form."""
+    function = unwrap_partial(loss)
+    moment_loss = None if function is None else MOMENT_LOSSES.get(function)
+    if moment_loss is not None and isinstance(loss, functools.partial):
+        return functools.partial(moment_loss, **loss.keywords)
+    return moment_loss
 
 
 def loss_inputs(loss: SignalLoss) -> dict[str, bool]:
-    """Which of `NAMES` a loss is given, and whether it cannot do without.
+    """Return the names in `LOSS_INPUTS` that a loss receives, each with whether the loss requires it.
 
-    Estimate and target are its first two parameters, whatever they are called, unless it asks for an embedding
-    instead of the estimate.
+    Estimate and target are the first two parameters, whatever their names. Only a loss with a parameter ``embedding``
+    and no ``estimate`` does not receive the estimate.
     """
     bound: dict[str, Any] = loss.keywords if isinstance(loss, functools.partial) else {}
     try:
+        # Module.__call__ takes *args; the parameters are those of forward.
         parameters = dict(inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss).parameters)
-    except (TypeError, ValueError):  # something written in C
+    except (TypeError, ValueError):  # functions written in C have no signature
         parameters = {}
-    found = {
+    required = {
         name: parameter.default is inspect.Parameter.empty
         for name, parameter in parameters.items()
-        if name in NAMES and name not in bound
+        if name in LOSS_INPUTS and name not in bound
     }
-    if "embedding" in found and "estimate" not in found:
-        return found
-    return {"estimate": True, "target": True} | {name: needed for name, needed in found.items() if name in NAMES[2:]}
+    if "embedding" in required and "estimate" not in required:
+        return required
+    extra_inputs = {name: is_required for name, is_required in required.items() if name in LOSS_INPUTS[2:]}
+    return {"estimate": True, "target": True} | extra_inputs

@@ -1,4 +1,4 @@
-"""Which output belongs to which source: permutation-invariant training, MixIT and fixed order, around any loss."""
+"""SeparationLoss: match outputs with targets by PIT, MixIT or a fixed order, around any loss of signals."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -8,34 +8,36 @@ from torch import Tensor
 
 from unbraid.dsp import SILENCE, without_autocast
 from unbraid.errors import UserError
-from unbraid.losses import SignalLoss, bare, is_in_db, is_scale_invariant
-from unbraid.losses.mixit import mixit_ways
-from unbraid.losses.pairwise import Extras, Term, as_terms, compares, pair_losses, value_of, wide
+from unbraid.losses import SignalLoss, is_in_db, is_scale_invariant, unwrap_partial
+from unbraid.losses.mixit import best_mixing_matrix
+from unbraid.losses.pairwise import Extras, Term, as_terms, at_least_float32, call_loss, pairwise_losses, uses_estimate
 from unbraid.losses.waveform import neg_sa_sdr, neg_si_sdr, neg_snr
 from unbraid.metrics import (
-    all_orders,
+    all_permutations,
     best_assignment,
-    distortion_of,
     mean_over_active,
     mean_square,
-    pair_products,
+    mse_from_moments,
+    pair_moments,
     ratio_db,
     reorder,
     si_sdr,
 )
 
 ASSIGNMENTS = ("permutation", "fixed", "mixit")
-MAX_WHOLE_SOURCES = 6
+
+MAX_SA_SDR_SOURCES = 6
+"""The most outputs in a sum of losses with SA-SDR, for which every order has to be tried (720 for 6)."""
 
 
-class Assigned(NamedTuple):
-    """What a loss came to, and how the outputs were held against the targets.
+class OrderedLosses(NamedTuple):
+    """The losses of a batch, with the order of the outputs and their SI-SDR.
 
     Attributes:
-        losses: ``(batch,)``.
-        order: Which output belongs to each target, ``(batch, source)``, int64; with MixIT the one most like it.
-        si_sdr: Of each target's output, mean over channels, in dB, ``(batch, source)``; no gradient.
-        active: Whether each target is more than silence, ``(batch, source)``.
+        losses: One loss per example, ``(batch,)``.
+        order: Index of the output for each target, ``(batch, source)``, int64; with MixIT the most similar output.
+        si_sdr: SI-SDR of the output for each target, mean over channels, in dB, ``(batch, source)``; no gradient.
+        active: Whether each target is more than silence in every channel, ``(batch, source)``.
     """
 
     losses: Tensor
@@ -45,19 +47,19 @@ class Assigned(NamedTuple):
 
 
 class SeparationLoss:
-    """One loss per example from all of its sources.
+    """One loss per example, from all of its sources.
 
-    Where silence among the targets means nothing to the loss (SI-SDR), silent ones are left out of an example's mean;
-    an example with nothing but silence keeps its values, so that they are seen.
+    A loss that is undefined for silent targets (SI-SDR) is averaged over the other targets of the example. An example
+    of nothing but silence keeps its values, so that it stands out.
 
     Args:
-        loss: ``(estimate, target)`` to one value per signal, or to one per example; or several of them with weights.
-        assign: ``"permutation"`` takes the order of the outputs that makes the loss smallest, for each example;
-            ``"fixed"`` keeps output ``i`` for source ``i``; ``"mixit"`` takes the targets for mixtures themselves, and
-            adds each output to the one where it makes the loss smallest.
-        inactive_weight: How much outputs count that no active target belongs to, because it is silent or there are
-            fewer targets than outputs: their level above 30 dB under the mixture, in dB, mean over all outputs. With 0
-            they are left to themselves, but for what a loss that cares for level says of a silent target.
+        loss: ``(estimate, target)`` to one value per signal or per example; or a weighted sum of such losses.
+        assign: ``"permutation"`` chooses the order of the outputs with the smallest loss, for each example;
+            ``"fixed"`` compares output ``i`` with source ``i``; ``"mixit"`` takes the targets for mixtures, and adds
+            each output to the mixture for which the loss is smallest.
+        inactive_weight: Weight of a penalty on inactive outputs: those matched with a silent target or with none. The
+            penalty is their level above 30 dB below the mixture, in dB, averaged over all outputs. With 0, only a loss
+            that depends on level constrains the outputs of silent targets.
 
     Reference:
         Kolbaek et al., "Multi-talker speech separation with utterance-level permutation invariant training",
@@ -82,82 +84,92 @@ class SeparationLoss:
             raise ValueError(f"inactive_weight = {inactive_weight} must be 0 or more.")
         if assign == "mixit" and any(is_scale_invariant(term.loss) for term in self.terms):
             raise ValueError(
-                "assign = 'mixit' adds outputs up, which needs a loss that cares for level, as neg_snr does."
+                "assign = 'mixit' adds outputs up, so the loss must depend on their level, as neg_snr does."
             )
         if assign == "mixit" and inactive_weight:
             raise ValueError(
-                "assign = 'mixit' gives every output to a mixture, so that none is inactive; leave inactive_weight out."
+                "assign = 'mixit' adds every output to a mixture, so none is inactive. Omit inactive_weight."
             )
-        self.assign, self.inactive_weight = assign, inactive_weight
+        self.assign = assign
+        self.inactive_weight = inactive_weight
 
     @property
     def in_db(self) -> bool:
-        """Whether its values are in dB, so that a threshold in dB means something."""
+        """Return whether the values are in dB, so that a threshold in dB is meaningful."""
         return len(self.terms) == 1 and is_in_db(self.terms[0].loss) and not self.inactive_weight
 
     def __call__(self, estimate: Tensor, target: Tensor, **extras: Any) -> Tensor:
-        """Losses ``(batch,)`` of estimates and targets, both ``(batch, source, channel, time)``.
+        """Return one loss per example, ``(batch,)``, computed in float32 (or float64) under autocast too.
 
-        In float32 (float64 stays), also where the call stands under autocast.
+        Args:
+            estimate: Outputs of the model, ``(batch, output, channel, time)``.
+            target: ``(batch, source, channel, time)``, at most as many sources as outputs.
+            **extras: Further inputs of the loss, by name.
+
+        Raises:
+            UserError: If the shapes do not match, or an input of the loss is missing.
         """
-        return self._judged(wide(estimate), wide(target), extras)[0]
+        return self._compute(at_least_float32(estimate), at_least_float32(target), extras)[0]
 
-    def assigned(self, estimate: Tensor, target: Tensor, **extras: Any) -> Assigned:
-        """Losses as `__call__` gives them, with order and SI-SDR; the latter costs nothing where it is the loss."""
-        estimate, target = wide(estimate), wide(target)
-        losses, values, held = self._judged(estimate, target, extras)
+    def with_order(self, estimate: Tensor, target: Tensor, **extras: Any) -> OrderedLosses:
+        """Return the losses of `__call__` with order and SI-SDR; SI-SDR costs nothing where it is the loss."""
+        estimate = at_least_float32(estimate)
+        target = at_least_float32(target)
+        losses, values, matched = self._compute(estimate, target, extras)
         if len(self.terms) == 1 and self.terms[0].loss is neg_si_sdr:
             ratio = -values.detach()
         else:
-            ratio = si_sdr(held.estimate.detach(), held.target)
-        ratio = ratio.mean(-1) if held.by_target else ratio.mean(-1).gather(1, held.order)
-        return Assigned(losses, held.order, ratio, (mean_square(target) > SILENCE).all(-1))
+            ratio = si_sdr(matched.estimate.detach(), matched.target)
+        # Ratios in the order of the outputs are brought into the order of the targets.
+        ratio = ratio.mean(-1) if matched.in_target_order else ratio.mean(-1).gather(1, matched.order)
+        return OrderedLosses(losses, matched.order, ratio, (mean_square(target) > SILENCE).all(-1))
 
     @without_autocast
-    def _judged(self, estimate: Tensor, target: Tensor, extras: Extras) -> tuple[Tensor, Tensor, "_Held"]:
-        """Losses, the values of the last term that has one for each signal, and what was held against what."""
+    def _compute(self, estimate: Tensor, target: Tensor, extras: Extras) -> tuple[Tensor, Tensor, "_Matched"]:
+        """Return the losses, the values per signal of the last term that has them, and the matched signals."""
         check_estimate(estimate, target)
-        held = _hold(self.terms, estimate, target, extras, assign=self.assign, inactive_weight=self.inactive_weight)
-        total, values = estimate.new_zeros(()), estimate.new_zeros(held.target.shape[:-1])
+        matched = _match(self.terms, estimate, target, extras, assign=self.assign, inactive_weight=self.inactive_weight)
+        total = estimate.new_zeros(())
+        values = estimate.new_zeros(matched.target.shape[:-1])
         for loss, weight in self.terms:
-            found = value_of(loss, held.estimate, held.target, extras)
-            if found.dim() == 3:
-                values = found
-                found = mean_over_active(found, held.target) if is_scale_invariant(loss) else found.mean((1, 2))
-            total = total + (found if weight == 1 else weight * found)
+            term = call_loss(loss, matched.estimate, matched.target, extras)
+            if term.dim() == 3:  # one value per signal; otherwise one per example already
+                values = term
+                term = mean_over_active(values, matched.target) if is_scale_invariant(loss) else values.mean((1, 2))
+            total = total + (term if weight == 1 else weight * term)
         if self.inactive_weight:
-            total = total + self.inactive_weight * _inactivity(estimate, target, held, extras)
-        return total, values, held
+            total = total + self.inactive_weight * _inactive_level(estimate, target, matched, extras)
+        return total, values, matched
 
 
 def check_estimate(estimate: Tensor, target: Tensor) -> None:
-    """Refuse what a model returned if it cannot be held against the sources.
+    """Raise an error if the output of a model cannot be compared with the sources.
 
     Raises:
-        UserError: If shapes do not fit; more outputs than sources do.
+        UserError: If the shapes do not match; more outputs than sources are allowed.
     """
     fits = estimate.dim() == 4 and estimate.shape[0] == target.shape[0] and estimate.shape[2:] == target.shape[2:]
     if not fits or estimate.shape[1] < target.shape[1]:
         raise UserError(
-            f"The model returned {tuple(estimate.shape)}; it must return (batch, source, channel, time) as the sources "
-            f"have it, {tuple(target.shape)}, with as many outputs or more."
+            f"The model returned {tuple(estimate.shape)}. For sources {tuple(target.shape)} it must return (batch, "
+            "source, channel, time) of the same size, with at least as many sources."
         )
 
 
-class _Held(NamedTuple):
-    """Estimates beside the targets they are held against, and how that came about.
+class _Matched(NamedTuple):
+    """Estimates and the targets that they are compared with.
 
-    Where there are as many outputs as targets, the targets are put into the order of the outputs: they need no
-    gradient, so that this costs one copy and nothing in the backward. `by_target` says that it was the other way.
+    With as many outputs as targets, the targets are put in the order of the outputs (``in_target_order`` is False):
+    they need no gradient, so this costs one copy and nothing in the backward pass.
     """
 
     estimate: Tensor
     target: Tensor
     order: Tensor
-    by_target: bool
+    in_target_order: bool
 
 
-def _hold(
+def _match(
     terms: Sequence[Term],
     estimate: Tensor,
     target: Tensor,
@@ -165,137 +177,131 @@ def _hold(
     *,
     assign: str,
     inactive_weight: float = 0.0,
-) -> _Held:
+) -> _Matched:
+    """Match outputs with targets as ``assign`` says."""
     if assign == "mixit":
-        ways = mixit_ways(terms, estimate, target, extras)
-        summed = torch.einsum("bno,boct->bnct", ways.to(estimate.dtype), estimate)
-        similarity = pair_products(estimate.detach().transpose(1, 2), target.transpose(1, 2)).dot.mean(1)
-        order = torch.where(ways, similarity.transpose(1, 2).nan_to_num(), -torch.inf).argmax(-1)
-        return _Held(summed, target, order, by_target=True)
-    order = output_order(estimate, target, terms, assign=assign, extras=extras, inactive_weight=inactive_weight)
-    if assign == "fixed" or estimate.shape[1] != target.shape[1]:
-        chosen = estimate[:, : target.shape[1]] if assign == "fixed" else reorder(estimate, order)
-        return _Held(chosen, target, order, by_target=True)
-    return _Held(estimate, reorder(target, order.argsort(1)), order, by_target=False)
+        matrix = best_mixing_matrix(terms, estimate, target, extras)
+        sums = torch.einsum("bno,boct->bnct", matrix.to(estimate.dtype), estimate)
+        # Records want one output for each target: the most similar one among those that were added up.
+        similarity = pair_moments(estimate.detach().transpose(1, 2), target.transpose(1, 2)).dot.mean(1)
+        order = torch.where(matrix, similarity.transpose(1, 2).nan_to_num(), -torch.inf).argmax(-1)
+        return _Matched(sums, target, order, in_target_order=True)
+    order = find_order(estimate, target, terms, assign=assign, extras=extras, inactive_weight=inactive_weight)
+    if assign == "fixed":
+        return _Matched(estimate[:, : target.shape[1]], target, order, in_target_order=True)
+    if estimate.shape[1] != target.shape[1]:
+        return _Matched(reorder(estimate, order), target, order, in_target_order=True)
+    # argsort inverts a permutation
+    return _Matched(estimate, reorder(target, order.argsort(1)), order, in_target_order=False)
 
 
 @without_autocast
-def order_as_targets(
+def match_to_targets(
     estimate: Tensor, target: Tensor, signal_loss: SignalLoss | Sequence[Term], *, assign: str
 ) -> Tensor:
-    """Estimates as they are held against the targets, ``(batch, source, channel, time)``.
+    """Return one estimate for each target, ``(batch, source, channel, time)``, in the order of the targets.
 
-    In the order of their targets, outputs to spare left out; with MixIT the sums of outputs that make up each target.
+    Outputs without a target are dropped. With MixIT, an estimate is the sum of the outputs that belong to the target.
     """
     if assign == "mixit":
-        return _hold(as_terms(signal_loss), estimate, target, {}, assign=assign).estimate
-    return reorder(estimate, output_order(estimate, target, signal_loss, assign=assign))
+        return _match(as_terms(signal_loss), estimate, target, {}, assign=assign).estimate
+    return reorder(estimate, find_order(estimate, target, signal_loss, assign=assign))
 
 
-def judge_by(assign: str) -> SignalLoss:
-    """What the order of outputs is judged by where a model is scored, whatever it was trained by."""
+def evaluation_loss(assign: str) -> SignalLoss:
+    """Return the loss that chooses the order of the outputs in evaluation, whatever the model was trained with."""
     return neg_snr if assign == "mixit" else neg_si_sdr
 
 
-def output_order(
+@without_autocast
+def find_order(
     estimate: Tensor,
     target: Tensor,
     signal_loss: SignalLoss | Sequence[Term],
     *,
-    assign: str,
+    assign: str = "permutation",
     extras: Extras | None = None,
     inactive_weight: float = 0.0,
 ) -> Tensor:
-    """Which output belongs to each target, ``(batch, source)``.
+    """Return the order of the outputs with the smallest loss, for each example; channels stay together.
+
+    Only this search compares all pairs, and it needs no gradient. The loss is then computed in its exact form from the
+    chosen pairs alone. A silent target has no influence on the order under SI-SDR, as it does not count in the loss.
 
     Args:
         estimate: ``(batch, output, channel, time)``.
-        target: ``(batch, source, channel, time)``.
-        signal_loss: What makes the best order the best.
-        assign: ``"permutation"`` or ``"fixed"``, as `SeparationLoss` takes it.
-        extras: What the loss may ask for beside.
-        inactive_weight: As `SeparationLoss` takes it.
+        target: ``(batch, source, channel, time)``; not more sources than outputs.
+        signal_loss: ``(estimate, target)`` to one value per signal, or the terms of a sum.
+        assign: ``"permutation"``, or ``"fixed"`` for output ``i`` with source ``i``.
+        extras: Further inputs of the loss, by name.
+        inactive_weight: As in `SeparationLoss`.
+
+    Returns:
+        Index of the output for each target, ``(batch, target)``, int64.
+
+    Raises:
+        UserError: If there are too many orders for a loss that needs every order as a whole.
     """
     if assign == "fixed":
         return torch.arange(target.shape[1], device=target.device).expand(target.shape[:2])
-    return assign_sources(signal_loss, estimate, target, extras=extras, inactive_weight=inactive_weight)
-
-
-@without_autocast
-def assign_sources(
-    signal_loss: SignalLoss | Sequence[Term],
-    estimate: Tensor,
-    target: Tensor,
-    *,
-    extras: Extras | None = None,
-    inactive_weight: float = 0.0,
-) -> Tensor:
-    """Which estimate belongs to which target, for each example; channels stay together.
-
-    Only this search looks at all pairs, and it needs no gradient: the loss is then taken of the chosen pairs alone,
-    in its exact form. A silent target has no say in SI-SDR, as it is left out of the loss.
-
-    Args:
-        signal_loss: ``(estimate, target)`` to one value per signal, or terms of a sum.
-        estimate: ``(batch, source, channel, time)``.
-        target: ``(batch, source, channel, time)``; not more sources than estimates.
-        extras: What the loss may ask for beside.
-        inactive_weight: As `SeparationLoss` takes it.
-
-    Returns:
-        ``(batch, target)``, int64.
-
-    Raises:
-        UserError: If there are too many orders for a loss that has to see each as a whole.
-    """
     extras = extras or {}
-    terms = [term for term in as_terms(signal_loss) if compares(term.loss)]
-    alone = len(terms) == 1 and not inactive_weight  # the errors of SA-SDR add up, and their ratio is in the same order
-    whole = 0.0
+    terms = [term for term in as_terms(signal_loss) if uses_estimate(term.loss)]
+    # The errors of SA-SDR add up over pairs. Alone, its ratio falls as they fall; in a sum it must be computed whole.
+    is_single_term = len(terms) == 1 and not inactive_weight
+    sa_sdr_weight = 0.0
     with torch.no_grad():
         pairs = estimate.new_zeros(len(estimate), estimate.shape[1], target.shape[1])
         for loss, weight in terms:
-            if bare(loss) is neg_sa_sdr and not alone:
-                whole += weight
+            if unwrap_partial(loss) is neg_sa_sdr and not is_single_term:
+                sa_sdr_weight += weight
             else:
-                pairs = pairs + weight * pair_losses(loss, estimate, target, extras)
+                pairs = pairs + weight * pairwise_losses(loss, estimate, target, extras)
         if inactive_weight:
+            # Matching an output with an active target saves its penalty.
             level = _levels(estimate, target, extras).mean(-1) / estimate.shape[1]
-            pairs = pairs - inactive_weight * level[..., None] * _active(target)[:, None]
-        return _best_whole_order(pairs, whole, estimate, target) if whole else best_assignment(-pairs)
+            pairs = pairs - inactive_weight * level[..., None] * _active_in_any_channel(target)[:, None]
+        if sa_sdr_weight:
+            return _best_order_with_sa_sdr(pairs, sa_sdr_weight, estimate, target)
+        return best_assignment(-pairs)
 
 
-def _best_whole_order(pairs: Tensor, weight: float, estimate: Tensor, target: Tensor) -> Tensor:
-    """The order that makes the sum of its pairs and of a weighted SA-SDR smallest, by trying all."""
-    if estimate.shape[1] > MAX_WHOLE_SOURCES:
+def _best_order_with_sa_sdr(pairs: Tensor, weight: float, estimate: Tensor, target: Tensor) -> Tensor:
+    """Return the order with the smallest sum of its pairs and of a weighted SA-SDR, by trying every order."""
+    if estimate.shape[1] > MAX_SA_SDR_SOURCES:
         raise UserError(
-            f"neg_sa_sdr in a sum of losses takes at most {MAX_WHOLE_SOURCES} outputs, as every order has to be tried; "
-            "take neg_snr instead, or neg_sa_sdr alone."
+            f"neg_sa_sdr in a sum of losses allows at most {MAX_SA_SDR_SOURCES} outputs, as every order is tried. "
+            "Use neg_snr instead, or neg_sa_sdr alone."
         )
-    orders = all_orders(estimate.shape[1], target.shape[1], estimate.device)
-    places = torch.arange(target.shape[1], device=estimate.device)
-    errors = distortion_of(pair_products(estimate.transpose(1, 2), target.transpose(1, 2))).mean(1)
-    sums, error = (table[:, orders, places].sum(-1) for table in (pairs, errors))
+    orders = all_permutations(estimate.shape[1], target.shape[1], estimate.device)
+    columns = torch.arange(target.shape[1], device=estimate.device)
+    errors = mse_from_moments(pair_moments(estimate.transpose(1, 2), target.transpose(1, 2))).mean(1)
+    # (batch, estimate, target) to the sum over the pairs of each order, (batch, order)
+    pair_sums = pairs[:, orders, columns].sum(-1)
+    error_sums = errors[:, orders, columns].sum(-1)
     power = mean_square(target).mean(-1).sum(1, keepdim=True)
-    total = sums - weight * ratio_db(power, error, floor=1e-13)
+    total = pair_sums - weight * ratio_db(power, error_sums, floor=1e-13)
+    # A NaN would otherwise win the argmin.
     return orders[total.nan_to_num(torch.inf).argmin(1)]
 
 
-def _inactivity(estimate: Tensor, target: Tensor, held: _Held, extras: Extras) -> Tensor:
-    """How far the outputs without a active target are above silence, in dB, mean over all outputs, ``(batch,)``."""
-    none = torch.zeros(estimate.shape[:2], dtype=torch.bool, device=estimate.device)
-    active = none.scatter(1, held.order, _active(target))
-    return torch.where(active[..., None], 0.0, _levels(estimate, target, extras)).mean((1, 2))
+def _inactive_level(estimate: Tensor, target: Tensor, matched: _Matched, extras: Extras) -> Tensor:
+    """Return the level of the outputs without an active target, in dB, averaged over all outputs, ``(batch,)``."""
+    no_output = torch.zeros(estimate.shape[:2], dtype=torch.bool, device=estimate.device)
+    has_active_target = no_output.scatter(1, matched.order, _active_in_any_channel(target))
+    return torch.where(has_active_target[..., None], 0.0, _levels(estimate, target, extras)).mean((1, 2))
 
 
-def _active(target: Tensor) -> Tensor:
-    """Whether a source is heard in any channel, ``(batch, source)``."""
+def _active_in_any_channel(target: Tensor) -> Tensor:
+    """Return whether each source is more than silence in at least one channel, ``(batch, source)``."""
     return (mean_square(target) > SILENCE).any(-1)
 
 
 def _levels(estimate: Tensor, target: Tensor, extras: Extras) -> Tensor:
-    """How far each output is above 30 dB under the mixture, in dB, from 0 for silence, ``(batch, output, channel)``."""
+    """Return the level of each output above a floor 30 dB below the mixture, in dB, ``(batch, output, channel)``.
+
+    Silence has a level of 0 dB. Without a mixture, the sum of the targets replaces it.
+    """
     mixture = extras.get("mixture")
-    reference = mean_square(target.sum(1) if mixture is None else wide(mixture))[:, None]
+    reference = mean_square(target.sum(1) if mixture is None else at_least_float32(mixture))[:, None]
     floor = 1e-3 * reference + SILENCE
     return 10 * ((mean_square(estimate) + floor).log10() - floor.log10())

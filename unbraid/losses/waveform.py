@@ -1,40 +1,66 @@
-"""Negative SI-SDR, SNR, thresholded SNR, SA-SDR; L1."""
+"""Losses on waveforms: negative SI-SDR, SNR, thresholded SNR and SA-SDR, and L1."""
 
 from torch import Tensor
 
 from unbraid.dsp import SILENCE, check_same_shape
-from unbraid.metrics import Products, distortion_of, mean_square, ratio_db, si_sdr, snr
+from unbraid.metrics import PairMoments, mean_square, mse_from_moments, ratio_db, si_sdr, snr
 
 
 def neg_si_sdr(estimate: Tensor, target: Tensor) -> Tensor:
-    """Negative `si_sdr`: ``(..., time)`` twice in, ``(...,)`` out, in dB; lower is better."""
+    """Return the negative SI-SDR in dB; lower is better.
+
+    Args:
+        estimate: Separated signals, ``(..., time)``.
+        target: Reference signals, ``(..., time)``. Silent targets have no meaningful value, see `si_sdr`.
+
+    Returns:
+        One value per signal, ``(...,)``.
+
+    Raises:
+        ValueError: If the shapes differ.
+
+    Reference:
+        Le Roux et al., "SDR - half-baked or well done?", ICASSP 2019, arXiv:1811.02508.
+    """
     return -si_sdr(estimate, target)
 
 
 def neg_snr(estimate: Tensor, target: Tensor) -> Tensor:
-    """Negative `snr`: ``(..., time)`` twice in, ``(...,)`` out, in dB; lower is better."""
+    """Return the negative SNR in dB; lower is better. The gain of the estimate counts.
+
+    Args:
+        estimate: Separated signals, ``(..., time)``.
+        target: Reference signals, ``(..., time)``.
+
+    Returns:
+        One value per signal, ``(...,)``; finite for a silent target, whose output it pushes down.
+
+    Raises:
+        ValueError: If the shapes differ.
+    """
     return -snr(estimate, target)
 
 
 def neg_thresholded_snr(
     estimate: Tensor, target: Tensor, mixture: Tensor | None = None, *, max_db: float = 30.0
 ) -> Tensor:
-    """Negative SNR that levels off at ``max_db``, so that what is nearly right no longer pulls.
+    """Return the negative SNR in dB, saturated at ``max_db``; lower is better.
 
-    The power of a silent target is taken to be the mixture's, where that is given: a loss of 0 dB means an output as
-    loud as the mixture, and of ``-max_db`` silence. Without it the output is pushed down as `neg_snr` does.
+    Estimates that are nearly right have almost no gradient. With a mixture, its power replaces that of a silent target:
+    0 dB then means an output as loud as the mixture, and ``-max_db`` a silent one. Without a mixture, the output of a
+    silent target is pushed down as by `neg_snr`.
 
     Args:
-        estimate: ``(..., time)``; ``(batch, source, channel, time)`` where the mixture is given.
+        estimate: ``(..., time)``; ``(batch, source, channel, time)`` if a mixture is passed.
         target: As ``estimate``.
         mixture: ``(batch, channel, time)``.
-        max_db: The best that is told apart, in dB.
+        max_db: The SNR at which the loss saturates, in dB; above 0, at most 120.
 
     Returns:
-        ``(...,)``, in dB, at least ``-max_db``.
+        One value per signal, ``(...,)``, in dB, at least ``-max_db``.
 
     Raises:
-        ValueError: If the shapes differ, or ``max_db`` is not above 0.
+        ValueError: If the shapes differ, or ``max_db`` is out of range.
 
     Reference:
         Wisdom et al., "Unsupervised sound separation using mixture invariant training", NeurIPS 2020,
@@ -45,22 +71,24 @@ def neg_thresholded_snr(
         raise ValueError(f"max_db = {max_db} must be above 0 dB and at most 120 dB.")
     power = mean_square(target)
     if mixture is not None:
+        # (batch, channel) to (batch, 1, channel), which broadcasts over the sources
         power = power.where(power > SILENCE, mean_square(mixture)[:, None])
+    # The floor is what saturates the ratio: distortion below this share of the power counts as this share.
     return -ratio_db(power, (estimate - target).square().mean(-1), floor=10 ** (-max_db / 10))
 
 
-def neg_thresholded_snr_of(products: Products, *, max_db: float = 30.0) -> Tensor:
-    """`neg_thresholded_snr` of all pairs from sums alone, ``(..., estimate, target)``."""
-    power = products.target_power
-    if products.mixture_power is not None:
-        power = power.where(power > SILENCE, products.mixture_power)
-    return -ratio_db(power, distortion_of(products), floor=10 ** (-max_db / 10))
+def neg_thresholded_snr_from_moments(moments: PairMoments, *, max_db: float = 30.0) -> Tensor:
+    """Compute `neg_thresholded_snr` of all pairs, ``(..., estimate, target)``."""
+    power = moments.target_power
+    if moments.mixture_power is not None:
+        power = power.where(power > SILENCE, moments.mixture_power)
+    return -ratio_db(power, mse_from_moments(moments), floor=10 ** (-max_db / 10))
 
 
 def neg_sa_sdr(estimate: Tensor, target: Tensor) -> Tensor:
-    """Negative source-aggregated SDR: the energies of all sources' errors in one ratio, in dB; lower is better.
+    """Return the negative source-aggregated SDR in dB: one ratio of the energies of all sources; lower is better.
 
-    A silent source counts by what its output is heard, so that it needs no exception; and a quiet one counts little.
+    A silent source needs no exception: its output counts as error, by its energy. A quiet source counts little.
 
     Args:
         estimate: ``(batch, source, channel, time)``.
@@ -82,7 +110,14 @@ def neg_sa_sdr(estimate: Tensor, target: Tensor) -> Tensor:
 
 
 def l1(estimate: Tensor, target: Tensor) -> Tensor:
-    """Mean absolute difference: ``(..., time)`` twice in, ``(...,)`` out.
+    """Return the mean absolute difference of the waveforms.
+
+    Args:
+        estimate: Separated signals, ``(..., time)``.
+        target: Reference signals, ``(..., time)``.
+
+    Returns:
+        One value per signal, ``(...,)``.
 
     Raises:
         ValueError: If the shapes differ.

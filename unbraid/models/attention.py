@@ -8,7 +8,7 @@ from torch import Tensor
 def attend(query: Tensor, key: Tensor, value: Tensor, *, dropout: float = 0.0) -> Tensor:
     """Scaled dot-product attention over all frames.
 
-    On the CPU in bfloat16, with a backward to come and fewer than 300 frames, that is `attend_explicitly`; everywhere
+    On the CPU in bfloat16, with a backward to come and fewer than 300 frames, that is `attend_unfused`; everywhere
     else torch's own. ``benchmarks/attention.py`` measures both.
 
     Args:
@@ -23,10 +23,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, *, dropout: float = 0.0) -
     bfloat16_on_cpu = query.device.type == "cpu" and query.dtype == torch.bfloat16
     if not bfloat16_on_cpu or not torch.is_grad_enabled() or query.shape[-2] >= 300:
         return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
-    return attend_explicitly(query, key, value, dropout=dropout)
+    return attend_unfused(query, key, value, dropout=dropout)
 
 
-def attend_explicitly(query: Tensor, key: Tensor, value: Tensor, *, dropout: float = 0.0) -> Tensor:
+def attend_unfused(query: Tensor, key: Tensor, value: Tensor, *, dropout: float = 0.0) -> Tensor:
     """The same, written out as product, softmax and product."""
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
     weights = scores.float().softmax(-1)
@@ -45,7 +45,7 @@ def rotary_angles(n_frames: int, n_channels: int, device: torch.device, *, base:
     return torch.arange(n_frames, device=device)[:, None] * rates
 
 
-def rotate(features: Tensor, angles: Tensor) -> Tensor:
+def apply_rotary(features: Tensor, angles: Tensor) -> Tensor:
     """Turn neighbouring channels as pairs: what a dot product then sees of positions is their distance alone.
 
     Args:

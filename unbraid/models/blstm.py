@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from unbraid.dsp import SILENCE, istft, stft
 from unbraid.model_output import ModelOutput
-from unbraid.models.layers import MASKS, GlobalLayerNorm, check_mixture, lstm_range
+from unbraid.models.layers import MASKS, GlobalLayerNorm, check_mixture, lstm_autocast
 
 FLOOR = 1e-8
 """What lies 80 dB below the mean of a spectrum, as power: the features hardly tell anything below it from silence."""
@@ -39,7 +39,7 @@ class BLSTM(nn.Module):
         2017, arXiv:1703.06284. Seetharaman et al., "AutoClip", MLSP 2020, arXiv:2007.14469.
     """
 
-    follows_gain = True
+    scale_equivariant = True
     """Twice the input, twice the output."""
 
     window: Tensor
@@ -88,7 +88,7 @@ class BLSTM(nn.Module):
 
     def recur(self, features: Tensor) -> Tensor:
         """``(batch, frame, freq)`` to ``(batch, frame, 2 * hidden)``, through all LSTM layers."""
-        with lstm_precision(features.device):
+        with blstm_autocast(features.device):
             hidden: Tensor = self.lstm(features)[0]
         return F.dropout(hidden, self.dropout, self.training) if self.dropout else hidden
 
@@ -115,7 +115,7 @@ class Chimera(nn.Module):
         Wang, Le Roux and Hershey, "Alternative objective functions for deep clustering", ICASSP 2018 (Chimera++).
     """
 
-    follows_gain = True
+    scale_equivariant = True
     """Twice the input, twice the sources, and the same embedding."""
 
     def __init__(
@@ -165,12 +165,12 @@ def log_magnitude(spectrum: Tensor) -> Tensor:
     return torch.log1p(power / (FLOOR * level))
 
 
-def lstm_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """As `lstm_range`; on the CPU float32 also where a gradient is wanted.
+def blstm_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """As `lstm_autocast`; on the CPU float32 also where a gradient is wanted.
 
     Backward in bfloat16 takes 2 to 5 times as long there as in float32; forward alone takes half as long. On a GPU
     autocast decides.
     """
     if device.type == "cpu" and torch.is_grad_enabled():
         return torch.autocast(device.type, enabled=False)
-    return lstm_range(device)
+    return lstm_autocast(device)

@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from unbraid.dsp import istft, stft
-from unbraid.models.attention import attend, rotary_angles, rotate
+from unbraid.models.attention import apply_rotary, attend, rotary_angles
 from unbraid.models.layers import check_mixture, run_layer
 
 PUBLISHED_WIDTHS = (2,) * 24 + (4,) * 12 + (12,) * 8 + (24,) * 8 + (48,) * 8 + (128, 129)
@@ -88,7 +88,7 @@ class RoPELayer(nn.Module):
         """Multi-head self-attention; every head can be faded out at every frame."""
         projected = rearrange(self.query_key_value(features), "b l (n h c) -> n b h l c", n=3, h=self.n_heads)
         turning, value = projected.split((2, 1))
-        query, key = rotate(turning, angles)
+        query, key = apply_rotary(turning, angles)
         heads = attend(query, key, value[0], dropout=self.dropout if self.training else 0.0)
         gated = heads * rearrange(self.gates(features), "b l h -> b h l 1").sigmoid()
         return self.merge(rearrange(gated, "b h l c -> b l (h c)"))
@@ -131,17 +131,20 @@ class BandSplit(nn.Module):
 
     def __init__(self, *, widths: list[int], d_model: int) -> None:
         super().__init__()
-        self.runs = runs(widths)
+        self.width_groups = group_equal_widths(widths)
         self.scale = nn.Parameter(torch.ones(sum(widths)))
         self.weight = nn.Parameter(torch.cat([uniform(width, d_model, n_inputs=width) for width in widths]))
         self.bias = nn.Parameter(torch.cat([uniform(1, d_model, n_inputs=width) for width in widths]))
 
     def forward(self, numbers: Tensor) -> Tensor:
         """``(batch, frame, number)`` to ``(band, batch, frame, channel)``."""
-        sizes, counts = [n_bands * width for n_bands, width in self.runs], [n_bands for n_bands, _ in self.runs]
+        sizes, counts = (
+            [n_bands * width for n_bands, width in self.width_groups],
+            [n_bands for n_bands, _ in self.width_groups],
+        )
         parts = (numbers.split(sizes, -1), self.scale.split(sizes), self.weight.split(sizes), self.bias.split(counts))
         features = []
-        for (_, width), split, scale, weight, bias in zip(self.runs, *parts, strict=True):
+        for (_, width), split, scale, weight, bias in zip(self.width_groups, *parts, strict=True):
             bands = rearrange(split, "b l (k n) -> (b l) k n", n=width)
             power = bands.square().sum(-1, keepdim=True).clamp_min(1e-24)  # silence stays zero, its gradient finite
             scaled = bands * (power.rsqrt() * width**0.5) * scale.view(-1, width)
@@ -166,7 +169,7 @@ class BandMasks(nn.Module):
 
     def __init__(self, *, widths: list[int], n_sources: int, d_model: int, d_hidden: int, n_layers: int) -> None:
         super().__init__()
-        self.runs, self.n_sources = runs(widths), n_sources
+        self.width_groups, self.n_sources = group_equal_widths(widths), n_sources
         sizes = [d_model, *[d_hidden] * (n_layers - 1)]
         self.hidden = nn.ModuleList(
             BandLinear(n_bands=len(widths), n_sources=n_sources, d_in=d_in, d_out=d_out)
@@ -182,11 +185,11 @@ class BandMasks(nn.Module):
         hidden = rearrange(features, "k b l d -> k 1 d (b l)").expand(-1, self.n_sources, -1, -1).flatten(0, 1)
         for layer in self.hidden:
             hidden = layer(hidden).tanh()
-        counts = [n_bands * self.n_sources for n_bands, _ in self.runs]
-        sizes = [2 * count * width for count, (_, width) in zip(counts, self.runs, strict=True)]
+        counts = [n_bands * self.n_sources for n_bands, _ in self.width_groups]
+        sizes = [2 * count * width for count, (_, width) in zip(counts, self.width_groups, strict=True)]
         parts = (hidden.split(counts), self.weight.split(sizes), self.bias.split(sizes))
         masks = []
-        for (_, width), inputs, weight, bias in zip(self.runs, *parts, strict=True):
+        for (_, width), inputs, weight, bias in zip(self.width_groups, *parts, strict=True):
             rows = weight.view(-1, 2 * width, weight.shape[-1])
             mask = torch.baddbmm(bias.view(-1, 2 * width, 1), rows, inputs).to(features.dtype)
             masks.append(rearrange(F.glu(mask, 1), "(k s) n (b l) -> b s l (k n)", s=self.n_sources, b=batch))
@@ -209,7 +212,7 @@ class BandLinear(nn.Module):
         return torch.baddbmm(self.bias.flatten(0, 1)[..., None], self.weight.flatten(0, 1), features)
 
 
-def runs(widths: list[int]) -> list[tuple[int, int]]:
+def group_equal_widths(widths: list[int]) -> list[tuple[int, int]]:
     """Neighbouring bands of equal width: how many, and the width."""
     return [(len(list(equal)), width) for width, equal in groupby(widths)]
 
@@ -260,7 +263,7 @@ class BSRoFormer(nn.Module):
         al., "Mel-band RoFormer for music source separation", ISMIR 2023 late-breaking, arXiv:2310.01809.
     """
 
-    follows_gain = True
+    scale_equivariant = True
     """Twice the input, twice the output."""
     compile_seconds, compile_gain = 60.0, {"fp32": 1.4, "bf16": 1.5}
     """About what compiling takes at the first step and brings at the others: what ``compile = "auto"`` goes by."""

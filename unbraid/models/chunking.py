@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 
-def cut(features: Tensor, chunk_size: int) -> Tensor:
+def split_into_chunks(features: Tensor, chunk_size: int) -> Tensor:
     """Cut into chunks that overlap by half; the first begins half a chunk early, and the last ends in zeros.
 
     Args:
@@ -24,29 +24,29 @@ def cut(features: Tensor, chunk_size: int) -> Tensor:
     return torch.cat([halves[:, :-1], halves[:, 1:]], 2)
 
 
-def join(chunks: Tensor, n_frames: int) -> Tensor:
-    """Add up overlapping chunks, ``(batch, chunk, frame, channel)``, and leave out what `cut` had padded.
+def merge_chunks(chunks: Tensor, n_frames: int) -> Tensor:
+    """Add up overlapping chunks, ``(batch, chunk, frame, channel)``, and leave out what `split_into_chunks` had padded.
 
-    What was only cut comes back doubled, as every frame lies in two chunks.
+    What was only split_into_chunks comes back doubled, as every frame lies in two chunks.
     """
     hop = chunks.shape[2] // 2
     early, late = chunks[:, 1:, :hop], chunks[:, :-1, hop:]
     return rearrange(early + late, "b s h c -> b (s h) c")[:, :n_frames]
 
 
-def join_and_split(chunks: Tensor, n_frames: int, split: nn.Linear, n_sources: int) -> Tensor:
-    """`join`, and then a linear layer that gives each source its channels, ``(batch, frame, source, channel)``.
+def merge_and_split_sources(chunks: Tensor, n_frames: int, split: nn.Linear, n_sources: int) -> Tensor:
+    """`merge_chunks`, and then a linear layer that gives each source its channels, ``(batch, frame, source, channel)``.
 
     To split before joining would be the published order, the same sum, and twice the work: each frame lies in two
     chunks, and so has the bias twice.
     """
-    joined = join(chunks, n_frames)
+    joined = merge_chunks(chunks, n_frames)
     sources = F.linear(joined, split.weight, 2 * split.bias)
     return rearrange(sources, "b l (s c) -> b l s c", s=n_sources)
 
 
-def published_pads(n_frames: int, chunk_size: int, ends: Literal["pairs", "chunk"]) -> tuple[int, int]:
-    """Zeros before and after the frames with which `cut` gives the chunks that published weights were trained on.
+def published_padding(n_frames: int, chunk_size: int, ends: Literal["pairs", "chunk"]) -> tuple[int, int]:
+    """Zeros before and after the frames that give the chunks of the published weights.
 
     Nothing needs so many, but the weights have seen them in every norm and every layer across chunks.
 

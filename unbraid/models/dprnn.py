@@ -6,11 +6,18 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from unbraid.models.chunking import cut, join_and_split, published_pads
-from unbraid.models.layers import MASKS, GlobalLayerNorm, LearnedDecoder, LearnedEncoder, lstm_range, mask_learned
+from unbraid.models.chunking import merge_and_split_sources, published_padding, split_into_chunks
+from unbraid.models.layers import (
+    MASKS,
+    GlobalLayerNorm,
+    LearnedDecoder,
+    LearnedEncoder,
+    lstm_autocast,
+    separate_by_masking,
+)
 
 
-class Merge(nn.Module):
+class ResidualProjection(nn.Module):
     """What an LSTM found, brought to the width of the features, normalised and added to them."""
 
     def __init__(self, *, hidden: int, n_channels: int) -> None:
@@ -22,14 +29,14 @@ class Merge(nn.Module):
         return features + self.norm(self.narrow(found).flatten(1, 2)).view_as(features)
 
 
-class Path(nn.Module):
+class ChunkLSTM(nn.Module):
     """A bidirectional LSTM over the frames of each chunk, or over chunks at each frame, with a way around it."""
 
     def __init__(self, *, n_channels: int, hidden: int, across: bool) -> None:
         super().__init__()
         self.across = across
         self.lstm = nn.LSTM(n_channels, hidden, batch_first=not across, bidirectional=True)
-        self.merge = Merge(hidden=hidden, n_channels=n_channels)
+        self.merge = ResidualProjection(hidden=hidden, n_channels=n_channels)
 
     def forward(self, features: Tensor) -> Tensor:
         """``(batch, chunk, frame, channel)`` in and out."""
@@ -42,7 +49,7 @@ class Path(nn.Module):
 
     def recur(self, features: Tensor) -> Tensor:
         """The LSTM alone."""
-        with lstm_range(features.device):
+        with lstm_autocast(features.device):
             found: Tensor = self.lstm(features)[0]
         return found
 
@@ -75,7 +82,7 @@ class DPRNN(nn.Module):
         Luo, Chen and Yoshioka, "Dual-path RNN", ICASSP 2020, arXiv:1910.06379.
     """
 
-    follows_gain = True
+    scale_equivariant = True
     """Twice the input, twice the output, but for input so soft that the norms' published ``eps`` is felt."""
     compile_seconds, compile_gain = 60.0, {"fp32": 1.03, "bf16": 1.04}
     """About what compiling takes at the first step and brings at the others: what ``compile = "auto"`` goes by."""
@@ -107,7 +114,7 @@ class DPRNN(nn.Module):
         self.decoder = LearnedDecoder(n_filters=n_filters, kernel_size=kernel_size, stride=stride)
         self.norm, self.enter = GlobalLayerNorm(n_filters), nn.Linear(n_filters, bottleneck)
         self.paths = nn.ModuleList(
-            Path(n_channels=bottleneck, hidden=hidden, across=across)
+            ChunkLSTM(n_channels=bottleneck, hidden=hidden, across=across)
             for _ in range(n_blocks)
             for across in (False, True)
         )
@@ -118,21 +125,25 @@ class DPRNN(nn.Module):
     def compile_regions(self) -> None:
         """Compile what lies between the LSTMs, which no compiler enters; batch and lengths are left open."""
         for module in self.modules():
-            if isinstance(module, Merge):
+            if isinstance(module, ResidualProjection):
                 module.compile(dynamic=True)
 
     def forward(self, mixture: Tensor) -> Tensor:
         """Separate ``(batch, channel, time)`` into ``(batch, source, channel, time)``."""
-        return mask_learned(mixture, encoder=self.encoder, masks=self.masks, decoder=self.decoder, rectify=self.rectify)
+        return separate_by_masking(
+            mixture, encoder=self.encoder, masks=self.masks, decoder=self.decoder, rectify=self.rectify
+        )
 
     def masks(self, encoded: Tensor) -> Tensor:
         """``(batch, frame, filter)`` to ``(batch, frame, source, filter)``; what all paths add to stays float32."""
         features = self.enter(self.norm(encoded)).float()
-        before, after = published_pads(features.shape[1], self.chunk_size, self.ends)
-        chunks = cut(F.pad(features, (0, 0, before, after)), self.chunk_size)
+        before, after = published_padding(features.shape[1], self.chunk_size, self.ends)
+        chunks = split_into_chunks(F.pad(features, (0, 0, before, after)), self.chunk_size)
         for path in self.paths:
             chunks = path(chunks)
-        padded = join_and_split(self.activation(chunks), before + features.shape[1], self.split, self.n_sources)
+        padded = merge_and_split_sources(
+            self.activation(chunks), before + features.shape[1], self.split, self.n_sources
+        )
         sources = padded[:, before:]
         masks = self.leave(self.output(sources).tanh() * self.gate(sources).sigmoid())
         return MASKS[self.mask](masks)

@@ -136,7 +136,7 @@ def fourier_filters(n_filters: int, kernel_size: int) -> Tensor:
     return window * angle.cos() * (2 / kernel_size) ** 0.5
 
 
-def with_range(device: torch.device) -> AbstractContextManager[Any]:
+def without_fp16(device: torch.device) -> AbstractContextManager[Any]:
     """Float32 where autocast would take fp16; bfloat16 stays, its range is float32's.
 
     For what is as loud as the recording. At a gain of 1e-4 fp16 keeps five bits of a sample and of a masked frame, and
@@ -146,7 +146,7 @@ def with_range(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, enabled=False) if narrow else nullcontext()
 
 
-def lstm_range(device: torch.device) -> AbstractContextManager[Any]:
+def lstm_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Float32 on a CPU whose LSTM has not what autocast would take: none has fp16, and bf16 needs AVX-512.
 
     There oneDNN raises instead of taking a slower way.
@@ -178,7 +178,7 @@ class LearnedEncoder(nn.Module):
         time = waveform.shape[-1]
         end = (n_frames(time, self.kernel_size, self.stride) - 1) * self.stride + self.kernel_size
         frames = F.pad(waveform, (0, end - time)).unfold(-1, self.kernel_size, self.stride)
-        with with_range(waveform.device):
+        with without_fp16(waveform.device):
             return self.filters(frames)
 
 
@@ -194,12 +194,12 @@ class LearnedDecoder(nn.Module):
 
     def forward(self, features: Tensor, time: int) -> Tensor:
         """``(batch, frame, filter)`` to ``(batch, time)``, in float32: bfloat16 sums would add noise of their own."""
-        with with_range(features.device):
+        with without_fp16(features.device):
             filtered = self.filters(features).float()
         return overlap_add(filtered, self.stride)[:, :time]
 
 
-def mask_learned(
+def separate_by_masking(
     mixture: Tensor,
     *,
     encoder: LearnedEncoder,

@@ -6,15 +6,15 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from unbraid.models.attention import attend
-from unbraid.models.chunking import cut, join_and_split, published_pads
+from unbraid.models.chunking import merge_and_split_sources, published_padding, split_into_chunks
 from unbraid.models.layers import (
     GlobalLayerNorm,
     LearnedDecoder,
     LearnedEncoder,
-    mask_learned,
     relu,
     run_layer,
-    with_range,
+    separate_by_masking,
+    without_fp16,
 )
 
 
@@ -45,7 +45,7 @@ class TransformerLayer(nn.Module):
         return F.dropout(features, self.dropout, self.training) if self.dropout else features
 
 
-class Path(nn.Module):
+class ChunkTransformer(nn.Module):
     """A transformer over one axis of the chunks, with a way around it.
 
     Args:
@@ -136,7 +136,7 @@ class SepFormer(nn.Module):
         Subakan et al., "Attention is all you need in speech separation", ICASSP 2021, arXiv:2010.13154.
     """
 
-    follows_gain = True
+    scale_equivariant = True
     """Twice the input, twice the output, but for input so soft that the norms' published ``eps`` is felt."""
     compile_seconds, compile_gain = 60.0, {"fp32": 1.02, "bf16": 1.21}
     """About what compiling takes at the first step and brings at the others: what ``compile = "auto"`` goes by."""
@@ -162,8 +162,12 @@ class SepFormer(nn.Module):
         self.decoder = LearnedDecoder(n_filters=n_filters, kernel_size=kernel_size, stride=kernel_size // 2)
         self.norm, self.enter = GlobalLayerNorm(n_filters), nn.Linear(n_filters, n_filters, bias=False)
         sizes = {"n_layers": n_layers, "d_model": n_filters, "n_heads": n_heads, "d_hidden": d_hidden}
-        self.within = nn.ModuleList(Path(**sizes, dropout=dropout, checkpoint=checkpoint) for _ in range(n_blocks))
-        self.across = nn.ModuleList(Path(**sizes, dropout=dropout, checkpoint=checkpoint) for _ in range(n_blocks))
+        self.within = nn.ModuleList(
+            ChunkTransformer(**sizes, dropout=dropout, checkpoint=checkpoint) for _ in range(n_blocks)
+        )
+        self.across = nn.ModuleList(
+            ChunkTransformer(**sizes, dropout=dropout, checkpoint=checkpoint) for _ in range(n_blocks)
+        )
         self.activation, self.split = nn.PReLU(), nn.Linear(n_filters, n_sources * n_filters)
         self.output, self.gate = nn.Linear(n_filters, n_filters), nn.Linear(n_filters, n_filters)
         self.leave = nn.Linear(n_filters, n_filters, bias=False)
@@ -174,7 +178,7 @@ class SepFormer(nn.Module):
 
     def forward(self, mixture: Tensor) -> Tensor:
         """Separate ``(batch, channel, time)`` into ``(batch, source, channel, time)``."""
-        return mask_learned(mixture, encoder=self.encoder, masks=self.masks, decoder=self.decoder)
+        return separate_by_masking(mixture, encoder=self.encoder, masks=self.masks, decoder=self.decoder)
 
     def masks(self, encoded: Tensor) -> Tensor:
         """``(batch, frame, filter)`` to ``(batch, frame, source, filter)``.
@@ -183,13 +187,13 @@ class SepFormer(nn.Module):
         of 32 layers would add up to more than 1 % of the output, for 1 % of the time.
         """
         n_frames = encoded.shape[1]
-        pads = published_pads(n_frames, self.chunk_size, "pairs")
-        chunks = cut(F.pad(self.enter(self.norm(encoded)).float(), (0, 0, *pads)), self.chunk_size)
-        positions = sinusoids(max(chunks.shape[1:3]), self.n_filters, encoded.device)
+        pads = published_padding(n_frames, self.chunk_size, "pairs")
+        chunks = split_into_chunks(F.pad(self.enter(self.norm(encoded)).float(), (0, 0, *pads)), self.chunk_size)
+        positions = sinusoidal_positions(max(chunks.shape[1:3]), self.n_filters, encoded.device)
         for within, across in zip(self.within, self.across, strict=True):
             chunks = within(chunks, positions)
             chunks = across(chunks.transpose(1, 2), positions).transpose(1, 2)
-        sources = join_and_split(self.activation(chunks), n_frames, self.split, self.n_sources)
+        sources = merge_and_split_sources(self.activation(chunks), n_frames, self.split, self.n_sources)
         return self.leave(self.output(sources).tanh() * self.gate(sources).sigmoid()).relu()
 
 
@@ -222,7 +226,7 @@ class RESepFormer(nn.Module):
         Della Libera et al., "Resource-efficient separation transformer", ICASSP 2024, arXiv:2206.09507.
     """
 
-    follows_gain = False
+    scale_equivariant = False
     """Twice the input is another mixture to its layers."""
     compile_seconds, compile_gain = 60.0, {"fp32": 1.02, "bf16": 1.21}
     """About what compiling takes at the first step and brings at the others: what ``compile = "auto"`` goes by."""
@@ -249,10 +253,10 @@ class RESepFormer(nn.Module):
         sizes = {"n_layers": n_layers, "d_model": n_filters, "n_heads": n_heads, "d_hidden": d_hidden}
         eps = torch.finfo(torch.float32).eps  # the published one
         self.within = nn.ModuleList(
-            Path(**sizes, dropout=dropout, checkpoint=checkpoint, eps=eps) for _ in range(n_blocks)
+            ChunkTransformer(**sizes, dropout=dropout, checkpoint=checkpoint, eps=eps) for _ in range(n_blocks)
         )
         self.across = nn.ModuleList(
-            Path(**sizes, dropout=dropout, checkpoint=checkpoint, eps=eps) for _ in range(n_blocks - 1)
+            ChunkTransformer(**sizes, dropout=dropout, checkpoint=checkpoint, eps=eps) for _ in range(n_blocks - 1)
         )
         self.activation, self.split = nn.PReLU(), nn.Linear(n_filters, n_sources * n_filters)
 
@@ -262,7 +266,7 @@ class RESepFormer(nn.Module):
 
     def forward(self, mixture: Tensor) -> Tensor:
         """Separate ``(batch, channel, time)`` into ``(batch, source, channel, time)``."""
-        return mask_learned(mixture, encoder=self.encoder, masks=self.masks, decoder=self.decoder)
+        return separate_by_masking(mixture, encoder=self.encoder, masks=self.masks, decoder=self.decoder)
 
     def masks(self, encoded: Tensor) -> Tensor:
         """``(batch, frame, filter)`` to ``(batch, frame, source, filter)``."""
@@ -270,19 +274,19 @@ class RESepFormer(nn.Module):
         # A whole number of chunks exceeds the frames, as published: a last chunk may be nothing but zeros.
         padded = F.pad(encoded.float(), (0, 0, 0, self.chunk_size - n_frames % self.chunk_size))
         chunks = rearrange(padded, "b (s l) c -> (b s) 1 l c", l=self.chunk_size)
-        positions = sinusoids(max(chunks.shape[2], len(chunks) // batch), self.n_filters, encoded.device)
+        positions = sinusoidal_positions(max(chunks.shape[2], len(chunks) // batch), self.n_filters, encoded.device)
         chunks = self.within[0](chunks, positions)
         for within, across in zip(self.within[1:], self.across, strict=True):
             means = rearrange(chunks.mean(2), "(b s) 1 c -> b 1 s c", b=batch)
             memory = rearrange(across(means, positions), "b 1 s c -> (b s) 1 1 c")
             chunks = within(chunks + memory, positions)
         frames = rearrange(chunks, "(b s) 1 l c -> b (s l) c", b=batch)[:, :n_frames]
-        with with_range(frames.device):  # these masks have a level, and the gradient of SI-SDR grows as it falls
+        with without_fp16(frames.device):  # these masks have a level, and the gradient of SI-SDR grows as it falls
             masks = self.split(self.activation(frames))
         return rearrange(masks, "b l (s f) -> b l s f", s=self.n_sources).relu()
 
 
-def sinusoids(n_frames: int, n_channels: int, device: torch.device) -> Tensor:
+def sinusoidal_positions(n_frames: int, n_channels: int, device: torch.device) -> Tensor:
     """Positions as sines and cosines, ``(frame, channel)``, at wavelengths from 2 pi to 20,000 pi frames."""
     rates = torch.exp(torch.arange(0, n_channels, 2, device=device) * (-9.210340371976184 / n_channels))
     angles = torch.arange(n_frames, device=device)[:, None] * rates

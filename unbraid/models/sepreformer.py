@@ -21,7 +21,7 @@ SIZES: dict[str, dict[str, int]] = {
 """The published sizes: S and M see half the hop of T and B, and halve once more."""
 
 
-class BatchNorm(nn.BatchNorm1d):
+class ChannelsLastBatchNorm(nn.BatchNorm1d):
     """Torch's, for ``(batch, frame, channel)``."""
 
     def forward(self, features: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ class BatchNorm(nn.BatchNorm1d):
         return super().forward(features.flatten(0, 1).float()).view_as(features).to(features.dtype)
 
 
-STAGE_NORMS: dict[str, Callable[[int], nn.Module]] = {**NORMS, "batch": BatchNorm}
+STAGE_NORMS: dict[str, Callable[[int], nn.Module]] = {**NORMS, "batch": ChannelsLastBatchNorm}
 
 
 class FeedForward(nn.Module):
@@ -41,7 +41,7 @@ class FeedForward(nn.Module):
         self.widen, self.narrow = nn.Linear(d_model, 6 * d_model), nn.Linear(3 * d_model, d_model)
         self.mix = ShortConv(6 * d_model, kernel_size=3)
         self.scale = nn.Parameter(torch.full((d_model,), layer_scale))
-        self.drop = dropped(dropout)
+        self.drop = dropout_or_identity(dropout)
 
     def forward(self, features: Tensor) -> Tensor:
         """``(batch, frame, channel)`` in and out."""
@@ -59,7 +59,7 @@ class GlobalAttention(nn.Module):
         self.query_key_value, self.merge = nn.Linear(d_model, 3 * d_model), nn.Linear(d_model, d_model)
         self.gate = nn.Linear(d_model, d_model)
         self.scale = nn.Parameter(torch.full((d_model,), layer_scale))
-        self.drop = dropped(dropout)
+        self.drop = dropout_or_identity(dropout)
 
     def forward(self, features: Tensor, positions: Tensor) -> Tensor:
         """``(batch, frame, channel)`` in and out.
@@ -80,12 +80,12 @@ class GlobalAttention(nn.Module):
         split = rearrange(self.query_key_value(self.norm(features)), "b l (n h c) -> n b h l c", n=3, h=self.n_heads)
         query, key, value = split
         query = query * query.shape[-1] ** -0.5
-        scores = query @ key.transpose(-1, -2) + by_distance(query @ positions.flatten(0, 1).T.to(query.dtype))
+        scores = query @ key.transpose(-1, -2) + relative_to_absolute(query @ positions.flatten(0, 1).T.to(query.dtype))
         heads = self.drop(scores.float().softmax(-1)).to(value.dtype) @ value
         return self.merge(rearrange(heads, "b h l c -> b l (h c)"))
 
 
-def by_distance(products: Tensor) -> Tensor:
+def relative_to_absolute(products: Tensor) -> Tensor:
     """One column for each distance to one for each frame: ``(..., frame, 2 frame)`` to ``(..., frame, frame)``.
 
     Column ``k`` of the input is for a distance of ``frame - 1 - k``; row ``i`` of the output therefore begins
@@ -107,7 +107,7 @@ class LocalConvolution(nn.Module):
         self.mix = LongConv(d_model, kernel_size=kernel_size)
         self.narrow = nn.Linear(2 * d_model, d_model)
         self.scale = nn.Parameter(torch.full((d_model,), layer_scale))
-        self.drop = dropped(dropout)
+        self.drop = dropout_or_identity(dropout)
 
     def forward(self, features: Tensor) -> Tensor:
         """``(batch, frame, channel)`` in and out."""
@@ -127,7 +127,7 @@ class SourceAttention(nn.Module):
         self.norm = nn.LayerNorm(d_model)
         self.query_key_value, self.merge = nn.Linear(d_model, 3 * d_model), nn.Linear(d_model, d_model)
         self.scale = nn.Parameter(torch.full((d_model,), layer_scale))
-        self.drop = dropped(dropout)
+        self.drop = dropout_or_identity(dropout)
 
     def forward(self, features: Tensor) -> Tensor:
         """``(batch * source, frame, channel)`` in and out."""
@@ -190,7 +190,7 @@ class Stage(nn.Module):
         return features
 
 
-class Halve(nn.Module):
+class Downsample(nn.Module):
     """Half the rate, by a learned filter for each channel."""
 
     def __init__(self, *, d_model: int, kernel_size: int, norm: str) -> None:
@@ -202,7 +202,7 @@ class Halve(nn.Module):
         return F.gelu(self.norm(self.mix(features)))
 
 
-class Double(nn.Module):
+class Upsample(nn.Module):
     """Twice the rate, each frame repeated, together with what the first half of the network had there."""
 
     def __init__(self, *, d_model: int) -> None:
@@ -215,7 +215,7 @@ class Double(nn.Module):
         return repeated.flatten(1, 2)
 
 
-class Split(nn.Module):
+class SourceSplit(nn.Module):
     """The features of a mixture to those of each source; one for all rates."""
 
     def __init__(self, *, d_model: int, n_sources: int) -> None:
@@ -266,7 +266,7 @@ class SepReformer(nn.Module):
         arXiv:2406.05983.
     """
 
-    follows_gain = True
+    scale_equivariant = True
     """Twice the input, twice the output."""
 
     def __init__(
@@ -315,10 +315,10 @@ class SepReformer(nn.Module):
             Stage(n_layers=n_split_layers, n_sources=None, **sizes) for _ in range(n_stages + 1)
         )
         self.halving = nn.ModuleList(
-            Halve(d_model=d_model, kernel_size=halving_kernel, norm=norm) for _ in range(n_stages)
+            Downsample(d_model=d_model, kernel_size=halving_kernel, norm=norm) for _ in range(n_stages)
         )
-        self.split = Split(d_model=d_model, n_sources=n_sources)
-        self.doubling = nn.ModuleList(Double(d_model=d_model) for _ in range(n_stages))
+        self.split = SourceSplit(d_model=d_model, n_sources=n_sources)
+        self.doubling = nn.ModuleList(Upsample(d_model=d_model) for _ in range(n_stages))
         self.rebuilding = nn.ModuleList(
             Stage(n_layers=n_rebuild_layers, n_sources=n_sources, **sizes) for _ in range(n_stages)
         )
@@ -328,7 +328,7 @@ class SepReformer(nn.Module):
         """Separate ``(batch, channel, time)`` into ``(batch, source, channel, time)``."""
         check_mixture(mixture, self.output.weight)
         batch, _, time = mixture.shape
-        waveforms, levels = take_level(rearrange(mixture, "b c t -> (b c) t"))
+        waveforms, levels = normalize_rms(rearrange(mixture, "b c t -> (b c) t"))
         encoded = F.gelu(self.encoder(waveforms))
         sources = self.sources(self.enter(self.norm(encoded)).float())[:, : encoded.shape[1]]
         rebuilt = self.decoder(self.leave(F.glu(self.output(sources))).float(), time)
@@ -359,12 +359,12 @@ class SepReformer(nn.Module):
         return vectors.unflatten(0, (2, n_frames))
 
 
-def dropped(dropout: float) -> nn.Module:
+def dropout_or_identity(dropout: float) -> nn.Module:
     """Dropout, or nothing at all where nothing is dropped."""
     return nn.Dropout(dropout) if dropout else nn.Identity()
 
 
-def take_level(waveform: Tensor) -> tuple[Tensor, Tensor]:
+def normalize_rms(waveform: Tensor) -> tuple[Tensor, Tensor]:
     """``(batch, time)`` at a mean power of 1, and the level to multiply by afterwards, ``(batch, 1)``.
 
     The level of silence is exactly 0, with a gradient that is finite.

@@ -7,8 +7,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from unbraid.dsp import istft, stft
-from unbraid.models.attention import attend, rotary_angles, rotate
-from unbraid.models.layers import GlobalLayerNorm, check_mixture, run_layer, with_range
+from unbraid.models.attention import apply_rotary, attend, rotary_angles
+from unbraid.models.layers import GlobalLayerNorm, check_mixture, run_layer, without_fp16
 
 EPS = 1e-5
 """What is added to the standard deviations in all norms, as published."""
@@ -52,7 +52,7 @@ class ConvSwiGLU(nn.Module):
         Not in fp16 on the CPU, where the backward pass of a convolution takes torch 200 times as long.
         """
         images = self.norm(features)[:, None].permute(0, 3, 1, 2)
-        with with_range(features.device) if features.device.type == "cpu" else nullcontext():
+        with without_fp16(features.device) if features.device.type == "cpu" else nullcontext():
             hidden, gate = self.widen(images).chunk(2, 1)
             added = self.narrow(hidden * nn.functional.silu(gate))
         return features + added.permute(0, 2, 3, 1)[:, 0]
@@ -72,7 +72,7 @@ class RotaryAttention(nn.Module):
         """``(batch, frame, channel)`` in and out."""
         projected = self.query_key_value(self.norm(features))
         parts = rearrange(projected, "b l (n h c) -> n b h l c", n=3, h=self.n_heads)
-        query, key = rotate(parts[:2], angles)
+        query, key = apply_rotary(parts[:2], angles)
         heads = attend(query, key, parts[2])
         return features + self.merge(rearrange(heads, "b h l c -> b l (h c)"))
 
@@ -136,7 +136,7 @@ class TFLocoformer(nn.Module):
         enhancement", IWAENC 2024, arXiv:2408.03440.
     """
 
-    follows_gain = True
+    scale_equivariant = True
     """Twice the input, twice the output."""
     compile_seconds, compile_gain = 90.0, {"fp32": 1.3, "bf16": 1.5}
     """About what compiling takes at the first step and brings at the others: what ``compile = "auto"`` goes by."""
@@ -196,7 +196,7 @@ class TFLocoformer(nn.Module):
         check_mixture(mixture, self.enter.weight)
         batch, _, time = mixture.shape
         waveform = rearrange(mixture.float(), "b c t -> (b c) t")
-        level = deviation(waveform)
+        level = std_over_time(waveform)
         scaled = nn.functional.pad(waveform / level.clamp_min(1e-12), (0, -time % self.hop_length))
         spectra = self.spectra(stft(scaled, n_fft=self.n_fft, hop_length=self.hop_length, window=self.window))
         waveforms = istft(
@@ -228,7 +228,7 @@ class TFLocoformer(nn.Module):
         return features
 
 
-def deviation(waveform: Tensor) -> Tensor:
+def std_over_time(waveform: Tensor) -> Tensor:
     """Standard deviation over time, ``(batch, time)`` to ``(batch, 1)``; in silence exactly 0, with a gradient of 0."""
     centred = waveform - waveform.mean(-1, keepdim=True)
     return torch.linalg.vector_norm(centred, dim=-1, keepdim=True) * max(1, waveform.shape[-1] - 1) ** -0.5

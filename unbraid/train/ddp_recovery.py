@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from unbraid.model_output import tensors_in
+from unbraid.model_output import iter_tensors
 
 
 class GradientExchange:
@@ -41,7 +41,7 @@ class GradientExchange:
         for shorter in (1, 4, 16):
             excerpt = mixture[:1, :, : -(-mixture.shape[-1] // shorter)]
             try:
-                nothing = sum(part.float().sum() for part in tensors_in(self.model(excerpt))) * 0.0
+                nothing = sum(part.float().sum() for part in iter_tensors(self.model(excerpt))) * 0.0
             except torch.OutOfMemoryError:
                 continue
             torch.as_tensor(nothing).backward()

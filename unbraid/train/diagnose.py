@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from unbraid.data.batch import Batch
-from unbraid.model_output import tensors_in
+from unbraid.model_output import iter_tensors
 from unbraid.records import ItemId
 from unbraid.robust.precision import Precision
 from unbraid.seeding import seeded_torch
@@ -200,7 +200,7 @@ def _trace(
     def watch(module: nn.Module, _inputs: Any, output: Any) -> None:
         place = len(order)
         order.append(names[module])
-        for tensor in tensors_in(output):
+        for tensor in iter_tensors(output):
             if not forward and (bad := _first_bad(tensor)) is not None:
                 forward.append(("forward", names[module], *bad))
             if tensor.requires_grad:

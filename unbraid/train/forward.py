@@ -7,15 +7,15 @@ from torch import Tensor, nn
 
 from unbraid.data.batch import Batch
 from unbraid.errors import UserError
-from unbraid.losses.pit import Assigned
-from unbraid.model_output import ModelOutput, sources_of
+from unbraid.losses.pit import OrderedLosses
+from unbraid.model_output import ModelOutput, get_sources
 from unbraid.robust.precision import Precision
 
 
 class ExampleLoss(Protocol):
     """``(estimate, sources)`` to ``(batch, ...)``; the step takes each example's mean.
 
-    One that has a method ``assigned`` as `SeparationLoss` has it also tells the order of the outputs and their SI-SDR,
+    One with a method ``with_order``, as `SeparationLoss` has, also returns the order of the outputs and their SI-SDR,
     and is given the mixture and whatever else the model returned.
     """
 
@@ -26,7 +26,7 @@ class ExampleLoss(Protocol):
 
 def compute_losses(
     model: nn.Module, loss: ExampleLoss, precision: Precision, batch: Batch
-) -> tuple[Tensor, Tensor, Assigned | None]:
+) -> tuple[Tensor, Tensor, OrderedLosses | None]:
     """Run a batch through the model under autocast, and through the loss outside of it.
 
     Returns:
@@ -36,10 +36,12 @@ def compute_losses(
     with precision.autocast(batch.mixture.device):
         output = model(batch.mixture)
     losses, assigned = example_losses(loss, output, batch)
-    return sources_of(output), losses, assigned
+    return get_sources(output), losses, assigned
 
 
-def example_losses(loss: ExampleLoss, output: Tensor | ModelOutput, batch: Batch) -> tuple[Tensor, Assigned | None]:
+def example_losses(
+    loss: ExampleLoss, output: Tensor | ModelOutput, batch: Batch
+) -> tuple[Tensor, OrderedLosses | None]:
     """One loss for each example, ``(batch,)``, in float32 (float64 stays), and what else the loss tells.
 
     Args:
@@ -50,8 +52,8 @@ def example_losses(loss: ExampleLoss, output: Tensor | ModelOutput, batch: Batch
     Raises:
         UserError: If the loss does not keep the examples apart.
     """
-    wide = [part.to(torch.promote_types(part.dtype, torch.float32)) for part in (sources_of(output), batch.sources)]
-    assigned = loss.assigned(*wide, **loss_extras(output, batch)) if hasattr(loss, "assigned") else None
+    wide = [part.to(torch.promote_types(part.dtype, torch.float32)) for part in (get_sources(output), batch.sources)]
+    assigned = loss.with_order(*wide, **loss_extras(output, batch)) if hasattr(loss, "with_order") else None
     losses = loss(*wide) if assigned is None else assigned.losses
     if losses.dim() == 0 or len(losses) != len(batch.sources):
         raise UserError(

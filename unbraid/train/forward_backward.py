@@ -210,7 +210,7 @@ def _tally(
     """What the ranks have to sum in order to agree on a step, and the notes beside it."""
     head = dist.on_device([*[0.0] * _N_SUMS, *map(float, flags), *notes], state.device)
     told = {"counts": head[: len(COUNTS)], "notes": head[len(COUNTS) :]}
-    n_sources = pieces[0].sources.shape[1] if hasattr(state.loss, "assigned") else 0
+    n_sources = pieces[0].sources.shape[1] if hasattr(state.loss, "with_order") else 0
     si_sdr = head.new_zeros(2, n_sources)
     for one in ran:
         weights, losses = one.weights.to(head.dtype), one.losses.to(head.dtype)

@@ -12,9 +12,9 @@ from unbraid.data.dataset import MixtureDataset
 from unbraid.data.loader import ValidationSampler, collate
 from unbraid.data.mixing import AudioFault
 from unbraid.inference import infer
-from unbraid.losses.pit import judge_by, order_as_targets, output_order
+from unbraid.losses.pit import evaluation_loss, find_order, match_to_targets
 from unbraid.metrics import mean_over_active, reorder, si_sdr
-from unbraid.model_output import ModelOutput, sources_of
+from unbraid.model_output import ModelOutput, get_sources
 from unbraid.train.forward import example_losses
 from unbraid.train.loop import Validate, ValidationScores
 from unbraid.train.state import TrainState
@@ -52,7 +52,7 @@ def make_validator(
             batch = loaded.batch.to(state.device)
             output = _separate(state, batch)
             losses, _ = example_losses(state.loss, output, batch)
-            estimate, order = _ordered(sources_of(output), batch.sources, assign)
+            estimate, order = _ordered(get_sources(output), batch.sources, assign)
             ratios = si_sdr(estimate, batch.sources)
             after = mean_over_active(ratios, batch.sources)
             unprocessed = batch.mixture[:, None].expand_as(batch.sources)
@@ -84,9 +84,9 @@ def make_validator(
 def _ordered(estimate: Tensor, target: Tensor, assign: str) -> tuple[Tensor, Tensor]:
     """Estimates as they are held against the targets, and which each target was given, ``(batch, source)``."""
     if assign == "mixit":  # a target is given a sum of them
-        summed = order_as_targets(estimate, target, judge_by(assign), assign=assign)
+        summed = match_to_targets(estimate, target, evaluation_loss(assign), assign=assign)
         return summed, torch.zeros(target.shape[:2])
-    order = output_order(estimate, target, judge_by(assign), assign=assign)
+    order = find_order(estimate, target, evaluation_loss(assign), assign=assign)
     return reorder(estimate, order), order
 
 
@@ -109,7 +109,7 @@ def _separate(state: TrainState, batch: Batch) -> Tensor | ModelOutput:
 
 def _joined(outputs: Sequence[Tensor | ModelOutput]) -> Tensor | ModelOutput:
     """Batches that went through the model one after the other, as if they had gone together."""
-    first, sources = outputs[0], torch.cat([sources_of(output) for output in outputs])
+    first, sources = outputs[0], torch.cat([get_sources(output) for output in outputs])
     if not isinstance(first, ModelOutput):
         return sources
     embeddings = [o.embedding for o in outputs if isinstance(o, ModelOutput) and o.embedding is not None]
