@@ -8,8 +8,8 @@ from functools import cache
 from urllib.parse import urlsplit
 
 import pytest
+from dashboard_process import until
 from playwright.sync_api import sync_playwright
-from served import until
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = (
@@ -73,9 +73,9 @@ def wait_until_true(page, expression, *, seconds=60):
     until(lambda: page.evaluate(expression), seconds=seconds)
 
 
-def foreign_requests(page, served=None):
+def foreign_requests(page, server=None):
     """Return the addresses requested from anywhere but the page's own server."""
-    own = f"{served.host}:{served.port}" if served else ""
+    own = f"{server.host}:{server.port}" if server else ""
     parts = [urlsplit(address) for address in page.requested]
     return [part.geturl() for part in parts if part.scheme not in ("data", "blob", "file") and part.netloc != own]
 

@@ -86,7 +86,9 @@ def test_a_line_without_an_end_is_skipped(tail, monkeypatch):
 def test_a_rewritten_file_is_read_from_the_beginning(tail, last):
     append(tail, lines(1, 100))
     read_steps(tail)
-    tail.path.write_text(lines(1, 20) + lines(22, last + 1))  # longer than before in one case: its size tells nothing
+    tail.path.write_text(
+        lines(1, 20) + lines(22, last + 1)
+    )  # in one case longer than before, so that the size is no sign
 
     assert tail.reset_if_rewritten()
     assert read_steps(tail) == [*range(1, 21), *range(22, last + 2)]

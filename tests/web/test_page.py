@@ -5,10 +5,13 @@ import shutil
 
 import pytest
 from browser import colours_in_chart, foreign_requests, open_page, wait_until_true
+from dashboard_process import dashboard
 from runs import add_audio, add_steps, write_run
-from served import dashboard
 
-BLUE, ORANGE, RED = "#0b84c6", "#e2711d", "#d6453d"
+# As in labels.js: the first two runs, and steps whose loss is not finite.
+BLUE = "#0b84c6"
+ORANGE = "#e2711d"
+RED = "#d6453d"
 HOSTILE = "<img src=x onerror=alert(1)>.wav"
 
 pytestmark = pytest.mark.slow
@@ -34,8 +37,8 @@ def folder(tmp_path):
     return tmp_path / "runs"
 
 
-def show(page, served, name):
-    page.goto(served.link)
+def show(page, server, name):
+    page.goto(server.link)
     page.get_by_role("button", name=name, exact=True).click()
     page.wait_for_selector(f"h1:text-is('{name}')")
     page.wait_for_selector("#chart-loss canvas")
@@ -43,8 +46,8 @@ def show(page, served, name):
 
 
 def test_a_run_is_drawn_diagnosed_and_played(folder):
-    with dashboard(folder) as served, open_page() as page:
-        show(page, served, "first")
+    with dashboard(folder) as server, open_page() as page:
+        show(page, server, "first")
 
         assert "600 of 5,000" in page.inner_text("#summary")
         assert BLUE in colours_in_chart(page, "loss")
@@ -61,12 +64,12 @@ def test_a_run_is_drawn_diagnosed_and_played(folder):
         assert page.locator("#blocks tbody tr").count() == 6
         assert "blocks.3" in page.inner_text("#blocks")
         assert page.errors == []
-        assert foreign_requests(page, served) == []
+        assert foreign_requests(page, server) == []
 
 
 def test_new_steps_validations_and_runs_appear(folder):
-    with dashboard(folder) as served, open_page() as page:
-        show(page, served, "first")
+    with dashboard(folder) as server, open_page() as page:
+        show(page, server, "first")
 
         add_steps(folder / "first", 601, 3)
         wait_until_true(page, "document.getElementById('summary').innerText.includes('603 of 5,000')")
@@ -81,8 +84,8 @@ def test_new_steps_validations_and_runs_appear(folder):
 
 
 def test_two_runs_share_the_charts_and_their_recipes_are_compared(folder):
-    with dashboard(folder) as served, open_page() as page:
-        show(page, served, "first")
+    with dashboard(folder) as server, open_page() as page:
+        show(page, server, "first")
         page.keyboard.press("2")
 
         page.wait_for_selector("tr.differs:has-text('optim.lr')")
@@ -99,8 +102,8 @@ def test_two_runs_share_the_charts_and_their_recipes_are_compared(folder):
 
 
 def test_a_finding_zooms_the_charts_to_its_steps(folder):
-    with dashboard(folder) as served, open_page() as page:
-        show(page, served, "second")
+    with dashboard(folder) as server, open_page() as page:
+        show(page, server, "second")
 
         page.locator(".finding", has_text="The loss jumped").get_by_role("button").click()
 
@@ -113,8 +116,8 @@ def test_a_finding_zooms_the_charts_to_its_steps(folder):
 
 
 def test_skipped_steps_are_in_the_strip_with_their_reason(folder):
-    with dashboard(folder) as served, open_page(viewport={"width": 1400, "height": 1000}) as page:
-        show(page, served, "second")
+    with dashboard(folder) as server, open_page(viewport={"width": 1400, "height": 1000}) as page:
+        show(page, server, "second")
         assert RED in colours_in_chart(page, "strip")
         page.evaluate("unbraid.zoom([95, 105])")
         wait_until_true(page, "unbraid.state.series[unbraid.state.selected[0]].steps.length <= 12")
@@ -122,16 +125,18 @@ def test_skipped_steps_are_in_the_strip_with_their_reason(folder):
         over.scroll_into_view_if_needed()
         box = over.bounding_box()
 
+        # Step 100 is drawn from 100 to 101 in a window from 95 to 105.
         page.mouse.move(box["x"] + box["width"] * 0.53, box["y"] + box["height"] / 2)
 
         page.wait_for_selector("#chart-strip .readout:has-text('step 100: skipped (loss not finite)')")
         assert page.locator("#chart-loss .readout").inner_text().startswith("step 100")
+        assert "max_norm 5" in page.locator("#chart-norm .readout").inner_text()  # shown by its cursor, which is shared
 
 
 def test_names_are_text_and_never_html(folder):
-    with dashboard(folder) as served, open_page() as page:
+    with dashboard(folder) as server, open_page() as page:
         for name in ("first", "second"):
-            show(page, served, name)
+            show(page, server, name)
             page.wait_for_selector("#recipe table")
         assert HOSTILE in page.inner_text("#incidents")
         assert "<script>alert(2)</script>" in page.inner_text("#recipe")
@@ -146,8 +151,8 @@ def test_empty_and_broken_runs_are_explained(folder):
     write_run(folder / "torn", n_steps=50)
     with (folder / "torn" / "steps.jsonl").open("a") as file:
         file.write("\x00\x00{{{\n")
-    with dashboard(folder) as served, open_page() as page:
-        page.goto(served.link)
+    with dashboard(folder) as server, open_page() as page:
+        page.goto(server.link)
         page.get_by_role("button", name="empty", exact=True).click()
         page.wait_for_selector("text=No step has been written yet")
         page.wait_for_selector("text=recipe.toml cannot be read")
@@ -158,22 +163,22 @@ def test_empty_and_broken_runs_are_explained(folder):
 
 
 def test_a_vanished_run_and_a_stopped_dashboard_are_reported(folder):
-    with dashboard(folder) as served, open_page() as page:
-        show(page, served, "second")
+    with dashboard(folder) as server, open_page() as page:
+        show(page, server, "second")
         shutil.move(folder / "second", folder.parent / "elsewhere")
         page.wait_for_selector("h1:has-text('This run is no longer in its folder')")
-        port = str(served.port)
+        port = str(server.port)
     with open_page() as page:
-        with dashboard(folder, options=["--port", port]) as served:
-            show(page, served, "first")
+        with dashboard(folder, options=["--port", port]) as server:
+            show(page, server, "first")
         page.wait_for_selector("#connection.lost")
         with dashboard(folder, options=["--port", port]):
             page.wait_for_selector("#connection:has-text('this dashboard has ended')")
 
 
 def test_the_keyboard_focus_survives_changes_of_the_list(folder):
-    with dashboard(folder) as served, open_page() as page:
-        show(page, served, "first")
+    with dashboard(folder) as server, open_page() as page:
+        show(page, server, "first")
         page.get_by_role("button", name="second", exact=True).focus()
         add_steps(folder / "first", 601, 3)
         wait_until_true(page, "document.getElementById('runs').innerText.includes('603')")
@@ -182,8 +187,8 @@ def test_the_keyboard_focus_survives_changes_of_the_list(folder):
 
 
 def test_buttons_and_keys_move_the_window(folder):
-    with dashboard(folder) as served, open_page() as page:
-        show(page, served, "first")
+    with dashboard(folder) as server, open_page() as page:
+        show(page, server, "first")
         page.get_by_role("button", name="Zoom in").click()
         wait_until_true(
             page, "unbraid.state.window !== null && unbraid.state.window[1] - unbraid.state.window[0] < 310"
@@ -198,8 +203,8 @@ def test_buttons_and_keys_move_the_window(folder):
 def test_a_ninth_run_is_refused(folder):
     for n in range(8):
         write_run(folder / f"more-{n}", n_steps=20)
-    with dashboard(folder) as served, open_page() as page:
-        show(page, served, "first")
+    with dashboard(folder) as server, open_page() as page:
+        show(page, server, "first")
         for key in "23456789":
             page.keyboard.press(key)
         page.evaluate("unbraid.toggleRun(unbraid.state.runs[9].id)")
@@ -208,16 +213,16 @@ def test_a_ninth_run_is_refused(folder):
 
 
 def test_the_link_works_from_another_sites_page(folder, tmp_path):
-    with dashboard(folder) as served, open_page() as page:
-        (tmp_path / "mail.html").write_text(f'<a href="{served.link}">the page</a>')
+    with dashboard(folder) as server, open_page() as page:
+        (tmp_path / "mail.html").write_text(f'<a href="{server.link}">the page</a>')
         page.goto((tmp_path / "mail.html").as_uri())
         page.click("a")
         page.wait_for_selector("#chart-loss canvas")
 
 
 def test_a_run_appears_in_an_empty_folder(tmp_path):
-    with dashboard(tmp_path) as served, open_page() as page:
-        page.goto(served.link)
+    with dashboard(tmp_path) as server, open_page() as page:
+        page.goto(server.link)
         page.wait_for_selector("text=There is no run here yet")
         write_run(tmp_path / "one", n_steps=50)
         page.wait_for_selector("h1:text-is('one')")
@@ -225,16 +230,16 @@ def test_a_run_appears_in_an_empty_folder(tmp_path):
 
 @pytest.mark.parametrize("width", [360, 1400])
 def test_the_page_fits_a_phone_and_a_desktop(folder, width):
-    with dashboard(folder) as served, open_page(viewport={"width": width, "height": 800}) as page:
-        show(page, served, "second")
+    with dashboard(folder) as server, open_page(viewport={"width": width, "height": 800}) as page:
+        show(page, server, "second")
         page.wait_for_selector("#recipe table")
 
         assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
 def test_the_theme_is_switched_by_a_key_and_remembered(folder):
-    with dashboard(folder) as served, open_page(color_scheme="light") as page:
-        show(page, served, "first")
+    with dashboard(folder) as server, open_page(color_scheme="light") as page:
+        show(page, server, "first")
         background = "getComputedStyle(document.body).backgroundColor"
         light = page.evaluate(background)
         page.keyboard.press("t")
@@ -254,8 +259,8 @@ def test_a_million_steps_are_downsampled_and_exact_when_zoomed_in(tmp_path):
             file.write(
                 f'{{"step":{step},"outcome":"trained","loss":{loss},"grad_norm":1.0,"max_norm":5.0,"clipped":false}}\n'
             )
-    with dashboard(path) as served, open_page() as page:
-        show(page, served, "long")
+    with dashboard(path) as server, open_page() as page:
+        show(page, server, "long")
         wait_until_true(page, "unbraid.state.series[unbraid.state.selected[0]].unread_bytes === 0", seconds=300)
 
         series = page.evaluate("unbraid.state.series[unbraid.state.selected[0]]")

@@ -1,4 +1,4 @@
-"""The runs below some folders are found and listed, each under a name of its own."""
+"""Runs are found below folders and listed."""
 
 from runs import write_run
 

@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+from dashboard_process import dashboard, until
 from runs import add_audio, add_steps, write_run
-from served import dashboard, until
 
 from unbraid.cli.main import main
 from unbraid.web.payloads import run_id
@@ -25,43 +25,43 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def served(folder):
-    with dashboard(folder) as server:
-        yield server
+def server(folder):
+    with dashboard(folder) as process:
+        yield process
 
 
-def test_runs_curves_findings_and_audio_are_served(served, folder):
-    runs = {run["name"]: run for run in served.json("/api/runs")}
+def test_runs_curves_findings_and_audio_are_served(server, folder):
+    runs = {run["name"]: run for run in server.json("/api/runs")}
     name = runs["one"]["id"]
 
-    series = served.json(f"/api/series/{name}?n=50")
-    details = served.json(f"/api/details/{name}")
+    series = server.json(f"/api/series/{name}?n=50")
+    details = server.json(f"/api/details/{name}")
 
     assert {"one", "two"} <= set(runs)
     assert len(series["steps"]) <= 50
     assert series["last_step"] == 300
     assert series["validation"]["step"] == [100, 200, 300]
     assert details["recipe"]["optim.lr"] == "0.001"
-    assert served.json(f"/api/diagnosis/{name}")["verdict"].startswith("healthy")
+    assert server.json(f"/api/diagnosis/{name}")["verdict"].startswith("healthy")
     recording = details["validation_examples"][0]["mixture"][0]
-    status, headers, body = served.ask(f"/api/audio/{name}?name={recording}")
+    status, headers, body = server.request(f"/api/audio/{name}?name={recording}")
     assert (status, body) == (200, (folder / "one" / recording).read_bytes())
-    status, headers, body = served.ask(f"/api/spectrogram/{name}?name={recording}")
+    status, headers, body = server.request(f"/api/spectrogram/{name}?name={recording}")
     assert (status, headers["content-type"], body[8:12]) == (200, "image/webp", b"WEBP")
 
 
-def test_the_token_of_the_link_is_kept_in_a_cookie(served):
-    status, headers, _ = served.ask(f"/?token={served.token}", cookie=False)
+def test_the_token_of_the_link_is_kept_in_a_cookie(server):
+    status, headers, _ = server.request(f"/?token={server.token}", cookie=False)
 
     assert (status, headers["location"]) == (303, "/")
-    assert served.cookie in headers["set-cookie"]
+    assert server.cookie in headers["set-cookie"]
     assert "HttpOnly" in headers["set-cookie"]
     assert "samesite=lax" in headers["set-cookie"].lower()
 
 
 @pytest.mark.parametrize("path", ["/", "/api/runs", "/api/live", "/static/app.js", "/?token=guessed", "/?token="])
-def test_without_the_token_nothing_is_served(served, path):
-    status, _, body = served.ask(path, cookie=False)
+def test_without_the_token_nothing_is_served(server, path):
+    status, _, body = server.request(path, cookie=False)
 
     assert status == 403
     assert b"token" in body
@@ -69,25 +69,25 @@ def test_without_the_token_nothing_is_served(served, path):
 
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "x@127.0.0.1", ""])
-def test_another_host_is_refused_even_with_the_token(served, host):
-    assert served.ask("/api/runs", Host=host)[0] == 403
+def test_another_host_is_refused_even_with_the_token(server, host):
+    assert server.request("/api/runs", Host=host)[0] == 403
 
 
 @pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1", "127.0.0.1:9000", "[::1]:9000"])
-def test_every_name_of_this_machine_is_allowed_with_any_port(served, host):
-    assert served.ask("/api/runs", Host=host)[0] == 200
+def test_every_name_of_this_machine_is_allowed_with_any_port(server, host):
+    assert server.request("/api/runs", Host=host)[0] == 200
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS"])
-def test_only_reading_is_allowed(served, method):
-    status, headers, _ = served.ask("/api/runs", method=method)
+def test_only_reading_is_allowed(server, method):
+    status, headers, _ = server.request("/api/runs", method=method)
 
     assert (status, headers["allow"]) == (405, "GET, HEAD")
 
 
 @pytest.mark.parametrize("path", ["/", "/api/runs", "/static/page.css", "/nowhere"])
-def test_every_answer_forbids_foreign_scripts(served, path):
-    _, headers, _ = served.ask(path)
+def test_every_answer_forbids_foreign_scripts(server, path):
+    _, headers, _ = server.request(path)
 
     policy = headers["content-security-policy"]
     assert policy.startswith("default-src 'none'; script-src 'self';")
@@ -114,18 +114,18 @@ def test_every_answer_forbids_foreign_scripts(served, path):
         ("/api/spectrogram/{one}", 404),
     ],
 )
-def test_bad_requests_are_refused(served, folder, path, status):
-    found_status, _, body = served.ask(path.format(one=run_id(folder / "one")))
+def test_bad_requests_are_refused(server, folder, path, status):
+    actual_status, _, body = server.request(path.format(one=run_id(folder / "one")))
 
-    assert found_status == status
+    assert actual_status == status
     assert b"Traceback" not in body
 
 
-def test_new_steps_and_new_runs_are_streamed(served, folder):
+def test_new_steps_and_new_runs_are_streamed(server, folder):
     name = run_id(folder / "one")
-    before = served.json(f"/api/series/{name}")["last_step"]
-    live = socket.create_connection((served.host, served.port), timeout=30)
-    request = f"GET /api/live HTTP/1.1\r\nHost: 127.0.0.1:{served.port}\r\nCookie: {served.cookie}\r\n\r\n"
+    before = server.json(f"/api/series/{name}")["last_step"]
+    live = socket.create_connection((server.host, server.port), timeout=30)
+    request = f"GET /api/live HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nCookie: {server.cookie}\r\n\r\n"
     live.sendall(request.encode())
     received = b""
     add_steps(folder / "one", before + 1, 1)
@@ -141,36 +141,36 @@ def test_new_steps_and_new_runs_are_streamed(served, folder):
     live.close()
 
 
-def test_a_deleted_run_disappears_from_the_list(served, folder):
+def test_a_deleted_run_disappears_from_the_list(server, folder):
     path = write_run(folder / "gone", n_steps=5)
     name = run_id(path)
-    until(lambda: any(run["name"] == "gone" for run in served.json("/api/runs")))
-    served.json(f"/api/series/{name}")
+    until(lambda: any(run["name"] == "gone" for run in server.json("/api/runs")))
+    server.json(f"/api/series/{name}")
     for file in path.iterdir():
         file.unlink()
     path.rmdir()
 
-    until(lambda: all(run["name"] != "gone" for run in served.json("/api/runs")))
-    assert served.ask(f"/api/details/{name}")[0] == 404
+    until(lambda: all(run["name"] != "gone" for run in server.json("/api/runs")))
+    assert server.request(f"/api/details/{name}")[0] == 404
 
 
-def test_it_listens_on_loopback_only(served):
+def test_it_listens_on_loopback_only(server):
     with pytest.raises(OSError, match="refused"):
-        socket.create_connection(("127.0.0.2", served.port), timeout=5)
+        socket.create_connection(("127.0.0.2", server.port), timeout=5)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_it_while_a_page_is_open(folder, number):
-    with dashboard(folder) as served, socket.create_connection((served.host, served.port), timeout=30) as live:
-        headers = f"Host: 127.0.0.1:{served.port}\r\nCookie: {served.cookie}"
+    with dashboard(folder) as server, socket.create_connection((server.host, server.port), timeout=30) as live:
+        headers = f"Host: 127.0.0.1:{server.port}\r\nCookie: {server.cookie}"
         live.sendall(f"GET /api/live HTTP/1.1\r\n{headers}\r\n\r\n".encode())
         assert live.recv(100)
 
-        served.process.send_signal(number)
-        _, errors = served.process.communicate(timeout=30)
+        server.process.send_signal(number)
+        _, errors = server.process.communicate(timeout=30)
 
     assert "Traceback" not in errors
-    assert served.process.returncode == {signal.SIGINT: 0, signal.SIGTERM: -signal.SIGTERM}[number]
+    assert server.process.returncode == {signal.SIGINT: 0, signal.SIGTERM: -signal.SIGTERM}[number]
 
 
 def test_mistakes_are_explained(tmp_path, capsys):
@@ -238,14 +238,14 @@ def test_damaged_records_break_neither_their_own_run_nor_others(tmp_path):
     (odd / "audio" / "step-000100 copy").mkdir()
     (odd / "audio" / "step-000100 copy" / "scores.json").write_text("{}")
     (odd / "evaluation.csv").write_text("index,si_sdri\nx,nan\n0,inf\n")
-    with dashboard(tmp_path) as served:
-        for run in served.json("/api/runs"):
+    with dashboard(tmp_path) as server:
+        for run in server.json("/api/runs"):
             for kind in ("series", "details", "diagnosis"):
-                assert served.ask(f"/api/{kind}/{run['id']}")[0] == 200, (run["name"], kind)
+                assert server.request(f"/api/{kind}/{run['id']}")[0] == 200, (run["name"], kind)
         add_steps(good, 41, 3)
         add_steps(odd, 60, 3)
         for path, last in ((good, 43), (odd, 62)):
-            until(lambda path=path, last=last: served.json(f"/api/series/{run_id(path)}")["last_step"] == last)
+            until(lambda path=path, last=last: server.json(f"/api/series/{run_id(path)}")["last_step"] == last)
 
     assert main(["report", str(odd)]) == 0
 
@@ -253,8 +253,8 @@ def test_damaged_records_break_neither_their_own_run_nor_others(tmp_path):
 def test_an_unreadable_run_is_listed_with_its_problem(tmp_path):
     write_run(tmp_path / "good", n_steps=5)
     (tmp_path / "odd" / "steps.jsonl").mkdir(parents=True)
-    with dashboard(tmp_path) as served:
-        runs = {run["name"]: run for run in served.json("/api/runs")}
+    with dashboard(tmp_path) as server:
+        runs = {run["name"]: run for run in server.json("/api/runs")}
         assert runs["odd"]["problem"]
         assert runs["good"]["step"] == 5
 
@@ -262,19 +262,19 @@ def test_an_unreadable_run_is_listed_with_its_problem(tmp_path):
 def test_runs_of_the_same_name_are_listed_with_their_folder(tmp_path):
     for folder in ("a", "b"):
         write_run(tmp_path / folder / "run", n_steps=3)
-    with dashboard(tmp_path) as served:
-        assert {run["name"] for run in served.json("/api/runs")} == {"a/run", "b/run"}
+    with dashboard(tmp_path) as server:
+        assert {run["name"] for run in server.json("/api/runs")} == {"a/run", "b/run"}
 
 
 def test_an_incomplete_last_line_is_not_read_again_and_again(tmp_path):
     path = write_run(tmp_path / "killed", n_steps=20)
     with (path / "steps.jsonl").open("ab") as file:
         file.write(b'{"step": 21' + bytes(3 * 2**20))
-    with dashboard(path) as served:
+    with dashboard(path) as server:
         name = run_id(path)
-        assert served.json(f"/api/series/{name}")["unread_bytes"] == 0
-        until(lambda: served.json(f"/api/series/{name}")["last_step"] == 20)
-        reads = Path(f"/proc/{served.process.pid}/io")
+        assert server.json(f"/api/series/{name}")["unread_bytes"] == 0
+        until(lambda: server.json(f"/api/series/{name}")["last_step"] == 20)
+        reads = Path(f"/proc/{server.process.pid}/io")
         if reads.exists():
             before = reads.read_text().split()[1]
             time.sleep(1.5)

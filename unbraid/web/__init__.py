@@ -1,1 +1,1 @@
-"""A run seen in a browser: the live page, and the report in one file; no torch."""
+"""Runs in the browser: the live dashboard, and the report in one file. Nothing here imports torch."""

@@ -1,4 +1,4 @@
-"""A run directory that is read while the run goes on."""
+"""A run directory that is read while it is being written."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +18,7 @@ EXACT_STEPS = 2000
 
 MAX_EVENTS = 2000
 MAX_VALIDATIONS = 5000
+"""Of more than twice as many validations, every second one is dropped, so that the curve keeps its shape."""
 
 
 class FollowedRun:
@@ -28,10 +29,10 @@ class FollowedRun:
     """
 
     def __init__(self, path: Path) -> None:
-        self.run = RunDirectory(path)
-        self._steps_file = JsonlTail(self.run.steps)
-        self._validation_file = JsonlTail(self.run.validation)
-        self._events_file = JsonlTail(self.run.events)
+        self.directory = RunDirectory(path)
+        self._steps_file = JsonlTail(self.directory.steps)
+        self._validation_file = JsonlTail(self.directory.validation)
+        self._events_file = JsonlTail(self.directory.events)
         self._clear_steps()
         self._clear_validations()
         self._clear_events()
@@ -111,14 +112,17 @@ class FollowedRun:
             self.validations = self.validations[::2]
 
     def downsample(self, first: int, last: int, max_buckets: int) -> Downsampled:
-        """Return the steps from ``first`` to ``last`` in at most ``max_buckets`` buckets, exactly if they are few."""
+        """Return the steps from ``first`` to ``last`` in at most ``max_buckets`` buckets.
+
+        Windows of up to `EXACT_STEPS` steps are exact, whatever the length of the run.
+        """
         if self.buckets.width == 1 or last - first > EXACT_STEPS:
             return self.buckets.downsample(first, last, max_buckets)
         rows = list(self._rows_between(first, last))
         return downsample_steps([row["step"] for row in rows], step_columns(rows), max_buckets=max_buckets)
 
     def _rows_between(self, first: int, last: int) -> Iterator[dict[str, Any]]:
-        with self.run.steps.open("rb") as file:
+        with self.directory.steps.open("rb") as file:
             file.seek(self.buckets.offset_before(first))
             # Stop at what was taken in: the run may be appending beyond it.
             while file.tell() < self._steps_file.offset:

@@ -1,4 +1,4 @@
-"""The runs that the dashboard shows: finding them, listing them, and following those that are open in a page."""
+"""The runs that the dashboard shows: find them, list them, and follow those that are open in a page."""
 
 import contextlib
 import os
@@ -186,7 +186,7 @@ class RunStore:
     def details(self, name: str) -> dict[str, Any]:
         """Return what the page shows of a run besides its curves and findings."""
         run = self.follow(name)
-        path = run.run.path
+        path = run.directory.path
         with self.lock:
             from_records = last_steps(run.last_row, run.last_sampled) | {"events": events(run.events, run.n_events)}
         # Read the other files without the lock: listing sounds may take a while.

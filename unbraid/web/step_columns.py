@@ -22,11 +22,13 @@ def step_columns(rows: Sequence[Row]) -> FloatArray:
     ``loss``, ``si_sdr`` and ``clipped`` are NaN in skipped steps, so that their means are over trained steps only.
     """
     outcomes = [row.get("outcome") for row in rows]
+    # dtype: of no rows at all, numpy would make an array of floats.
     trained = np.array([outcome == "trained" for outcome in outcomes], dtype=bool)
     values = {name: numbers(rows, name) for name in AS_RECORDED}
     values["memory_bytes"] = numbers(rows, "peak_memory_bytes")
     for name in ("loss", "clipped"):
         values[name] = np.where(trained, numbers(rows, name), np.nan)
+    # The mean over the sources, and the median over the blocks, as a chart has one line per run.
     values["si_sdr"] = np.where(trained, [_mean(row.get("si_sdr")) for row in rows], np.nan)
     values["update_ratio"] = np.array([_median_update_ratio(row.get("blocks")) for row in rows], dtype=float)
     values["rescued"] = (trained & (numbers(rows, "n_bad") > 0)).astype(float)
@@ -35,7 +37,7 @@ def step_columns(rows: Sequence[Row]) -> FloatArray:
     return np.stack([values[name] for name in COLUMNS])
 
 
-# The records may come from any program or a damaged disk: whatever is not a number is taken as missing.
+# The files may be damaged or written by another program: whatever is not a number counts as missing.
 
 
 def _mean(values: Any) -> float:

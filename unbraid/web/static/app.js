@@ -164,7 +164,7 @@ function buildMain() {
     return;
   }
   charts = CHARTS.map((spec) => new Chart(spec, view));
-  const windowText = element("span", { className: "soft small", id: "window" });
+  const windowText = element("span", { className: "soft small", id: "window-text" });
   const bar = element("div", { className: "bar", id: "bar" }, windowButtons(), windowText);
   bar.append(element("span", { className: "legend", id: "run-names" }));
   const curves = element("div", { className: "curves" });
@@ -201,7 +201,7 @@ function drawCharts() {
   const loaded = state.selected.filter((id) => state.series[id]);
   const runs = loaded.map((id) => ({ id, name: runName(id), colour: runColour(id), series: state.series[id] }));
   const [first, last] = state.window ?? [];
-  document.getElementById("window").textContent = state.window
+  document.getElementById("window-text").textContent = state.window
     ? `steps ${integer(first)} to ${integer(last)}`
     : "Drag across a chart, or press +, to zoom in.";
   const names = runs.map((run) => element("span", {}, swatch(run.colour), run.name));

@@ -69,7 +69,7 @@ const OUTCOMES = {
 };
 
 export function outcomeText(name) {
-  return OUTCOMES[name]?.text ?? name.replaceAll("_", " ");
+  return OUTCOMES[name]?.text ?? String(name).replaceAll("_", " ");
 }
 
 export function outcomeColour(name, isFault) {

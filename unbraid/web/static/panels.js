@@ -161,18 +161,18 @@ export function showDetails() {
   const details = state.details[id];
   if (!details || !document.getElementById("sound")) return;
   const { blocks, incidents, events, validation_examples: validation, evaluation_examples: evaluation } = details;
-  update("sound", [validation, evaluation], () => audioSection(id, details));
-  update("blocks", blocks, () => (blocks.rows.length ? [blocksCard(blocks)] : []));
-  update("incidents", [incidents, events], () => incidentsSection(details));
+  replaceIfChanged("sound", [validation, evaluation], () => audioSection(id, details));
+  replaceIfChanged("blocks", blocks, () => (blocks.rows.length ? [blocksCard(blocks)] : []));
+  replaceIfChanged("incidents", [incidents, events], () => incidentsSection(details));
   const compared = state.selected.map((other) => {
     const of = state.details[other];
     return of && [of.recipe, of.environment, of.checkpoints];
   });
-  update("recipe", compared, () => recipeSection(details));
+  replaceIfChanged("recipe", compared, () => recipeSection(details));
 }
 
-// Replace an element's children if its content has changed. What was open or chosen in it stays so.
-function update(elementId, content, makeChildren) {
+// Replace an element's children if its content has changed; what was open or chosen in it stays so.
+function replaceIfChanged(elementId, content, makeChildren) {
   const box = document.getElementById(elementId);
   const id = state.selected[0];
   const contentKey = JSON.stringify([id, content]);
@@ -180,7 +180,7 @@ function update(elementId, content, makeChildren) {
   if (box.contentKey === contentKey || isPlaying) return;
   const isSameRun = box.runId === id;
   const wasOpen = [...box.querySelectorAll("details")].map((details) => details.open);
-  // The last checkpoint is the default: whoever has not chosen another one sees the newest.
+  // The last checkpoint is the default: unless another one was chosen, show the newest.
   const chosen = [...box.querySelectorAll("select")].map((select) =>
     select.value === select.lastElementChild.value ? null : select.value,
   );

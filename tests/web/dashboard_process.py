@@ -1,4 +1,4 @@
-"""A dashboard in a process of its own, as a user starts it."""
+"""Run the dashboard in a separate process, as a user does."""
 
 import http.client
 import json
@@ -11,7 +11,7 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 
-class Served(NamedTuple):
+class Dashboard(NamedTuple):
     """A running dashboard and the token of its link."""
 
     host: str
@@ -27,7 +27,7 @@ class Served(NamedTuple):
     def cookie(self):
         return f"unbraid-{self.port}={self.token}"
 
-    def ask(self, path, *, method="GET", cookie=True, **headers):
+    def request(self, path, *, method="GET", cookie=True, **headers):
         """Return status, headers and body."""
         connection = http.client.HTTPConnection(self.host, self.port, timeout=30)
         sent = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -38,7 +38,7 @@ class Served(NamedTuple):
         return response.status, dict(response.getheaders()), body
 
     def json(self, path):
-        status, _, body = self.ask(path)
+        status, _, body = self.request(path)
         assert status == 200, body
         return json.loads(body)
 
@@ -52,7 +52,7 @@ def dashboard(*paths, options=("--port", "0")):
         link = re.search(r"http://\S+", process.stdout.readline())
         assert link, process.stderr.read()
         parts = urlsplit(link[0])
-        yield Served(parts.hostname, parts.port, parts.query.removeprefix("token="), process)
+        yield Dashboard(parts.hostname, parts.port, parts.query.removeprefix("token="), process)
     finally:
         if process.poll() is None:
             process.terminate()
