@@ -86,8 +86,8 @@ def test_an_unknown_key_is_named_with_the_nearest(recipe_file, capsys):
     ("make", "words"),
     [
         (lambda folder: None, ["does not exist"]),
-        (lambda folder: folder.mkdir(), ["No speakers found"]),
-        (lambda folder: (folder / "a" / "x.txt").parent.mkdir(parents=True), ["No speakers found"]),
+        (lambda folder: folder.mkdir(), ["has no speakers"]),
+        (lambda folder: (folder / "a" / "x.txt").parent.mkdir(parents=True), ["has no speakers"]),
         (lambda folder: folder.write_text("hello"), ["neither a folder nor a .csv"]),
     ],
     ids=["missing", "empty", "no audio", "another file"],

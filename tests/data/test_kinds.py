@@ -40,7 +40,7 @@ def test_neither_kind_is_always_the_louder(tracks):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (replace(SETTINGS, kinds=("low", "shrill")), "No recordings of kind 'shrill'.*high, low, other"),
+        (replace(SETTINGS, kinds=("low", "shrill")), "has no recordings of kind 'shrill'.*high, low, other"),
         (replace(SETTINGS, kinds=("low",)), "must name 2 different kinds"),
     ],
 )

@@ -77,4 +77,4 @@ def test_no_more_files_are_opened_than_are_allowed_and_rare_lengths_come_first(t
     train, valid = tracks_of(tmp_path)
 
     assert len(find_copies(train, valid)) == 2
-    assert [one for one, _ in find_copies(train, valid, n_looked_at=20)] == [rare]
+    assert [train_path for train_path, _ in find_copies(train, valid, max_files=20)] == [rare]

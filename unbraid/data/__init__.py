@@ -1,4 +1,4 @@
-"""DATASETS, by name: each a function from a path to tracks."""
+"""DATASETS: from the names in a recipe to functions that list the tracks below a path."""
 
 from collections.abc import Callable
 from pathlib import Path

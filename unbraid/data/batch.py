@@ -1,4 +1,4 @@
-"""Batch: mixtures, the sources they were made of, and where they came from."""
+"""Batch: mixtures, their sources, and where each example came from."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,9 +16,9 @@ class Batch:
     Attributes:
         mixture: ``(batch, channel, time)``.
         sources: ``(batch, source, channel, time)``.
-        weight: ``(batch,)``; how much each example counts. 0 for a stand-in on a rank that has nothing left.
-        noise: What was added to the sources, ``(batch, channel, time)``; None where nothing was.
-        items: Where each example came from; empty where nobody said.
+        weight: ``(batch,)``; how much each example counts. It is 0 for the stand-in of a rank without an example.
+        noise: The noise in the mixture, ``(batch, channel, time)``; None if none was added.
+        items: The id of each example; empty if unknown.
     """
 
     mixture: Tensor
@@ -37,39 +37,62 @@ class Batch:
         noise: Tensor | None = None,
         items: Sequence[ItemId] = (),
     ) -> "Batch":
-        """A batch from tensors alone; every example counts 1 unless told.
+        """Create a batch; without ``weight`` every example counts 1.
 
         Raises:
-            ValueError: If the numbers of examples differ, or there are no examples.
+            ValueError: If mixture and sources differ in their number of examples, or there are none.
         """
         if len(mixture) != len(sources) or len(mixture) == 0:
             raise ValueError(f"mixture and sources must hold the same examples, not {len(mixture)} and {len(sources)}.")
         weight = torch.ones(len(mixture), device=mixture.device) if weight is None else weight
         return cls(mixture, sources, weight, noise, tuple(items))
 
-    def select(self, places: Sequence[int]) -> "Batch":
-        """The batch of some of its examples alone."""
-        noise = None if self.noise is None else self.noise[list(places)]
-        items = tuple(self.items[place] for place in places) if self.items else ()
-        chosen = [part[list(places)] for part in (self.mixture, self.sources, self.weight)]
-        return Batch(chosen[0], chosen[1], chosen[2], noise, items)
+    def select(self, indices: Sequence[int]) -> "Batch":
+        """Return a batch of the examples at these indices."""
+        indices = list(indices)
+        return Batch(
+            self.mixture[indices],
+            self.sources[indices],
+            self.weight[indices],
+            None if self.noise is None else self.noise[indices],
+            tuple(self.items[index] for index in indices) if self.items else (),
+        )
 
-    def split(self, n_pieces: int) -> list["Batch"]:
-        """At most so many batches with the same examples in the same order, as even as can be."""
-        size = -(-len(self.mixture) // n_pieces)
-        return [self._slice(slice(first, first + size)) for first in range(0, len(self.mixture), size)]
-
-    def _slice(self, where: slice) -> "Batch":
-        noise = None if self.noise is None else self.noise[where]
-        return Batch(self.mixture[where], self.sources[where], self.weight[where], noise, self.items[where])
+    def split(self, n_batches: int) -> list["Batch"]:
+        """Split into at most ``n_batches`` batches of nearly equal size, keeping the order."""
+        size = -(-len(self.mixture) // n_batches)
+        # Slices, unlike lists of indices, share the batch's memory.
+        slices = [slice(start, start + size) for start in range(0, len(self.mixture), size)]
+        return [
+            Batch(
+                self.mixture[part],
+                self.sources[part],
+                self.weight[part],
+                None if self.noise is None else self.noise[part],
+                self.items[part],
+            )
+            for part in slices
+        ]
 
     def pin_memory(self) -> "Batch":
-        """The same batch in memory that an accelerator copies from without making the host wait."""
-        noise = None if self.noise is None else self.noise.pin_memory()
-        return Batch(self.mixture.pin_memory(), self.sources.pin_memory(), self.weight.pin_memory(), noise, self.items)
+        """Return the batch in page-locked memory, from which an accelerator copies without making the host wait.
+
+        `torch.utils.data.DataLoader` calls this if ``pin_memory`` is set.
+        """
+        return Batch(
+            self.mixture.pin_memory(),
+            self.sources.pin_memory(),
+            self.weight.pin_memory(),
+            None if self.noise is None else self.noise.pin_memory(),
+            self.items,
+        )
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on a device."""
-        noise = None if self.noise is None else self.noise.to(device, non_blocking=True)
-        moved = [t.to(device, non_blocking=True) for t in (self.mixture, self.sources, self.weight)]
-        return Batch(moved[0], moved[1], moved[2], noise, self.items)
+        """Return the batch on a device; the copy is asynchronous if the batch is pinned."""
+        return Batch(
+            self.mixture.to(device, non_blocking=True),
+            self.sources.to(device, non_blocking=True),
+            self.weight.to(device, non_blocking=True),
+            None if self.noise is None else self.noise.to(device, non_blocking=True),
+            self.items,
+        )

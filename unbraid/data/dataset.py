@@ -1,7 +1,7 @@
-"""Mixtures of one split, made when they are asked for; every draw seeded by (seed, purpose, epoch, index, attempt)."""
+"""Training, validation and test mixtures, made on the fly; every random draw has a seed of its own."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -17,6 +17,7 @@ from unbraid.records import ItemId
 from unbraid.seeding import generator
 
 MAX_ATTEMPTS = 100
+"""How often one example is drawn before the data set counts as unusable."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,23 +26,23 @@ class DataSettings:
 
     Attributes:
         name: Kind of data set.
-        path: Where it lies.
-        sample_rate: Rate that the model works at, in Hz.
-        n_sources: Talkers in a mixture.
-        kinds: One source of each of these kinds, in this order, such as ``["speech", "music"]``; a manifest's column
-            ``kind`` names them. Empty mixes any talkers with each other.
+        path: Folder or manifest of the recordings.
+        sample_rate: Sample rate of the model, in Hz.
+        n_sources: Number of sources in a mixture.
+        kinds: One source of each of these kinds, in this order, such as ``["speech", "music"]``; the column ``kind`` of
+            a manifest names them. Empty mixes any speakers with each other.
         excerpt_seconds: Length of an example.
-        batch_size: Examples in one optimizer step, over all processes and micro-batches together: the same recipe means
-            the same training on one GPU and on eight.
-        workers: Processes that prepare batches ahead; 0 prepares them in between.
-        seed: Of every draw.
-        resample: Whether recordings at other rates are brought to ``sample_rate``; refused otherwise.
-        level_db: Mean power of the first talker, in dB of full scale.
-        gains_db: The others are louder by so much, drawn between the two.
+        batch_size: Examples in one optimizer step, over all processes and micro-batches together, so that a recipe
+            means the same training on one GPU and on eight.
+        workers: Worker processes that prepare batches in advance; 0 prepares them in the main process.
+        seed: Seed of every draw.
+        resample: Whether to resample recordings at other rates to ``sample_rate``; otherwise they are refused.
+        level_db: Mean power of the first source, in dB of full scale.
+        gains_db: Range, in dB, of the level of each other source relative to the first.
         noise: Folder or manifest of noises to add; None adds none.
-        noise_snr_db: Talkers over noise in dB, drawn between the two.
-        items_per_epoch: Mixtures that make an epoch; 0 takes as many as there are recordings.
-        exclude: Files to leave out, as their paths appear in events.
+        noise_snr_db: Range, in dB, of the level of the sources together relative to the noise.
+        items_per_epoch: Mixtures in an epoch; 0 makes as many as there are recordings.
+        exclude: Files to skip, by their paths as events show them.
         silent: ``"redraw"`` replaces silent excerpts, ``"keep"`` trains on them.
     """
 
@@ -65,13 +66,13 @@ class DataSettings:
 
     @property
     def n_samples(self) -> int:
-        """Length of an example."""
+        """Length of an example in samples."""
         return round(self.excerpt_seconds * self.sample_rate)
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """Which example is wanted, and how much it will count."""
+    """Identifies one example: the epoch, the index in the epoch, and the weight that the example will have."""
 
     epoch: int
     index: int
@@ -79,7 +80,7 @@ class Key:
 
 
 class Example(NamedTuple):
-    """One mixture, where it came from, and what was wrong with what was drawn before it."""
+    """One mixture, its id and weight, and the faults of the files that were drawn and rejected before it."""
 
     audio: Mixture
     item: ItemId
@@ -87,172 +88,194 @@ class Example(NamedTuple):
     faults: tuple[AudioFault, ...]
 
 
-@dataclass(frozen=True)
 class MixtureDataset(Dataset[Example]):
-    """Mixtures of one split, made when they are asked for; example (epoch, index) is the same wherever it is made.
+    """Mixtures of one split, made on the fly; example (epoch, index) is the same in any worker, rank or resumed run.
 
-    Attributes:
+    Args:
         tracks: Recordings of the split, long enough.
         noises: Recordings of noise; empty for none.
         settings: How to mix.
-        purpose: ``train``, ``valid`` or ``test``: part of the seed.
+        purpose: ``train``, ``valid`` or ``test``; part of every seed.
     """
 
-    tracks: tuple[Track, ...]
-    noises: tuple[Track, ...]
-    settings: DataSettings
-    purpose: str
-    groups: dict[str, list[Track]] = field(init=False, repr=False, compare=False)
-    places: dict[str, int] = field(init=False, repr=False, compare=False)
-    names: tuple[str, ...] = field(init=False, repr=False, compare=False)
-    names_of_kind: dict[str, list[str]] = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        groups = group_tracks(self.tracks)
-        object.__setattr__(self, "groups", groups)
-        object.__setattr__(self, "names", tuple(groups))
-        of_kind = {
-            kind: [name for name, some in groups.items() if some[0].kind == kind] for kind in self.settings.kinds
-        }
-        object.__setattr__(self, "names_of_kind", of_kind)
-        object.__setattr__(self, "places", {name: place for place, name in enumerate(groups)})
+    def __init__(
+        self, tracks: tuple[Track, ...], noises: tuple[Track, ...], settings: DataSettings, purpose: str
+    ) -> None:
+        self.tracks = tracks
+        self.noises = noises
+        self.settings = settings
+        self.purpose = purpose
+        self._tracks_by_group = group_tracks(tracks)
+        self._groups = list(self._tracks_by_group)
+        self._index_of_group = {group: index for index, group in enumerate(self._groups)}
+        self._groups_by_kind: dict[str, list[str]] = {kind: [] for kind in settings.kinds}
+        for group, tracks_of_group in self._tracks_by_group.items():
+            kind = tracks_of_group[0].kind
+            if kind in self._groups_by_kind:
+                self._groups_by_kind[kind].append(group)
 
     def __len__(self) -> int:
-        """Mixtures in an epoch."""
+        """Return the number of mixtures in an epoch."""
         return self.settings.items_per_epoch or len(self.tracks)
 
     def __getitem__(self, key: Key) -> Example:
-        """Make one example, drawing again as often as an excerpt turns out to be bad.
+        """Make one example, drawing again whenever an excerpt cannot be used.
 
         Raises:
-            DataError: If nothing usable was drawn in `MAX_ATTEMPTS`.
+            DataError: If `MAX_ATTEMPTS` draws gave nothing usable.
         """
         faults: list[AudioFault] = []
         for attempt in range(MAX_ATTEMPTS):
+            # The attempt is part of the seed, so a redraw depends neither on the worker nor on earlier examples.
             rng = generator(self.settings.seed, self.purpose, key.epoch, key.index, attempt)
             talkers = self._draw_talkers(rng, key, attempt)
             try:
                 audio, files = self._draw_mixture(rng, talkers)
-            except ExcerptError as bad:
-                faults.append(bad.fault)
+            except ExcerptError as error:
+                faults.append(error.fault)
                 continue
             return Example(audio, ItemId(self.purpose, key.epoch, key.index, files), key.weight, tuple(faults))
         raise DataError(
-            f"No usable audio in {MAX_ATTEMPTS} draws for one mixture of the {self.purpose} split; "
-            f"the last: {faults[-1].message}"
+            f"{MAX_ATTEMPTS} draws for one mixture of the {self.purpose} split gave no usable audio. "
+            f"The last fault: {faults[-1].message}"
         )
 
     def _draw_talkers(self, rng: np.random.Generator, key: Key, attempt: int) -> list[Track]:
-        """First the recording whose turn it is in this epoch, so that all are heard; then others' at random."""
+        """Draw one recording for each source, the first in turn so that an epoch uses all recordings."""
         n_tracks = len(self.tracks)
-        turn = _order(self.settings.seed, self.purpose, key.epoch, n_tracks)[key.index % n_tracks]
-        first = self.tracks[turn if attempt == 0 else rng.integers(n_tracks)]
-        return [first, *(tracks[rng.integers(len(tracks))] for tracks in self._draw_others(rng, first))]
+        order = _epoch_order(self.settings.seed, self.purpose, key.epoch, n_tracks)
+        # A redraw takes any recording: the one whose turn it is may be the one that cannot be used.
+        first = self.tracks[order[key.index % n_tracks] if attempt == 0 else rng.integers(n_tracks)]
+        others = self._draw_other_groups(rng, first)
+        return [first, *(tracks[rng.integers(len(tracks))] for tracks in others)]
 
-    def _draw_others(self, rng: np.random.Generator, first: Track) -> list[list[Track]]:
-        """The recordings of each other talker: of each other kind, or simply of somebody else."""
+    def _draw_other_groups(self, rng: np.random.Generator, first: Track) -> list[list[Track]]:
+        """Return the recordings of one group for each other source: of each other kind, or of any other speaker."""
         if self.settings.kinds:
-            names = [self.names_of_kind[kind] for kind in self.settings.kinds if kind != first.kind]
-            return [self.groups[some[rng.integers(len(some))]] for some in names]
-        others = rng.choice(len(self.names) - 1, self.settings.n_sources - 1, replace=False)
-        return [self.groups[self.names[other + (other >= self.places[first.group])]] for other in others]
+            candidates = [self._groups_by_kind[kind] for kind in self.settings.kinds if kind != first.kind]
+            return [self._tracks_by_group[groups[rng.integers(len(groups))]] for groups in candidates]
+        # Draw among all groups but the first's, by drawing one index less and stepping over the first's index.
+        drawn = rng.choice(len(self._groups) - 1, self.settings.n_sources - 1, replace=False)
+        first_index = self._index_of_group[first.group]
+        return [self._tracks_by_group[self._groups[index + (index >= first_index)]] for index in drawn]
 
     def _draw_mixture(self, rng: np.random.Generator, talkers: list[Track]) -> tuple[Mixture, tuple[str, ...]]:
-        s = self.settings
+        """Draw noise, excerpts and levels, and mix; return the mixture and the files, sources first."""
+        settings = self.settings
+
+        # Make every draw before a file is read: the draws then do not depend on what the files contain.
         drawn = [*talkers, self.noises[rng.integers(len(self.noises))]] if self.noises else talkers
-        starts = [rng.uniform(0, max(0.0, track.seconds - s.excerpt_seconds)) for track in drawn]
-        gains = [0.0, *rng.uniform(*s.gains_db, len(talkers) - 1)]
-        snr_db = rng.uniform(*s.noise_snr_db)
+        starts = [rng.uniform(0, max(0.0, track.seconds - settings.excerpt_seconds)) for track in drawn]
+        gains_db = [0.0, *rng.uniform(*settings.gains_db, len(talkers) - 1)]
+        snr_db = rng.uniform(*settings.noise_snr_db)
+
+        # Rejecting an excluded file like a bad one gives the same next draws in a run that excludes it as in the run
+        # that found it bad.
         for track in drawn:
-            if str(track.path) in s.exclude:
+            if str(track.path) in settings.exclude:
                 raise ExcerptError(AudioFault("AUDIO_EXCLUDED", str(track.path), "", in_excerpt_only=True))
-        read = [
-            read_excerpt(track, start, s.n_samples, s.sample_rate, keep_silent=s.silent == "keep")
+        excerpts = [
+            read_excerpt(track, start, settings.n_samples, settings.sample_rate, keep_silent=settings.silent == "keep")
             for track, start in zip(drawn, starts, strict=True)
         ]
-        noise = read[-1] if self.noises else None
-        order = [place for kind in s.kinds for place, talker in enumerate(talkers) if talker.kind == kind]
+        noise = excerpts[-1] if self.noises else None
+
+        # Sources stand in the order of ``kinds``; without kinds, in the order in which they were drawn.
+        order = [i for kind in settings.kinds for i, talker in enumerate(talkers) if talker.kind == kind]
         order = order or list(range(len(talkers)))
-        levels = [s.level_db + gains[place] for place in order]
-        files = [drawn[place] for place in order] + drawn[len(talkers) :]
-        return mix([read[place] for place in order], levels, noise, snr_db), tuple(str(track.path) for track in files)
+        levels_db = [settings.level_db + gains_db[i] for i in order]
+        mixture = mix([excerpts[i] for i in order], levels_db, noise, snr_db)
+        files = [drawn[i] for i in order] + drawn[len(talkers) :]
+        return mixture, tuple(str(track.path) for track in files)
 
 
-@lru_cache(maxsize=4)
-def _order(seed: int, purpose: str, epoch: int, n_tracks: int) -> npt.NDArray[np.int64]:
+@lru_cache(maxsize=4)  # each worker asks for the same epoch many times
+def _epoch_order(seed: int, purpose: str, epoch: int, n_tracks: int) -> npt.NDArray[np.int64]:
     return generator(seed, f"{purpose}-order", epoch).permutation(n_tracks)
 
 
 def make_dataset(
     tracks: Sequence[Track], settings: DataSettings, purpose: str, *, noises: Sequence[Track] = ()
 ) -> MixtureDataset:
-    """The mixtures of one split, after checking that they can be made.
+    """Create the data set of one split, and check that its mixtures can be made.
 
     Args:
         tracks: Recordings of all splits.
         settings: How to mix.
         purpose: The split: ``train``, ``valid`` or ``test``.
-        noises: Recordings of noise of all splits; those without a split go into every one.
+        noises: Recordings of noise of all splits; those without a split are used in every split.
 
     Raises:
-        DataError: If there are too few speakers, no recording as long as an excerpt, or recordings at other rates where
-            they may not be resampled.
+        DataError: If there are too few speakers, if no recording is as long as an excerpt, or if recordings have other
+            sample rates and may not be resampled.
     """
-    chosen = tuple(track for track in tracks if track.split == purpose)
-    if not chosen:
-        found = ", ".join(sorted({track.split or "none" for track in tracks}))
-        raise DataError(f"No recordings in the split {purpose!r} of {settings.path} (splits found: {found}).")
+    # Recordings and noises of the split.
+    in_split = tuple(track for track in tracks if track.split == purpose)
+    if not in_split:
+        splits = ", ".join(sorted({track.split or "none" for track in tracks}))
+        raise DataError(f"The split {purpose!r} of {settings.path} has no recordings (splits found: {splits}).")
     _check_excluded(settings, [*tracks, *noises])
-    noise = tuple(track for track in noises if track.split in ("", purpose))
-    if noises and not noise:
-        raise DataError(f"No noises in the split {purpose!r} of {settings.noise}.")
-    _check_rates([*chosen, *noise], settings)
-    sound = [track.seconds for track in chosen if not track.fault]
-    if not sound or max(sound) < settings.excerpt_seconds:
+    noises_in_split = tuple(track for track in noises if track.split in ("", purpose))
+    if noises and not noises_in_split:
+        raise DataError(f"The split {purpose!r} of {settings.noise} has no noises.")
+    _check_rates([*in_split, *noises_in_split], settings)
+
+    # Recordings of less than half an excerpt would be mostly padding. Faulty ones stay: drawing one is recorded.
+    durations = [track.seconds for track in in_split if not track.fault]
+    if not durations or max(durations) < settings.excerpt_seconds:
         raise DataError(
             f"No recording in the split {purpose!r} of {settings.path} is as long as an excerpt of "
-            f"{settings.excerpt_seconds:g} s (the longest: {max(sound, default=0):.2f} s); lower data.excerpt_seconds."
+            f"{settings.excerpt_seconds:g} s (the longest: {max(durations, default=0):.2f} s). Lower "
+            "data.excerpt_seconds."
         )
-    chosen = tuple(track for track in chosen if track.fault or track.seconds >= settings.excerpt_seconds / 2)
+    usable = tuple(track for track in in_split if track.fault or track.seconds >= settings.excerpt_seconds / 2)
+
+    # Enough different speakers.
     if settings.kinds:
-        chosen = _of_kinds(chosen, settings)
-    n_speakers = len({track.group for track in chosen})
+        usable = _select_kinds(usable, settings)
+    n_speakers = len({track.group for track in usable})
     if n_speakers < settings.n_sources:
         raise DataError(
             f"The split {purpose!r} of {settings.path} has {n_speakers} speaker{'s' * (n_speakers != 1)}, "
             f"but a mixture of {settings.n_sources} needs as many different ones."
         )
-    return MixtureDataset(chosen, noise, settings, purpose)
+    return MixtureDataset(usable, noises_in_split, settings, purpose)
 
 
 def _check_excluded(settings: DataSettings, tracks: Sequence[Track]) -> None:
-    known = {str(track.path) for track in tracks} if settings.exclude else set()
+    if not settings.exclude:
+        return
+    paths = {str(track.path) for track in tracks}
     for path in settings.exclude:
-        if path not in known:
+        if path not in paths:
             raise DataError(
-                f"data.exclude names {path}, which is none of the files in {settings.path}; see events.jsonl."
+                f"data.exclude names {path}, which is not a file of {settings.path}. Copy the path from events.jsonl."
             )
 
 
-def _of_kinds(tracks: Sequence[Track], settings: DataSettings) -> tuple[Track, ...]:
-    """The recordings of the kinds that are mixed; whoever is heard in two kinds counts as two."""
+def _select_kinds(tracks: Sequence[Track], settings: DataSettings) -> tuple[Track, ...]:
+    """Return the recordings of the kinds to mix, grouped by kind and speaker."""
     if len(settings.kinds) != settings.n_sources or len(set(settings.kinds)) < len(settings.kinds):
         raise DataError(
             f"data.kinds = {list(settings.kinds)} must name {settings.n_sources} different kinds, one for each source "
             "(data.n_sources)."
         )
-    found = {track.kind for track in tracks}
-    if missing := [kind for kind in settings.kinds if kind not in found]:
-        listed = ", ".join(sorted(found - {""})) or "none"
-        raise DataError(f"No recordings of kind {missing[0]!r} in {settings.path} (kinds found: {listed}).")
+    kinds_found = {track.kind for track in tracks}
+    for kind in settings.kinds:
+        if kind not in kinds_found:
+            listed = ", ".join(sorted(kinds_found - {""})) or "none"
+            raise DataError(f"{settings.path} has no recordings of kind {kind!r} (kinds found: {listed}).")
+    # Somebody who speaks and sings is two groups, so that every group has one kind.
     return tuple(replace(t, group=f"{t.kind}/{t.group}") for t in tracks if t.kind in settings.kinds)
 
 
 def _check_rates(tracks: Sequence[Track], settings: DataSettings) -> None:
-    other = [track for track in tracks if not track.fault and track.sample_rate != settings.sample_rate]
-    if other and not settings.resample:
-        rates = ", ".join(str(rate) for rate in sorted({track.sample_rate for track in other}))
+    if settings.resample:
+        return
+    others = [track for track in tracks if not track.fault and track.sample_rate != settings.sample_rate]
+    if others:
+        rates = ", ".join(str(rate) for rate in sorted({track.sample_rate for track in others}))
         raise DataError(
-            f"{len(other)} of {len(tracks)} recordings are not at {settings.sample_rate} Hz but at {rates} Hz, "
-            f"{other[0].path} the first; set data.resample = true, or another data.sample_rate."
+            f"{len(others)} of {len(tracks)} recordings are not at {settings.sample_rate} Hz but at {rates} Hz, first "
+            f"{others[0].path}. Set data.resample = true, or change data.sample_rate."
         )

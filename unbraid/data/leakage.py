@@ -1,4 +1,4 @@
-"""What training and validation split have in common: files, speakers, and copies under other names."""
+"""Leakage between the training and the validation split: shared files, shared speakers, copies under other names."""
 
 import hashlib
 from collections import defaultdict
@@ -8,42 +8,44 @@ from typing import Any
 
 from unbraid.data.tracks import Track
 
-N_NAMED = 20
-"""So many files or speakers are named; all are counted."""
+MAX_NAMES = 20
+"""How many shared files or speakers are named; all of them are counted."""
 
-N_LOOKED_AT = 5000
-"""So many files at most are looked at for copies: those whose length is the rarest."""
+MAX_FILES_COMPARED = 5000
+"""How many files are compared at most to find copies: those with the rarest lengths."""
 
-PIECE = 2**14
-"""Bytes that two files of one size are held against each other by, from the middle, as many begin with silence."""
+N_BYTES_COMPARED = 2**14
+"""How much of two files of one size is compared, from the middle because many recordings begin with silence."""
 
 
-def compare_splits(train: Sequence[Track], valid: Sequence[Track], *, n_looked_at: int = N_LOOKED_AT) -> dict[str, Any]:
-    """What a run directory says about its data: how much there is, and what is validated on that is trained on as well.
+def compare_splits(
+    train: Sequence[Track], valid: Sequence[Track], *, max_files: int = MAX_FILES_COMPARED
+) -> dict[str, Any]:
+    """Count files and speakers of both splits, and find what is in both.
 
-    A recording that is there under two names is told by its length, its size in bytes and a piece of its content.
+    A copy under another name is recognised by its duration, its size in bytes and a part of its content.
 
     Args:
-        train: Recordings trained on.
-        valid: Recordings validated on.
-        n_looked_at: How many files may be opened for that.
+        train: Recordings of the training split.
+        valid: Recordings of the validation split.
+        max_files: How many files may be compared to find copies.
 
     Returns:
-        Counts of ``files`` and ``speakers`` by split, and under ``shared`` those in both: their counts, the first
-        names, and pairs of ``copies``, trained on and validated on.
+        Under ``splits`` the number of ``files`` and ``speakers`` of each split; under ``shared`` the number of those in
+        both, the first names, and pairs of ``copies`` (training file, validation file).
     """
-    files = _in_both(train, valid, lambda track: str(track.path))
-    groups = _in_both(train, valid, lambda track: track.group)
-    copies = find_copies(train, valid, n_looked_at=n_looked_at)
+    files = sorted({str(track.path) for track in train} & {str(track.path) for track in valid})
+    speakers = sorted({track.group for track in train} & {track.group for track in valid})
+    copies = find_copies(train, valid, max_files=max_files)
     return {
         "splits": {"train": _counts(train), "valid": _counts(valid)},
         "shared": {
             "n_files": len(files),
-            "files": files[:N_NAMED],
-            "n_speakers": len(groups),
-            "speakers": groups[:N_NAMED],
-            "n_copies": len({copy for _, copy in copies}),
-            "copies": [[str(one), str(other)] for one, other in copies[:N_NAMED]],
+            "files": files[:MAX_NAMES],
+            "n_speakers": len(speakers),
+            "speakers": speakers[:MAX_NAMES],
+            "n_copies": len({valid_path for _, valid_path in copies}),
+            "copies": [[str(train_path), str(valid_path)] for train_path, valid_path in copies[:MAX_NAMES]],
         },
     }
 
@@ -52,44 +54,53 @@ def _counts(tracks: Sequence[Track]) -> dict[str, int]:
     return {"files": len({track.path for track in tracks}), "speakers": len({track.group for track in tracks})}
 
 
-def _in_both(train: Iterable[Track], valid: Iterable[Track], name: Callable[[Track], str]) -> list[str]:
-    return sorted({name(track) for track in train} & {name(track) for track in valid})
-
-
 def find_copies(
-    train: Sequence[Track], valid: Sequence[Track], *, n_looked_at: int = N_LOOKED_AT
+    train: Sequence[Track], valid: Sequence[Track], *, max_files: int = MAX_FILES_COMPARED
 ) -> list[tuple[Path, Path]]:
-    """Recordings of the training split that are validated on under another name: pairs of files.
+    """Return pairs (training file, validation file) that are copies of each other under different names.
 
-    Only files of one length are looked at, rare lengths first, so that a large data set costs no more than a small one.
+    Only files of the same duration are compared, rare durations first, so that a large data set costs no more than
+    ``max_files`` comparisons.
     """
-    of_train, of_valid = (_by_length(tracks) for tracks in (train, valid))
-    candidates = [of_train[length] + of_valid[length] for length in of_train.keys() & of_valid.keys()]
-    found, n_left = list[tuple[Path, Path]](), n_looked_at
-    trained, validated = ({track.path for track in tracks} for tracks in (train, valid))
-    for paths in sorted(candidates, key=lambda some: (len(some), some)):
-        n_left -= len(paths)
-        if n_left < 0:
+    # Candidates: files of a duration that occurs in both splits.
+    train_by_duration = _group_by_duration(train)
+    valid_by_duration = _group_by_duration(valid)
+    shared_durations = train_by_duration.keys() & valid_by_duration.keys()
+    candidates = [train_by_duration[duration] + valid_by_duration[duration] for duration in shared_durations]
+
+    # Compare sizes first, which costs no reading; then contents.
+    train_paths = {track.path for track in train}
+    valid_paths = {track.path for track in valid}
+    copies: list[tuple[Path, Path]] = []
+    n_files = 0
+    for paths in sorted(candidates, key=lambda paths: (len(paths), paths)):
+        n_files += len(paths)
+        if n_files > max_files:
             break
-        for alike in (same for sizes in _grouped(paths, _size) for same in _grouped(sizes, _middle)):
-            found += [(a, b) for a in alike if a in trained for b in alike if b in validated and b != a]
-    return found
+        for same_size in _group_equal(paths, _size):
+            for same_content in _group_equal(same_size, _hash_middle):
+                for train_path in same_content:
+                    if train_path in train_paths:
+                        copies += [
+                            (train_path, path) for path in same_content if path in valid_paths and path != train_path
+                        ]
+    return copies
 
 
-def _by_length(tracks: Iterable[Track]) -> dict[tuple[float, int], list[Path]]:
-    lengths: dict[tuple[float, int], list[Path]] = defaultdict(list)
+def _group_by_duration(tracks: Iterable[Track]) -> dict[tuple[float, int], list[Path]]:
+    paths: dict[tuple[float, int], list[Path]] = defaultdict(list)
     for track in tracks:
         if not track.fault:
-            lengths[round(track.seconds, 3), track.sample_rate].append(track.path)
-    return lengths
+            paths[round(track.seconds, 3), track.sample_rate].append(track.path)
+    return paths
 
 
-def _grouped(paths: Iterable[Path], key: Callable[[Path], Hashable]) -> list[list[Path]]:
-    """Files with one key, two or more together; those that have none are left out."""
+def _group_equal(paths: Iterable[Path], key: Callable[[Path], Hashable]) -> list[list[Path]]:
+    """Return groups of two or more files with equal keys; files with the key None are skipped."""
     groups: dict[Hashable, list[Path]] = defaultdict(list)
     for path in dict.fromkeys(paths):
         groups[key(path)].append(path)
-    return [some for value, some in groups.items() if value is not None and len(some) > 1]
+    return [group for value, group in groups.items() if value is not None and len(group) > 1]
 
 
 def _size(path: Path) -> int | None:
@@ -99,12 +110,13 @@ def _size(path: Path) -> int | None:
         return None
 
 
-def _middle(path: Path) -> bytes | None:
-    """A hash of a piece from the middle; None where it is one value all along, or cannot be read."""
+def _hash_middle(path: Path) -> bytes | None:
+    """Return a hash of the middle of a file; None if the file cannot be read or its middle is digital silence."""
     try:
         with path.open("rb") as file:
-            file.seek(max(0, (path.stat().st_size - PIECE) // 2))
-            piece = file.read(PIECE)
+            file.seek(max(0, (path.stat().st_size - N_BYTES_COMPARED) // 2))
+            content = file.read(N_BYTES_COMPARED)
     except OSError:
         return None
-    return hashlib.sha256(piece).digest() if len(set(piece)) > 1 else None
+    # One byte repeated is silence, in which different recordings of one length are alike.
+    return hashlib.sha256(content).digest() if len(set(content)) > 1 else None

@@ -1,5 +1,6 @@
-"""Batches of mixtures, from any step on, prepared ahead by worker processes."""
+"""Loading batches in worker processes, from any step on; the samplers for training and validation."""
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -21,42 +22,43 @@ from unbraid.data.mixing import AudioFault
 from unbraid.errors import DataError
 
 SIGTERM_GRACE_SECONDS = 20.0
-"""How long a data worker goes on after a SIGTERM."""
+"""How long a worker process keeps running after a SIGTERM."""
 
 
 class LoadedBatch(NamedTuple):
-    """A batch, and what was found wrong on the way to it."""
+    """A batch, and the faults of the files that were rejected while making it."""
 
     batch: Batch
     faults: tuple[AudioFault, ...]
 
 
 def collate(examples: Sequence[Example]) -> LoadedBatch:
-    """Put examples of one length together."""
+    """Stack examples of one length to a batch."""
     noise = [example.audio.noise for example in examples]
     batch = Batch.from_tensors(
         torch.from_numpy(np.stack([example.audio.mixture for example in examples])),
         torch.from_numpy(np.stack([example.audio.sources for example in examples])),
         weight=torch.tensor([example.weight for example in examples]),
-        noise=None if noise[0] is None else torch.from_numpy(np.stack([part for part in noise if part is not None])),
+        noise=None if noise[0] is None else torch.from_numpy(np.stack([n for n in noise if n is not None])),
         items=[example.item for example in examples],
     )
     return LoadedBatch(batch, tuple(fault for example in examples for fault in example.faults))
 
 
 class StepSampler(Sampler[list[Key]]):
-    """Which examples each micro-batch of this rank holds, from any step on, without end.
+    """Yields the keys of each micro-batch of this rank, from any step on, without end.
 
-    The examples of a step follow from its number alone. Ranks and micro-batches take even shares of them; where there
-    are fewer examples than shares, one is a stand-in that counts 0, so that every rank runs every backward.
+    The examples of a step follow from its number alone, so a resumed run trains on what the interrupted one would have.
+    They are divided evenly among ranks and micro-batches. If there are fewer examples than micro-batches, a stand-in of
+    weight 0 takes the place of a missing one: every rank must run every backward, or the others would wait for it.
 
     Args:
         n_items: Examples in an epoch.
         batch_size: Examples in a step, over all ranks and micro-batches.
-        first_step: Step to begin with, from 0.
-        rank: This process.
-        world_size: How many there are.
-        accumulate: Micro-batches a step on each rank.
+        first_step: First step, from 0.
+        rank: Rank of this process.
+        world_size: Number of processes.
+        accumulate: Micro-batches per step on each rank.
     """
 
     def __init__(
@@ -69,36 +71,48 @@ class StepSampler(Sampler[list[Key]]):
         world_size: int = 1,
         accumulate: int = 1,
     ) -> None:
-        self.n_items, self.batch_size, self.first_step = n_items, batch_size, first_step
-        self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
+        self.n_items = n_items
+        self.batch_size = batch_size
+        self.first_step = first_step
+        self.rank = rank
+        self.world_size = world_size
+        self.accumulate = accumulate
 
     def __iter__(self) -> Iterator[list[Key]]:
-        """Lists of keys, ``accumulate`` of them a step."""
-        step = self.first_step
-        while True:
+        """Yield lists of keys, ``accumulate`` of them for each step."""
+        shares = np.array_split(np.arange(self.batch_size), self.world_size * self.accumulate)
+        own_shares = shares[self.rank * self.accumulate : (self.rank + 1) * self.accumulate]
+        for step in itertools.count(self.first_step):
+            # Steps run on across epochs: a batch at the end of one epoch is filled up from the next.
             first = step * self.batch_size
-            keys = [Key(*divmod(place, self.n_items)) for place in range(first, first + self.batch_size)]
-            shares = np.array_split(np.arange(self.batch_size), self.world_size * self.accumulate)
-            for share in shares[self.rank * self.accumulate : (self.rank + 1) * self.accumulate]:
+            keys = [Key(*divmod(index, self.n_items)) for index in range(first, first + self.batch_size)]
+            for share in own_shares:
                 yield [keys[i] for i in share] or [replace(keys[0], weight=0.0)]
-            step += 1
 
 
 def batches(dataset: MixtureDataset, keys: Sampler[list[Key]], *, workers: int) -> Iterator[LoadedBatch]:
-    """Prepare batches ahead in worker processes, and yield them in the order of the keys.
+    """Prepare batches in advance in worker processes, and yield them in the order of the keys.
+
+    Args:
+        dataset: Makes the examples.
+        keys: Yields the keys of one batch at a time.
+        workers: Number of processes; 0 prepares the batches in this one.
 
     Raises:
-        DataError: If an example could not be made; in its own words, wherever that was.
+        DataError: If an example could not be made, with the original message.
     """
+    # A plain fork would copy the main process's threads and CUDA state, which do not survive it.
+    start_method = "spawn" if sys.platform == "win32" else "forkserver"
     loader = DataLoader(
-        _Told(dataset),
+        _ErrorReturningDataset(dataset),
         batch_sampler=keys,
-        collate_fn=_collate_told,
+        collate_fn=_collate_or_error,
         num_workers=workers,
         prefetch_factor=4 if workers else None,
-        multiprocessing_context=("spawn" if sys.platform == "win32" else "forkserver") if workers else None,
-        worker_init_fn=_begin_worker,
+        multiprocessing_context=start_method if workers else None,
+        worker_init_fn=_init_worker,
         pin_memory=torch.cuda.is_available(),
+        # Without a generator of its own, the loader would draw its workers' seeds from torch's global generator.
         generator=torch.Generator(),
     )
     for loaded in loader:
@@ -108,57 +122,63 @@ def batches(dataset: MixtureDataset, keys: Sampler[list[Key]], *, workers: int) 
 
 
 @dataclass(frozen=True)
-class _Told(Dataset[Example | DataError]):
-    """MixtureDataset whose errors are handed over: raised in a worker, they would arrive as the text of a traceback."""
+class _ErrorReturningDataset(Dataset[Example | DataError]):
+    """Returns a `DataError` instead of raising it: raised in a worker, it would arrive as the text of a traceback."""
 
-    mixtures: MixtureDataset
+    dataset: MixtureDataset
 
     def __getitem__(self, key: Key) -> Example | DataError:
         try:
-            return self.mixtures[key]
+            return self.dataset[key]
         except DataError as error:
             return error
 
 
-def _collate_told(examples: Sequence[Example | DataError]) -> LoadedBatch | DataError:
-    made = [example for example in examples if not isinstance(example, DataError)]
-    return next((example for example in examples if isinstance(example, DataError)), None) or collate(made)
+def _collate_or_error(examples: Sequence[Example | DataError]) -> LoadedBatch | DataError:
+    """Return the batch, or the first error among the examples."""
+    collected: list[Example] = []
+    for example in examples:
+        if isinstance(example, DataError):
+            return example
+        collected.append(example)
+    return collate(collected)
 
 
-def _begin_worker(_worker: int) -> None:
-    """Leave Ctrl-C to the main process, and end when it ends.
-
-    A SIGTERM to the whole group of processes, as torchrun and batch systems send it, comes here too: the main process
-    still needs batches to finish its step.
-
-    Torch's own watch looks at the parent process: here that is the fork server, which lives as long as a worker does.
-    """
+def _init_worker(_worker: int) -> None:
+    """Prepare a worker process for signals and for the end of the main process."""
+    # Ctrl-C goes to every process of the terminal, but only the main process may decide what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _end_later)
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
+    # torchrun and batch systems send SIGTERM to all processes; the main one still needs batches to finish its step.
+    signal.signal(signal.SIGTERM, _exit_later)
+    # torch watches the parent process, which here is the fork server: it lives as long as its workers. Watch the main
+    # process instead, so that no worker outlives it.
+    main_process = multiprocessing.parent_process()
+    if main_process is not None:
+        threading.Thread(target=_exit_after, args=(main_process,), daemon=True).start()
 
 
-def _end_later(_number: int, _frame: FrameType | None) -> None:
+def _exit_later(_signal: int, _frame: FrameType | None) -> None:
     timer = threading.Timer(SIGTERM_GRACE_SECONDS, os._exit, (1,))
     timer.daemon = True
     timer.start()
 
 
-def _exit_after(parent: BaseProcess) -> None:
-    parent.join()
+def _exit_after(process: BaseProcess) -> None:
+    process.join()
     os._exit(1)
 
 
 class ValidationSampler(Sampler[list[Key]]):
-    """The first ``n_items`` examples of epoch 0, those of this rank, ``batch_size`` at a time: for validation."""
+    """Yields this rank's share of the first ``n_items`` examples of epoch 0, ``batch_size`` at a time.
+
+    Every validation thus uses the same examples, and each of them once.
+    """
 
     def __init__(self, n_items: int, batch_size: int, *, rank: int = 0, world_size: int = 1) -> None:
         self.indices = range(rank, n_items, world_size)
         self.batch_size = batch_size
 
     def __iter__(self) -> Iterator[list[Key]]:
-        """Lists of keys; the last may be shorter."""
+        """Yield lists of keys; the last may be shorter."""
         for first in range(0, len(self.indices), self.batch_size):
             yield [Key(0, index) for index in self.indices[first : first + self.batch_size]]

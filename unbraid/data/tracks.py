@@ -1,4 +1,4 @@
-"""Track and its stems; manifests written and read; splits by speaker."""
+"""Tracks: recordings with their metadata; reading and writing manifests; splitting by speaker."""
 
 import csv
 import hashlib
@@ -19,17 +19,17 @@ _COLUMNS = ("path", "speaker", "seconds", "sample_rate", "split", "kind")
 
 @dataclass(frozen=True, slots=True)
 class Track:
-    """One recording, or several of the same moment.
+    """One recording, or several simultaneous ones (stems).
 
     Attributes:
-        stems: Name to file; a plain recording has the one stem ``"audio"``.
-        group: Who or what is heard: sources of one mixture are never of the same group. A speaker, or a noise class.
-        seconds: Duration.
-        sample_rate: In Hz.
-        split: ``train``, ``valid``, ``test``, or empty where nobody has said.
-        kind: What sort of sound it is, such as ``speech`` or ``music``; empty where nobody has said.
-        fault: Why it cannot be used, found while listing; empty for a sound one. It stays listed, so that a run with it
-            draws the same as one that names it under ``exclude``.
+        stems: Pairs of name and file; an ordinary recording has one stem, ``"audio"``.
+        group: The speaker, or the class of a noise. The sources of a mixture all have different groups.
+        seconds: Duration in seconds.
+        sample_rate: Sample rate in Hz.
+        split: ``train``, ``valid`` or ``test``; empty if not assigned.
+        kind: Kind of sound, such as ``speech`` or ``music``; empty if unknown.
+        fault: Why the recording cannot be used, if that was noticed while listing; else empty. A faulty recording stays
+            in the list, so that a run with it draws the same as one that names it under ``exclude``.
     """
 
     stems: tuple[tuple[str, Path], ...]
@@ -42,29 +42,30 @@ class Track:
 
     @property
     def path(self) -> Path:
-        """The first stem's file."""
+        """The file of the first stem."""
         return self.stems[0][1]
 
     @classmethod
     def from_file_info(cls, path: Path, info: AudioInfo, *, group: str, split: str = "", kind: str = "") -> "Track":
-        """A plain recording."""
+        """Create an ordinary recording from what the file's header says."""
         return cls((("audio", path),), group, info.seconds, info.sample_rate, split, kind)
 
 
 def parse_split(name: str) -> str:
-    """``train``, ``valid`` or ``test`` for any of the usual names (tr, dev, cv, tt ...); empty for any other."""
+    """Return ``train``, ``valid`` or ``test`` for any of their usual names (tr, dev, cv, tt ...); empty for others."""
     return _SPLIT_NAMES.get(name.lower(), "")
 
 
 def read_manifest(path: Path) -> list[Track]:
-    """Read a CSV manifest with the columns ``path, speaker`` and, better, ``seconds, sample_rate, split``; or ``kind``.
+    """Read a CSV manifest.
 
-    Paths are relative to the manifest's folder and stay below it. ``class`` stands in for ``speaker`` in a manifest of
-    noises. Other columns are left alone. Where seconds or sample_rate is missing, empty or 0, the file is asked; one
-    that cannot be read is a track with a fault.
+    The columns ``path`` and ``speaker`` are required (``class`` instead of ``speaker`` for noises). The columns
+    ``seconds``, ``sample_rate``, ``split`` and ``kind`` are optional, others are ignored. Paths are relative to the
+    manifest's folder and must not leave it. If seconds or sample_rate is missing, empty or 0, the file's header is
+    read; a file that cannot be read becomes a track with a fault.
 
     Raises:
-        DataError: If the file is not such a table; the message names row and column.
+        DataError: If the file is not such a table; the message names the row and the column.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -73,28 +74,30 @@ def read_manifest(path: Path) -> list[Track]:
             group = next((name for name in ("speaker", "class") if name in columns), None)
             if "path" not in columns or group is None:
                 raise DataError(
-                    f"{path} needs the columns path and speaker; it has {', '.join(columns) or 'none'}."
+                    f"{path} needs the columns path and speaker, but has {', '.join(columns) or 'none'}."
                     + nearest("speaker", columns)
                 )
             root = path.parent.resolve()
-            return [_read_row(path, root, number, row, group) for number, row in enumerate(table, 2)]
+            # The header is row 1, as a spreadsheet counts.
+            return [_read_row(path, root, number, row, group) for number, row in enumerate(table, start=2)]
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} is not a CSV table in UTF-8 ({error}).") from error
 
 
 def _read_row(manifest: Path, root: Path, number: int, row: dict[str, str], group: str) -> Track:
-    if None in row or None in row.values():
+    if None in row or None in row.values():  # how csv.DictReader marks fields too many and too few
         raise DataError(f"{manifest}, row {number}, has more or fewer fields than the header.")
     audio = root / row["path"]
     if not row["path"] or not _is_below(audio, root):
-        raise DataError(f"{manifest}, row {number}: path {row['path']!r} must lead to a file below {root}.")
+        raise DataError(f"{manifest}, row {number}: path {row['path']!r} must name a file below {root}.")
     split = parse_split(row.get("split", ""))
     if row.get("split") and not split:
         raise DataError(f"{manifest}, row {number}: split {row['split']!r} is not one of {', '.join(SPLITS)}.")
     try:
-        seconds, sample_rate = (float(row.get(name) or 0) for name in ("seconds", "sample_rate"))
+        seconds = float(row.get("seconds") or 0)
+        sample_rate = float(row.get("sample_rate") or 0)
     except ValueError:
-        seconds = sample_rate = math.nan
+        seconds = sample_rate = math.nan  # refused below, like numbers out of range
     if not (0 <= seconds < math.inf and 0 <= sample_rate < math.inf):
         raise DataError(f"{manifest}, row {number}: seconds and sample_rate must be numbers above 0, or empty.")
     kind = row.get("kind", "")
@@ -110,7 +113,7 @@ def _read_row(manifest: Path, root: Path, number: int, row: dict[str, str], grou
 def _is_below(path: Path, root: Path) -> bool:
     try:
         return path.resolve().is_relative_to(root)
-    except (OSError, ValueError, RuntimeError):  # a name that no file can have, a link to itself
+    except (OSError, ValueError, RuntimeError):  # a name that no file can have, or a link to itself
         return False
 
 
@@ -127,30 +130,31 @@ def write_manifest(path: Path, tracks: Iterable[Track]) -> None:
 
 
 def assign_splits(tracks: Sequence[Track], *, n_sources: int) -> list[Track]:
-    """Give every track a split where none has one: about 80, 10 and 10 % of the speakers, chosen by their names' hash.
+    """Assign about 80, 10 and 10 % of the speakers to train, valid and test, unless any track has a split already.
 
-    A speaker is in one split only, and each split has enough speakers for a mixture. Tracks that have splits keep them.
+    The assignment follows from a hash of the speakers' names, so it is the same on every machine. All tracks of a
+    speaker are in one split, and each split has enough speakers for a mixture.
 
     Raises:
-        DataError: If there are too few speakers for three such splits.
+        DataError: If there are too few speakers for three splits.
     """
     if any(track.split for track in tracks):
         return list(tracks)
     speakers = sorted({track.group for track in tracks}, key=lambda name: hashlib.sha256(name.encode()).digest())
-    n_held_out = max(n_sources, round(len(speakers) / 10))
+    n_per_split = max(n_sources, round(len(speakers) / 10))
     if len(speakers) < 3 * n_sources:
         raise DataError(
             f"{len(speakers)} speaker{'s' * (len(speakers) != 1)} cannot be split into train, valid and test of "
-            f"{n_sources} or more each: "
-            "add speakers, or name the splits yourself (folders train/, valid/, test/, or a manifest's column split)."
+            f"{n_sources} or more each. Add speakers, or assign the splits yourself (folders train/, valid/, test/, or "
+            "the column split of a manifest)."
         )
-    held_out = dict.fromkeys(speakers[:n_held_out], "valid")
-    held_out |= dict.fromkeys(speakers[n_held_out : 2 * n_held_out], "test")
-    return [replace(track, split=held_out.get(track.group, "train")) for track in tracks]
+    split_of = dict.fromkeys(speakers[:n_per_split], "valid")
+    split_of |= dict.fromkeys(speakers[n_per_split : 2 * n_per_split], "test")
+    return [replace(track, split=split_of.get(track.group, "train")) for track in tracks]
 
 
 def group_tracks(tracks: Iterable[Track]) -> dict[str, list[Track]]:
-    """Tracks of each speaker, in the order they came."""
+    """Return the tracks of each speaker, in the order of the input."""
     groups: dict[str, list[Track]] = defaultdict(list)
     for track in tracks:
         groups[track.group].append(track)
