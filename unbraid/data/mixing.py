@@ -55,7 +55,9 @@ class ExcerptError(Exception):
         self.fault = fault
 
 
-def read_excerpt(track: Track, start_seconds: float, n_samples: int, sample_rate: int, *, keep_silent: bool) -> AudioArray:
+def read_excerpt(
+    track: Track, start_seconds: float, n_samples: int, sample_rate: int, *, keep_silent: bool
+) -> AudioArray:
     """Read an excerpt of a track, check it, mix it down to one channel, and resample it.
 
     Args:
