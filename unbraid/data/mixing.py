@@ -7,10 +7,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from unbraid.audio import AudioArray, first_bad_sample, read_audio
+from unbraid.audio import first_bad_sample, read_audio
 from unbraid.data.tracks import Track
-from unbraid.dsp import fit_length, power_db, resample, to_amplitude
+from unbraid.dsp import db_to_amplitude, fit_length, power_db, resample
 from unbraid.errors import AudioError
+from unbraid.records import EventCode
+from unbraid.type_aliases import AudioArray
 
 SILENT_DB = -80.0
 """Mean power in dB of full scale below which audio counts as silent: a few quantisation steps of 16-bit audio."""
@@ -41,7 +43,7 @@ class AudioFault:
         in_excerpt_only: True if the file itself can be used, and only this excerpt of it cannot.
     """
 
-    code: str
+    code: EventCode
     path: str
     message: str
     in_excerpt_only: bool = False
@@ -176,4 +178,4 @@ def _scale_to_level(audio: AudioArray, level_db: float) -> AudioArray:
     current_db = power_db(audio)
     if current_db < SILENT_DB:  # amplified silence would be quantisation noise
         return audio
-    return audio * np.float32(to_amplitude(level_db - current_db))
+    return audio * np.float32(db_to_amplitude(level_db - current_db))

@@ -28,7 +28,8 @@ import soundfile
 import soxr
 
 from unbraid.errors import UserError
-from unbraid.io import atomic_replace
+from unbraid.io import atomic_replace, write_json
+from unbraid.type_aliases import AudioArray
 
 SPLITS = {"train": 0.72, "valid": 0.08, "test": 0.2}
 FORMAT = 2  # raise it whenever the same parameters would give other audio
@@ -79,8 +80,6 @@ ENDINGS = (
     "before the rain began|because the bus was late|while the children slept|and laughed about it|without a word"
     "|and gave it away|although it was far too cold|until the music stopped|just to be sure|for seventy three pounds"
 )
-
-AudioArray = np.ndarray[Any, np.dtype[np.float32]]
 
 
 class SynthesisError(UserError):
@@ -182,8 +181,7 @@ def make_synthetic_speech(
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    with atomic_replace(marker) as path:
-        path.write_text(json.dumps(parameters, indent=1) + "\n", encoding="utf-8")
+    write_json(marker, parameters)
     return table
 
 
