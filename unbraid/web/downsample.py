@@ -6,9 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from unbraid.type_aliases import FloatArray
-
-Ints = npt.NDArray[np.int64]
+from unbraid.type_aliases import FloatArray, IntArray
 
 CAPACITY = 2**16
 """Most buckets kept. A shorter run has one step per bucket; a longer one has two, four, eight ..."""
@@ -28,8 +26,8 @@ class Downsampled(NamedTuple):
         total: Sum of the finite values, ``(column, bucket)``.
     """
 
-    steps: Ints
-    n_steps: Ints
+    steps: IntArray
+    n_steps: IntArray
     low: FloatArray
     high: FloatArray
     mean: FloatArray
@@ -59,7 +57,7 @@ class Buckets:
         self.total = np.zeros((n_columns, INITIAL_BUCKETS))
         self.n_finite = np.zeros((n_columns, INITIAL_BUCKETS), np.int32)
 
-    def append(self, steps: Ints, offsets: Ints, values: FloatArray) -> None:
+    def append(self, steps: IntArray, offsets: IntArray, values: FloatArray) -> None:
         """Add steps after those already present.
 
         Args:
@@ -80,7 +78,7 @@ class Buckets:
             offsets = offsets[n_fitting:]
             values = values[:, n_fitting:]
 
-    def _fill(self, bucket: int, room: int, steps: Ints, offsets: Ints, values: FloatArray) -> None:
+    def _fill(self, bucket: int, room: int, steps: IntArray, offsets: IntArray, values: FloatArray) -> None:
         """Put the first ``room`` steps into the given bucket and the rest into new buckets after it."""
         # Reduce the new steps to one column per bucket that they touch.
         starts = np.concatenate([[0], np.arange(room, len(steps), self.width)])
@@ -164,8 +162,8 @@ class Buckets:
 
 
 def merge_buckets(
-    steps: Ints,
-    n_steps: Ints,
+    steps: IntArray,
+    n_steps: IntArray,
     low: npt.NDArray[np.floating],
     high: npt.NDArray[np.floating],
     total: FloatArray,

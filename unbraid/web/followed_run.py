@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from unbraid.io import finite_or_none
 from unbraid.run_directory import RunDirectory
+from unbraid.type_aliases import Row
 from unbraid.web.downsample import Buckets, Downsampled, downsample_steps
 from unbraid.web.jsonl_tail import JsonlTail, parse_row
 from unbraid.web.payloads import VALIDATION_COLUMNS
@@ -40,15 +40,15 @@ class FollowedRun:
     def _clear_steps(self) -> None:
         self.buckets = Buckets(len(COLUMNS))
         self.n_steps = 0
-        self.last_row: dict[str, Any] = {}
-        self.last_sampled: dict[str, Any] = {}  # the last row that has blocks
+        self.last_row: Row = {}
+        self.last_sampled: Row = {}  # the last row that has blocks
 
     def _clear_validations(self) -> None:
-        self.validations: list[dict[str, Any]] = []
+        self.validations: list[Row] = []
         self.n_validations = 0
 
     def _clear_events(self) -> None:
-        self.events: list[dict[str, Any]] = []
+        self.events: list[Row] = []
         self.n_events = 0
 
     @property
@@ -96,7 +96,7 @@ class FollowedRun:
 
         return was_rewritten or before != [file.offset for file in files]
 
-    def _add_steps(self, rows: list[dict[str, Any]], offsets: list[int]) -> None:
+    def _add_steps(self, rows: list[Row], offsets: list[int]) -> None:
         if not rows:
             return
         numbers = np.array([row["step"] for row in rows], np.int64)
@@ -105,7 +105,7 @@ class FollowedRun:
         self.last_row = rows[-1]
         self.last_sampled = next((row for row in reversed(rows) if row.get("blocks")), self.last_sampled)
 
-    def _add_validations(self, rows: list[dict[str, Any]]) -> None:
+    def _add_validations(self, rows: list[Row]) -> None:
         self.validations += [{name: finite_or_none(row.get(name)) for name in VALIDATION_COLUMNS} for row in rows]
         self.n_validations += len(rows)
         if len(self.validations) > 2 * MAX_VALIDATIONS:
@@ -121,10 +121,10 @@ class FollowedRun:
         rows = list(self._rows_between(first, last))
         return downsample_steps([row["step"] for row in rows], step_columns(rows), max_buckets=max_buckets)
 
-    def _rows_between(self, first: int, last: int) -> Iterator[dict[str, Any]]:
+    def _rows_between(self, first: int, last: int) -> Iterator[Row]:
         with self.directory.steps.open("rb") as file:
             file.seek(self.buckets.offset_before(first))
-            # Stop at what was taken in: the run may be appending beyond it.
+            # Stop where the buckets end: the run may have written more since.
             while file.tell() < self._steps_file.offset:
                 line = file.readline()
                 if not line:  # the file has just been truncated

@@ -2,9 +2,9 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 from unbraid.records import upgrade_row
+from unbraid.type_aliases import Row
 
 READ_BYTES = 2**20
 """Bytes read at once: some tens of milliseconds of work, so that requests never wait long for the lock."""
@@ -58,7 +58,7 @@ class JsonlTail:
         self._reset()
         return True
 
-    def read_rows(self, n_bytes: int = READ_BYTES) -> tuple[list[dict[str, Any]], list[int]]:
+    def read_rows(self, n_bytes: int = READ_BYTES) -> tuple[list[Row], list[int]]:
         """Return the next complete rows and the byte offset of each one's line."""
         if not self.unread_bytes:
             return [], []
@@ -78,7 +78,7 @@ class JsonlTail:
         self.offset += len(complete)
         self._bytes_before_offset = self._read_before(self.offset)
 
-        rows: list[dict[str, Any]] = []
+        rows: list[Row] = []
         offsets: list[int] = []
         for line in complete.splitlines(keepends=True):
             row = parse_row(line)
@@ -98,7 +98,7 @@ class JsonlTail:
             return file.read(min(CHECK_BYTES, offset))
 
 
-def parse_row(line: bytes) -> dict[str, Any] | None:
+def parse_row(line: bytes) -> Row | None:
     """Return a line's row with NaN and Infinity as None, or None if it is not an object with a valid ``step``."""
     try:
         row = json.loads(line, parse_constant=lambda _: None)

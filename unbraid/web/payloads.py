@@ -221,11 +221,11 @@ def incidents(run: RunDirectory) -> list[dict[str, Any]]:
     """Return the bad steps that were saved, by step: verdict, files, and the command that replays each."""
     if not run.incidents.is_dir():
         return []
-    found = []
+    result = []
     for folder in sorted(run.incidents.glob("step-*")):
         incident = _read_json(folder / "incident.json")
         items = [item for item in _list(incident.get("items")) if isinstance(item, Mapping)]
-        found.append(
+        result.append(
             {
                 "name": folder.name,
                 "step": incident.get("step"),
@@ -235,7 +235,7 @@ def incidents(run: RunDirectory) -> list[dict[str, Any]]:
                 "command": f"unbraid replay {folder}",
             }
         )
-    return found
+    return result
 
 
 def events(rows: Sequence[Mapping[str, Any]], n_events: int) -> dict[str, Any]:

@@ -184,10 +184,10 @@ EXPORT = re.compile(r"^export (?=(async )?(function|class|const)\b)", re.MULTILI
 
 
 def bundle_modules(name: str) -> str:
-    """Return a JavaScript module and those it imports as one module: a page opened from a file may import nothing.
+    """Return a JavaScript module and those it imports as one, since a page opened from a file cannot import modules.
 
-    The modules are put one after another, each after those it imports, without their import and export statements.
-    So no two of them may declare the same name at the top level, and imports must not rename.
+    The modules are concatenated, each after those it imports, without their import and export statements. So two of
+    them must not declare the same name at the top level, and imports must not rename.
     """
     ordered: dict[str, str] = {}
 

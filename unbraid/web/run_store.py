@@ -231,11 +231,8 @@ def read_progress(name: str, run: FollowedRun) -> dict[str, Any]:
 
 def find_runs(paths: Sequence[Path], *, depth: int = 3) -> list[Path]:
     """Return the run directories among and below some folders, each once; links are not followed."""
-    found: dict[Path, None] = {}  # a dict, not a set: it keeps the order
-    for path in paths:
-        for run in _runs_below(path, depth):
-            found[run] = None
-    return list(found)
+    runs = [run for path in paths for run in _runs_below(path, depth)]
+    return list(dict.fromkeys(runs))  # unlike a set, a dict keeps the order
 
 
 def _runs_below(path: Path, depth: int) -> Iterator[Path]:

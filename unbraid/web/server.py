@@ -127,7 +127,7 @@ def _link_host(address: str) -> str:
     return f"[{address}]" if ":" in address else address
 
 
-# ---- Who may ask
+# ---- Access
 
 
 def require_token(app: ASGIApp, *, hosts: Collection[str] | None, token: str, cookie: str) -> ASGIApp:
@@ -183,7 +183,7 @@ def _host_name(host: str) -> str:
     return (match[1] or match[2]).lower() if match else ""
 
 
-# ---- Answers
+# ---- Routes
 
 
 def create_app(store: RunStore) -> Starlette:
