@@ -1,4 +1,4 @@
-"""Rank, agreement and sums over ranks; no-ops in a single process."""
+"""Ranks, reductions and agreement between processes; in a single process they cost nothing."""
 
 import gc
 import hashlib
@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as td
-import torch.distributed.nn.functional  # imported once a group is there, its default arguments would keep the group
+import torch.distributed.nn.functional  # before any group exists: its default arguments would keep the group alive
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -22,10 +22,11 @@ TIMEOUT = timedelta(minutes=10)
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Join the processes that torchrun started, and leave them at the end; nothing where torchrun did not start us.
+    """Join the process group of torchrun, and destroy it at the end; does nothing if torchrun did not start us.
 
-    Where the work ends without an exception, which would hold on to models, the group's threads end with it: one that
-    still held a tensor while the interpreter goes down would abort the process, after all was done.
+    Without destroying it, a thread of the group that still holds a tensor while the interpreter shuts down would abort
+    the process, after all work is done. After an exception its traceback may keep models, and with them the group,
+    alive.
     """
     if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1 or td.is_initialized():
         yield
@@ -34,27 +35,27 @@ def process_group(device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
-        gc.collect()  # a wrapped model, in cycles, would keep the group
+        gc.collect()  # a DDP model in a reference cycle would keep the group alive
         td.destroy_process_group()
 
 
 def rank() -> int:
-    """Number of this process, from 0."""
+    """Return the rank of this process, from 0."""
     return td.get_rank() if td.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes train together."""
+    """Return the number of processes that train together."""
     return td.get_world_size() if td.is_initialized() else 1
 
 
 def local_rank() -> int:
-    """Number of this process on its own machine, from 0."""
+    """Return the rank of this process on its own machine, from 0."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes the run directory."""
+    """Return True in the process that writes the run directory."""
     return rank() == 0
 
 
@@ -68,18 +69,19 @@ def on_device(values: Sequence[float], device: torch.device) -> Tensor:
     dtype = widest_float(device)
     if device.type != "cuda":
         return torch.tensor(values, dtype=dtype, device=device)
+    # Only a copy from pinned memory is asynchronous.
     return torch.tensor(values, dtype=dtype).pin_memory().to(device, non_blocking=True)
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """Sum a small tensor over all ranks, in place; every rank must call it."""
+    """Sum a small tensor over all ranks, in place, and return it; every rank must call this."""
     if td.is_initialized():
         td.all_reduce(values)
     return values
 
 
 def max_over_ranks(values: Sequence[float], device: torch.device | None = None) -> list[float]:
-    """The largest of each value over all ranks, in one collective; every rank must call it."""
+    """Return the maximum of each value over all ranks, in one collective; every rank must call this."""
     if world_size() == 1:
         return list(values)
     shared = torch.tensor(values, dtype=torch.float64, device=device)
@@ -87,19 +89,20 @@ def max_over_ranks(values: Sequence[float], device: torch.device | None = None) 
     return shared.tolist()
 
 
-def gather(some: Sequence[T], device: torch.device | None = None) -> list[tuple[int, T]]:
-    """What every rank brought, with its rank; where none brought anything, that costs one small collective."""
+def gather(items: Sequence[T], device: torch.device | None = None) -> list[tuple[int, T]]:
+    """Return the items of all ranks, each with its rank; every rank must call this."""
     if world_size() == 1:
-        return [(0, item) for item in some]
-    if not any_rank(bool(some), device):
+        return [(0, item) for item in items]
+    # Gathering objects is slow, and most calls have nothing to gather: ask that first, in one small collective.
+    if not any_rank(bool(items), device):
         return []
-    everyone: list[list[T]] = [[] for _ in range(world_size())]
-    td.all_gather_object(everyone, list(some))
-    return [(number, item) for number, items in enumerate(everyone) for item in items]
+    items_by_rank: list[list[T]] = [[] for _ in range(world_size())]
+    td.all_gather_object(items_by_rank, list(items))
+    return [(number, item) for number, items_there in enumerate(items_by_rank) for item in items_there]
 
 
 def from_main_process(value: T) -> T:
-    """The main process's object, on every rank; every rank must call it."""
+    """Return the main process's object on every rank; every rank must call this."""
     if world_size() == 1:
         return value
     shared = [value]
@@ -108,30 +111,34 @@ def from_main_process(value: T) -> T:
 
 
 def wrap(model: nn.Module) -> nn.Module:
-    """The model as its gradients are averaged over ranks; itself in a single process. Buffers are left alone."""
+    """Wrap a model in DDP, without broadcasting its buffers; in a single process, return the model itself."""
     if world_size() == 1:
         return model
-    arguments = inspect.signature(DistributedDataParallel).parameters
-    if "forward_sync_buffers" in arguments:  # torch 2.13 and newer
+    # torch 2.13 renamed the argument.
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters:
         return DistributedDataParallel(model, forward_sync_buffers=False)
     return DistributedDataParallel(model, broadcast_buffers=False)
 
 
 def any_rank(flag: bool, device: torch.device | None = None) -> bool:
-    """Whether any rank says so; every rank must call it."""
+    """Return True if the flag is set on any rank; every rank must call this."""
     if world_size() == 1:
         return flag
     return bool(sum_over_ranks(torch.tensor(float(flag), device=device)) > 0)
 
 
 def first_difference(model: nn.Module) -> str | None:
-    """Name of the first parameter or buffer that is not bit for bit the same on all ranks; None where all are."""
+    """Return the name of the first parameter or buffer that differs between ranks in any bit; None if none does."""
     if world_size() == 1:
         return None
+    # Compare hashes: the weights themselves would be too much to exchange.
     hashes = [
         (name, hashlib.sha256(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()).hexdigest())
         for name, tensor in model.state_dict().items()
     ]
-    everyone: list[list[tuple[str, str]]] = [[] for _ in range(world_size())]
-    td.all_gather_object(everyone, hashes)
-    return next((rows[0][0] for rows in zip(*everyone, strict=True) if len(set(rows)) > 1), None)
+    hashes_by_rank: list[list[tuple[str, str]]] = [[] for _ in range(world_size())]
+    td.all_gather_object(hashes_by_rank, hashes)
+    for hashes_of_tensor in zip(*hashes_by_rank, strict=True):
+        if len(set(hashes_of_tensor)) > 1:
+            return hashes_of_tensor[0][0]
+    return None

@@ -278,7 +278,7 @@ def test_separate_refuses_an_empty_file_and_a_folder_that_cannot_be_one(trained,
     write_wav(tmp_path / "a.wav", np.full(800, 0.1, np.float32))
 
     line = fails(capsys, "separate", tmp_path / "empty.wav", "-m", trained, "-o", tmp_path / "out")
-    assert "holds no samples" in line
+    assert "has no samples" in line
     line = fails(capsys, "separate", tmp_path / "a.wav", "-m", trained, "-o", tmp_path / "a.wav")
     assert "cannot be the folder" in line
 
