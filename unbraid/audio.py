@@ -97,7 +97,7 @@ def write_audio(path: Path, audio: AudioArray, sample_rate: int) -> Path:
     suffix = path.suffix.lower()
     if suffix != ".wav" and audio.size and np.abs(audio).max() > 1:
         raise AudioError(
-            f"{path} was not written, because its peak exceeds full scale and would be clipped. Write a .wav file instead."
+            f"{path} was not written, because it exceeds full scale and would be clipped. Write a .wav file instead."
         )
     subtype = {".wav": "FLOAT", ".flac": "PCM_24"}.get(suffix)
     # Write to a temporary name and rename, so that a reader never sees half a file. The suffix stays: it is the format.
