@@ -35,7 +35,7 @@ from unbraid.models import MODELS
 from unbraid.robust.clip import FixedClip
 from unbraid.robust.filter import ThresholdFilter
 from unbraid.robust.precision import Precision
-from unbraid.train.block_stats import EVERY_STEPS
+from unbraid.train.block_stats import SAMPLE_EVERY_STEPS
 from unbraid.train.optim import OPTIMIZERS
 from unbraid.train.state import TrainState
 from unbraid.train.step import train_step
@@ -50,7 +50,7 @@ BARE = (
 OURS = (
     "unbraid.train.step.train_step: all that, and a generator seeded for the step, losses one by one, filtered at "
     "-30 dB, non-finite losses and gradients left out in the optimizer's own pass, and a complete record on the host; "
-    f"every {EVERY_STEPS}th step is looked at more closely, block by block and example by example"
+    f"every {SAMPLE_EVERY_STEPS}th step is looked at more closely, block by block and example by example"
 )
 
 

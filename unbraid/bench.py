@@ -28,7 +28,7 @@ from unbraid.data.batch import Batch
 from unbraid.dsp import db_to_amplitude
 from unbraid.errors import UserError
 from unbraid.models import MODELS
-from unbraid.records import StepRecord
+from unbraid.records import FAULT_OUTCOMES, StepRecord
 from unbraid.robust.precision import best_precision
 from unbraid.train.block_stats import peak_memory
 from unbraid.train.state import TrainState
@@ -204,7 +204,7 @@ def measure(recipe: Recipe, variant: Variant, *, seconds: float) -> BenchRow:
     try:
         for record in steps(state, parts):
             ends.append(perf_counter())
-            wrong |= {record.outcome} - {"trained", "all_filtered", "loss_scale"}
+            wrong |= {record.outcome} & set(FAULT_OUTCOMES)
             if "out_of_memory" in wrong or (len(ends) > 1 and ends[-1] - ends[0] >= seconds):
                 break
     except (RuntimeError, MemoryError) as error:
@@ -238,7 +238,11 @@ def steps(state: TrainState, parts: Sequence[Batch]) -> Iterator[StepRecord]:
     while True:
         under_way.append(launch(state, parts))
         if len(under_way) > ahead:
-            yield finish(state, under_way.pop(0))[0]
+            finished = finish(state, under_way.pop(0))
+            if finished is None:  # memory ran out: all steps are on the same batch, so launching again repeats them
+                under_way.clear()
+                continue
+            yield finished[0]
 
 
 def _cells(row: BenchRow) -> list[str]:

@@ -89,7 +89,7 @@ def test_arm_of_skipped_steps_ends_early_and_the_next_arm_runs(make_experiment, 
         assert [len(arm.steps) for arm in comparison.arms] == [11, 11]
         assert {s.outcome for s in comparison.arms[0].steps} == {"over_limit"}
         assert all(s.step_size == 0 for s in comparison.arms[0].steps)
-        assert "Training ended early: 11 of the last 11 steps had to be left out." in comparison.summary_lines()[1]
+        assert "Training ended early: 11 of the last 11 steps were skipped." in comparison.summary_lines()[1]
 
 
 def measurements(rows):

@@ -32,7 +32,7 @@ def test_the_batches_after_a_death_are_those_that_would_have_come(tmp_path):
     source, log = BatchSource(loads(*DEATHS), 1), EventLog(RunDirectory(tmp_path))
 
     assert [source.next_micro_batches(step, log)[0] for step in range(8)] == list(range(8))
-    assert [event.code for event in log.take()] == ["DATA_WORKER_LOST"] * 3
+    assert [event.code for event in log.drain()] == ["DATA_WORKER_LOST"] * 3
     assert [row["step"] for row in read_rows(tmp_path / "events.jsonl")[0]] == [3, 5, 7]
 
 
@@ -51,4 +51,4 @@ def test_what_is_no_death_comes_through_as_it_is(tmp_path, error):
 
     with pytest.raises(type(error)):
         source.next_micro_batches(2, log)
-    assert log.take() == []
+    assert log.drain() == []

@@ -113,7 +113,7 @@ def test_more_bad_files_than_the_budget_end_the_run_with_their_list(recipe_file,
         if path.parent.name < "speaker-08" and path.stem != "02":
             spoil(path)
 
-    with pytest.raises(TrainingStopped, match=r"More than 5 bad files.*AUDIO_NONFINITE"):
+    with pytest.raises(TrainingStopped, match=r"More than 5 files are bad.*AUDIO_NONFINITE"):
         run_recipe(recipe_file(path=folder), tmp_path / "run", "train.max_steps=40")
 
 
@@ -121,7 +121,7 @@ def test_a_run_whose_every_loss_is_nan_stops_soon_and_says_so(recipe_file, tmp_p
     file = recipe_file('[loss]\nname = "sick:nan_loss"\n')
     (tmp_path / "sick.py").write_text("def nan_loss(estimate, target):\n    return estimate.sum(-1) * float('nan')\n")
 
-    with pytest.raises(TrainingStopped, match=r"of the last .* steps had to be left out"):
+    with pytest.raises(TrainingStopped, match=r"of the last .* steps were skipped"):
         run_recipe(file, tmp_path / "run", "train.max_steps=60")
 
     rows, torn = read_rows(tmp_path / "run" / "steps.jsonl")
@@ -185,7 +185,7 @@ def test_a_last_checkpoint_that_cannot_be_written_ends_the_run_with_a_word(recip
         pass
     resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, before[1]))
     try:
-        with pytest.raises(TrainingStopped, match="step 6, the last, could not be written"):
+        with pytest.raises(TrainingStopped, match="last checkpoint, of step 6, could not be written"):
             list(records)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -233,7 +233,7 @@ def test_a_run_that_a_stop_rule_ended_goes_on_once_its_files_are_excluded(recipe
     for path in bad:
         spoil(path)
     file = recipe_file(path=folder)
-    with pytest.raises(TrainingStopped, match=r"More than 5 bad files"):
+    with pytest.raises(TrainingStopped, match=r"More than 5 files are bad"):
         run_recipe(file, tmp_path / "run", "train.max_steps=40")
     listed = [str(path) for path in bad]
 

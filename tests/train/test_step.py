@@ -265,7 +265,7 @@ def test_a_batch_of_easy_examples_alone_is_no_fault_and_no_step():
     assert (record.outcome, record.n_filtered, record.n_bad) == ("all_filtered", 2, 0)
     assert math.isfinite(record.loss)
     assert record.loss != 0
-    assert state.faults.in_a_row == 0
+    assert state.faults.n_in_a_row == 0
     assert_same(before, snapshot(state))
 
 
@@ -357,27 +357,27 @@ def test_twenty_faults_in_a_row_end_the_run_and_nineteen_do_not():
     window = FaultWindow()
     for _ in range(19):
         window.add("fp16_overflow")
-    assert window.verdict() is None
+    assert window.reason_to_stop() is None
     window.add("fp16_overflow")
-    assert "20 steps in a row" in window.verdict()
+    assert "20 steps in a row" in window.reason_to_stop()
 
 
 def test_more_than_one_percent_of_faults_end_the_run():
     window = FaultWindow()
     for i in range(1000):
         window.add("nonfinite_loss" if i % 100 == 0 else "trained")
-    assert window.verdict() is None
+    assert window.reason_to_stop() is None
     window.add("trained")
     for _ in range(2):
         window.add("nonfinite_loss")
-    assert "of the last 1000 steps" in window.verdict()
+    assert "of the last 1000 steps" in window.reason_to_stop()
 
 
 def test_easy_batches_never_end_a_run():
     window = FaultWindow()
     for _ in range(50):
         window.add("all_filtered")
-    assert window.verdict() is None
+    assert window.reason_to_stop() is None
 
 
 def makes_nan(parameter, gradient):
@@ -443,5 +443,5 @@ def test_weights_that_are_spoilt_leave_their_moving_average_alone():
 
 
 def test_a_step_without_a_batch_is_refused():
-    with pytest.raises(ValueError, match="stand-in of weight 0"):
+    with pytest.raises(ValueError, match="batch of weight 0"):
         train_step(make_state(), [])

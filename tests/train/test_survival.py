@@ -78,6 +78,15 @@ class Greedy(Net):
             raise torch.OutOfMemoryError("out of memory")
         return super().forward(mixture)
 
+class GreedyLater(Net):
+    '''Has the memory for two examples from its tenth batch on.'''
+    n_calls = 0
+    def forward(self, mixture):
+        self.n_calls += self.training
+        if self.training and self.n_calls >= 10 and len(mixture) > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return super().forward(mixture)
+
 class GreedyAnywhere(Net):
     '''Has the memory for two examples in validation too.'''
     def forward(self, mixture):
@@ -199,13 +208,13 @@ def test_a_loss_scale_that_collapses_ends_the_run_within_20_steps_with_the_modul
     assert "backward of steep" in str(ended.value)
 
 
-def test_a_dead_output_is_told_within_200_steps(nets, tmp_path):
-    _, told = run_recipe(nets(), tmp_path / "run", "model.name=nets:Dead", "train.max_steps=200", "save.every_steps=0")
+def test_the_doctor_finds_a_dead_output_within_200_steps(nets, tmp_path, capsys):
+    run_recipe(nets(), tmp_path / "run", "model.name=nets:Dead", "train.max_steps=200", "save.every_steps=0")
 
-    events = [record for record in told if isinstance(record, Event)]
-    assert [(event.code, event.evidence["output"]) for event in events] == [("OUTPUT_DEAD", 1)]
-    assert events[0].step <= 200
-    assert "Output 2" in events[0].message
+    assert main(["doctor", str(tmp_path / "run"), "--all"]) > 0
+    report = capsys.readouterr().out
+    assert "DEAD_OUTPUT" in report
+    assert "utput 2" in report
 
 
 def test_infinities_that_are_meant_are_no_damage(nets, tmp_path):
@@ -533,8 +542,9 @@ def test_a_data_worker_that_is_killed_is_replaced_at_the_same_example(recipe_fil
         ["loss.name=nets:nan_for_one", "loss.assign=fixed"],
         ["model.name=nets:Spoilt"],
         ["model.name=nets:Overflows", "train.precision=fp16"],
+        ["model.name=nets:GreedyLater"],
     ],
-    ids=["plain", "fp16", "at intervals", "a bad example", "spoilt weights", "a scale that collapses"],
+    ids=["plain", "fp16", "at intervals", "a bad example", "nan weights", "a scale that collapses", "out of memory"],
 )
 def test_a_step_launched_ahead_of_time_changes_nothing(nets, tmp_path, monkeypatch, case):
     """As it is done on an accelerator; here on the CPU, where it can be compared."""
@@ -542,7 +552,7 @@ def test_a_step_launched_ahead_of_time_changes_nothing(nets, tmp_path, monkeypat
     for name in ("plain", "ahead"):
         nets_of(file).OneInAHundred.target, nets_of(file).OneInAHundred.n_seen = None, 0
         if name == "ahead":
-            monkeypatch.setattr("unbraid.train.loop._Course._ahead", property(lambda self: 1))
+            monkeypatch.setattr("unbraid.train.loop._Loop.max_ahead", property(lambda self: 1))
         try:
             run_recipe(file, tmp_path / name, "train.max_steps=23", *case)
             ended[name] = ""

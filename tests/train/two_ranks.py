@@ -5,6 +5,7 @@ import json
 import signal
 import sys
 import time
+from collections import deque
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -179,20 +180,31 @@ def memory_runs_out_while_the_next_step_is_launched():
     if dist.rank() == 1:
         ahead.unwrapped_model.memory = 100
     batches = [part(make_batch(8, seed), list(range(4 * dist.rank(), 4 * dist.rank() + 4))) for seed in range(5)]
-    records, waiting = [], None
-    for step, batch in enumerate([*batches, None]):
-        launched = None
-        if batch is not None:
-            for state in (ahead, plenty):
-                state.optimizer.param_groups[0]["lr"] = 0.5 / (step + 1)
-            launched = launch(ahead, [batch])
-            train_step(plenty, batch)
-        if waiting is not None:
-            records.append(finish(ahead, waiting)[0])
-        waiting = launched
+    for step, batch in enumerate(batches):
+        plenty.optimizer.param_groups[0]["lr"] = 0.5 / (step + 1)
+        train_step(plenty, batch)
+
+    records, to_launch, in_flight = [], deque(enumerate(batches)), deque()
+    n_launched_ahead = 0
+    while to_launch or in_flight:
+        if to_launch:
+            step, batch = to_launch.popleft()
+            ahead.optimizer.param_groups[0]["lr"] = 0.5 / (step + 1)
+            in_flight.append((step, batch, launch(ahead, [batch])))
+            if len(in_flight) == 1 and to_launch:
+                continue
+        n_launched_ahead += len(in_flight) - 1
+        finished = finish(ahead, in_flight[0][2])
+        if finished is None:
+            to_launch.extendleft(reversed([(step, batch) for step, batch, _ in in_flight]))
+            in_flight.clear()
+            continue
+        in_flight.popleft()
+        records.append(finished[0])
     return {
         "steps": [[record.step, record.outcome, record.lr] for record in records],
         "pieces": ahead.n_pieces,
+        "launched_ahead": n_launched_ahead,
         "distance": distance(ahead, plenty),
     }
 

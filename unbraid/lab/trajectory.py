@@ -236,7 +236,7 @@ def measure_steps(experiment: Experiment, state: TrainState, *, n_steps: int, ev
     """
     probe = experiment.copy_model().train()
     batches = experiment.training_batches(first_step=state.step)
-    while state.step < n_steps and state.faults.verdict() is None:
+    while state.step < n_steps and state.faults.reason_to_stop() is None:
         set_learning_rate(state, state.schedule.factor(state.step + 1, state.step / n_steps))
         micro_batches = next(batches)
         weights_before = flat_weights(state.unwrapped_model)

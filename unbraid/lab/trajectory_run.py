@@ -105,7 +105,7 @@ def run_arms(
             if stop is not None and stop.signal:
                 break
         arm.save(measurements)
-        trajectories.append(Trajectory(clip, tuple(measurements), arm.state.faults.verdict()))
+        trajectories.append(Trajectory(clip, tuple(measurements), arm.state.faults.reason_to_stop()))
     return TrajectoryComparison(experiment.name, recipe_table(experiment.recipe), n_steps, every, tuple(trajectories))
 
 

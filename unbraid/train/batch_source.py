@@ -1,4 +1,4 @@
-"""Batches for a run, from any step on, also after a data worker died."""
+"""Batches for a run, from any step on, even after a data worker died."""
 
 import itertools
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -9,39 +9,35 @@ from unbraid.errors import TrainingStopped
 from unbraid.train.event_log import EventLog
 
 Load = Callable[[int], Iterable[LoadedBatch]]
-"""From a number of steps done to the batches of this rank from there on, without end."""
-
-
-def _tells_of_a_death(error: Exception) -> bool:
-    """Whether the loader lost a worker; what a living one raised comes as «Caught ...»."""
-    if isinstance(error, RuntimeError):
-        return str(error).startswith("DataLoader worker")
-    return not str(error).startswith("Caught ")  # its end of a pipe is gone, or what came out of it was cut short
+"""From a number of finished steps to the endless batches of this rank from there on."""
 
 
 class BatchSource:
-    """Batches from any step on; where a data worker dies, they are begun again at the same place.
+    """Load batches; if a data worker dies, load again from the same place.
+
+    Every example follows from (seed, epoch, index), so new workers make the same batches.
 
     Args:
-        load: Makes them.
-        accumulate: Batches a step.
+        load: Makes the batches.
+        accumulate: Batches per step.
     """
 
-    MAX_LOSSES = 3
+    MAX_WORKER_DEATHS = 3
 
     def __init__(self, load: Load, accumulate: int) -> None:
-        self.load, self.accumulate = load, accumulate
+        self.load = load
+        self.accumulate = accumulate
         self.batches: Iterator[LoadedBatch] | None = None
-        self.n_lost = 0
+        self.n_worker_deaths = 0
 
     def close(self) -> None:
-        """Let the data workers go."""
+        """Stop the data workers."""
         if isinstance(self.batches, Generator):
             self.batches.close()
         self.batches = None
 
     def next_micro_batches(self, n_steps_done: int, log: EventLog) -> list[LoadedBatch]:
-        """The micro-batches of the next step.
+        """Return the micro-batches of the next step.
 
         Raises:
             TrainingStopped: If workers died too often.
@@ -52,15 +48,23 @@ class BatchSource:
             try:
                 return list(itertools.islice(self.batches, self.accumulate))
             except (RuntimeError, ConnectionError, EOFError, UnpicklingError) as error:
-                if not _tells_of_a_death(error):
+                if not _is_worker_death(error):
                     raise
-                self.batches, self.n_lost = None, self.n_lost + 1
-                said = str(error).split("\n")[0].rstrip(".") or "A data worker broke off in the middle of a batch"
-                if self.n_lost > self.MAX_LOSSES:
+                self.batches = None
+                self.n_worker_deaths += 1
+                reason = str(error).split("\n")[0].rstrip(".") or "A data worker broke off in the middle of a batch"
+                if self.n_worker_deaths > self.MAX_WORKER_DEATHS:
                     raise TrainingStopped(
-                        f"Data workers died {self.n_lost} times, the last with: {said}. The machine may be short of "
-                        "memory: lower data.workers, and go on with --resume."
+                        f"Data workers died {self.n_worker_deaths} times. The last error was: {reason}. The machine "
+                        "may be short of memory: lower data.workers and continue with --resume."
                     ) from error
-                log.tell(
-                    "DATA_WORKER_LOST", n_steps_done + 1, f"{said} (memory may be short); its examples are made again."
-                )
+                message = f"{reason} (memory may be short). Its examples are loaded again."
+                log.emit("DATA_WORKER_LOST", n_steps_done + 1, message)
+
+
+def _is_worker_death(error: Exception) -> bool:
+    """Return whether the loader lost a worker. What a living worker raised arrives as "Caught ..."."""
+    if isinstance(error, RuntimeError):
+        return str(error).startswith("DataLoader worker")
+    # else the worker's end of a pipe is gone, or what came through it was cut short
+    return not str(error).startswith("Caught ")

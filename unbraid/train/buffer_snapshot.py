@@ -1,41 +1,49 @@
-"""The model's buffers, such as BatchNorm's statistics, kept while a step is tried, and given back if it is left out."""
+"""Snapshot of a model's buffers, such as BatchNorm's statistics, to restore when a step is skipped."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-Place = tuple[nn.Module, str]
-"""A module and the name of its buffer: what lies there may be another tensor after a forward."""
+BufferLocation = tuple[nn.Module, str]
+"""A module and the name of its buffer. A forward may put another tensor there, so the tensor alone is not enough."""
 
 
-def buffer_locations(model: nn.Module) -> list[Place]:
-    """Where the model keeps buffers."""
-    return [(module, name) for module in model.modules() for name, held in module._buffers.items() if held is not None]
+def buffer_locations(model: nn.Module) -> list[BufferLocation]:
+    """Return where the model keeps buffers."""
+    return [
+        (module, name) for module in model.modules() for name, buffer in module._buffers.items() if buffer is not None
+    ]
 
 
 class BufferSnapshot:
-    """What the buffers hold now.
+    """The contents of buffers at the time of construction.
 
     Args:
-        places: As `buffer_locations` found them.
+        locations: From `buffer_locations`.
     """
 
-    def __init__(self, places: Sequence[Place]) -> None:
-        self.places = places
-        self.held = [_held(place) for place in places]
-        self.values = [held.clone() for held in self.held]
+    def __init__(self, locations: Sequence[BufferLocation]) -> None:
+        self.locations = locations
+        self.buffers = [_buffer_at(location) for location in locations]
+        self.contents = [buffer.clone() for buffer in self.buffers]
 
     def restore(self, unless: Tensor | None = None) -> None:
-        """Put back what they held, in the same tensors; where `unless` is true (0-d), what they hold now stays."""
-        for (module, name), held, value in zip(self.places, self.held, self.values, strict=True):
-            now = _held((module, name)).detach()
-            held.copy_(value if unless is None else torch.where(unless, now, value))
-            module._buffers[name] = held
+        """Put the old contents back into the original tensors.
+
+        Args:
+            unless: 0-d boolean; where it is true, the present contents stay. It is never read by the host.
+        """
+        for location, buffer, content in zip(self.locations, self.buffers, self.contents, strict=True):
+            module, name = location
+            present = _buffer_at(location).detach()
+            buffer.copy_(content if unless is None else torch.where(unless, present, content))
+            # a forward that assigned a new tensor must not leave it behind: graphs and EMA hold the original one
+            module._buffers[name] = buffer
 
 
-def _held(place: Place) -> Tensor:
-    module, name = place
-    held = module._buffers[name]
-    assert held is not None
-    return held
+def _buffer_at(location: BufferLocation) -> Tensor:
+    module, name = location
+    buffer = module._buffers[name]
+    assert buffer is not None
+    return buffer

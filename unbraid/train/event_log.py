@@ -1,4 +1,4 @@
-"""Records and events on their way to disk and screen."""
+"""Write records and events to the run directory, and hand events on to whoever follows the run."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,43 +13,37 @@ Record = StepRecord | ValidationRecord | Event
 
 
 class EventLog:
-    """Where a run writes what it has to say.
+    """Append records to their files. A disk that refuses costs a message, not the run.
 
     Args:
-        run: Where they are written.
+        run: Where to write.
     """
 
     def __init__(self, run: RunDirectory) -> None:
         self.run = run
-        self.untold: list[Event] = []
-        self.refused: set[Path] = set()
+        self.pending: list[Event] = []  # written, but not yielded by the loop yet
+        self.unwritable: set[Path] = set()
 
     def append(self, path: Path, record: Record) -> None:
-        """Write a record; a disk that refuses is told of once, and does not end the run."""
+        """Write a record. The first refusal of each file becomes an event."""
         try:
             append_record(path, record)
         except OSError as error:
-            if path not in self.refused:
-                self.refused.add(path)
+            if path not in self.unwritable:
+                self.unwritable.add(path)
                 message = f"{path} could not be written ({error})."
-                self.untold.append(Event("LOG_FAILED", record.step, dist.rank(), message))
+                self.pending.append(Event("LOG_FAILED", record.step, dist.rank(), message))
 
-    def tell(
-        self,
-        code: EventCode,
-        step: int,
-        message: str,
-        *,
-        rank: int | None = None,
-        files: Sequence[str] = (),
-        **evidence: Any,
+    def emit(
+        self, code: EventCode, step: int, message: str, *, rank: int | None = None, files: Sequence[str] = (), **evidence: Any
     ) -> None:
-        """Write an event, and keep it for whoever listens."""
+        """Write an event, and keep it until `drain`."""
         event = Event(code, step, dist.rank() if rank is None else rank, message, tuple(files), evidence)
         self.append(self.run.events, event)
-        self.untold.append(event)
+        self.pending.append(event)
 
-    def take(self) -> list[Event]:
-        """What was not listened to yet."""
-        taken, self.untold = self.untold, []
-        return taken
+    def drain(self) -> list[Event]:
+        """Return the events since the last call."""
+        events = self.pending
+        self.pending = []
+        return events

@@ -1,7 +1,7 @@
-"""Many small tensors as one: summed over the ranks together, brought to the host together."""
+"""Pack many small tensors into one: one all-reduce over the ranks, one transfer to the host."""
 
 from collections.abc import Mapping
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -9,49 +9,51 @@ from torch import Tensor
 from unbraid import dist
 
 
-def _joined(tensors: Mapping[str, Tensor]) -> Tensor:
+def _flatten(tensors: Mapping[str, Tensor]) -> Tensor:
     device = next(iter(tensors.values())).device
+    # float64 holds counts and losses exactly; MPS has no float64
     dtype = torch.float32 if device.type == "mps" else torch.float64
     return torch.cat([tensor.detach().reshape(-1).to(dtype) for tensor in tensors.values()])
 
 
-def _edges(tensors: Mapping[str, Tensor]) -> list[int]:
-    edges = [0]
-    for tensor in tensors.values():
-        edges.append(edges[-1] + tensor.numel())
-    return edges
+def _slices(tensors: Mapping[str, Tensor]) -> dict[str, slice]:
+    """Return where each tensor lies in the flat vector."""
+    edges = [0, *accumulate(tensor.numel() for tensor in tensors.values())]
+    return {name: slice(start, stop) for name, (start, stop) in zip(tensors, pairwise(edges), strict=True)}
 
 
-def sum_together(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Each tensor summed over all ranks, in one collective; every rank must bring the same names and shapes."""
-    summed = dist.sum_over_ranks(_joined(tensors))
-    places = pairwise(_edges(tensors))
-    return {name: summed[a:b].view(t.shape) for (name, t), (a, b) in zip(tensors.items(), places, strict=True)}
+def sum_over_ranks(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Sum each tensor over all ranks in one collective. Every rank must pass the same names and shapes."""
+    total = dist.sum_over_ranks(_flatten(tensors))
+    return {name: total[where].view(tensors[name].shape) for name, where in _slices(tensors).items()}
 
 
 class HostTransfer:
-    """Small tensors on their way to the host, by name: one transfer, begun here and waited for in `open`.
+    """Start copying small tensors to the host; `values` waits for them.
+
+    On a GPU the copy goes to pinned memory without blocking, so the host can queue the next step meanwhile.
 
     Args:
-        tensors: On one device.
+        tensors: By name, all on one device.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._names, self._edges = list(tensors), _edges(tensors)
-        self._vector, self._arrived = _joined(tensors), None
+        self._slices = _slices(tensors)
+        self._vector = _flatten(tensors)
+        self._copied: torch.cuda.Event | None = None
+        self._values: dict[str, list[float]] | None = None
         if self._vector.is_cuda:
-            on_host = torch.empty(self._vector.shape, dtype=self._vector.dtype, pin_memory=True)
-            on_host.copy_(self._vector, non_blocking=True)
-            self._vector, self._arrived = on_host, torch.cuda.Event()
-            self._arrived.record()
-        self._opened: dict[str, list[float]] | None = None
+            pinned = torch.empty(self._vector.shape, dtype=self._vector.dtype, pin_memory=True)
+            pinned.copy_(self._vector, non_blocking=True)
+            self._vector = pinned
+            self._copied = torch.cuda.Event()
+            self._copied.record()
 
-    def open(self) -> dict[str, list[float]]:
-        """The values of each tensor, flattened; the first call waits for them."""
-        if self._opened is None:
-            if self._arrived is not None:
-                self._arrived.synchronize()
-            values = self._vector.tolist()
-            places = zip(self._names, pairwise(self._edges), strict=True)
-            self._opened = {name: values[a:b] for name, (a, b) in places}
-        return self._opened
+    def values(self) -> dict[str, list[float]]:
+        """Return each tensor's values, flattened. The first call waits for the device."""
+        if self._values is None:
+            if self._copied is not None:
+                self._copied.synchronize()
+            vector = self._vector.tolist()
+            self._values = {name: vector[where] for name, where in self._slices.items()}
+        return self._values

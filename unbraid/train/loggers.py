@@ -210,13 +210,13 @@ def forward_to_loggers(
                     except Exception as error:  # noqa: BLE001
                         del audio_options[name]
                         _close(logger)
-                        log.tell("LOGGER_FAILED", step, _failed(name, error))
+                        log.emit("LOGGER_FAILED", step, _failed(name, error))
                 yield record
-                yield from log.take()
+                yield from log.drain()
     finally:
         for name, logger in audio_options.items():
             if (refused := _close(logger)) is not None:
-                log.tell("LOGGER_FAILED", step, _failed(name, refused))
+                log.emit("LOGGER_FAILED", step, _failed(name, refused))
 
 
 def _close(logger: Logger) -> Exception | None:

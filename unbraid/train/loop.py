@@ -1,32 +1,34 @@
-"""fit: a generator of records; validation and saving at their intervals."""
+"""fit: train until the budget is spent, as a generator of records; validate and save at their intervals."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import NamedTuple
 
 from unbraid import dist
+from unbraid.data.batch import Batch
 from unbraid.data.mixing import AudioFault
 from unbraid.errors import TrainingStopped, UserError
 from unbraid.fault_advice import ADVICE
-from unbraid.records import Event, StepRecord, ValidationRecord
-from unbraid.signals import SIGNALS, StopRequest
+from unbraid.records import FAULT_OUTCOMES, Event, StepRecord, ValidationRecord
+from unbraid.signals import StopRequest
 from unbraid.train.batch_source import BatchSource, Load
 from unbraid.train.checkpoint import newest_checkpoint, read_checkpoint, save_checkpoint, truncate_logs
 from unbraid.train.event_log import EventLog, Record
-from unbraid.train.events import Observer
+from unbraid.train.events import EventReporter
 from unbraid.train.settings import Job, TrainSettings
 from unbraid.train.state import FaultWindow, TrainState, evaluation_weights, first_nonfinite, set_learning_rate
 from unbraid.train.step import LaunchedStep, finish, launch
-from unbraid.train.stragglers import Pace
+from unbraid.train.step_notes import StepNotes
 from unbraid.train.validation_audio import AudioExample, remove_later_audio
 
 
 class ValidationScores(NamedTuple):
-    """Means over the validation examples of all ranks; on this one what was wrong with files, and sound.
+    """Means over the validation examples of all ranks; `faults` and `audio` are those of this rank.
 
-    `orders` and `item_si_sdri`, of each example on all ranks, are as `ValidationRecord` has them.
+    `orders` and `item_si_sdri` are of each example on all ranks, as in `ValidationRecord`.
     """
 
     loss: float
@@ -34,7 +36,7 @@ class ValidationScores(NamedTuple):
     si_sdri: float
     n_items: int
     faults: tuple[AudioFault, ...] = ()
-    sounds: tuple[AudioExample, ...] = ()
+    audio: tuple[AudioExample, ...] = ()
     orders: tuple[tuple[int, ...], ...] = ()
     item_si_sdri: tuple[float | None, ...] = ()
 
@@ -43,266 +45,336 @@ Validate = Callable[[TrainState], ValidationScores]
 
 
 def fit(
-    state: TrainState,
-    load: Load,
-    validate: Validate,
-    job: Job,
-    stop: StopRequest | None = None,
+    state: TrainState, load: Load, validate: Validate, job: Job, stop: StopRequest | None = None
 ) -> Iterator[Record]:
     """Train until the budget is spent, yielding each record after it was written.
 
     Args:
         state: Where to begin; changed in place.
-        load: From a number of steps done to batches of this rank from there on, ``accumulate`` a step, without end.
-        validate: ValidationScores the model.
-        job: Where and how often.
+        load: From a number of finished steps to the batches of this rank from there on, ``accumulate`` per step,
+            without end.
+        validate: Evaluates the model on the validation set.
+        job: Where to write, and how often to validate and save.
         stop: Ends the run early, with a checkpoint.
 
     Yields:
-        A record for each step and each validation, and events as they come.
+        A record for each step and each validation, and events as they occur.
 
     Raises:
-        TrainingStopped: If a stop rule ended the run, after a checkpoint that can be gone on from; or if the last
-            checkpoint could not be written.
+        TrainingStopped: If a stop rule ended the run, after a checkpoint to resume from; or if the last checkpoint
+            could not be written.
     """
-    course = _Course(state, load, validate, job, stop or StopRequest())
+    loop = _Loop(state, load, validate, job, stop or StopRequest())
     try:
-        yield from course.run()
+        yield from loop.run()
     except UserError:
-        yield from course.log.take()
+        yield from loop.log.drain()
         raise
-    except Exception as error:  # of somebody's own model or loss: told, and what was done is saved
-        yield from course.saved_from(error)
+    except Exception as error:  # raised by the user's own model or loss: save what was trained before it
+        yield from loop.save_after(error)
         raise
     finally:
-        course.source.close()  # or data workers would be waited for as long as they live on
+        loop.source.close()  # otherwise the data workers would keep the process alive
 
 
-class _Course:
-    """One training under way: what lies between its steps and does not outlive the process."""
+@dataclass
+class _StepInFlight:
+    """A step's batches on the device, and the step itself once it is launched."""
+
+    batches: list[Batch]
+    faults: tuple[AudioFault, ...]
+    data_seconds: float
+    launched: LaunchedStep = field(init=False)
+    started: float = 0.0
+
+
+class _Loop:
+    """One run of the loop: what lives between its steps, and ends with the process."""
 
     MAX_RETURNS = 3
+    """How often the run may go back to a checkpoint because its weights were not finite."""
 
-    def __init__(
-        self,
-        state: TrainState,
-        load: Load,
-        validate: Validate,
-        job: Job,
-        stop: StopRequest,
-    ) -> None:
-        self.state, self.load, self.validate, self.job, self.stop = state, load, validate, job, stop
+    def __init__(self, state: TrainState, load: Load, validate: Validate, job: Job, stop: StopRequest) -> None:
+        self.state = state
+        self.load = load
+        self.validate = validate
+        self.job = job
+        self.stop = stop
         self.source = BatchSource(load, job.train.accumulate)
         self.log = EventLog(job.run)
-        self.observer = Observer(state, job, self.log)
-        self.began = perf_counter() - state.elapsed_seconds
-        self.done = self.saved = self.went_back = False
-        self.concluded = 0.0  # when the step before was
-        self.busy_seconds = (0.0, 0.0)  # of the last step: data, forward
+        self.reporter = EventReporter(state, job, self.log)
+        self.in_flight: deque[_StepInFlight] = deque()  # launched, in order
+        self.to_repeat: deque[_StepInFlight] = deque()  # to launch again, in order, because memory ran out
+        self.started = perf_counter() - state.elapsed_seconds
+        self.last_step_ended = 0.0
+        self.busy_seconds = (0.0, 0.0)  # of the last finished step: loading data, forward
         self.n_returns = 0
-        self.reason = ""  # why the run has to stop
+        self.is_saved = True  # whether the newest checkpoint holds the present state
 
     def run(self) -> Iterator[Record]:
-        state, job = self.state, self.job
-        self.done, self.saved = self._over_before_it_began(), True
-        if self.done and not self.stop.agreed and state.step > state.validated_step:
-            yield self._validated()  # stopped between its last step and this
-            self.saved = self._save()
-        under_way: list[_UnderWay] = []
-        while not self.done:
-            under_way.append(self._launch())
-            due = self._due(state.step)
-            while under_way and (due or state.is_behind or len(under_way) > self._ahead):
-                yield from self._conclude(under_way.pop(0))
-                due = due or self.done or bool(self.reason)
-                if self.went_back:
-                    under_way.clear()
-                    self.went_back = due = False
-            if self.reason:
-                state.faults, state.bad_files = FaultWindow(), {}  # whoever goes on has mended something
+        """Yield the records of the run."""
+        state = self.state
+        job = self.job
+
+        # A resumed run may be over before its first step: by its budget, or by a signal to any rank.
+        self.stop.agreed = int(dist.max_over_ranks([float(self.stop.signal)], state.device)[0])
+        if not self.stop.agreed and self._is_over() and state.step > state.validated_step:
+            yield self._validate_and_record()  # it was stopped between its last step and the last validation
+            self.is_saved = self._save()
+
+        while not self._is_over():
+            # 1. Launch the next step, or one that is to be repeated with smaller pieces.
+            step_in_flight = self.to_repeat.popleft() if self.to_repeat else self._load_next()
+            self._launch(step_in_flight)
+
+            # 2. Finish steps in their order. An accelerator keeps one step ahead of the host, unless something is to
+            #    be done with the weights of exactly this step, or a step is to be repeated.
+            is_due = self._is_due(state.step)
+            reason_to_stop = ""
+            weights_were_reset = False
+            while self.in_flight and (is_due or self.to_repeat or len(self.in_flight) > self.max_ahead):
+                oldest = self.in_flight.popleft()
+                finished = finish(state, oldest.launched)
+                if finished is None:  # memory ran out: this step is launched again, and after it those that followed
+                    self.to_repeat.extendleft(reversed([oldest, *self.in_flight]))
+                    self.in_flight.clear()
+                    break
+                record, notes = self._complete(oldest, *finished)
+                yield record
+                self._report(record, oldest, notes)
+                if record.outcome in ("nonfinite_loss", "nonfinite_gradient"):
+                    weights_were_reset = self._go_back_if_nonfinite(record.step)
+                reason_to_stop = reason_to_stop or self._stop_rule(record)
+                yield from self.log.drain()
+                if weights_were_reset:
+                    self.in_flight.clear()
+                    break
+                is_due = is_due or bool(reason_to_stop) or self._is_over()
+
+            # 3. Stop rules end the run with a checkpoint, whose counts of faults begin anew: whoever resumes from it
+            #    has fixed something.
+            if reason_to_stop:
+                state.faults = FaultWindow()
+                state.bad_files = {}
                 self._save()
-                yield from self.log.take()
-                raise TrainingStopped(self.reason)
-            if not due:
+                yield from self.log.drain()
+                raise TrainingStopped(reason_to_stop)
+            if self.to_repeat or weights_were_reset or not is_due:
                 continue
-            if _every(job.train.compare_every_steps, state.step):
-                self._compare()
-            self._go_back_if_spoilt(state.step)  # what is not finite is neither validated nor saved
-            if self.went_back:
-                self.went_back = False
+
+            # 4. Check the weights before they are validated or saved.
+            if _is_every(job.train.compare_every_steps, state.step):
+                self._check_ranks_agree()
+            if self._go_back_if_nonfinite(state.step):
                 continue
-            best = False
-            if not self.stop.agreed and (self.done or _every(job.validate.every_steps, state.step)):
-                validation = self._validated()
-                best = validation.best
+
+            # 5. Validate and save. A run that was asked to stop saves without a last validation.
+            is_best = False
+            is_over = self._is_over()
+            if not self.stop.agreed and (is_over or _is_every(job.validate.every_steps, state.step)):
+                validation = self._validate_and_record()
+                is_best = validation.best
                 yield validation
-            if self.done or best or _every(job.save.every_steps, state.step):
-                self.saved = self._save()
-            yield from self.log.take()
-        if not self.saved:
+            if is_over or is_best or _is_every(job.save.every_steps, state.step):
+                self.is_saved = self._save()
+            yield from self.log.drain()
+
+        if not self.is_saved:
             raise TrainingStopped(
-                f"The checkpoint of step {state.step}, the last, could not be written to {job.run.checkpoints}: make "
-                "room, and go on from the one before with --resume."
+                f"The last checkpoint, of step {state.step}, could not be written to {job.run.checkpoints}. Free some "
+                "disk space, then continue from the checkpoint before it with --resume."
             )
 
-    def saved_from(self, error: Exception) -> list[Event]:
-        """Save what was done before something broke that is not ours to mend; several processes cannot agree on it."""
+    def save_after(self, error: Exception) -> list[Event]:
+        """Save what was trained before the user's code raised. Several processes could not agree on that."""
         state = self.state
-        said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
-        saved = dist.world_size() == 1 and not self.saved and self._save()
-        message = f"After step {state.step} the model or the loss raised {said}."
-        message += " The checkpoint of that step is written: mend it, and go on with --resume." if saved else ""
-        self.log.tell("STEP_RAISED", state.step, message)
-        return self.log.take()
+        first_line = str(error).splitlines()[0] if str(error) else "no reason given"
+        message = f"After step {state.step} the model or the loss raised {type(error).__name__}: {first_line}."
+        if dist.world_size() == 1 and not self.is_saved and self._save():
+            message += " The checkpoint of that step is written. Fix the error, then continue with --resume."
+        self.log.emit("STEP_RAISED", state.step, message)
+        return self.log.drain()
 
     @property
-    def _ahead(self) -> int:
-        """How many steps are launched before the first of them is looked at: an accelerator has always work then."""
+    def max_ahead(self) -> int:
+        """How many steps stay launched while the host goes on, so that an accelerator never runs out of work.
+
+        "rescue" and "stop" have to know what became of a step before the next one.
+        """
         return 1 if self.state.device.type == "cuda" and self.state.on_bad_example == "skip" else 0
 
-    def _due(self, step: int) -> bool:
-        """Whether something is to be done with the weights after this step, so that it has to be finished first."""
-        job = self.job
-        intervals = [job.validate.every_steps, job.save.every_steps]
-        intervals += [job.train.compare_every_steps] if dist.world_size() > 1 else []
-        return _progress(self.state, job.train) >= 1 or any(_every(interval, step) for interval in intervals)
-
-    def _launch(self) -> "_UnderWay":
-        state = self.state
-        set_learning_rate(state, state.schedule.factor(state.step + 1, _progress(state, self.job.train)))
-        waited = perf_counter()
-        parts = self.source.next_micro_batches(state.step, self.log)
-        data_seconds = perf_counter() - waited
-        faults = tuple(fault for part in parts for fault in part.faults)
-        moved = [part.batch.to(state.device) for part in parts]
-        launched = launch(state, moved, notes=self._notes(faults))
-        return _UnderWay(launched, faults, data_seconds)
-
-    def _notes(self, faults: Sequence[AudioFault]) -> list[float]:
-        """What this rank tells the others with each step: signals, the main clock, new bad files, its busy seconds."""
-        signals = [float(self.stop.signal == number) for number in SIGNALS]
-        clock = perf_counter() - self.began if dist.is_main() else 0.0
-        seconds = [0.0] * (len(Pace.SECTIONS) * dist.world_size())
-        first = len(Pace.SECTIONS) * dist.rank()
-        seconds[first : first + len(Pace.SECTIONS)] = self.busy_seconds
-        return [*signals, clock, float(bool(self.observer.new(faults))), *seconds]
-
-    def _conclude(self, under_way: "_UnderWay") -> Iterator[Record]:
-        """Hear what became of a step, write it down, and act on it; the same on every rank."""
-        state, job = self.state, self.job
-        record, notes = finish(state, under_way.launched)
-        self.busy_seconds = (under_way.data_seconds, under_way.launched.attempt.busy.seconds())
-        signals, clock, n_new_faults = notes[: len(SIGNALS)], notes[len(SIGNALS)], notes[len(SIGNALS) + 1]
-        told = next((int(number) for number, n in zip(SIGNALS, signals, strict=True) if n), 0)
-        self.stop.agreed = told if dist.world_size() > 1 else self.stop.signal
-        state.elapsed_seconds = clock if dist.world_size() > 1 else perf_counter() - self.began
-        record = replace(self._timed(record, under_way), elapsed_seconds=state.elapsed_seconds)
-        if dist.is_main():
-            self.log.append(job.run.steps, record)
-        yield record
-        if n_new_faults:
-            self.observer.report_bad_files(under_way.faults)
-        self.observer.tell_of_memory(record)
-        self.observer.tell_of_fault(record, under_way.launched)
-        self.observer.tell_of_health(record, notes[len(SIGNALS) + 2 :])
-        self.saved, self.done = False, bool(self.stop.agreed) or _progress(state, job.train) >= 1
-        if record.outcome in ("nonfinite_loss", "nonfinite_gradient"):
-            self._go_back_if_spoilt(record.step)
-        self.reason = self.reason or self._stop_rule(record) or ""
-        yield from self.log.take()
-
-    def _timed(self, record: StepRecord, under_way: "_UnderWay") -> StepRecord:
-        """The record with the wall time that this step took, also where others were launched before its end."""
-        now, waited = perf_counter(), under_way.data_seconds
-        total = now - max(under_way.launched.started - waited, self.concluded)
-        self.concluded = now
-        rate = record.examples_per_second * record.seconds / total
-        return replace(record, seconds=max(total - waited, 0.0), data_seconds=waited, examples_per_second=rate)
-
-    def _over_before_it_began(self) -> bool:
-        """Whether there is nothing to do, by the budget or by a signal to any rank; the same on all."""
-        self.stop.agreed = int(dist.max_over_ranks([float(self.stop.signal)], self.state.device)[0])
+    def _is_over(self) -> bool:
+        """Return whether the budget is spent, or a signal was agreed on; the same on every rank."""
         return bool(self.stop.agreed) or _progress(self.state, self.job.train) >= 1
 
-    def _stop_rule(self, record: StepRecord) -> str | None:
-        """Why the run must end now; the same on every rank, as all of it was agreed on."""
-        state, job = self.state, self.job
-        budget = max(5, 0.01 * job.n_files)
-        if len(state.bad_files) > budget:
-            listed = ", ".join(f"{path} ({code})" for path, code in state.bad_files.items())
-            return f"More than {budget:g} bad files: {listed}. Mend them, or name them under data.exclude."
-        reason = record.outcome.replace("_", " ")
-        blamed = f" {self.observer.verdict}".rstrip()
-        if (fault := state.faults.verdict()) is not None:
-            advice, key = ADVICE.get(record.outcome, ADVICE["nonfinite_loss"])
-            of_files = record.outcome not in ("fp16_overflow", "out_of_memory")
-            files = f" {job.run.events} names the files behind it." if of_files else ""
-            return f"Stopped at step {record.step}: {fault}, the last by {reason}. {advice} [{key}]{files}{blamed}"
-        if job.train.on_bad_example == "stop" and record.outcome not in ("trained", "all_filtered", "fp16_overflow"):
-            return (
-                f'Stopped at step {record.step} by {reason}, as train.on_bad_example = "stop" asks; --resume goes on '
-                f"after it.{blamed}"
-            )
-        return None
+    def _is_due(self, step: int) -> bool:
+        """Return whether the weights after this step are to be compared, validated or saved."""
+        job = self.job
+        intervals = [job.validate.every_steps, job.save.every_steps]
+        if dist.world_size() > 1:
+            intervals.append(job.train.compare_every_steps)
+        return _progress(self.state, job.train) >= 1 or any(_is_every(interval, step) for interval in intervals)
 
-    def _go_back_if_spoilt(self, step: int) -> None:
-        """Where weights or optimizer state are not finite, on any rank, all go back to the last good checkpoint.
+    def _load_next(self) -> _StepInFlight:
+        """Load the next step's batches, and start copying them to the device."""
+        waiting_since = perf_counter()
+        loaded = self.source.next_micro_batches(self.state.step, self.log)
+        data_seconds = perf_counter() - waiting_since
+        faults = tuple(fault for part in loaded for fault in part.faults)
+        return _StepInFlight([part.batch.to(self.state.device) for part in loaded], faults, data_seconds)
+
+    def _launch(self, step_in_flight: _StepInFlight) -> None:
+        state = self.state
+        set_learning_rate(state, state.schedule.factor(state.step + 1, _progress(state, self.job.train)))
+        notes = StepNotes(
+            signal=self.stop.signal,
+            elapsed_seconds=perf_counter() - self.started,
+            new_bad_files=bool(self.reporter.unreported(step_in_flight.faults)),
+            busy_seconds=self.busy_seconds,
+        )
+        step_in_flight.launched = launch(state, step_in_flight.batches, notes=notes.pack())
+        # a repeated step took from its first launch on
+        step_in_flight.started = step_in_flight.started or step_in_flight.launched.started
+        self.in_flight.append(step_in_flight)
+
+    def _complete(
+        self, step_in_flight: _StepInFlight, record: StepRecord, note_sums: list[float]
+    ) -> tuple[StepRecord, StepNotes]:
+        """Take up what the ranks agreed on, and write the record of a finished step with its times."""
+        # 1. Several ranks agree on signal and clock, so that all of them stop after the same step.
+        notes = StepNotes.unpack(note_sums)
+        if dist.world_size() > 1:
+            self.stop.agreed = notes.signal
+            self.state.elapsed_seconds = notes.elapsed_seconds
+        else:
+            self.stop.agreed = self.stop.signal
+            self.state.elapsed_seconds = perf_counter() - self.started
+
+        # 2. With a step ahead, launches overlap: a step's time runs from the end of the step before it.
+        now = perf_counter()
+        waited = step_in_flight.data_seconds
+        total_seconds = now - max(step_in_flight.started - waited, self.last_step_ended)
+        self.last_step_ended = now
+        n_examples = record.examples_per_second * record.seconds
+        record = replace(
+            record,
+            seconds=max(total_seconds - waited, 0.0),
+            data_seconds=waited,
+            examples_per_second=n_examples / total_seconds,
+            elapsed_seconds=self.state.elapsed_seconds,
+        )
+        self.busy_seconds = (waited, step_in_flight.launched.backward.busy.seconds())
+        if dist.is_main():
+            self.log.append(self.job.run.steps, record)
+        self.is_saved = False
+        return record, notes
+
+    def _report(self, record: StepRecord, step_in_flight: _StepInFlight, notes: StepNotes) -> None:
+        if notes.new_bad_files:
+            self.reporter.report_bad_files(step_in_flight.faults)
+        self.reporter.report_out_of_memory(record)
+        self.reporter.report_bad_step(record, step_in_flight.batches)
+        self.reporter.report_stragglers(record, notes)
+
+    def _stop_rule(self, record: StepRecord) -> str:
+        """Return why the run must end now, or an empty string; the same on every rank."""
+        state = self.state
+        job = self.job
+        n_allowed = max(5, 0.01 * job.n_files)
+        if len(state.bad_files) > n_allowed:
+            files = ", ".join(f"{path} ({code})" for path, code in state.bad_files.items())
+            return f"More than {n_allowed:g} files are bad: {files}. Fix them, or list them under data.exclude."
+        outcome = record.outcome.replace("_", " ")
+        diagnosis = f" {self.reporter.last_diagnosis}".rstrip()
+        reason = state.faults.reason_to_stop()
+        if reason is not None:
+            advice, key = ADVICE.get(record.outcome, ADVICE["nonfinite_loss"])
+            names_files = record.outcome not in ("fp16_overflow", "out_of_memory")
+            files = f" {job.run.events} lists the files involved." if names_files else ""
+            cause = f"{reason}, the last one by {outcome}"
+            return f"Stopped at step {record.step}: {cause}. {advice} [{key}]{files}{diagnosis}"
+        if job.train.on_bad_example == "stop" and record.outcome in FAULT_OUTCOMES:
+            return (
+                f'Stopped at step {record.step} by {outcome}, because train.on_bad_example = "stop". Continue after it '
+                f"with --resume.{diagnosis}"
+            )
+        return ""
+
+    def _go_back_if_nonfinite(self, step: int) -> bool:
+        """Go back to the last good checkpoint if weights or optimizer state are not finite on any rank.
+
+        Returns:
+            Whether all ranks went back.
 
         Raises:
-            TrainingStopped: If there is none, or that has been done too often.
+            TrainingStopped: If there is no good checkpoint, or going back happened too often.
         """
-        state, run = self.state, self.job.run
+        state = self.state
+        run = self.job.run
         name = first_nonfinite(state)
         if not dist.any_rank(name is not None, state.device):
-            return
-        (rank, where), *_ = dist.gather([name] if name else [], state.device)
+            return False
+
+        # 1. Find the newest good checkpoint, the same for all ranks.
+        (rank, tensor), *_ = dist.gather([name] if name else [], state.device)
         self.n_returns += 1
-        found = newest_checkpoint(run)[0] if dist.is_main() else None
-        path = dist.from_main_process(found.path if found else None)
+        newest = newest_checkpoint(run)[0] if dist.is_main() else None
+        path = dist.from_main_process(newest.path if newest else None)
         if path is None or self.n_returns > self.MAX_RETURNS:
+            problem = "there is no checkpoint to go back to" if path is None else "going back did not help"
             raise TrainingStopped(
-                f"At step {step} the model is not finite (first in {where}, on process {rank}), and "
-                + ("there is no checkpoint to go back to" if path is None else "going back did not help")
-                + ": begin again with a lower optim.lr, in another --run."
+                f"At step {step} the model is not finite (first in {tensor}, on process {rank}), and {problem}. Start "
+                "again with a lower optim.lr, in another --run."
             )
-        checkpoint = found or read_checkpoint(path)
+
+        # 2. Load it, and drop the records and audio of the steps that will be done again. Events stay.
+        checkpoint = newest or read_checkpoint(path)
         state.load_state_dict(checkpoint.state)
         if dist.is_main():
             truncate_logs(run, checkpoint.log_bytes | {run.events.name: run.events.stat().st_size})
             remove_later_audio(run.audio, state.step)
-            message = f"The model was not finite at step {step} (first in {where}); went back to {path.name}, from "
-            message += "where its steps are done again."
-            self.log.tell("WEIGHTS_NONFINITE", step, message, rank=rank)
+            message = (
+                f"The model was not finite at step {step} (first in {tensor}). The run went back to {path.name} and "
+                "repeats the steps after it."
+            )
+            self.log.emit("WEIGHTS_NONFINITE", step, message, rank=rank)
         self.source = BatchSource(self.load, self.job.train.accumulate)
-        self.done, self.saved, self.went_back = False, True, True
+        self.is_saved = True
+        return True
 
-    def _compare(self) -> None:
-        """Make sure that all ranks hold the same weights.
+    def _check_ranks_agree(self) -> None:
+        """Compare the weights of all ranks bit for bit.
 
         Raises:
-            TrainingStopped: If they do not.
+            TrainingStopped: If they differ.
         """
-        if (name := dist.first_difference(self.state.unwrapped_model)) is not None:
-            if dist.is_main():
-                message = f"The processes do not hold the same weights (first in {name})."
-                self.log.tell("RANKS_DIFFER", self.state.step, message, first=name)
-            raise TrainingStopped(
-                f"At step {self.state.step} the processes do not hold the same weights (first in {name}); --resume "
-                "goes on from the last checkpoint, at which they did."
-            )
+        name = dist.first_difference(self.state.unwrapped_model)
+        if name is None:
+            return
+        if dist.is_main():
+            message = f"The processes hold different weights (first in {name})."
+            self.log.emit("RANKS_DIFFER", self.state.step, message, first=name)
+        raise TrainingStopped(
+            f"At step {self.state.step} the processes hold different weights (first in {name}). Continue with --resume "
+            "from the last checkpoint, at which they agreed."
+        )
 
-    def _validated(self) -> ValidationRecord:
-        state, job = self.state, self.job
+    def _validate_and_record(self) -> ValidationRecord:
+        state = self.state
+        job = self.job
         started = perf_counter()
         with evaluation_weights(state):
             scores = self.validate(state)
-        if dist.any_rank(bool(self.observer.new(scores.faults)), state.device):
-            self.observer.report_bad_files(scores.faults)
-        usable = math.isfinite(scores.loss)
-        best = usable and scores.loss < state.best_loss
-        if best:
-            state.best_loss, state.best_step = scores.loss, state.step
-        if usable:
+        if dist.any_rank(bool(self.reporter.unreported(scores.faults)), state.device):
+            self.reporter.report_bad_files(scores.faults)
+
+        # NaN compares false with everything: without this check it could become the best.
+        loss_is_finite = math.isfinite(scores.loss)
+        is_best = loss_is_finite and scores.loss < state.best_loss
+        if is_best:
+            state.best_loss = scores.loss
+            state.best_step = state.step
+        if loss_is_finite:
             state.schedule.observe(scores.loss)
         state.validated_step = state.step
         progress = min(1.0, _progress(state, job.train))
@@ -312,7 +384,7 @@ class _Course:
             si_sdr=scores.si_sdr,
             si_sdri=scores.si_sdri,
             n_items=scores.n_items,
-            best=best,
+            best=is_best,
             lr=state.optimizer.param_groups[0]["initial_lr"] * state.schedule.factor(state.step, progress),
             elapsed_seconds=state.elapsed_seconds,
             seconds=perf_counter() - started,
@@ -321,50 +393,48 @@ class _Course:
         )
         if dist.is_main():
             self.log.append(job.run.validation, record)
-        self.observer.keep_sounds(scores.sounds)
+        self.reporter.save_validation_audio(scores.audio)
         return record
 
     def _save(self) -> bool:
-        """Write a checkpoint, after the ranks have made sure that they hold the same weights; False if a disk refused.
+        """Write a checkpoint. Return False if the disk refused: the run continues then, and tries again later.
 
         Raises:
-            TrainingStopped: If ranks differ, or the model is not finite: such a model is never saved.
+            TrainingStopped: If the ranks differ, or the model is not finite: such a model is never saved.
         """
-        state, job = self.state, self.job
-        self._compare()
+        state = self.state
+        job = self.job
+        self._check_ranks_agree()
         name = first_nonfinite(state)
         if dist.any_rank(name is not None, state.device):
             raise TrainingStopped(
-                f"At step {state.step} the model is not finite (first in {name}); checkpoints before it are whole, "
-                "and --resume takes them."
+                f"At step {state.step} the model is not finite (first in {name}). Earlier checkpoints are intact: "
+                "continue from them with --resume."
             )
         if not dist.is_main():
             return True
         try:
-            best = state.best_step == state.step
-            content = state.state_dict()
-            save_checkpoint(job.run, content, recipe=job.recipe, choices=job.choices, best=best, keep=job.save.keep)
+            save_checkpoint(
+                job.run,
+                state.state_dict(),
+                recipe=job.recipe,
+                choices=job.choices,
+                best=state.best_step == state.step,
+                keep=job.save.keep,
+            )
         except OSError as error:
-            message = f"The checkpoint of step {state.step} could not be written ({error}); older ones are whole."
-            self.log.tell("CHECKPOINT_FAILED", state.step, message)
+            message = f"The checkpoint of step {state.step} could not be written ({error}). Older ones are intact."
+            self.log.emit("CHECKPOINT_FAILED", state.step, message)
             return False
         return True
 
 
-class _UnderWay(NamedTuple):
-    """A step that was launched, and what its data brought along."""
-
-    launched: LaunchedStep
-    faults: tuple[AudioFault, ...]
-    data_seconds: float
-
-
-def _every(interval: int, step: int) -> bool:
+def _is_every(interval: int, step: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
 def _progress(state: TrainState, train: TrainSettings) -> float:
-    """The share of the budget that is spent; on every rank what the main one's clock says."""
+    """Return the share of the budget that is spent; the main process's clock counts for every rank."""
     by_steps = state.step / train.max_steps if train.max_steps else 0.0
     by_time = state.elapsed_seconds / (60 * train.max_minutes) if train.max_minutes else 0.0
     return max(by_steps, by_time)

@@ -1,4 +1,4 @@
-"""TrainState: all that changes, and so all that a checkpoint holds."""
+"""TrainState: everything that changes in training, and so everything that a checkpoint holds."""
 
 import math
 from collections import deque
@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from unbraid.records import Outcome
 from unbraid.robust.clip import Clipper, FixedClip
 from unbraid.robust.filter import LossFilter, StatefulFilter
 from unbraid.robust.guard import initialise_optimizer_state
 from unbraid.robust.precision import Precision
 from unbraid.robust.transform import GradientTransform
-from unbraid.train.buffer_snapshot import Place, buffer_locations
+from unbraid.train.buffer_snapshot import BufferLocation, buffer_locations
 from unbraid.train.ddp_recovery import GradientExchange
 from unbraid.train.ema import EMA
 from unbraid.train.forward import ExampleLoss
@@ -25,40 +26,44 @@ from unbraid.train.optim import Constant, Schedule
 
 
 class FaultWindow:
-    """Outcomes of the last steps, and whether they are bad enough to end the run.
+    """The outcomes of the last steps, and whether there are so many faults that the run must end.
 
-    A step whose examples were all easy is no fault. An overflow under fp16 belongs to finding the scale: it counts
-    in a row, but not towards the share.
+    A batch of filtered examples is no fault. An fp16 overflow counts towards faults in a row, but not towards their
+    share: while the loss scale is searched for, overflows are normal.
     """
 
-    IN_A_ROW, WINDOW, SHARE, AT_LEAST = 20, 1000, 0.01, 10
+    MAX_IN_A_ROW = 20
+    WINDOW = 1000
+    MAX_SHARE = 0.01
+    ALWAYS_ALLOWED = 10
 
     def __init__(self) -> None:
-        self.in_a_row = 0
+        self.n_in_a_row = 0
         self.recent: deque[bool] = deque(maxlen=self.WINDOW)
 
-    def add(self, outcome: str) -> None:
+    def add(self, outcome: Outcome) -> None:
         """Count one step."""
-        fault = outcome not in ("trained", "all_filtered")
-        self.in_a_row = self.in_a_row + 1 if fault else 0
-        self.recent.append(fault and outcome != "fp16_overflow")
+        is_fault = outcome not in ("trained", "all_filtered")
+        self.n_in_a_row = self.n_in_a_row + 1 if is_fault else 0
+        self.recent.append(is_fault and outcome != "fp16_overflow")
 
-    def verdict(self) -> str | None:
-        """Why the run has to stop; None where it need not."""
-        if self.in_a_row >= self.IN_A_ROW:
-            return f"{self.in_a_row} steps in a row had to be left out"
-        n_faults, allowed = sum(self.recent), max(self.AT_LEAST, self.SHARE * len(self.recent))
-        if n_faults > allowed:
-            return f"{n_faults} of the last {len(self.recent)} steps had to be left out"
+    def reason_to_stop(self) -> str | None:
+        """Return why the run has to end, or None."""
+        if self.n_in_a_row >= self.MAX_IN_A_ROW:
+            return f"{self.n_in_a_row} steps in a row were skipped"
+        n_faults = sum(self.recent)
+        if n_faults > max(self.ALWAYS_ALLOWED, self.MAX_SHARE * len(self.recent)):
+            return f"{n_faults} of the last {len(self.recent)} steps were skipped"
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """Counts."""
-        return {"in_a_row": self.in_a_row, "recent": "".join("1" if fault else "0" for fault in self.recent)}
+        """Return the counts."""
+        recent = "".join("1" if is_fault else "0" for is_fault in self.recent)
+        return {"in_a_row": self.n_in_a_row, "recent": recent}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up where another run stood."""
-        self.in_a_row = int(state["in_a_row"])
+        """Load the counts of another run."""
+        self.n_in_a_row = int(state["in_a_row"])
         self.recent = deque((mark == "1" for mark in state["recent"]), maxlen=self.WINDOW)
 
 
@@ -67,31 +72,31 @@ class TrainState:
     """A model in training.
 
     Attributes:
-        model: ``(batch, channel, time)`` to ``(batch, source, channel, time)``; wrapped for several processes or not.
-        loss: Per-example loss; taken in float32.
+        model: ``(batch, channel, time)`` to ``(batch, source, channel, time)``; wrapped in DDP or not.
+        loss: One loss per example; computed in float32.
         optimizer: Over the model's parameters.
-        clipper: Limit on the gradient's norm.
-        filters: Weights for finite losses, multiplied.
-        transforms: Changes to single gradients, before the whole norm is limited.
+        clipper: Chooses the largest gradient norm.
+        filters: Weights for finite losses; several are multiplied.
+        transforms: Changes to single gradients, before the norm of all of them is clipped.
         ema: Moving average of the weights, validated and saved in their place; None for none.
-        on_bad_example: ``skip`` and ``stop`` leave a step out that holds one; ``rescue`` repeats it on the clean ones.
+        on_bad_example: ``skip`` and ``stop`` skip a step with a bad example; ``rescue`` repeats it on the clean ones.
         precision: Number format of the forward, and the loss scale.
         schedule: Of the learning rate.
-        loss_upper_limit: A loss beyond this, by absolute value, is a fault as NaN is.
-        seed: For what draws random numbers inside the model.
-        step: Steps done, those left out among them; the position in the data follows from it.
+        loss_upper_limit: A loss above this, by absolute value, is a fault just as NaN is.
+        seed: For the model's own random draws.
+        step: Number of steps done, skipped ones included; the position in the data follows from it.
         best_loss: Lowest finite validation loss so far.
-        best_step: Where that was.
-        validated_step: The last step after which was validated.
+        best_step: The step with the lowest validation loss.
+        validated_step: The step of the last validation.
         elapsed_seconds: Wall time of the run, over all its resumptions.
         faults: Outcomes of the last steps.
-        bad_files: Files set aside so far on any rank, and the code of what is wrong with each.
-        n_pieces: What each batch is cut into because memory ran out before.
-        examples_per_rank: The most examples that a rank has in a step; needed on several processes by filters that
-            remember losses.
-        held: Whether a step launched before has to be done again first, 0-d; None for no.
-        is_behind: Whether steps are under way that have to be done again.
-        exchange: Of gradients between processes.
+        bad_files: Files found to be bad on any rank, with the code of what is wrong with each.
+        n_pieces: How many pieces each batch is cut into, because memory ran out before.
+        examples_per_rank: The most examples that a rank has in one step. Needed on several processes by filters that
+            learn from earlier losses.
+        repeat_pending: Whether a launched step ran out of memory and is still to be repeated, 0-d on the device, so
+            that steps launched after it are not applied before it; None for no.
+        exchange: Of gradients between processes; None on one process.
     """
 
     model: nn.Module
@@ -115,21 +120,21 @@ class TrainState:
     bad_files: dict[str, str] = field(default_factory=dict)
     n_pieces: int = 1
     examples_per_rank: int = 0
-    held: Tensor | None = field(default=None, init=False, repr=False)
-    is_behind: bool = field(default=False, init=False, repr=False)
+    repeat_pending: Tensor | None = field(default=None, init=False, repr=False)
     exchange: GradientExchange | None = field(default=None, init=False, repr=False)
-    _places: tuple[nn.Module, list[Place]] | None = field(default=None, init=False, repr=False)
+    _buffer_locations: tuple[nn.Module, list[BufferLocation]] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for group in self.optimizer.param_groups:
             group.setdefault("initial_lr", float(group["lr"]))
+        # Fused SGD would leave its momentum uninitialised if the very first step were skipped.
         initialise_optimizer_state(self.optimizer)
         if isinstance(self.model, DistributedDataParallel):
             self.exchange = GradientExchange(self.model)
 
     @property
     def unwrapped_model(self) -> nn.Module:
-        """The model without the wrapper for several processes."""
+        """The model without its DDP wrapper."""
         return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
 
     @property
@@ -138,39 +143,48 @@ class TrainState:
         return next(self.model.parameters()).device
 
     @property
-    def buffer_locations(self) -> list[Place]:
-        """Where layers such as BatchNorm keep something; looked for once, as that walks through the model."""
-        if self._places is None or self._places[0] is not self.model:
-            self._places = self.model, buffer_locations(self.model)
-        return self._places[1]
+    def buffer_locations(self) -> list[BufferLocation]:
+        """Where layers such as BatchNorm keep buffers; cached, because finding them walks through the model."""
+        if self._buffer_locations is None or self._buffer_locations[0] is not self.model:
+            self._buffer_locations = self.model, buffer_locations(self.model)
+        return self._buffer_locations[1]
 
     @property
     def remembering_filters(self) -> list[StatefulFilter]:
         """Filters that learn from the losses of each step."""
         return [cast(StatefulFilter, part) for part in self.filters if hasattr(part, "observe")]
 
-    def _parts(self) -> dict[str, Any]:
-        parts = {"optimizer": self.optimizer, "clipper": self.clipper, "precision": self.precision}
-        parts |= {"schedule": self.schedule, "faults": self.faults, "ema": self.ema}
-        parts |= {f"filter.{place}": part for place, part in enumerate(self.filters)}
+    def _stateful_parts(self) -> dict[str, Any]:
+        parts = {
+            "optimizer": self.optimizer,
+            "clipper": self.clipper,
+            "precision": self.precision,
+            "schedule": self.schedule,
+            "faults": self.faults,
+            "ema": self.ema,
+        }
+        parts |= {f"filter.{index}": loss_filter for index, loss_filter in enumerate(self.filters)}
         return {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
 
     def state_dict(self) -> dict[str, Any]:
-        """All that changes, as nested dicts of tensors, numbers, text and lists.
+        """Return everything that changes, as nested dicts of tensors, numbers, strings and lists.
 
-        ``model`` is what one evaluates with; where training goes on from other weights, those stand beside it.
+        ``model`` holds the weights to evaluate with. If training continues from other weights, as with an EMA, those
+        are in ``training_weights``.
         """
-        state = {name: part.state_dict() for name, part in self._parts().items()}
-        if self._judged_apart:
-            state["training_weights"] = _copied(self.unwrapped_model)
+        state = {name: part.state_dict() for name, part in self._stateful_parts().items()}
+        if self._has_evaluation_weights:
+            state["training_weights"] = _cloned(self.unwrapped_model)
         with evaluation_weights(self):
-            state["model"] = _copied(self.unwrapped_model) if self._judged_apart else self.unwrapped_model.state_dict()
-        state["progress"] = {name: getattr(self, name) for name in self._PROGRESS} | {"bad_files": dict(self.bad_files)}
+            model = self.unwrapped_model
+            state["model"] = _cloned(model) if self._has_evaluation_weights else model.state_dict()
+        progress = {name: getattr(self, name) for name in self._PROGRESS}
+        state["progress"] = progress | {"bad_files": dict(self.bad_files)}
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up where another run stood; the parts must be of the same kinds."""
-        for name, part in self._parts().items():
+        """Load the state of another run with parts of the same kinds."""
+        for name, part in self._stateful_parts().items():
             part.load_state_dict(state[name])
         if self.ema is not None:
             self.unwrapped_model.load_state_dict(state["model"])
@@ -179,48 +193,49 @@ class TrainState:
         for name in self._PROGRESS:
             setattr(self, name, state["progress"][name])
         self.bad_files = dict(state["progress"]["bad_files"])
-        self.held, self.is_behind = None, False
+        self.repeat_pending = None
 
     @property
-    def _judged_apart(self) -> bool:
-        """Whether other weights are judged than trained."""
-        return self.ema is not None or _has_modes(self.optimizer)
+    def _has_evaluation_weights(self) -> bool:
+        """Whether the weights to evaluate with differ from those in training."""
+        return self.ema is not None or _is_schedule_free(self.optimizer)
 
     _PROGRESS = ("step", "best_loss", "best_step", "validated_step", "elapsed_seconds", "n_pieces")
 
 
-def _copied(model: nn.Module) -> dict[str, Tensor]:
+def _cloned(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
-def _has_modes(optimizer: Optimizer) -> bool:
-    """Whether it is schedule-free: such an optimizer keeps other weights in training than it would have judged."""
+def _is_schedule_free(optimizer: Optimizer) -> bool:
+    """Return whether the optimizer is schedule-free: it trains other weights than it evaluates with."""
     return hasattr(optimizer, "eval") and hasattr(optimizer, "train")
 
 
 @contextmanager
 def evaluation_weights(state: TrainState) -> Iterator[None]:
-    """Within it the model has the weights that are validated and saved; afterwards those of training, bit for bit."""
-    if not state._judged_apart:
+    """Give the model the weights to validate and save; afterwards those of training again, bit for bit."""
+    if not state._has_evaluation_weights:
         yield
         return
     optimizer: Any = state.optimizer
     parameters = [p.detach() for p in state.unwrapped_model.parameters()]
-    kept = [p.clone() for p in parameters]
-    if _has_modes(optimizer):
+    training_weights = [p.clone() for p in parameters]
+    if _is_schedule_free(optimizer):
         optimizer.eval()
     if state.ema is not None:
         torch._foreach_copy_(parameters, state.ema.weights)
     try:
         yield
     finally:
-        if _has_modes(optimizer):
+        if _is_schedule_free(optimizer):
             optimizer.train()
-        torch._foreach_copy_(parameters, kept)
+        # optimizer.train() undoes eval() only up to rounding: the copy makes it exact
+        torch._foreach_copy_(parameters, training_weights)
 
 
 def first_nonfinite(state: TrainState) -> str | None:
-    """Name of the first weight that is not finite, or has optimizer state that is not, or else of a buffer with NaN.
+    """Return the name of the first weight or optimizer state that is not finite, or of a buffer with NaN, or None.
 
     A buffer may hold infinity, as masks do.
     """
@@ -235,6 +250,6 @@ def first_nonfinite(state: TrainState) -> str | None:
 
 
 def set_learning_rate(state: TrainState, factor: float) -> None:
-    """Give every parameter group its initial learning rate times the factor."""
+    """Set the learning rate of every parameter group to its initial one times the factor."""
     for group in state.optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor

@@ -1,8 +1,8 @@
-"""train_step: forward, filter, backward, agree across ranks, clip, update, record."""
+"""train_step: forward, filter, backward, agree over the ranks, clip, update or skip, record."""
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from time import perf_counter
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from unbraid import dist
 from unbraid.data.batch import Batch
-from unbraid.records import ItemId, ItemRecord, Outcome, StepRecord
+from unbraid.records import FAULT_OUTCOMES, ItemId, ItemRecord, Outcome, StepRecord
 from unbraid.robust.clip import as_max_norm
 from unbraid.robust.guard import apply_update, supports_found_inf
 from unbraid.train.block_stats import (
@@ -23,43 +23,30 @@ from unbraid.train.block_stats import (
     peak_memory,
 )
 from unbraid.train.buffer_snapshot import BufferSnapshot
-from unbraid.train.forward_backward import (
-    COUNTS,
-    Attempt,
-    Ran,
-    can_shrink,
-    cut,
-    divisible,
-    guilty_places,
-    rescued,
-    run_once,
-)
+from unbraid.train.forward_backward import BackwardResult, MicroBatchResult, Totals, forward_backward
 from unbraid.train.host_transfer import HostTransfer
+from unbraid.train.rescue import find_bad_examples, loss_scale_can_shrink, rescue
 from unbraid.train.state import TrainState
 
 
 @dataclass
 class LaunchedStep:
-    """A step whose work is done or under way, and whose scalars are on their way to the host.
+    """A step whose work is queued on the device, and whose numbers are on their way to the host.
 
     Attributes:
-        step: Its number.
-        parts: Micro-batches of this rank.
-        notes: Of this rank, to be summed.
-        attempt: What came of the examples.
-        parcel: The scalars.
-        rates: Learning rate of each parameter group.
-        n_pieces: What each micro-batch was cut into.
-        started: When, by `perf_counter`.
+        step: Its number, from 1.
+        batches: Micro-batches of this rank, as they were passed in.
+        backward: Results of forward and backward.
+        transfer: The numbers.
+        lr: Learning rate of the first parameter group.
+        started: When it was launched, by `perf_counter`.
     """
 
     step: int
-    parts: list[Batch]
-    notes: Sequence[float]
-    attempt: Attempt
-    parcel: HostTransfer
-    rates: list[float]
-    n_pieces: int
+    batches: list[Batch]
+    backward: BackwardResult
+    transfer: HostTransfer
+    lr: float
     started: float
 
 
@@ -67,144 +54,137 @@ def train_step(state: TrainState, batch: Batch | Sequence[Batch]) -> StepRecord:
     """Train on one batch, or on the micro-batches of one step, unless something is wrong with it.
 
     With per-example losses l_i and weights w_i over all ranks and micro-batches, the gradient is
-    ``sum(w_i * grad l_i) / sum(w_i)``. Every rank must call it, and runs every backward. A step that cannot be trusted
-    is left out on every rank alike: weights, optimizer and clipper stay as they were, bit for bit; the record says why.
+    ``sum(w_i * grad l_i) / sum(w_i)``. Every rank must call it, and every rank runs every backward. A step that cannot
+    be trusted is skipped on every rank: weights, optimizer and clipper stay as they were, bit for bit, and the record
+    gives the reason.
 
-    It waits for the device once, at its end. `launch` and `finish` are its two halves: with the next step launched
-    before this one is finished, an accelerator never waits for the host.
+    It waits for the device once, at its end. `launch` and `finish` are its two halves: a loop that launches the next
+    step before it finishes this one never leaves an accelerator without work.
 
     Args:
         state: Changed in place.
         batch: Examples of this rank.
 
     Returns:
-        What happened; the same on every rank but for `epoch`, times, memory, `items`, `n_micro_batches` and
-        `bad_items`.
+        The record of the step. It is the same on every rank, except for `epoch`, times, memory, `items`,
+        `n_micro_batches` and `bad_items`.
     """
-    return finish(state, launch(state, [batch] if isinstance(batch, Batch) else list(batch)))[0]
+    batches = [batch] if isinstance(batch, Batch) else list(batch)
+    while True:
+        finished = finish(state, launch(state, batches))
+        if finished is not None:  # else memory ran out, and the batches are cut into smaller pieces now
+            record, _ = finished
+            return record
 
 
-def launch(
-    state: TrainState, parts: Sequence[Batch], *, notes: Sequence[float] = (), step: int | None = None
-) -> LaunchedStep:
-    """Do all of a step that needs no answer from the device.
+def launch(state: TrainState, batches: Sequence[Batch], *, notes: Sequence[float] = ()) -> LaunchedStep:
+    """Do everything in a step that needs no answer from the device.
 
     Args:
         state: Changed in place.
-        parts: Micro-batches of this rank.
-        notes: Numbers to be summed over the ranks beside the step's own; as many on each.
-        step: Its number, where it is done again; else the next.
+        batches: Micro-batches of this rank.
+        notes: Numbers to sum over the ranks along with the step's own; as many on every rank.
+
+    Raises:
+        ValueError: If there are no batches. A rank without examples passes one of weight 0.
     """
-    started, parts, is_new = perf_counter(), list(parts), step is None
-    if not parts:
-        raise ValueError("A step needs a batch on every process: where nothing is left, a stand-in of weight 0.")
-    step = state.step + 1 if step is None else step
-    kept = BufferSnapshot(state.buffer_locations)
+    started = perf_counter()
+    if not batches:
+        raise ValueError("A step needs a batch on every process. Without examples, pass a batch of weight 0.")
+    step = state.step + 1
+
+    # 1. Forward and backward. A model that raises leaves the state as it was.
+    buffers = BufferSnapshot(state.buffer_locations)
+    pieces = list(batches)
+    if state.n_pieces > 1:  # memory ran out before
+        pieces = [piece for batch in batches for piece in batch.split(state.n_pieces)]
+    divisible = max(len(batch.mixture) for batch in batches) > state.n_pieces
     try:
-        attempt = _attempt(state, parts, step, notes, kept)
-        while not attempt.ran and dist.world_size() == 1 and divisible(state, parts):
-            state.n_pieces *= 2
-            kept.restore()
-            attempt = _attempt(state, parts, step, notes, kept)
-    except Exception:  # a model that raises leaves the state as it was
-        kept.restore()
+        backward = forward_backward(state, pieces, step, notes, divisible=divisible)
+        if state.on_bad_example == "rescue":
+            backward = rescue(state, backward, step, notes, divisible=divisible, buffers=buffers)
+    except Exception:
+        buffers.restore()
         raise
-    state.step += is_new
-    parcel = _apply(state, attempt, step, kept)
-    attempt.gradients.clear()  # whoever finishes this step must not hold on to them while the next one is under way
-    rates = [float(group["lr"]) for group in state.optimizer.param_groups]
-    return LaunchedStep(step, parts, notes, attempt, parcel, rates, state.n_pieces, started)
+    state.step = step
+
+    # 2. Update the weights or skip the step, and send the numbers off.
+    transfer = _update_or_skip(state, backward, step, buffers)
+
+    # Whoever finishes this step must not keep its gradients alive while the next step computes its own.
+    backward.gradients.clear()
+    lr = float(state.optimizer.param_groups[0]["lr"])
+    return LaunchedStep(step, list(batches), backward, transfer, lr, started)
 
 
-def _attempt(
-    state: TrainState, parts: Sequence[Batch], step: int, notes: Sequence[float], kept: BufferSnapshot
-) -> Attempt:
-    smaller = divisible(state, parts)
-    attempt = run_once(state, cut(state, parts), step, notes, divisible=smaller)
-    if state.on_bad_example == "rescue":
-        return rescued(state, attempt, step, notes, divisible=smaller, kept=kept)
-    return attempt
+def _update_or_skip(state: TrainState, backward: BackwardResult, step: int, buffers: BufferSnapshot) -> HostTransfer:
+    """Clip and update, or leave everything as it was. All decisions are 0-d tensors on the device."""
+    totals = backward.totals
+    grad_norm = backward.grad_norm
+    gradients = backward.gradients
+    divisor = backward.divisor
 
+    # 1. Decide, from sums that all ranks agree on, whether this step may change the weights. It may not if an earlier
+    #    step that ran out of memory is still to be repeated: the order of the steps must not change.
+    out_of_memory = totals.n_ranks_out_of_memory > 0
+    must_repeat = out_of_memory & (totals.n_ranks_divisible > 0)
+    if state.repeat_pending is not None:
+        must_repeat = must_repeat | state.repeat_pending
+    state.repeat_pending = must_repeat
+    batch_is_usable = ~must_repeat & ~out_of_memory & (totals.n_nonfinite + totals.n_over_limit == 0)
+    has_weight = totals.weight > 0
 
-def finish(state: TrainState, launched: LaunchedStep) -> tuple[StepRecord, list[float]]:
-    """Wait for a step's scalars, and say what became of it.
+    # 2. What the host wants to know. In sampled steps also each block and each example.
+    loss_scale = state.precision.scale_on(grad_norm.device)
+    numbers = {"loss_scale": loss_scale.clone(), **backward.sums, "grad_norm": grad_norm}
+    numbers |= _example_numbers(backward.micro_batches)
+    block_stats = BlockStats(state.unwrapped_model, divisor) if is_sampled_step(step) else None
 
-    Where memory ran out on one of several ranks, all of them do the step again in smaller pieces, and after it those
-    that were launched meanwhile: they have held back, so that all is done in the order and with the learning rates of a
-    run that had the memory. Steps must be finished in the order in which they were launched, and while
-    ``state.is_behind`` it is better to finish than to launch.
-
-    Returns:
-        Its record, and the notes that it was launched with, summed over the ranks.
-    """
-    values = launched.parcel.open()
-    told = dict(zip(COUNTS, values["counts"], strict=True))
-    starved = bool(told["out_of_memory"] and told["divisible"] and dist.world_size() > 1)
-    if starved or values["held"][0]:
-        if starved and state.n_pieces == launched.n_pieces:
-            state.n_pieces *= 2
-        return finish(state, _again(state, launched))
-    record = _record(state, launched, values, told)
-    if not record.trained and record.outcome not in ("all_filtered", "fp16_overflow"):
-        record = replace(record, bad_items=(*record.bad_items, *_bad_items(state, launched, record.outcome)))
-    state.faults.add(record.outcome)
-    return record, values["notes"]
-
-
-def _again(state: TrainState, launched: LaunchedStep) -> LaunchedStep:
-    """Launch a step once more, as it was; those launched after it stay behind it."""
-    state.held, state.is_behind = None, state.step > launched.step
-    groups = state.optimizer.param_groups
-    rates = [group["lr"] for group in groups]
-    for group, rate in zip(groups, launched.rates, strict=True):
-        group["lr"] = rate
-    again = launch(state, launched.parts, notes=launched.notes, step=launched.step)
-    for group, rate in zip(groups, rates, strict=True):
-        group["lr"] = rate
-    if state.is_behind:
-        state.held = torch.ones((), dtype=torch.bool, device=state.device)
-    return again
-
-
-def _apply(state: TrainState, attempt: Attempt, step: int, kept: BufferSnapshot) -> HostTransfer:
-    """Clip and update, or leave everything as it was; all of it is decided where the tensors are."""
-    told, norm, gradients, divisor = attempt.told, attempt.norm, attempt.gradients, attempt.divisor
-    starved = attempt.count("out_of_memory") > 0
-    held = torch.zeros_like(starved) if state.held is None else state.held
-    weighs = attempt.count("weight") > 0
-    sound = ~held & ~starved & (attempt.count("nonfinite") + attempt.count("over") == 0)
-    scale = state.precision.scale_on(norm.device)
-    parcel = {"scale": scale.clone(), "held": held} | told | {"norm": norm} | _closely(attempt.ran)
-    watched = BlockStats(state.unwrapped_model, divisor) if is_sampled_step(step) else None
+    # 3. Transforms such as AGC compare gradients with weights, so they need true gradients: average and unscale first.
+    transformed_norm = grad_norm
     if state.transforms and gradients:
         torch._foreach_div_(gradients, divisor)
-        _transform(state)
-        norm, divisor = nn.utils.get_total_norm(gradients), torch.ones_like(divisor)
-    finite = attempt.norm.isfinite() & norm.isfinite()
-    fine = sound & weighs & finite
-    limit = as_max_norm(state.clipper(norm, fine), norm)
-    parcel |= {"norm_transformed": norm, "max_norm": limit}
-    divisor, sent = divisor * (norm / limit).clamp_min(1), None
+        _apply_transforms(state)
+        transformed_norm = nn.utils.get_total_norm(gradients)
+        divisor = torch.ones_like(divisor)
+
+    # 4. Clip. A clipper learns only from steps that are taken: one NaN in AutoClip's history would poison it for good.
+    gradient_is_finite = grad_norm.isfinite() & transformed_norm.isfinite()
+    take_step = batch_is_usable & has_weight & gradient_is_finite
+    max_norm = as_max_norm(state.clipper(transformed_norm, take_step), transformed_norm)
+    divisor = divisor * (transformed_norm / max_norm).clamp_min(1)
+    numbers |= {"transformed_norm": transformed_norm, "max_norm": max_norm}
+
+    # 5. Update. Averaging, unscaling and clipping are one division in a fused optimizer's own pass. Any other optimizer
+    #    needs the host's decision: then the transfer is awaited here, once, and serves the record as well.
+    transfer: HostTransfer | None = None
     if supports_found_inf(state.optimizer):
-        apply_update(state.optimizer, gradients, divisor, fine)
-    else:  # the host decides: it needs the scalars before the update
-        sent = HostTransfer(parcel | {"fine": fine})
-        apply_update(state.optimizer, gradients, divisor, torch.tensor(bool(sent.open()["fine"][0])))
-    kept.restore(unless=fine)
+        apply_update(state.optimizer, gradients, divisor, take_step)
+    else:
+        transfer = HostTransfer(numbers | {"take_step": take_step})
+        host_decision = torch.tensor(bool(transfer.values()["take_step"][0]))
+        apply_update(state.optimizer, gradients, divisor, host_decision)
+
+    # 6. All else that remembers. Only an overflow of usable examples shrinks the loss scale.
+    buffers.restore(unless=take_step)
     if state.ema is not None:
-        state.ema.update(state.unwrapped_model, fine)
-    state.precision.update(sound & weighs & ~finite, fine)
+        state.ema.update(state.unwrapped_model, take_step)
+    overflowed = batch_is_usable & has_weight & ~gradient_is_finite
+    state.precision.update(overflowed, take_step)
+    all_filtered = batch_is_usable & ~has_weight
     for loss_filter in state.remembering_filters:
-        loss_filter.observe(told["losses"], told["losses"].isfinite() & (fine | (sound & ~weighs)))
-    if dist.world_size() > 1:  # steps after one that will be done again must not be done before it
-        state.held = held | (starved & (attempt.count("divisible") > 0))
-    if watched is not None:
-        parcel |= watched.after_update()
-    # the gradients stay until the next step: freed here, their pages would be given back and faulted in anew each time
-    return HostTransfer(parcel) if sent is None or watched is not None else sent
+        losses = backward.sums["losses"]
+        loss_filter.observe(losses, losses.isfinite() & (take_step | all_filtered))
+
+    # The gradients stay allocated until the next step: freeing their pages here would fault them in anew each time.
+    if block_stats is None and transfer is not None:
+        return transfer
+    if block_stats is not None:
+        numbers |= block_stats.after_update()
+    return HostTransfer(numbers)
 
 
-def _transform(state: TrainState) -> None:
+def _apply_transforms(state: TrainState) -> None:
     for group in state.optimizer.param_groups:
         for parameter in group["params"]:
             if parameter.grad is not None:
@@ -212,77 +192,116 @@ def _transform(state: TrainState) -> None:
                     transform(parameter.detach(), parameter.grad)
 
 
-def _closely(ran: Sequence[Ran]) -> dict[str, Tensor]:
-    """What a sampled step tells of each of this rank's examples."""
-    found: dict[str, Tensor] = {}
-    for place, one in enumerate(ran):
-        if one.details is not None and one.truth is not None:
-            order = one.losses.new_zeros(len(one.losses), 0) if one.order is None else one.order
-            found |= {f"item_losses_{place}": one.losses, f"item_weights_{place}": one.weights}
-            found |= {f"item_orders_{place}": order, f"item_details_{place}": one.details}
-            found[f"item_truths_{place}"] = one.truth
-    return found
+def _example_numbers(micro_batches: Sequence[MicroBatchResult]) -> dict[str, Tensor]:
+    """Return what a sampled step records of each example of this rank."""
+    numbers: dict[str, Tensor] = {}
+    for index, result in enumerate(micro_batches):
+        if result.output_stats is None or result.source_stats is None:
+            continue
+        no_order = result.losses.new_zeros(len(result.losses), 0)
+        numbers[f"item_losses_{index}"] = result.losses
+        numbers[f"item_weights_{index}"] = result.weights
+        numbers[f"item_orders_{index}"] = no_order if result.order is None else result.order
+        numbers[f"item_output_stats_{index}"] = result.output_stats
+        numbers[f"item_source_stats_{index}"] = result.source_stats
+    return numbers
 
 
-def _record(
-    state: TrainState, launched: LaunchedStep, values: dict[str, list[float]], told: dict[str, float]
+def finish(state: TrainState, launched: LaunchedStep) -> tuple[StepRecord, list[float]] | None:
+    """Wait for a step's numbers, and make its record. Steps must be finished in the order of their launches.
+
+    Returns:
+        The record, and the notes it was launched with, summed over the ranks. None if memory ran out on some rank and
+        smaller pieces may help: no weights have changed since, batches are cut into more pieces from now on, and the
+        caller launches this step again and then those that it had launched after it.
+    """
+    values = launched.transfer.values()
+    totals = dict(zip(Totals._fields, values["totals"], strict=True))
+    if totals["n_ranks_out_of_memory"] and totals["n_ranks_divisible"]:
+        state.n_pieces *= 2
+        state.step = launched.step - 1
+        state.repeat_pending = None
+        return None
+    record = _make_record(state, launched, values, totals)
+    state.faults.add(record.outcome)
+    return record, values["notes"]
+
+
+def _outcome(state: TrainState, totals: dict[str, float], grad_norms: Sequence[float], loss_scale: float) -> Outcome:
+    if totals["n_ranks_out_of_memory"]:
+        return "out_of_memory"
+    if totals["n_nonfinite"]:
+        return "nonfinite_loss"
+    if totals["n_over_limit"]:
+        return "over_limit"
+    if totals["weight"] == 0:
+        return "all_filtered"
+    if not all(map(math.isfinite, grad_norms)):
+        return "fp16_overflow" if loss_scale_can_shrink(state, loss_scale) else "nonfinite_gradient"
+    return "trained"
+
+
+def _make_record(
+    state: TrainState, launched: LaunchedStep, values: dict[str, list[float]], totals: dict[str, float]
 ) -> StepRecord:
-    one = told | {name: values[name][0] for name in ("scale", "norm", "norm_transformed", "max_norm")}
-    weight, n_real, attempt = one["weight"], one["real"], launched.attempt
-    outcome: Outcome
-    if one["out_of_memory"]:
-        outcome = "out_of_memory"
-    elif one["nonfinite"]:
-        outcome = "nonfinite_loss"
-    elif one["over"]:
-        outcome = "over_limit"
-    elif weight == 0:
-        outcome = "all_filtered"
-    elif not math.isfinite(one["norm"]) or not math.isfinite(one["norm_transformed"]):
-        outcome = "fp16_overflow" if can_shrink(state, one["scale"]) else "nonfinite_gradient"
-    else:
-        outcome = "trained"
-    trained, seconds = outcome == "trained", perf_counter() - launched.started
-    loss = one["weighted_loss"] / weight if trained else one["loss"] / max(n_real, 1)
-    items = [part.items for part in launched.parts]
+    backward = launched.backward
+    loss_scale = values["loss_scale"][0]
+    grad_norm = values["grad_norm"][0]
+    transformed_norm = values["transformed_norm"][0]
+    max_norm = values["max_norm"][0]
+    n_examples = totals["n_examples"]
+    outcome = _outcome(state, totals, (grad_norm, transformed_norm), loss_scale)
+    trained = outcome == "trained"
+
+    # A skipped step is recorded with its true loss, the mean over all its examples, even if that is NaN.
+    loss = totals["weighted_loss"] / totals["weight"] if trained else totals["loss"] / max(n_examples, 1)
+    score_sums, score_counts = _rows(values["si_sdr"], 2)
+    si_sdr = tuple(total / n if n else None for total, n in zip(score_sums, score_counts, strict=True))
+    bad_items = backward.rescued_from
+    if outcome in FAULT_OUTCOMES:
+        bad_items = (*bad_items, *_bad_items(state, launched, outcome))
     blocks = {}
     if "block_norms" in values:
-        blocks = block_records(
-            parameters_by_block(state.unwrapped_model), values["block_norms"], values["update_ratios"]
-        )
+        names = parameters_by_block(state.unwrapped_model)
+        blocks = block_records(names, values["block_norms"], values["update_ratios"])
+    first_items = launched.batches[0].items
+    seconds = perf_counter() - launched.started
     return StepRecord(
         step=launched.step,
-        epoch=items[0][0].epoch if items[0] else 0,
+        epoch=first_items[0].epoch if first_items else 0,
         outcome=outcome,
-        loss=loss if n_real else None,
-        grad_norm=one["norm"],
-        max_norm=one["max_norm"],
-        clipped=trained and one["norm_transformed"] > one["max_norm"],
-        clipped_grad_norm=min(one["norm_transformed"], one["max_norm"]) if trained else None,
-        si_sdr=tuple(total / n if n else None for total, n in zip(*_rows(values["si_sdr"], 2), strict=True)),
-        lr=launched.rates[0],
-        loss_scale=one["scale"],
-        n_trained=round(one["trained"]) if trained else 0,
-        n_filtered=round(one["filtered"]),
-        n_bad=attempt.n_set_aside or round(one["nonfinite"] + one["over"]),
-        bad_items=attempt.set_aside,
-        n_micro_batches=len(attempt.ran),
+        loss=loss if n_examples else None,
+        grad_norm=grad_norm,
+        max_norm=max_norm,
+        clipped=trained and transformed_norm > max_norm,
+        clipped_grad_norm=min(transformed_norm, max_norm) if trained else None,
+        si_sdr=si_sdr,
+        lr=launched.lr,
+        loss_scale=loss_scale,
+        n_trained=round(totals["n_trained"]) if trained else 0,
+        n_filtered=round(totals["n_filtered"]),
+        n_bad=backward.n_rescued_from or round(totals["n_nonfinite"] + totals["n_over_limit"]),
+        bad_items=bad_items,
+        n_micro_batches=len(backward.micro_batches),
         blocks=blocks,
-        items=tuple(_item_records(attempt.ran, values)),
+        items=tuple(_item_records(backward.micro_batches, values)),
         seconds=seconds,
-        examples_per_second=n_real / seconds,
+        examples_per_second=n_examples / seconds,
         peak_memory_bytes=peak_memory(state.device),
         host_memory_bytes=host_memory(),
     )
 
 
-def _item_records(ran: Sequence[Ran], values: dict[str, list[float]]) -> Iterator[ItemRecord]:
-    for place, one in enumerate(ran):
-        if one.details is None or not one.batch.items:
+def _item_records(micro_batches: Sequence[MicroBatchResult], values: dict[str, list[float]]) -> Iterator[ItemRecord]:
+    for index, result in enumerate(micro_batches):
+        if result.output_stats is None or not result.batch.items:
             continue
-        losses, weights = values[f"item_losses_{place}"], values[f"item_weights_{place}"]
-        tables = [_rows(values[f"item_{name}_{place}"], len(losses)) for name in ("orders", "details", "truths")]
-        yield from map(item_record, one.batch.items, losses, weights, *tables)
+        losses = values[f"item_losses_{index}"]
+        weights = values[f"item_weights_{index}"]
+        orders = _rows(values[f"item_orders_{index}"], len(losses))
+        outputs = _rows(values[f"item_output_stats_{index}"], len(losses))
+        sources = _rows(values[f"item_source_stats_{index}"], len(losses))
+        yield from map(item_record, result.batch.items, losses, weights, orders, outputs, sources)
 
 
 def _rows(values: list[float], n_rows: int) -> list[list[float]]:
@@ -290,13 +309,19 @@ def _rows(values: list[float], n_rows: int) -> list[list[float]]:
     return [values[row * width : (row + 1) * width] for row in range(n_rows)]
 
 
-def _bad_items(state: TrainState, launched: LaunchedStep, outcome: str) -> list[ItemId]:
-    """The examples of this rank behind a fault; all of them where no rank can tell any from the others."""
-    ran, everything = launched.attempt.ran, [item for part in launched.parts for item in part.items]
+def _bad_items(state: TrainState, launched: LaunchedStep, outcome: Outcome) -> list[ItemId]:
+    """Return the examples of this rank behind a fault; all of them if no rank can tell which they are."""
+    results = launched.backward.micro_batches
+    all_items = [item for batch in launched.batches for item in batch.items]
     if outcome == "out_of_memory":
-        return [] if ran else everything
+        return [] if results else all_items  # this rank had enough memory: another one did not
     by_loss = outcome in ("nonfinite_loss", "over_limit")
-    places = [guilty_places(state, one, launched.step, by_loss=by_loss) for one in ran]
-    if not by_loss and not dist.any_rank(any(places), state.device):
-        return everything
-    return [one.batch.items[place] for one, some in zip(ran, places, strict=True) if one.batch.items for place in some]
+    bad = [find_bad_examples(state, result, launched.step, by_loss=by_loss) for result in results]
+    if not by_loss and not dist.any_rank(any(bad), state.device):
+        return all_items
+    return [
+        result.batch.items[index]
+        for result, indices in zip(results, bad, strict=True)
+        if result.batch.items
+        for index in indices
+    ]

@@ -1,91 +1,64 @@
-"""What a run notices about itself while it goes: a process that holds up the others, an output that is dead."""
+"""Find the process that the others wait for."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from unbraid.health.outputs import BELOW_LOUDEST_DB, SILENT_DB
-from unbraid.records import ItemRecord
+from unbraid.train.step_notes import SECTIONS
 
 
-class Slow(NamedTuple):
-    """A process that the others wait for: which, in which section, and how many times as long as the middle one."""
+class Straggler(NamedTuple):
+    """A process that the others wait for, the section it is slow in, and how much slower than the median process."""
 
     rank: int
     section: str
     factor: float
 
 
-class Pace:
-    """Seconds of each process in each section of its steps, and whether one holds up the others.
-
-    What counts is time in which a process is busy itself, not time in which it waits for others; so the slow one
-    stands out, while all of them take the same time for a step.
+class StragglerDetector:
+    """Average the busy seconds of each rank and section over a window of steps, and name a rank that is too slow.
 
     Args:
-        n_ranks: Processes.
+        n_ranks: Number of processes.
     """
 
-    SECTIONS = ("data", "forward")
-    WINDOW, FACTOR, AT_LEAST_SECONDS = 100, 1.5, 0.01
+    WINDOW = 100
+    FACTOR = 1.5
+    MIN_SECONDS = 0.01  # below this difference a slow rank costs nothing worth a message
 
     def __init__(self, n_ranks: int) -> None:
         self.n_ranks = n_ranks
-        self.told: set[tuple[int, str]] = set()
+        self.reported: set[tuple[int, str]] = set()
         self._clear()
 
     def _clear(self) -> None:
-        self.n_steps, self.sums = 0, [[0.0] * self.n_ranks for _ in self.SECTIONS]
+        self.n_steps = 0
+        self.sums = [[0.0] * self.n_ranks for _ in SECTIONS]
 
-    def add(self, seconds: Sequence[float]) -> Slow | None:
-        """Take up one step; every `WINDOW` steps, name the slowest process if it is slow, and was not named before.
+    def add(self, busy_seconds: Sequence[float]) -> Straggler | None:
+        """Add one step. Every `WINDOW` steps, return the slowest process if it is too slow and was not returned before.
 
         Args:
-            seconds: ``(rank, section)``, flattened.
+            busy_seconds: ``(rank, section)``, flattened.
         """
         for section, sums in enumerate(self.sums):
             for rank in range(self.n_ranks):
-                sums[rank] += seconds[rank * len(self.SECTIONS) + section]
+                sums[rank] += busy_seconds[rank * len(SECTIONS) + section]
         self.n_steps += 1
         if self.n_steps < self.WINDOW:
             return None
-        found = [self._slowest(section) for section in range(len(self.SECTIONS))]
+        slowest = [self._slowest(section) for section in range(len(SECTIONS))]
         self._clear()
-        new = [slow for slow in found if slow is not None and (slow.rank, slow.section) not in self.told]
-        self.told |= {(slow.rank, slow.section) for slow in new}
-        return max(new, key=lambda slow: slow.factor, default=None)
+        new = [s for s in slowest if s is not None and (s.rank, s.section) not in self.reported]
+        self.reported |= {(straggler.rank, straggler.section) for straggler in new}
+        return max(new, key=lambda straggler: straggler.factor, default=None)
 
-    def _slowest(self, section: int) -> Slow | None:
+    def _slowest(self, section: int) -> Straggler | None:
         means = [total / self.n_steps for total in self.sums[section]]
         rank = max(range(self.n_ranks), key=means.__getitem__)
         others = sorted(means[:rank] + means[rank + 1 :])
         if not others:
             return None
-        middle = others[len(others) // 2]
-        if means[rank] < self.FACTOR * middle or means[rank] - middle < self.AT_LEAST_SECONDS:
+        median = others[len(others) // 2]
+        if means[rank] < self.FACTOR * median or means[rank] - median < self.MIN_SECONDS:
             return None
-        return Slow(rank, self.SECTIONS[section], means[rank] / max(middle, 1e-9))
-
-
-class DeadOutputs:
-    """Outputs that stay silent whatever the mixture: SI-SDR has no gradient there, so they never come back alone."""
-
-    IN_A_ROW = 3
-
-    def __init__(self) -> None:
-        self.in_a_row: dict[int, int] = {}
-
-    def add(self, items: Sequence[ItemRecord]) -> list[int]:
-        """Take up a sampled step; returns the outputs, from 0, that have just been silent for the last time allowed."""
-        if not items:
-            return []
-        silent = {
-            output
-            for output in range(len(items[0].estimate_levels_db))
-            if all(item.estimate_levels_db[output] < self._silence(item) for item in items)
-        }
-        self.in_a_row = {output: self.in_a_row.get(output, 0) + 1 for output in silent}
-        return sorted(output for output, n in self.in_a_row.items() if n == self.IN_A_ROW)
-
-    def _silence(self, item: ItemRecord) -> float:
-        """Below which level an output counts as silent: a loss that ignores level lets all of them be faint."""
-        return max(SILENT_DB, max(item.estimate_levels_db) - BELOW_LOUDEST_DB)
+        return Straggler(rank, SECTIONS[section], means[rank] / max(median, 1e-9))

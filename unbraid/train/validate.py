@@ -73,7 +73,7 @@ def make_validator(
             improvement / count,
             round(count),
             faults=tuple(faults),
-            sounds=tuple(sounds),
+            audio=tuple(sounds),
             orders=tuple(tuple(map(int, order)) for order in zip(*orders, strict=True)) if searched else (),
             item_si_sdri=tuple(round(value, 3) if math.isfinite(value) else None for value in improvements),
         )
