@@ -35,7 +35,14 @@ class EventLog:
                 self.pending.append(Event("LOG_FAILED", record.step, dist.rank(), message))
 
     def emit(
-        self, code: EventCode, step: int, message: str, *, rank: int | None = None, files: Sequence[str] = (), **evidence: Any
+        self,
+        code: EventCode,
+        step: int,
+        message: str,
+        *,
+        rank: int | None = None,
+        files: Sequence[str] = (),
+        **evidence: Any,
     ) -> None:
         """Write an event, and keep it until `drain`."""
         event = Event(code, step, dist.rank() if rank is None else rank, message, tuple(files), evidence)
