@@ -13,7 +13,7 @@ from dashboard_process import dashboard, until
 from runs import add_audio, add_steps, write_run
 
 from unbraid.cli.main import main
-from unbraid.web.payloads import run_id
+from unbraid.web.payloads import make_run_id
 
 
 @pytest.fixture(scope="module")
@@ -32,21 +32,21 @@ def server(folder):
 
 def test_runs_curves_findings_and_audio_are_served(server, folder):
     runs = {run["name"]: run for run in server.json("/api/runs")}
-    name = runs["one"]["id"]
+    run_id = runs["one"]["id"]
 
-    series = server.json(f"/api/series/{name}?n=50")
-    details = server.json(f"/api/details/{name}")
+    series = server.json(f"/api/series/{run_id}?n=50")
+    details = server.json(f"/api/details/{run_id}")
 
     assert {"one", "two"} <= set(runs)
     assert len(series["steps"]) <= 50
     assert series["last_step"] == 300
     assert series["validation"]["step"] == [100, 200, 300]
     assert details["recipe"]["optim.lr"] == "0.001"
-    assert server.json(f"/api/diagnosis/{name}")["verdict"].startswith("healthy")
+    assert server.json(f"/api/diagnosis/{run_id}")["verdict"].startswith("healthy")
     recording = details["validation_examples"][0]["mixture"][0]
-    status, headers, body = server.request(f"/api/audio/{name}?name={recording}")
+    status, headers, body = server.request(f"/api/audio/{run_id}?name={recording}")
     assert (status, body) == (200, (folder / "one" / recording).read_bytes())
-    status, headers, body = server.request(f"/api/spectrogram/{name}?name={recording}")
+    status, headers, body = server.request(f"/api/spectrogram/{run_id}?name={recording}")
     assert (status, headers["content-type"], body[8:12]) == (200, "image/webp", b"WEBP")
 
 
@@ -115,15 +115,15 @@ def test_every_answer_forbids_foreign_scripts(server, path):
     ],
 )
 def test_bad_requests_are_refused(server, folder, path, status):
-    actual_status, _, body = server.request(path.format(one=run_id(folder / "one")))
+    actual_status, _, body = server.request(path.format(one=make_run_id(folder / "one")))
 
     assert actual_status == status
     assert b"Traceback" not in body
 
 
 def test_new_steps_and_new_runs_are_streamed(server, folder):
-    name = run_id(folder / "one")
-    before = server.json(f"/api/series/{name}")["last_step"]
+    run_id = make_run_id(folder / "one")
+    before = server.json(f"/api/series/{run_id}")["last_step"]
     live = socket.create_connection((server.host, server.port), timeout=30)
     request = f"GET /api/live HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nCookie: {server.cookie}\r\n\r\n"
     live.sendall(request.encode())
@@ -143,15 +143,15 @@ def test_new_steps_and_new_runs_are_streamed(server, folder):
 
 def test_a_deleted_run_disappears_from_the_list(server, folder):
     path = write_run(folder / "gone", n_steps=5)
-    name = run_id(path)
+    run_id = make_run_id(path)
     until(lambda: any(run["name"] == "gone" for run in server.json("/api/runs")))
-    server.json(f"/api/series/{name}")
+    server.json(f"/api/series/{run_id}")
     for file in path.iterdir():
         file.unlink()
     path.rmdir()
 
     until(lambda: all(run["name"] != "gone" for run in server.json("/api/runs")))
-    assert server.request(f"/api/details/{name}")[0] == 404
+    assert server.request(f"/api/details/{run_id}")[0] == 404
 
 
 def test_it_listens_on_loopback_only(server):
@@ -245,7 +245,7 @@ def test_damaged_records_break_neither_their_own_run_nor_others(tmp_path):
         add_steps(good, 41, 3)
         add_steps(odd, 60, 3)
         for path, last in ((good, 43), (odd, 62)):
-            until(lambda path=path, last=last: server.json(f"/api/series/{run_id(path)}")["last_step"] == last)
+            until(lambda path=path, last=last: server.json(f"/api/series/{make_run_id(path)}")["last_step"] == last)
 
     assert main(["report", str(odd)]) == 0
 
@@ -271,9 +271,9 @@ def test_an_incomplete_last_line_is_not_read_again_and_again(tmp_path):
     with (path / "steps.jsonl").open("ab") as file:
         file.write(b'{"step": 21' + bytes(3 * 2**20))
     with dashboard(path) as server:
-        name = run_id(path)
-        assert server.json(f"/api/series/{name}")["unread_bytes"] == 0
-        until(lambda: server.json(f"/api/series/{name}")["last_step"] == 20)
+        run_id = make_run_id(path)
+        assert server.json(f"/api/series/{run_id}")["unread_bytes"] == 0
+        until(lambda: server.json(f"/api/series/{run_id}")["last_step"] == 20)
         reads = Path(f"/proc/{server.process.pid}/io")
         if reads.exists():
             before = reads.read_text().split()[1]

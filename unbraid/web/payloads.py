@@ -92,8 +92,8 @@ def validation_chart(rows: Sequence[Mapping[str, Any]], *, max_rows: int) -> dic
 # ---- The list of runs
 
 
-def run_id(path: Path) -> str:
-    """Return a name for a run in addresses, the same for the same folder."""
+def make_run_id(path: Path) -> str:
+    """Return a short id for use in URLs; the same folder always has the same one."""
     return hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:12]
 
 
@@ -109,7 +109,7 @@ def overview(path: Path, *, now: float | None = None) -> dict[str, Any]:
     rows, _ = read_rows(run.steps, 50)  # more than one: a sampled step is long and may not fit in the bytes read
     last_row: Mapping[str, Any] = next((row for row in reversed(rows) if isinstance(row.get("step"), int)), {})
     return {
-        "id": run_id(path),
+        "id": make_run_id(path),
         "name": path.name or str(path),
         "folder": str(path.parent),
         "state": run_state(run, last_row, recipe, time.time() if now is None else now),

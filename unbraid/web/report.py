@@ -83,7 +83,7 @@ def report_data(path: Path) -> dict[str, Any]:
         pass
     entry = {**overview(path), **update_improvement(NO_IMPROVEMENT, run.validations)}
     entry["folder"] = ""  # of no use to the recipient, and nobody else's business
-    name = entry["id"]
+    run_id = entry["id"]
     findings = diagnosis(path)
 
     # Audio is most of the size: only the latest estimates, and the evaluation in full only without validation examples.
@@ -95,13 +95,13 @@ def report_data(path: Path) -> dict[str, Any]:
         evaluation = evaluation[:MAX_EXAMPLES]
     audio, spectrograms = embed_audio(path, audio_names(validation + evaluation))
 
-    details = {"id": name, "events": events(run.events, run.n_events)}
+    details = {"id": run_id, "events": events(run.events, run.n_events)}
     details |= last_steps(run.last_row, run.last_sampled) | run_details(path)
     details |= {"validation_examples": validation, "evaluation_examples": evaluation}
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "run": entry,
-        "series": series_payload(name, run, 0, run.last_step, max_buckets=BUCKETS, max_validations=BUCKETS),
+        "series": series_payload(run_id, run, 0, run.last_step, max_buckets=BUCKETS, max_validations=BUCKETS),
         "zooms": [zoomed(run, *finding["steps"]) for finding in findings["findings"][:MAX_ZOOMS]],
         "diagnosis": findings,
         "details": details,

@@ -19,9 +19,9 @@ from unbraid.web.payloads import (
     diagnosis,
     events,
     last_steps,
+    make_run_id,
     overview,
     run_details,
-    run_id,
     update_improvement,
     validation_chart,
 )
@@ -70,10 +70,10 @@ class RunStore:
 
     def update_list(self) -> None:
         """Find the runs that exist now, and update their entries in the list."""
-        runs = {run_id(path): path for path in find_runs(self.paths)}
-        overviews = {name: self._overview(name, path) for name, path in runs.items()}
+        runs = {make_run_id(path): path for path in find_runs(self.paths)}
+        overviews = {run_id: self._overview(run_id, path) for run_id, path in runs.items()}
 
-        # Forget what was cached of runs that are gone.
+        # Drop what is cached about runs that are gone.
         for cache in (
             self._cached_overviews,
             self._validation_tails,
@@ -81,14 +81,14 @@ class RunStore:
             self._diagnoses,
             self.read_errors,
         ):
-            for name in cache.keys() - runs.keys():
-                cache.pop(name, None)
+            for run_id in cache.keys() - runs.keys():
+                cache.pop(run_id, None)
 
-        # Runs with the same name are listed with their folder's name.
+        # Runs of the same name are listed with their folder's name.
         n_by_name = Counter(entry["name"] for entry in overviews.values())
-        for name, entry in overviews.items():
+        for run_id, entry in overviews.items():
             if n_by_name[entry["name"]] > 1:
-                overviews[name] = entry | {"name": "/".join(runs[name].parts[-2:])}
+                overviews[run_id] = entry | {"name": "/".join(runs[run_id].parts[-2:])}
 
         with self.lock:
             if overviews != self.overviews:
@@ -96,18 +96,18 @@ class RunStore:
             self.runs = runs
             self.overviews = overviews
 
-    def _overview(self, name: str, path: Path) -> dict[str, Any]:
+    def _overview(self, run_id: str, path: Path) -> dict[str, Any]:
         """Return a run's entry in the list, read again if its files changed or time may have made it idle."""
         stamps = _file_stamps(path)
-        cached = self._cached_overviews.get(name)
+        cached = self._cached_overviews.get(run_id)
         if cached is not None and cached[0] == stamps and cached[1]["state"] != "running":
             entry = cached[1]
         else:
             try:
-                entry = {**overview(path), **self._improvement(name, path)}
+                entry = {**overview(path), **self._improvement(run_id, path)}
             except Exception as error:  # noqa: BLE001  # one unreadable run must not hide the others
                 entry = {
-                    "id": name,
+                    "id": run_id,
                     "name": path.name,
                     "folder": str(path.parent),
                     "state": "broken",
@@ -116,20 +116,20 @@ class RunStore:
                     "si_sdri": None,
                     "best_si_sdri": None,
                 }
-            self._cached_overviews[name] = (stamps, entry)
-        if name in self.read_errors:
-            return entry | {"problem": self.read_errors[name]}
+            self._cached_overviews[run_id] = (stamps, entry)
+        if run_id in self.read_errors:
+            return entry | {"problem": self.read_errors[run_id]}
         return entry
 
-    def _improvement(self, name: str, path: Path) -> Mapping[str, float | None]:
+    def _improvement(self, run_id: str, path: Path) -> Mapping[str, float | None]:
         """Return the last and the best SI-SDR improvement of a run, reading each of its validations once."""
-        tail = self._validation_tails.setdefault(name, JsonlTail(RunDirectory(path).validation))
+        tail = self._validation_tails.setdefault(run_id, JsonlTail(RunDirectory(path).validation))
         if tail.reset_if_rewritten():
-            self._improvements.pop(name, None)
-        improvement = self._improvements.get(name, NO_IMPROVEMENT)
+            self._improvements.pop(run_id, None)
+        improvement = self._improvements.get(run_id, NO_IMPROVEMENT)
         while tail.unread_bytes:
             improvement = update_improvement(improvement, tail.read_rows()[0])
-        self._improvements[name] = improvement
+        self._improvements[run_id] = improvement
         return improvement
 
     # ---- Polling
@@ -139,8 +139,8 @@ class RunStore:
         last_listed = time.monotonic()
         while not self.closing.is_set():
             has_backlog = False
-            for name, run in list(self.followed.items()):
-                has_changed = self._read_more(name, run)
+            for run_id, run in list(self.followed.items()):
+                has_changed = self._read_more(run_id, run)
                 has_backlog = has_backlog or (has_changed and run.unread_bytes > 0)
             if time.monotonic() - last_listed > LIST_SECONDS:
                 with contextlib.suppress(OSError):  # a folder is being moved; the next round sees it again
@@ -149,7 +149,7 @@ class RunStore:
             # With a backlog, pause only as long as a waiting request needs to get the lock.
             self.closing.wait(0.001 if has_backlog else POLL_SECONDS)
 
-    def _read_more(self, name: str, run: FollowedRun) -> bool:
+    def _read_more(self, run_id: str, run: FollowedRun) -> bool:
         """Read the next part of a run; return whether it changed. Errors never stop the polling of other runs."""
         try:
             with self.lock:
@@ -157,69 +157,69 @@ class RunStore:
         except OSError:  # it is being moved or deleted
             return False
         except Exception as error:  # noqa: BLE001
-            self.read_errors[name] = f"The records of this run cannot be read ({type(error).__name__}: {error})."
+            self.read_errors[run_id] = f"The records of this run cannot be read ({type(error).__name__}: {error})."
             return False
         if has_changed:
-            self.versions[name] = self.versions.get(name, 0) + 1
+            self.versions[run_id] = self.versions.get(run_id, 0) + 1
         return has_changed
 
-    # ---- Answers to requests; each raises KeyError if there is no run of that name
+    # ---- Answers to requests; each raises KeyError if there is no such run
 
-    def follow(self, name: str) -> FollowedRun:
+    def follow(self, run_id: str) -> FollowedRun:
         """Return a run, which is polled from now on."""
         with self.lock:
-            path = self.runs[name]
-            if name not in self.followed:
-                self.followed[name] = FollowedRun(path)
-                self.followed[name].read_more()
-            self.followed.move_to_end(name)
+            path = self.runs[run_id]
+            if run_id not in self.followed:
+                self.followed[run_id] = FollowedRun(path)
+                self.followed[run_id].read_more()
+            self.followed.move_to_end(run_id)
             while len(self.followed) > MAX_FOLLOWED:
                 self.followed.popitem(last=False)
-            return self.followed[name]
+            return self.followed[run_id]
 
-    def series(self, name: str, first: int, last: int, max_buckets: int) -> dict[str, Any]:
+    def series(self, run_id: str, first: int, last: int, max_buckets: int) -> dict[str, Any]:
         """Return the curves of a run from step ``first`` to ``last`` in at most ``max_buckets`` buckets."""
-        run = self.follow(name)
+        run = self.follow(run_id)
         with self.lock:
-            return series_payload(name, run, first, last, max_buckets=max_buckets)
+            return series_payload(run_id, run, first, last, max_buckets=max_buckets)
 
-    def details(self, name: str) -> dict[str, Any]:
+    def details(self, run_id: str) -> dict[str, Any]:
         """Return what the page shows of a run besides its curves and findings."""
-        run = self.follow(name)
+        run = self.follow(run_id)
         path = run.directory.path
         with self.lock:
             from_records = last_steps(run.last_row, run.last_sampled) | {"events": events(run.events, run.n_events)}
         # Read the other files without the lock: listing sounds may take a while.
         examples = {"validation_examples": validation_examples(path), "evaluation_examples": evaluation_examples(path)}
-        return {"id": name} | from_records | run_details(path) | examples
+        return {"id": run_id} | from_records | run_details(path) | examples
 
-    def diagnosis(self, name: str) -> dict[str, Any]:
+    def diagnosis(self, run_id: str) -> dict[str, Any]:
         """Return the findings on a run; the previous ones if nothing changed since, or only just now."""
-        path = self.runs[name]
+        path = self.runs[run_id]
         with self._diagnosis_lock:
             stamps = _file_stamps(path)
             now = time.monotonic()
-            cached = self._diagnoses.get(name)
+            cached = self._diagnoses.get(run_id)
             if cached is not None and (cached[0] == stamps or now - cached[1] <= DIAGNOSIS_SECONDS):
                 return cached[2]
             result = diagnosis(path)
-            self._diagnoses[name] = (stamps, now, result)
+            self._diagnoses[run_id] = (stamps, now, result)
             return result
 
 
 def series_payload(
-    name: str, run: FollowedRun, first: int, last: int, *, max_buckets: int, max_validations: int = 2000
+    run_id: str, run: FollowedRun, first: int, last: int, *, max_buckets: int, max_validations: int = 2000
 ) -> dict[str, Any]:
     """Return a run's curves, its validations, and how much of it has been read."""
     curves = chart(run.downsample(first, last, max_buckets))
     validations = validation_chart(run.validations, max_rows=max_validations)
-    return curves | read_progress(name, run) | {"validation": validations}
+    return curves | read_progress(run_id, run) | {"validation": validations}
 
 
-def read_progress(name: str, run: FollowedRun) -> dict[str, Any]:
+def read_progress(run_id: str, run: FollowedRun) -> dict[str, Any]:
     """Return how far a run has come, and how much of its records is still to be read."""
     return {
-        "id": name,
+        "id": run_id,
         "first_step": run.first_step,
         "last_step": run.last_step,
         "n_validations": run.n_validations,

@@ -194,7 +194,7 @@ def create_app(store: RunStore) -> Starlette:
 
         def endpoint(request: Request) -> Response:
             try:
-                return handler(request.path_params["name"], request)
+                return handler(request.path_params["run_id"], request)
             except KeyError:
                 return JSONResponse({"problem": "This run no longer exists."}, 404)
             except (UserError, OSError) as error:
@@ -204,22 +204,22 @@ def create_app(store: RunStore) -> Starlette:
 
         return endpoint
 
-    def series(name: str, request: Request) -> Response:
+    def series(run_id: str, request: Request) -> Response:
         query = request.query_params
         first = int(query.get("first", 0))
         last = int(query.get("last", 2**62))
         n_buckets = int(query.get("n", 600))
         if not (-(2**62) <= first <= last <= 2**62 and n_buckets > 0):  # the limits keep them within int64
             raise ValueError("first must not be greater than last, and n must be greater than 0")
-        return JSONResponse(store.series(name, first, last, min(n_buckets, MAX_BUCKETS)))
+        return JSONResponse(store.series(run_id, first, last, min(n_buckets, MAX_BUCKETS)))
 
-    def audio(name: str, request: Request) -> Response:
-        return FileResponse(audio_path(store.runs[name], request.query_params.get("name", "")))
+    def audio(run_id: str, request: Request) -> Response:
+        return FileResponse(audio_path(store.runs[run_id], request.query_params.get("name", "")))
 
-    def spectrogram(name: str, request: Request) -> Response:
+    def spectrogram(run_id: str, request: Request) -> Response:
         query = request.query_params
-        path = audio_path(store.runs[name], query.get("name", ""))
-        reference = audio_path(store.runs[name], query["reference"]) if query.get("reference") else None
+        path = audio_path(store.runs[run_id], query.get("name", ""))
+        reference = audio_path(store.runs[run_id], query["reference"]) if query.get("reference") else None
         # The modification times are part of the cache's key.
         mtime = path.stat().st_mtime_ns
         reference_mtime = reference.stat().st_mtime_ns if reference else None
@@ -230,11 +230,11 @@ def create_app(store: RunStore) -> Starlette:
             Route("/", lambda request: Response(page_html(), media_type="text/html")),
             Route("/static/{name}", _static_file),
             Route("/api/runs", lambda request: JSONResponse(list(store.overviews.values()))),
-            Route("/api/details/{name}", for_run(lambda name, _: JSONResponse(store.details(name)))),
-            Route("/api/diagnosis/{name}", for_run(lambda name, _: JSONResponse(store.diagnosis(name)))),
-            Route("/api/series/{name}", for_run(series)),
-            Route("/api/audio/{name}", for_run(audio)),
-            Route("/api/spectrogram/{name}", for_run(spectrogram)),
+            Route("/api/details/{run_id}", for_run(lambda run_id, _: JSONResponse(store.details(run_id)))),
+            Route("/api/diagnosis/{run_id}", for_run(lambda run_id, _: JSONResponse(store.diagnosis(run_id)))),
+            Route("/api/series/{run_id}", for_run(series)),
+            Route("/api/audio/{run_id}", for_run(audio)),
+            Route("/api/spectrogram/{run_id}", for_run(spectrogram)),
             Route("/api/live", lambda request: _live_events(store)),
         ]
     )
@@ -267,11 +267,11 @@ def _live_events(store: RunStore) -> Response:
         yield "retry: 1000\n\n"
         while not store.closing.is_set():
             versions = dict(store.versions)  # a copy: the watching thread changes it
-            changed = [name for name, version in versions.items() if sent_versions.get(name) != version]
-            for name in changed:
-                run = store.followed.get(name)
+            changed = [run_id for run_id, version in versions.items() if sent_versions.get(run_id) != version]
+            for run_id in changed:
+                run = store.followed.get(run_id)
                 if run is not None:
-                    yield f"event: grown\ndata: {json.dumps(read_progress(name, run))}\n\n"
+                    yield f"event: grown\ndata: {json.dumps(read_progress(run_id, run))}\n\n"
             sent_versions = versions
             if store.list_version != sent_list_version:
                 sent_list_version = store.list_version
