@@ -1,8 +1,8 @@
 // Curves over steps: one chart per quantity with all runs in it. The charts share the cursor and the window of steps.
 
 import { element } from "./dom.js";
-import { digits, integer } from "./labels.js";
-import { drawStrip, stripLegend, stripText, transparent } from "./strip.js";
+import { digits, integer, transparent } from "./labels.js";
+import { drawStrip, stripLegend, stripText } from "./strip.js";
 
 const SMOOTHING_BUCKETS = 40; // length of the moving average
 

@@ -78,3 +78,9 @@ export function outcomeColour(name, isFault) {
 
 // After Okabe and Ito: most people with a colour vision deficiency can tell these apart.
 export const RUN_COLOURS = ["#0b84c6", "#e2711d", "#1f9e77", "#c45a9a", "#b08900", "#5d6bc9", "#6f6f6f", "#8c5a2b"];
+
+// Add an alpha from 0 to 1 to a colour such as "#0b84c6".
+export function transparent(colour, alpha) {
+  const hex = Math.round(255 * alpha).toString(16);
+  return colour + hex.padStart(2, "0");
+}

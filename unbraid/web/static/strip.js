@@ -1,7 +1,7 @@
 // The strip of clipped, skipped and rescued steps: one lane per run.
 
 import { element } from "./dom.js";
-import { integer, outcomeColour, outcomeText } from "./labels.js";
+import { integer, outcomeColour, outcomeText, transparent } from "./labels.js";
 
 // In each lane, the upper half shows the share of clipped steps, the lower half skipped and rescued steps by reason.
 export function drawStrip(plot, runs, gridColour) {
@@ -44,11 +44,6 @@ function drawLane(plot, run, top, laneHeight) {
       offset += 0.12 * laneHeight;
     }
   });
-}
-
-export function transparent(colour, alpha) {
-  const hex = Math.round(255 * alpha).toString(16);
-  return colour + hex.padStart(2, "0");
 }
 
 // Say in words what happened in the bucket that contains a step.
