@@ -1,9 +1,10 @@
-# make demo: from a bare checkout to separated sound.   make test: all checks and tests, as CI runs them.
+# make demo: from a fresh checkout to separated audio.   make test: all checks and tests, as CI runs them.
+# make docs: the documentation as a site, in site/.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_OUT ?= runs/demo
 
-.PHONY: demo test setup
+.PHONY: demo test docs setup
 
 demo: setup
 	$(BIN)/unbraid demo --out $(DEMO_OUT)
@@ -18,6 +19,11 @@ test: setup node_modules
 # Biome checks the dashboard's JavaScript and CSS; where npm is missing, its test is skipped.
 node_modules: package.json package-lock.json
 	@if command -v npm >/dev/null; then npm ci --no-audit --no-fund && touch node_modules; fi
+
+# The variable silences an advertisement of the theme, which the build would print as a warning.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "The site is in site/. To read it with search: $(BIN)/python -m http.server --directory site"
 
 setup: .venv/.ready
 

@@ -1,7 +1,7 @@
-"""Which way of attention is the faster: python benchmarks/attention.py.
+"""Compare two implementations of attention: python benchmarks/attention.py.
 
-Torch's own, and the product written out, in turns, with a backward and without, at the lengths that dual-path models
-have. What `unbraid.models.attention.attend` chooses by.
+PyTorch's fused attention and the explicit product, in turns, with and without a backward pass, at the sequence lengths of
+dual-path models. `unbraid.models.attention.attend` chooses between them by these figures.
 """
 
 import argparse
@@ -15,12 +15,14 @@ from torch import Tensor
 
 from unbraid.models.attention import attend_unfused
 
-HEADS, CHANNELS, ROWS = 8, 32, 8000
-"""Of a SepFormer's attention; so many rows over batch and sequence together, in sequences of the length measured."""
+HEADS = 8
+CHANNELS = 32
+# Rows over batch and sequence together, as in a SepFormer: longer sequences come in smaller batches.
+ROWS = 8000
 
 
 def main() -> None:
-    """Print a line for each length."""
+    """Measure, and print a line for each length."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, nargs="+", default=[35, 65, 100, 250, 300, 400])
     parser.add_argument("--repeats", type=int, default=7)
@@ -34,22 +36,21 @@ def main() -> None:
         for backward in (True, False):
             for frames in args.frames:
                 shape = (max(1, ROWS // frames), HEADS, frames, CHANNELS)
-                given = torch.randn(3, *shape, device=args.device, dtype=dtype, requires_grad=backward)
-                calls = {Contestant(name, ""): partial(call, way, given, backward) for name, way in ways.items()}
-                spent = race(calls, rounds=args.repeats, device=given.device, calls=3, warm_up=2)
-                fused, explicit = (spent[Contestant(name, "")] for name in ways)
+                query_key_value = torch.randn(3, *shape, device=args.device, dtype=dtype, requires_grad=backward)
+                calls = {Contestant(name, ""): partial(call, way, query_key_value, backward) for name, way in ways.items()}
+                measured = race(calls, rounds=args.repeats, device=query_key_value.device, calls=3, warm_up=2)
+                fused, explicit = (measured[Contestant(name, "")] for name in ways)
                 ratio = torch.tensor([a / b for a, b in zip(fused, explicit, strict=True)])
-                low, middle, high = ratio.min(), ratio.median(), ratio.max()
                 word = str(dtype).removeprefix("torch.")
-                print(f"{word:9} {backward!s:8} {frames:7}  {middle:.2f} ({low:.2f}, {high:.2f})", flush=True)
+                print(f"{word:9} {backward!s:8} {frames:7}  {ratio.median():.2f} ({ratio.min():.2f}, {ratio.max():.2f})", flush=True)
 
 
-def call(way: Callable[..., Tensor], given: Tensor, backward: bool) -> None:
-    """One attention, perhaps with its gradient."""
+def call(way: Callable[..., Tensor], query_key_value: Tensor, backward: bool) -> None:
+    """Run attention once, with its gradient if asked for."""
     with torch.set_grad_enabled(backward):
-        result = way(*given)
+        result = way(*query_key_value)
     if backward:
-        given.grad = None
+        query_key_value.grad = None  # else the gradient of the next call would be added
         result.sum().backward()
 
 

@@ -1,8 +1,9 @@
-"""What compiling takes and brings, for each model: python benchmarks/compiling.py.
+"""Measure how long compiling takes and how much it gains, for each model: python benchmarks/compiling.py.
 
-A step of each model that has `compile_regions`, compiled and not, in each precision of this machine, each in a fresh
-process that finds nothing compiled before. Published widths, few layers: a region is compiled once for all layers
-alike, and the gain is that of a layer. What the models' `compile_seconds` and `compile_gain` are to be set by.
+A step of each model that has `compile_regions` is timed compiled and not compiled, in each precision of this machine,
+in a fresh process with an empty compiler cache. Models have published widths but few layers: a region is compiled once
+for all equal layers, and the gain is that of one layer. The models' `compile_seconds` and `compile_gain` are set by
+these figures.
 """
 
 import argparse
@@ -33,10 +34,10 @@ FEW_LAYERS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    """Measure, print and write."""
+    """Measure, print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=sorted(FEW_LAYERS), default=sorted(FEW_LAYERS))
-    parser.add_argument("--seconds", type=float, default=10.0, help="of steps, each (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="seconds of steps for each variant (%(default)s)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "compiling.json")
     args = parser.parse_args()
@@ -54,19 +55,20 @@ def main() -> None:
             found[precision] = {"gain": round(gain, 2), "seconds": round(seconds, 1)}
             found[precision] |= {"plain": asdict(plain), "compiled": asdict(compiled)}
             print(f"{name:14} {precision}  {gain:.2f} times as fast, for {seconds:.0f} s at the first step", flush=True)
-        known[name] = about(args.threads) | found
+        # Write after each model: a long measurement may be interrupted.
+        known[name] = environment(args.threads) | found
         args.out.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
 
 
 def recipe_of(name: str) -> Recipe:
-    """One example of 2 s at 8 kHz a step."""
+    """Return a recipe for a model with one example of 2 s at 8 kHz per step."""
     data = {"batch_size": 1, "excerpt_seconds": 2.0, "path": "nowhere"}
     model = {"name": name, **FEW_LAYERS[name]}
     return recipe_from_table({"data": data, "model": model, "train": {"max_steps": 10**9}}, Path())
 
 
-def about(threads: int) -> dict[str, Any]:
-    """Where and when."""
+def environment(threads: int) -> dict[str, Any]:
+    """Return date, machine and device."""
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{processor()}, {os.cpu_count()} cores, {threads} thread(s), torch {torch.__version__}",

@@ -1,6 +1,6 @@
-"""What only a fresh process can tell: the first step after the start, and the most memory that a step takes.
+"""Measure in a fresh process what happens only once in one: the first step, and the peak of memory of a step.
 
-A child of against_peers.py: ``python benchmarks/fresh.py '{"model": "sepformer", ...}'`` prints one line of JSON.
+A child process of against_peers.py: ``python benchmarks/fresh.py '{"model": "sepformer", ...}'`` prints one line of JSON.
 """
 
 import ctypes
@@ -17,20 +17,20 @@ from typing import Any
 
 import torch
 from peers import PEERS, Work, build, missing, our_step, peer_step
-from race import wait
+from race import synchronize
 
 CHILD_SECONDS = 3600
 
 
 def in_a_fresh_process(task: Mapping[str, Any], *, cache: Path | None = None) -> dict[str, Any]:
-    """Run `told` of a task in a process of its own.
+    """Run `measure_first_steps` in a process of its own.
 
     Args:
-        task: See `told`.
-        cache: Where the compiler keeps what it has made; an empty folder that is thrown away if none is given.
+        task: As for `measure_first_steps`.
+        cache: Cache folder of the compiler; None takes an empty one, which is deleted afterwards.
 
     Raises:
-        RuntimeError: If it ended without a result; with the last it said.
+        RuntimeError: If the process failed; the message ends with its last output.
     """
     with tempfile.TemporaryDirectory() as folder:
         settings = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache or folder)}
@@ -41,56 +41,65 @@ def in_a_fresh_process(task: Mapping[str, Any], *, cache: Path | None = None) ->
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def told(task: Mapping[str, Any]) -> dict[str, Any]:
-    """Seconds of the first two steps, and bytes that the third needs beyond weights and optimizer state.
+def measure_first_steps(task: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the seconds of the first two steps, and the bytes of a third beyond weights and optimizer state.
 
     Args:
         task: ``work`` (the fields of `Work`), ``who`` (``"ours"`` or a peer), ``precision``, ``compile`` (``""``,
-            ``"regions"`` or ``"whole"``), ``threads``, ``device``; perhaps ``options``, more of our network's.
+            ``"regions"`` or ``"whole"``), ``threads``, ``device``; optionally ``options``, further options of our network.
     """
     torch.set_num_threads(task["threads"])
     torch.manual_seed(0)
-    work, device, ours = Work(*task["work"]), torch.device(task["device"]), task["who"] == "ours"
+    work = Work(*task["work"])
+    device = torch.device(task["device"])
+    ours = task["who"] == "ours"
     model = build(work, device, ours=ours, compiled=task["compile"] == "regions", **task.get("options", {}))
     if task["compile"] == "whole":
         model.compile()
-    precision, batch = task["precision"], work.batch(device)
-    step = our_step(model, precision, batch) if ours else peer_step(model, PEERS[work.model].loss, precision, batch)
-    seconds, began = [], time.perf_counter()
+    batch = work.batch(device)
+    if ours:
+        step = our_step(model, task["precision"], batch)
+    else:
+        step = peer_step(model, PEERS[work.model].loss, task["precision"], batch)
+
+    # The first step compiles; the second is one without compiling.
+    seconds = []
     for _ in range(2):
+        started = time.perf_counter()
         step()
-        wait(device)
-        seconds.append(time.perf_counter() - began)
-        began = time.perf_counter()
-    model.zero_grad(set_to_none=True)  # the peers' loops end a step with it, ours begins one
+        synchronize(device)
+        seconds.append(time.perf_counter() - started)
+
+    # The peers' loops end a step with zero_grad, ours begins with it: without this call theirs would start lower.
+    model.zero_grad(set_to_none=True)
     before = begin_peak(device)
     step()
-    wait(device)
+    synchronize(device)
     return {"first": seconds[0], "second": seconds[1], "extra_bytes": peak(device) - before}
 
 
 def begin_peak(device: torch.device) -> int:
-    """Forget the peak so far; what is held now."""
+    """Reset the peak of memory, and return the bytes that are allocated now."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
-    ctypes.CDLL(None).malloc_trim(0)  # or pages freed long ago would hide the next peak
+    ctypes.CDLL(None).malloc_trim(0)  # pages that were freed but are still mapped would hide the next peak
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     return status_bytes("VmRSS")
 
 
 def peak(device: torch.device) -> int:
-    """The most bytes held since `begin_peak`."""
+    """Return the peak of memory since `begin_peak`, in bytes."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else status_bytes("VmHWM")
 
 
 def status_bytes(key: str) -> int:
-    """A figure of this process, from Linux."""
+    """Return a size from /proc/self/status, which states it in KiB, in bytes."""
     rows = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(1024 * int(row.split()[1]) for row in rows if row.startswith(key))
 
 
 if __name__ == "__main__":
-    missing(())  # finds unpacked sources
-    print(json.dumps(told(json.loads(sys.argv[1]))))
+    missing(())  # adds unpacked sources of the peers to the path
+    print(json.dumps(measure_first_steps(json.loads(sys.argv[1]))))

@@ -1,11 +1,11 @@
-"""What a measurement was taken on."""
+"""The name of the processor that a measurement was taken on."""
 
 import platform
 from pathlib import Path
 
 
 def processor() -> str:
-    """The processor's name, where the system tells it."""
+    """Return the processor's name; on systems without /proc/cpuinfo what Python knows of it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""What clippers and filters cost a step, by how long the run is already: python benchmarks/part_costs.py."""
+"""Measure what clippers and filters cost per step, early and late in a run: python benchmarks/part_costs.py."""
 
 import argparse
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
-from step_overhead import about
+from step_overhead import environment
 
 from unbraid.robust.clip import AutoClip, FixedClip, ZClip
 from unbraid.robust.filter import OutlierFilter, PercentileFilter, ThresholdFilter
@@ -18,13 +18,13 @@ N_CALLS = 200
 
 
 def main() -> None:
-    """Measure, print and write."""
+    """Measure, print and write the results."""
     arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--lengths", nargs="+", type=int, default=[100, 10_000, 1_000_000], help="steps before")
+    arguments.add_argument("--lengths", nargs="+", type=int, default=[100, 10_000, 1_000_000], help="numbers of steps that the parts have seen before")
     arguments.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "part_costs.json")
     args = arguments.parse_args()
     torch.set_num_threads(1)
-    figures = about(torch.device("cpu")) | {"unit": "microseconds a step, median of 200", "results": []}
+    figures = environment(torch.device("cpu")) | {"unit": "microseconds a step, median of 200", "results": []}
     for keyword in ("bare", "ours", "clock"):
         del figures[keyword]
     for n_before in args.lengths:
@@ -35,20 +35,25 @@ def main() -> None:
 
 
 def calls(n_before: int) -> dict[str, Callable[[], object]]:
-    """One step of each part, after so many steps."""
+    """Return a function for each part that runs it for one step, after `n_before` steps."""
     norms = torch.rand(n_before, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).add(0.1)
-    whole, window = AutoClip(), AutoClip(window=1000)
-    whole.load_state_dict({"norms": norms.sort().values})
-    fixed, zclip = FixedClip(), ZClip()
+    whole = AutoClip()
+    window = AutoClip(window=1000)
+    fixed = FixedClip()
+    zclip = ZClip()
     filters = {"threshold": ThresholdFilter(), "percentile": PercentileFilter(), "outlier": OutlierFilter()}
-    fine, losses = torch.tensor(True), torch.linspace(-20.0, 5.0, 4)
+    step_taken = torch.tensor(True)
+    losses = torch.linspace(-20.0, 5.0, 4)
+
+    # Fill the histories. Parts with a window hold no more than 1,000 values; the whole history is loaded at once.
+    whole.load_state_dict({"norms": norms.sort().values})
     for norm in norms[:1000]:
-        window(norm, fine)
-        zclip(norm, fine)
-    for some in norms[:4000].float().split(4):
+        window(norm, step_taken)
+        zclip(norm, step_taken)
+    for batch_losses in norms[:4000].float().split(4):
         for part in filters.values():
             if hasattr(part, "observe"):
-                part.observe(some, torch.ones_like(some, dtype=torch.bool))
+                part.observe(batch_losses, torch.ones_like(batch_losses, dtype=torch.bool))
 
     def filtered(part: object) -> Callable[[], object]:
         def call() -> None:
@@ -60,20 +65,20 @@ def calls(n_before: int) -> dict[str, Callable[[], object]]:
 
     clippers = {"clip fixed": fixed, "clip autoclip": whole, "clip autoclip, window 1000": window, "clip zclip": zclip}
     norm = torch.tensor(0.7, dtype=torch.float64)
-    found = {name: (lambda clipper=clipper: clipper(norm, fine)) for name, clipper in clippers.items()}
+    found = {name: (lambda clipper=clipper: clipper(norm, step_taken)) for name, clipper in clippers.items()}
     return found | {f"filter {name}, batch of 4": filtered(part) for name, part in filters.items()}
 
 
 def microseconds(call: Callable[[], object]) -> float:
-    """The median over the calls."""
+    """Return the median time of a call."""
     for _ in range(20):
         call()
-    spent = []
+    seconds = []
     for _ in range(N_CALLS):
-        began = perf_counter()
+        started = perf_counter()
         call()
-        spent.append(perf_counter() - began)
-    return round(1e6 * statistics.median(spent), 1)
+        seconds.append(perf_counter() - started)
+    return round(1e6 * statistics.median(seconds), 1)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Models, losses and steps of ours and of the peers, of the same sizes, each run as its own users run it."""
+"""Models, losses and training steps of unbraid and of the peers, in equal sizes, each run as its own users run it."""
 
 import importlib.util
 import inspect
@@ -23,13 +23,14 @@ from unbraid.train.optim import OPTIMIZERS
 from unbraid.train.state import TrainState
 from unbraid.train.step import train_step
 
-LR, MAX_NORM = 1.5e-4, 5.0
+LR = 1.5e-4
+MAX_NORM = 5.0
 
 Call = Callable[[], object]
 
 
 def missing(packages: Iterable[str]) -> list[str]:
-    """Those that are not here; sources unpacked in the environment's ``src`` are found too."""
+    """Return the packages that cannot be imported; sources unpacked in the environment's ``src`` count as installed."""
     for folder in sorted((Path(sys.prefix) / "src").glob("*")):
         if str(folder) not in sys.path:
             sys.path.append(str(folder))
@@ -37,25 +38,20 @@ def missing(packages: Iterable[str]) -> list[str]:
 
 
 class Work(NamedTuple):
-    """A network that both have, and the size of its batches."""
+    """A network that both sides have, and the size of its batches."""
 
     model: str
-    """Its name in `MODELS` and in `PEERS`."""
+    """Name in `MODELS` and in `PEERS`."""
     options: dict[str, Any]
-    """Its sizes, by the names that ours has for them; both are built from them."""
+    """Sizes, under the names of our model; both networks are built from them."""
     batch_size: int
     seconds: float
     sample_rate: int = 8000
     n_channels: int = 1
     n_sources: int = 2
 
-    @property
-    def is_there(self) -> bool:
-        """Whether ours has it."""
-        return self.model in MODELS
-
     def batch(self, device: torch.device) -> Batch:
-        """Noise: what the numbers are makes no difference to the time."""
+        """Return a batch of noise: the values make no difference to the time."""
         rng = torch.Generator().manual_seed(0)
         shape = (self.batch_size, self.n_sources, self.n_channels, round(self.seconds * self.sample_rate))
         sources = 0.1 * torch.randn(shape, generator=rng)
@@ -63,29 +59,31 @@ class Work(NamedTuple):
 
 
 class Peer(NamedTuple):
-    """Somebody else's network, with the loss of the same house."""
+    """A network of another toolkit, with the loss of the same toolkit."""
 
     who: str
     build: Callable[..., nn.Module]
     loss: Callable[[Tensor, Tensor], Tensor] | None = None
-    """None where only inference is compared."""
+    """None if only inference is compared."""
 
 
-class AsOurs(nn.Module):
-    """A peer's network behind our shapes: ``(batch, channel, time)`` to ``(batch, source, channel, time)``.
+class PeerAdapter(nn.Module):
+    """A peer's network with our shapes: ``(batch, channel, time)`` to ``(batch, source, channel, time)``.
 
     Args:
         net: The network.
-        enter: Our mixture as it wants it, an einops pattern.
-        leave: What it returns as we want it, an einops pattern.
+        enter: Einops pattern from our mixture to its input.
+        leave: Einops pattern from its output to our estimate.
     """
 
     def __init__(self, net: nn.Module, *, enter: str, leave: str) -> None:
         super().__init__()
-        self.net, self.enter, self.leave = net, enter, leave
+        self.net = net
+        self.enter = enter
+        self.leave = leave
 
     def forward(self, mixture: Tensor) -> Tensor:
-        """Separate."""
+        """Separate a mixture."""
         return rearrange(self.net(rearrange(mixture, self.enter)), self.leave)
 
 
@@ -98,7 +96,7 @@ def speechbrain_sepformer(
     n_heads: int = 8,
     d_hidden: int = 1024,
 ) -> nn.Module:
-    """The whole SepFormer of SpeechBrain."""
+    """Build SpeechBrain's SepFormer, with encoder and decoder."""
     from speechbrain.lobes.models.dual_path import SepformerWrapper
 
     both = {"numlayers": n_layers, "nhead": n_heads, "dffn": d_hidden}
@@ -108,15 +106,15 @@ def speechbrain_sepformer(
         masknet_numlayers=n_blocks,
         **{f"{path}_{name}": size for path in ("intra", "inter") for name, size in both.items()},
     )
-    return AsOurs(net, enter="b 1 t -> b t", leave="b t s -> b s 1 t")
+    return PeerAdapter(net, enter="b 1 t -> b t", leave="b t s -> b s 1 t")
 
 
 def speechbrain_loss(estimate: Tensor, sources: Tensor) -> Tensor:
-    """What its recipe trains with."""
+    """Return the loss of SpeechBrain's recipe."""
     from speechbrain.nnet.losses import get_si_snr_with_pitwrapper
 
-    heard = [rearrange(signals, "b s 1 t -> b t s") for signals in (sources, estimate)]
-    return get_si_snr_with_pitwrapper(*heard).mean()
+    signals_last = [rearrange(signals, "b s 1 t -> b t s") for signals in (sources, estimate)]
+    return get_si_snr_with_pitwrapper(*signals_last).mean()
 
 
 def asteroid_conv_tasnet(
@@ -128,7 +126,7 @@ def asteroid_conv_tasnet(
     n_blocks: int = 8,
     n_repeats: int = 3,
 ) -> nn.Module:
-    """Asteroid's Conv-TasNet."""
+    """Build Asteroid's Conv-TasNet."""
     from asteroid.models import ConvTasNet
 
     net = ConvTasNet(
@@ -140,11 +138,11 @@ def asteroid_conv_tasnet(
         n_blocks=n_blocks,
         n_repeats=n_repeats,
     )
-    return AsOurs(net, enter="b c t -> b c t", leave="b s t -> b s 1 t")
+    return PeerAdapter(net, enter="b c t -> b c t", leave="b s t -> b s 1 t")
 
 
 def asteroid_loss(estimate: Tensor, sources: Tensor) -> Tensor:
-    """What its recipes train with."""
+    """Return the loss of Asteroid's recipes."""
     from asteroid.losses import PITLossWrapper, pairwise_neg_sisdr
 
     return PITLossWrapper(pairwise_neg_sisdr, pit_from="pw_mtx")(estimate[:, :, 0], sources[:, :, 0])
@@ -153,19 +151,19 @@ def asteroid_loss(estimate: Tensor, sources: Tensor) -> Tensor:
 def asteroid_dprnn(
     *, n_filters: int = 64, bottleneck: int = 128, hidden: int = 128, chunk_size: int = 100, n_blocks: int = 6
 ) -> nn.Module:
-    """Asteroid's DPRNN."""
+    """Build Asteroid's DPRNN."""
     from asteroid.models import DPRNNTasNet
 
     net = DPRNNTasNet(
         n_src=2, n_filters=n_filters, bn_chan=bottleneck, hid_size=hidden, chunk_size=chunk_size, n_repeats=n_blocks
     )
-    return AsOurs(net, enter="b c t -> b c t", leave="b s t -> b s 1 t")
+    return PeerAdapter(net, enter="b c t -> b c t", leave="b s t -> b s 1 t")
 
 
 def package_bs_roformer(
     *, d_model: int = 384, n_blocks: int = 6, n_heads: int = 8, d_head: int = 48, hop_length: int = 441
 ) -> nn.Module:
-    """The BS-RoFormer of the package of that name, in the published form: one residual stream, one layer an axis."""
+    """Build the BS-RoFormer of the package bs_roformer as published: one residual stream, one layer per axis."""
     from bs_roformer import BSRoformer
 
     net = BSRoformer(
@@ -179,7 +177,7 @@ def package_bs_roformer(
         freq_transformer_depth=1,
         num_residual_streams=1,
     )
-    return AsOurs(net, enter="b c t -> b c t", leave="b c t -> b 1 c t")
+    return PeerAdapter(net, enter="b c t -> b c t", leave="b c t -> b 1 c t")
 
 
 PEERS = {
@@ -191,7 +189,7 @@ PEERS = {
 
 
 def build(work: Work, device: torch.device, *, ours: bool, compiled: bool = False, **more: Any) -> nn.Module:
-    """The network of ours, or the peer's; ours may be compiled, as a training run of ours does it."""
+    """Build our network or the peer's; ours may be compiled, in the way of `unbraid train`."""
     if not ours:
         return PEERS[work.model].build(**work.options).to(device)
     model = MODELS[work.model](n_sources=work.n_sources, **work.options, **more).to(device)
@@ -201,12 +199,12 @@ def build(work: Work, device: torch.device, *, ours: bool, compiled: bool = Fals
 
 
 def offers(work: Work, option: str) -> bool:
-    """Whether our network has an option of this name."""
+    """Return True if our network has an option of this name."""
     return option in inspect.signature(MODELS[work.model]).parameters
 
 
 def our_step(model: nn.Module, precision: str, batch: Batch) -> Call:
-    """One step of ours, as the recipes have it."""
+    """Return our training step, with the settings of our recipes."""
     state = TrainState(
         model.train(),
         loss=SeparationLoss(neg_si_sdr),
@@ -219,7 +217,7 @@ def our_step(model: nn.Module, precision: str, batch: Batch) -> Call:
 
 
 def peer_step(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], precision: str, batch: Batch) -> Call:
-    """The step that the peers' loops have in common: their loss, torch's clipping, torch's Adam as it comes."""
+    """Return the training step that the peers' loops share: their loss, PyTorch's clipping, Adam with its defaults."""
     parameters = list(model.train().parameters())
     optimizer = torch.optim.Adam(parameters, lr=LR)
     autocast = Precision(precision).autocast
@@ -236,7 +234,7 @@ def peer_step(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], precis
 
 
 def inference(model: nn.Module, precision: str, batch: Batch) -> Call:
-    """One forward, without gradients."""
+    """Return a forward pass without gradients."""
     autocast = Precision(precision).autocast
     model.eval()
 

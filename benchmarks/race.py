@@ -1,4 +1,4 @@
-"""Pieces of work timed in turns in one process, and how many times as fast ours was."""
+"""Time several implementations in turns in one process, and compute how many times as fast ours is."""
 
 import statistics
 import time
@@ -10,14 +10,14 @@ from peers import Call
 
 
 class Contestant(NamedTuple):
-    """Who does the work, and how: ``("ours", "bf16 compiled")``."""
+    """An implementation and its variant, such as ``("ours", "bf16 compiled")``."""
 
     who: str
     how: str
 
     @property
     def is_ours(self) -> bool:
-        """Whether it is ours."""
+        """True for an implementation of unbraid."""
         return self.who == "ours"
 
     def __str__(self) -> str:
@@ -25,89 +25,97 @@ class Contestant(NamedTuple):
 
 
 Measured = dict[Contestant, list[float]]
-"""What each took, round by round: in any unit, as long as less is better."""
+"""The cost of each contestant in each round, in any unit in which less is better."""
 
 
 def race(
     contestants: Mapping[Contestant, Call], *, rounds: int, device: torch.device, calls: int = 1, warm_up: int = 1
 ) -> Measured:
-    """Seconds a call of each, in turns and every second round the other way round: a busy machine strikes all alike.
+    """Return the seconds per call of each contestant, measured in turns.
 
-    On the CPU with one thread it is the process's CPU time, which other processes do not lengthen; else wall time.
+    Every second round runs in reverse order, so that a busy machine slows all of them alike. On the CPU with one thread
+    the clock is the CPU time of the process, which other processes do not lengthen; otherwise it is wall time.
 
     Args:
-        contestants: What each does.
-        rounds: How often each is measured.
-        device: Where; it is waited for before and after.
-        calls: Calls that make one measurement.
-        warm_up: Calls of each before.
+        contestants: The function that each of them calls.
+        rounds: Number of measurements of each.
+        device: Device that does the work; it is synchronised before and after each measurement.
+        calls: Calls per measurement.
+        warm_up: Calls of each before the first measurement.
     """
     for call in contestants.values():
         for _ in range(warm_up):
             call()
     clock = time.process_time if on_cpu_time(device) else time.perf_counter
-    spent: Measured = {one: [] for one in contestants}
+    measured: Measured = {contestant: [] for contestant in contestants}
     for turn in range(rounds):
-        for one in list(contestants) if turn % 2 == 0 else reversed(list(contestants)):
-            wait(device)
-            began = clock()
+        order = list(contestants)
+        if turn % 2 == 1:
+            order.reverse()
+        for contestant in order:
+            synchronize(device)
+            started = clock()
             for _ in range(calls):
-                contestants[one]()
-            wait(device)
-            spent[one].append((clock() - began) / calls)
-    return spent
+                contestants[contestant]()
+            synchronize(device)
+            measured[contestant].append((clock() - started) / calls)
+    return measured
 
 
 def on_cpu_time(device: torch.device) -> bool:
-    """Whether the process's CPU time says what the wall time of an idle machine would."""
+    """Return True where the CPU time of the process equals the wall time on an idle machine."""
     return device.type == "cpu" and torch.get_num_threads() == 1
 
 
-def wait(device: torch.device) -> None:
-    """For all work of the device."""
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all of its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def figures(measured: Measured) -> dict[str, Any]:
-    """What is written down: medians, extremes and every value; for each of ours its ratios to the peers."""
-    spent = {str(one): spread(values) | {"values": rounded(values)} for one, values in measured.items()}
-    ours = [one for one in measured if one.is_ours]
-    return {"measured": spent, "ratios": {str(one): ratios(one, measured) for one in ours}}
+    """Return medians, extremes and all values of a race as a table, and the ratios of each of ours to the peers."""
+    table = {}
+    for contestant, values in measured.items():
+        table[str(contestant)] = spread(values) | {"values": rounded(values)}
+    ours = [contestant for contestant in measured if contestant.is_ours]
+    return {"measured": table, "ratios": {str(contestant): ratios(contestant, measured) for contestant in ours}}
 
 
 def ratios(ours: Contestant, measured: Measured) -> dict[str, Any]:
-    """Peer / ours, round by round: above 1 ours is better.
+    """Return the ratios peer / ours over the rounds; above 1 ours is better.
 
     Returns:
-        Under ``like`` against the peer that does it in the same way (the fastest of several; none where no peer does),
-        under ``best`` against the fastest of all that the peers do.
+        Under ``like`` the ratio to the peer in the same variant, or else in the same precision; the fastest of several,
+        and no entry where no peer has it. Under ``best`` the ratio to the fastest of all peers and variants.
     """
-    peers = [one for one in measured if not one.is_ours]
-    like = [one for one in peers if one.how == ours.how] or [one for one in peers if one.how == ours.how.split()[0]]
+    peers = [contestant for contestant in measured if not contestant.is_ours]
+    like = [peer for peer in peers if peer.how == ours.how]
+    if not like:  # no peer compiles: compare with the same precision, which is the first word of the variant
+        like = [peer for peer in peers if peer.how == ours.how.split()[0]]
     found = {}
     for name, rivals in (("like", like), ("best", peers)):
         if rivals:
-            rival = min(rivals, key=lambda one: statistics.median(measured[one]))
+            rival = min(rivals, key=lambda peer: statistics.median(measured[peer]))
             pairs = zip(measured[rival], measured[ours], strict=True)
             found[name] = {"against": str(rival)} | spread([theirs / own for theirs, own in pairs])
     return found
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, lowest, highest."""
+    """Return the median, the lowest and the highest value."""
     median, lowest, highest = rounded([statistics.median(values), min(values), max(values)])
     return {"median": median, "min": lowest, "max": highest}
 
 
 def rounded(values: Sequence[float]) -> list[float]:
-    """To what means something."""
+    """Round to five significant digits: more are noise."""
     return [float(f"{value:.5g}") for value in values]
 
 
 def lines(piece: str, found: Mapping[str, Any], unit: str) -> list[str]:
-    """What is printed of one race: a line for each of ours, and one for each peer."""
-    told = []
+    """Return the printed lines of a race, one for each contestant."""
+    printed = []
     for name, values in found["measured"].items():
         text = f"{piece:26} {name:28} {in_unit(values['median'], unit):>10}"
         for kind, word in (("like", ""), ("best", "best: ")):
@@ -115,12 +123,12 @@ def lines(piece: str, found: Mapping[str, Any], unit: str) -> list[str]:
             if ratio:
                 against = f"{word}{ratio['against']}"
                 text += f"  {ratio['median']:6.2f}x ({ratio['min']:.2f}-{ratio['max']:.2f}) {against}"
-        told.append(text)
-    return told
+        printed.append(text)
+    return printed
 
 
 def in_unit(value: float, unit: str) -> str:
-    """A measured value as one reads it."""
+    """Return a measured value with its unit, as text."""
     if unit == "bytes":
         return f"{value / 2**20:.0f} MiB"
     return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.1f} ms"

@@ -1,7 +1,7 @@
-"""The figures of a finished run and of its evaluation, as JSON: python benchmarks/run_figures.py RUN TABLE OUT.
+"""Write the figures of a finished run and of its evaluation as JSON: python benchmarks/run_figures.py RUN TABLE OUT.
 
-What README and notes quote. Steps a second is the median over all trained steps after the first fifty, waiting for data
-included; the machine is named by its processor and cores.
+The README and the docs quote them. Steps per second is the median over all trained steps after the first fifty, with the
+time spent waiting for data.
 """
 
 import argparse
@@ -21,12 +21,12 @@ from unbraid.run_directory import RunDirectory
 
 
 def main() -> None:
-    """Read the run, write the figures."""
+    """Read the run and write its figures."""
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("run", type=Path)
     arguments.add_argument("table", type=Path, help="evaluation.csv")
     arguments.add_argument("out", type=Path, help="JSON to write")
-    arguments.add_argument("--seconds", type=float, help="wall time of the whole command, where it is quoted")
+    arguments.add_argument("--seconds", type=float, help="wall time of the whole command, if it is to be quoted")
     args = arguments.parse_args()
     figures = run_figures(args.run, args.table) | ({"command_seconds": args.seconds} if args.seconds else {})
     args.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def run_figures(run: Path, table: Path) -> dict[str, object]:
-    """Everything that is quoted of a run."""
+    """Return everything that the docs quote from a run."""
     steps = [record for record in read_steps(RunDirectory(run).steps) if record.trained]
     validation = read_rows(RunDirectory(run).validation)[0]
     with table.open(newline="", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""What the benchmark of learning reckons, and that it goes on where it was stopped; what is learnt no test can know."""
+"""The benchmark of learning computes what it states, and resumes; a test cannot check what is learned."""
 
 import importlib
 import json
@@ -23,14 +23,14 @@ for _ in range(60):
 
 @pytest.fixture
 def learning(monkeypatch):
-    """The benchmark as a module."""
+    """Import the benchmark as a module."""
     monkeypatch.syspath_prepend(str(FOLDER))
     threads = torch.get_num_threads()
     yield importlib.import_module("learning")
     torch.set_num_threads(threads)
 
 
-def test_the_lead_is_taken_mixture_by_mixture_and_over_the_seeds(learning):
+def test_the_lead_is_paired_by_mixture_over_the_seeds(learning):
     runs = {
         "asteroid 0": {"items_db": [0.0, 10.0, 20.0]},
         "ours 0": {"items_db": [2.0, 12.0, 25.0]},
@@ -46,7 +46,7 @@ def test_the_lead_is_taken_mixture_by_mixture_and_over_the_seeds(learning):
     assert leads["ours-steps"] == {"mean": 1.0, "half_95_over_mixtures": 0.0, "each_seed": [1.0]}
 
 
-def test_runs_that_were_made_are_not_made_again(learning, monkeypatch, tmp_path, capsys):
+def test_runs_in_the_results_are_not_repeated(learning, monkeypatch, tmp_path, capsys):
     made = []
 
     def in_turns(args, tasks):
@@ -60,37 +60,37 @@ def test_runs_that_were_made_are_not_made_again(learning, monkeypatch, tmp_path,
     assert learning.main([*words, "--seeds", "1"]) == 0
     assert learning.main([*words, "--seeds", "2"]) == 0
 
-    once = [("asteroid", None), ("ours", None), ("ours-steps", 7)]
-    assert made == [(arm, seed, n_steps) for seed in (0, 1) for arm, n_steps in once]
+    per_seed = [("asteroid", None), ("ours", None), ("ours-steps", 7)]
+    assert made == [(arm, seed, n_steps) for seed in (0, 1) for arm, n_steps in per_seed]
     assert learning.main([*words, "--minutes", "5"]) == 2
     monkeypatch.setitem(learning.OURS, "optim.lr", 1e-3)
     assert learning.main(words) == 2
     assert len(made) == 6
-    kept = json.loads((tmp_path / "out.json").read_text())
-    assert list(kept["runs"]) == [f"{arm} {seed}" for seed in (0, 1) for arm, _ in once]
-    assert kept["ahead_of_asteroid_db"]["ours"]["mean"] == 4.0
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert list(results["runs"]) == [f"{arm} {seed}" for seed in (0, 1) for arm, _ in per_seed]
+    assert results["ahead_of_asteroid_db"]["ours"]["mean"] == 4.0
     assert "ours-steps 1" in capsys.readouterr().out
 
 
-def test_while_one_has_its_turn_the_others_stand_still(learning, monkeypatch, tmp_path):
+def test_one_process_runs_at_a_time(learning, monkeypatch, tmp_path):
     monkeypatch.setattr(learning, "TURN_SECONDS", 0.2)
     paths = [tmp_path / f"{i}.txt" for i in range(3)]
     processes = []
     for path in paths:
-        with path.open("w") as told:
+        with path.open("w") as output:
             command = [sys.executable, "-c", COUNTING]
-            processes.append(subprocess.Popen(command, stdout=told, start_new_session=True))
+            processes.append(subprocess.Popen(command, stdout=output, start_new_session=True))
 
     learning.take_turns(processes)
 
     assert [process.returncode for process in processes] == [0, 0, 0]
     counted = sorted((float(line), path.name) for path in paths for line in path.read_text().split())
     assert len(counted) == 180
-    changes = sum(one != other for (_, one), (_, other) in pairwise(counted))
-    assert 5 < changes < 50  # all at once they would change at almost each
+    changes = sum(name != next_name for (_, name), (_, next_name) in pairwise(counted))
+    assert 5 < changes < 50  # if all ran at once, nearly every count would change the process
 
 
-def test_one_that_fails_ends_the_turns_of_all(learning, monkeypatch):
+def test_a_failing_process_ends_the_turns(learning, monkeypatch):
     monkeypatch.setattr(learning, "TURN_SECONDS", 0.05)
     commands = ["import time; time.sleep(60)", "raise SystemExit(3)"]
     processes = [subprocess.Popen([sys.executable, "-c", command], start_new_session=True) for command in commands]
@@ -99,11 +99,11 @@ def test_one_that_fails_ends_the_turns_of_all(learning, monkeypatch):
         learning.take_turns(processes)
 
     assert processes[0].poll() is None
-    learning.end(processes[0])
+    learning.kill(processes[0])
     assert processes[0].returncode == -signal.SIGKILL
 
 
-def test_one_that_fails_is_not_scored(learning):
+def test_a_failing_process_has_no_result(learning):
     process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
     process.wait()
 
@@ -112,8 +112,8 @@ def test_one_that_fails_is_not_scored(learning):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # the compiler of torch sets off warnings of torch
-def test_ours_trains_for_so_many_steps_and_is_scored(learning, speaker_folder):
+@pytest.mark.filterwarnings("ignore")  # torch's compiler raises warnings of torch
+def test_ours_trains_for_a_number_of_steps_and_is_evaluated(learning, speaker_folder):
     recipe = learning.recipe_of(speaker_folder(n_speakers=40, seconds=3.5), 0, 1.0)
     scored = learning.run("ours-steps", recipe, 2, n_items=2)
 
@@ -121,7 +121,7 @@ def test_ours_trains_for_so_many_steps_and_is_scored(learning, speaker_folder):
     assert len(scored["items_db"]) == 2
 
 
-def test_without_asteroid_it_is_said_what_is_missing(learning, monkeypatch, tmp_path, capsys):
+def test_a_missing_asteroid_is_named(learning, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(learning, "missing", list)
 
     assert learning.main([str(tmp_path)]) == 2

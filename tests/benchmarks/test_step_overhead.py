@@ -1,4 +1,4 @@
-"""The measurement runs and writes what it says; how fast anything is, no test can know."""
+"""The measurement of the step runs, and both loops do the same work; a test cannot check speeds."""
 
 import json
 import os
@@ -20,12 +20,12 @@ def measured(tmp_path, *options):
     return json.loads(out.read_text()), done.stdout
 
 
-def test_a_tiny_model_is_measured_and_both_loops_do_the_same_training(tmp_path):
+def test_both_loops_train_a_tiny_model_to_the_same_weights(tmp_path):
     figures, printed = measured(tmp_path, "--pairs", "1", "--steps", "4")
 
-    assert [(one["model"], one["precision"]) for one in figures["results"]] == [("tiny", "fp32"), ("tiny", "bf16")]
+    assert [(result["model"], result["precision"]) for result in figures["results"]] == [("tiny", "fp32"), ("tiny", "bf16")]
     for result in figures["results"]:
-        assert result["interval_95"] == [result["median_ratio"]] * 2  # of one pair
+        assert result["interval_95"] == [result["median_ratio"]] * 2  # of a single pair
         assert result["ours_seconds"] > 0
         assert result["bare_seconds"] > 0
         assert f"{result['median_ratio']:.4f}" in printed
