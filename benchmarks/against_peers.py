@@ -252,7 +252,9 @@ def all_benchmarks() -> dict[str, Benchmark]:
     found |= {f"pit_{n}": Benchmark(partial(pit_races, n), ("fast_bss_eval",)) for n in (2, 3, 5, 8, 16)}
     found["clip_and_adam"] = Benchmark(update_races)
     found["sepformer_memory"] = Benchmark(memory_races, ("speechbrain",), "sepformer", "bytes")
-    found |= {f"{name}_first_step": of_network(steps[name], first_step_races) for name in ("sepformer_small", "sepformer")}
+    found |= {
+        f"{name}_first_step": of_network(steps[name], first_step_races) for name in ("sepformer_small", "sepformer")
+    }
     return found
 
 
@@ -294,13 +296,21 @@ def default_file(setting: Setting) -> Path:
 def arguments() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=list(all_benchmarks()), metavar="NAME", help=", ".join(all_benchmarks()))
+    parser.add_argument(
+        "--only", nargs="+", choices=list(all_benchmarks()), metavar="NAME", help=", ".join(all_benchmarks())
+    )
     parser.add_argument("--repeats", type=at_least_one, default=5, help="rounds of each race (%(default)s)")
-    parser.add_argument("--threads", type=at_least_one, default=1, help="with more than 1, wall time is compared (%(default)s)")
+    parser.add_argument(
+        "--threads", type=at_least_one, default=1, help="with more than 1, wall time is compared (%(default)s)"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to check that it runs")
-    parser.add_argument("--batch-size", type=at_least_one, help="batch size of the networks, large enough to fill a GPU")
-    parser.add_argument("--out", type=Path, help="JSON file (by default one for each GPU); results of other benchmarks in it are kept")
+    parser.add_argument(
+        "--batch-size", type=at_least_one, help="batch size of the networks, large enough to fill a GPU"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="JSON file (by default one for each GPU); results of other benchmarks in it are kept"
+    )
     return parser
 
 

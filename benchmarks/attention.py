@@ -37,12 +37,17 @@ def main() -> None:
             for frames in args.frames:
                 shape = (max(1, ROWS // frames), HEADS, frames, CHANNELS)
                 query_key_value = torch.randn(3, *shape, device=args.device, dtype=dtype, requires_grad=backward)
-                calls = {Contestant(name, ""): partial(call, way, query_key_value, backward) for name, way in ways.items()}
+                calls = {
+                    Contestant(name, ""): partial(call, way, query_key_value, backward) for name, way in ways.items()
+                }
                 measured = race(calls, rounds=args.repeats, device=query_key_value.device, calls=3, warm_up=2)
                 fused, explicit = (measured[Contestant(name, "")] for name in ways)
                 ratio = torch.tensor([a / b for a, b in zip(fused, explicit, strict=True)])
                 word = str(dtype).removeprefix("torch.")
-                print(f"{word:9} {backward!s:8} {frames:7}  {ratio.median():.2f} ({ratio.min():.2f}, {ratio.max():.2f})", flush=True)
+                print(
+                    f"{word:9} {backward!s:8} {frames:7}  {ratio.median():.2f} ({ratio.min():.2f}, {ratio.max():.2f})",
+                    flush=True,
+                )
 
 
 def call(way: Callable[..., Tensor], query_key_value: Tensor, backward: bool) -> None:

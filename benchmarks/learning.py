@@ -63,7 +63,9 @@ def main(words: Sequence[str] | None = None) -> int:
     """Train the runs that are missing, evaluate them, print and write the results."""
     args = arguments().parse_args(words)
     if missing(("asteroid",)):
-        print("asteroid cannot be imported here: run this with the Python of an environment that has it.", file=sys.stderr)
+        print(
+            "asteroid cannot be imported here: run this with the Python of an environment that has it.", file=sys.stderr
+        )
         return 2
     torch.set_num_threads(args.threads)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # cleans up its child processes
@@ -74,7 +76,9 @@ def main(words: Sequence[str] | None = None) -> int:
     given = conditions(args)
     known = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {"given": given, "runs": {}}
     if known["given"] != given:
-        print(f"{args.out} has results under other conditions, {known['given']}; choose another --out.", file=sys.stderr)
+        print(
+            f"{args.out} has results under other conditions, {known['given']}; choose another --out.", file=sys.stderr
+        )
         return 2
     for seed in range(args.seeds):
         for arms in (BY_TIME, ("ours-steps",)):

@@ -20,7 +20,13 @@ N_CALLS = 200
 def main() -> None:
     """Measure, print and write the results."""
     arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--lengths", nargs="+", type=int, default=[100, 10_000, 1_000_000], help="numbers of steps that the parts have seen before")
+    arguments.add_argument(
+        "--lengths",
+        nargs="+",
+        type=int,
+        default=[100, 10_000, 1_000_000],
+        help="numbers of steps that the parts have seen before",
+    )
     arguments.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "part_costs.json")
     args = arguments.parse_args()
     torch.set_num_threads(1)

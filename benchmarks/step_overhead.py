@@ -82,9 +82,7 @@ def main() -> None:
         "--models", nargs="+", choices=sorted(setups()), default=["conv_tasnet_small", "sepformer_small"]
     )
     arguments.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
-    arguments.add_argument(
-        "--compile", action="store_true", help="measure compiled models instead of uncompiled ones"
-    )
+    arguments.add_argument("--compile", action="store_true", help="measure compiled models instead of uncompiled ones")
     arguments.add_argument("--pairs", type=int, default=20, help="pairs for each model and precision")
     arguments.add_argument("--steps", type=int, default=3, help="steps per measurement")
     arguments.add_argument("--warm-up", type=int, default=3, help="steps of each loop before the first measurement")

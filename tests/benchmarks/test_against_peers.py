@@ -142,7 +142,9 @@ def test_a_fresh_process_measures_the_first_step_and_the_peak_of_memory(part):
 
 @pytest.mark.slow
 @pytest.mark.peers
-@pytest.mark.skipif("UNBRAID_PEERS" not in os.environ, reason="UNBRAID_PEERS does not name a Python with the peers' packages")
+@pytest.mark.skipif(
+    "UNBRAID_PEERS" not in os.environ, reason="UNBRAID_PEERS does not name a Python with the peers' packages"
+)
 def test_the_networks_of_both_sides_have_the_same_sizes(tmp_path):
     out = tmp_path / "figures.json"
     script = FOLDER / "against_peers.py"

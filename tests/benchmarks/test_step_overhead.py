@@ -23,7 +23,10 @@ def measured(tmp_path, *options):
 def test_both_loops_train_a_tiny_model_to_the_same_weights(tmp_path):
     figures, printed = measured(tmp_path, "--pairs", "1", "--steps", "4")
 
-    assert [(result["model"], result["precision"]) for result in figures["results"]] == [("tiny", "fp32"), ("tiny", "bf16")]
+    assert [(result["model"], result["precision"]) for result in figures["results"]] == [
+        ("tiny", "fp32"),
+        ("tiny", "bf16"),
+    ]
     for result in figures["results"]:
         assert result["interval_95"] == [result["median_ratio"]] * 2  # of a single pair
         assert result["ours_seconds"] > 0

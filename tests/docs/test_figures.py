@@ -86,7 +86,9 @@ def test_the_time_to_compile_is_what_was_measured():
     seconds = [round(first_step[who]["median"]) for who in ("ours regions", "ours whole", "speechbrain whole")]
 
     section = BENCHMARKS.split("### Time to compile")[1]
-    quoted = re.search(r"took (\d+) s when .*? regions .*? and (\d+) s as a whole; .*? took (\d+) s as a whole \(once", section)
+    quoted = re.search(
+        r"took (\d+) s when .*? regions .*? and (\d+) s as a whole; .*? took (\d+) s as a whole \(once", section
+    )
     assert [int(number) for number in quoted.groups()] == seconds
 
 
