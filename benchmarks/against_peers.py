@@ -86,7 +86,7 @@ def precisions(device: torch.device) -> list[str]:
 
 
 def network_races(work: Work, setting: Setting, *, train: bool) -> Races:
-    """Compare a training step, or inference: ours in each precision, compiled or not, with the peer in all precisions."""
+    """Compare a training step, or inference: ours in each precision, compiled or not, with the peer in all of them."""
     work = setting.sized(work)
     device = setting.device
     batch = work.batch(device)
@@ -188,8 +188,8 @@ def memory_races(setting: Setting) -> Races:
     both_sides = ("ours", PEERS[work.model].who)
     variants = [(Contestant(who, how), {}) for who in both_sides for how in precisions(setting.device)]
     if offers(work, "checkpoint"):
-        for how in precisions(setting.device):
-            variants.append((Contestant("ours", f"{how} checkpoint"), {"checkpoint": True}))
+        hows = [f"{precision} checkpoint" for precision in precisions(setting.device)]
+        variants += [(Contestant("ours", how), {"checkpoint": True}) for how in hows]
     measured: Measured = {}
     for contestant, options in variants:
         task = fresh_task(contestant, work, setting) | {"precision": contestant.how.split()[0], "options": options}

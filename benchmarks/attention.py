@@ -1,7 +1,7 @@
 """Compare two implementations of attention: python benchmarks/attention.py.
 
-PyTorch's fused attention and the explicit product, in turns, with and without a backward pass, at the sequence lengths of
-dual-path models. `unbraid.models.attention.attend` chooses between them by these figures.
+PyTorch's fused attention and the explicit product, in turns, with and without a backward pass, at the sequence lengths
+of dual-path models. `unbraid.models.attention.attend` chooses between them by these figures.
 """
 
 import argparse

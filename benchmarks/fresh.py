@@ -1,6 +1,6 @@
-"""Measure in a fresh process what happens only once in one: the first step, and the peak of memory of a step.
+"""Measure what happens only once in a process: the first step, and the peak of memory of a step.
 
-A child process of against_peers.py: ``python benchmarks/fresh.py '{"model": "sepformer", ...}'`` prints one line of JSON.
+A child process of against_peers.py: ``python benchmarks/fresh.py '{"model": "sepformer", ...}'`` prints a line of JSON.
 """
 
 import ctypes
@@ -27,7 +27,7 @@ def in_a_fresh_process(task: Mapping[str, Any], *, cache: Path | None = None) ->
 
     Args:
         task: As for `measure_first_steps`.
-        cache: Cache folder of the compiler; None takes an empty one, which is deleted afterwards.
+        cache: Cache folder of the compiler; None for an empty one, deleted afterwards.
 
     Raises:
         RuntimeError: If the process failed; the message ends with its last output.
@@ -46,7 +46,7 @@ def measure_first_steps(task: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         task: ``work`` (the fields of `Work`), ``who`` (``"ours"`` or a peer), ``precision``, ``compile`` (``""``,
-            ``"regions"`` or ``"whole"``), ``threads``, ``device``; optionally ``options``, further options of our network.
+            ``"regions"`` or ``"whole"``), ``threads``, ``device``; optionally ``options``, more options of our model.
     """
     torch.set_num_threads(task["threads"])
     torch.manual_seed(0)

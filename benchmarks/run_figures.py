@@ -1,7 +1,7 @@
 """Write the figures of a finished run and of its evaluation as JSON: python benchmarks/run_figures.py RUN TABLE OUT.
 
-The README and the docs quote them. Steps per second is the median over all trained steps after the first fifty, with the
-time spent waiting for data.
+The README and the docs quote them. Steps per second is the median over all trained steps after the first fifty, with
+the time spent waiting for data.
 """
 
 import argparse

@@ -1,10 +1,10 @@
 """Measure the cost of train_step compared with a plain loop of the same work: python benchmarks/step_overhead.py.
 
-Both have their own copy of the same model and optimizer, and train on the same batches in one process. Measurements come
-in pairs, one of each loop, every second pair in reverse order, so that other work on the machine slows both alike. On the
-CPU the clock is the CPU time of the process on one thread; on a GPU, which is synchronised before and after, it is wall
-time. The result is the median over the pairs of ours / plain, with a bootstrap interval of 95 %; the ratio of the sums
-gives the sampled steps, which record blocks and examples, their full weight.
+Both have their own copy of the same model and optimizer, and train on the same batches in one process. Measurements
+come in pairs, one of each loop, every second pair in reverse order, so that other work on the machine slows both
+alike. On the CPU the clock is the CPU time of the process on one thread; on a GPU, which is synchronised before and
+after, it is wall time. The result is the median over the pairs of ours / plain, with a bootstrap interval of 95 %; the
+ratio of the sums gives the sampled steps, which record blocks and examples, their full weight.
 """
 
 import argparse
@@ -49,8 +49,8 @@ PLAIN = (
 )
 OURS = (
     "unbraid.train.step.train_step: all that, and a generator seeded for the step, per-example losses, filtered at "
-    "-30 dB, steps with non-finite losses or gradients skipped in the optimizer's own pass, and a complete record on the "
-    f"host; every {SAMPLE_EVERY_STEPS}th step also records each block and each example"
+    "-30 dB, steps with non-finite losses or gradients skipped in the optimizer's own pass, and a complete record on "
+    f"the host; every {SAMPLE_EVERY_STEPS}th step also records each block and each example"
 )
 
 

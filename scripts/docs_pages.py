@@ -21,7 +21,7 @@ from unbraid.train.optim import OPTIMIZERS, SCHEDULES
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
-# A code block or span, a displayed formula, or a formula in a line. Code comes first: a dollar sign in it is no formula.
+# A code block or span, a displayed formula, or a formula in a line. Code comes first: its dollar signs are no formulas.
 CODE_OR_FORMULA = re.compile(r"(```.*?```|`[^`\n]+`)|\$\$(.+?)\$\$|(?<![\\$\w])\$([^$\n]+?)\$(?!\w)", flags=re.DOTALL)
 LINK_OUT_OF_DOCS = re.compile(r"\]\(((?:\.\./)+)([^)#]+)(#[^)]*)?\)")
 
