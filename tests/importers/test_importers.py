@@ -1,6 +1,6 @@
 """Checkpoints of the peers: the same output as theirs, and nothing but one sentence for what cannot be taken.
 
-`tests/foreign` holds tiny models of theirs with random weights, and what they made of noise: scripts/record_foreign.py.
+`tests/foreign` holds tiny models of theirs with random weights, and what they made of noise: scripts/record_peer_models.py.
 """
 
 import os
@@ -17,10 +17,10 @@ from torch.torch_version import TorchVersion
 
 from unbraid.build import load_model
 from unbraid.cli.main import main
-from unbraid.importers.safe_reading import UNREAD, plain_settings
+from unbraid.importers.safe_reading import UNPARSED, parse_plain_yaml
 
 RECORDED = Path(__file__).parent / "recorded"
-RECORDER = Path(__file__).parents[2] / "scripts" / "record_foreign.py"
+RECORDER = Path(__file__).parents[2] / "scripts" / "record_peer_models.py"
 SPEECH = Path(__file__).resolve().parents[3] / "shared" / "data" / "speech"
 PEERS = os.environ.get("UNBRAID_PEERS")
 
@@ -262,19 +262,19 @@ def test_code_in_a_yaml_does_not_run(saved, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "is no file of weights"),
-        (b"hello", "is no file of weights"),
-        (np.random.default_rng(0).bytes(300), "is no file of weights"),
-        ({}, "holds no weights"),
-        ([torch.ones(1)], "holds a list"),
-        (torch.ones(1), "holds a Tensor"),
-        ({"state_dict": {}}, "holds no weights"),
-        ({"a": torch.ones(1), "b": 3}, "holds 'b', a int"),
-        ({"conv.weight": torch.ones(1)}, "no model that is known here"),
+        (b"", "is not a file of weights"),
+        (b"hello", "is not a file of weights"),
+        (np.random.default_rng(0).bytes(300), "is not a file of weights"),
+        ({}, "contains no weights"),
+        ([torch.ones(1)], "contains a list"),
+        (torch.ones(1), "contains a Tensor"),
+        ({"state_dict": {}}, "contains no weights"),
+        ({"a": torch.ones(1), "b": 3}, "contains 'b', a int"),
+        ({"conv.weight": torch.ones(1)}, "is not a known model"),
         ({"model_name": "DCUNet", "model_args": {}, "state_dict": {"a": torch.ones(1)}}, "DCUNet is not one of"),
         (
             {"model_name": "DPRNNTasNet", "model_args": {}, "state_dict": {"a": torch.ones(1)}},
-            "do not say n_sources of Asteroid's DPRNNTasNet",
+            "do not contain n_sources of Asteroid's DPRNNTasNet",
         ),
         ({"band_split.to_features.0.0.gamma": torch.ones(1)}, "There is no band_split"),
     ],
@@ -295,7 +295,7 @@ def test_the_package_bs_roformer_is_told_from_what_msst_saves(newer, saved, tmp_
     weights = load(folder / "model.ckpt")
     torch.save(weights | {newer: torch.zeros(3)}, folder / "model.ckpt")
 
-    assert "only what MSST saves is imported" in refuse(capsys, [folder], tmp_path / "out")
+    assert "Only models that MSST saves can be imported" in refuse(capsys, [folder], tmp_path / "out")
 
 
 def test_files_that_are_missing_are_named(saved, tmp_path, capsys):
@@ -305,7 +305,7 @@ def test_files_that_are_missing_are_named(saved, tmp_path, capsys):
 
     assert "masknet.ckpt" in refuse(capsys, [folder], tmp_path / "out")
     assert "nowhere" in refuse(capsys, [tmp_path / "nowhere"], tmp_path / "out")
-    assert "holds no file of weights" in refuse(capsys, [tmp_path / "empty"], tmp_path / "out")
+    assert "has no file of weights" in refuse(capsys, [tmp_path / "empty"], tmp_path / "out")
     two = [RECORDED / "msst-bs_roformer" / "model.ckpt", RECORDED / "asteroid-dprnn" / "best_model.pth"]
     assert "2 files of weights" in refuse(capsys, two, tmp_path / "out")
 
@@ -327,7 +327,7 @@ def test_a_network_of_speechbrain_that_ours_cannot_be_is_refused(tmp_path, capsy
             "asteroid-conv_tasnet",
             "best_model.pth",
             lambda c: c["model_args"].update(n_blocks=3),
-            "lacks what ours has as blocks.4",
+            "lacks the weight that unbraid calls blocks.4",
         ),
         ("asteroid-conv_tasnet", "best_model.pth", lambda c: c["model_args"].update(n_blocks="x"), "model.n_blocks"),
         ("asteroid-conv_tasnet", "best_model.pth", lambda c: c["model_args"].update(mask_act="tanh"), "'tanh'"),
@@ -344,7 +344,7 @@ def test_a_network_of_speechbrain_that_ours_cannot_be_is_refused(tmp_path, capsy
             lambda c: c["dual_mdl.0.intra_mdl.pos_enc.pe"].resize_(5),
             "fit no model",
         ),
-        ("speechbrain-sepformer", "encoder.ckpt", lambda c: c.clear(), "holds no weights"),
+        ("speechbrain-sepformer", "encoder.ckpt", lambda c: c.clear(), "contains no weights"),
         ("speechbrain-dprnn", "masknet.ckpt", lambda c: c.pop("dual_mdl.0.inter_linear.w.bias"), "inter_linear.w.bias"),
         ("msst-bs_roformer", "model.ckpt", lambda c: c["final_norm.gamma"].fill_(torch.nan), "not finite"),
     ],
@@ -365,8 +365,13 @@ def test_weights_that_do_not_fit_are_named(name, file, spoil, said, saved, tmp_p
         ("speechbrain-sepformer", "    norm_before: true\n", "", "norm_before = False"),
         ("speechbrain-sepformer", "dropout: 0", "activation: gelu", "activation = 'gelu'"),
         ("speechbrain-sepformer", "norm: ln", "norm: cln", "norm = 'cln'"),
-        ("speechbrain-sepformer", "skip_around_intra: true", "skip_around_intra: !ref <a b>", "not written plainly"),
-        ("speechbrain-sepformer", "K: 10 ", "K: !ref <half> * 2", "do not say chunk_size"),
+        (
+            "speechbrain-sepformer",
+            "skip_around_intra: true",
+            "skip_around_intra: !ref <a b>",
+            "an expression that is not read",
+        ),
+        ("speechbrain-sepformer", "K: 10 ", "K: !ref <half> * 2", "do not contain chunk_size"),
         ("speechbrain-sepformer", "K: 10 ", "K: 9 ", "must be even"),
         ("speechbrain-sepformer", "nhead: 2", "nhead: 3", "multiple of n_heads"),
         ("msst-bs_roformer", "stft_win_length: 32", "stft_win_length: 16", "stft_win_length = 16"),
@@ -401,12 +406,12 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path, capsys):
 
     assert main(["import", *map(str, files_of(RECORDED / "asteroid-dprnn")), "-o", str(tmp_path / "out")]) == 2
 
-    assert "no empty folder" in capsys.readouterr().err
+    assert "is not an empty folder" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
 
 
 def test_plain_lines_of_yaml_are_read_and_all_else_is_passed_over():
-    settings = plain_settings(
+    settings = parse_plain_yaml(
         "# a comment: no\n"
         "rate: 8000 # Hz\n"
         "rates: [8000, 1.6e4]\n"
@@ -428,5 +433,5 @@ def test_plain_lines_of_yaml_are_read_and_all_else_is_passed_over():
     assert settings[""]["nothing"] is None
     assert settings["net"]["!new"] == "some.package.Net"
     assert (settings["net"]["size"], settings["net"]["on"]) == (8000, True)
-    assert settings["net"]["other"] is settings["net"]["unknown"] is settings[""]["bands"] is UNREAD
+    assert settings["net"]["other"] is settings["net"]["unknown"] is settings[""]["bands"] is UNPARSED
     assert settings["bands"] == {}

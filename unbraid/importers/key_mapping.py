@@ -1,4 +1,4 @@
-"""How a peer's model is said in our words, and what reading one from its settings and weights takes."""
+"""ImportedModel, the common form of all imported models; helpers that map settings and names of weights."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -6,84 +6,95 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from unbraid.errors import CheckpointError
-from unbraid.importers.safe_reading import UNREAD, Settings, Tensors
+from unbraid.importers.safe_reading import UNPARSED, Settings, Tensors
 
-Names = dict[str, list[str]]
+KeyMap = dict[str, list[str]]
+"""From the name of a weight in unbraid to the names of the other toolkit."""
 
-LSTM = [f"{kind}_{gate}_l0{way}" for kind in ("weight", "bias") for gate in ("ih", "hh") for way in ("", "_reverse")]
-"""Weights of torch's LSTM of one layer and two directions."""
+LSTM = [
+    f"{kind}_{gate}_l0{direction}"
+    for kind in ("weight", "bias")
+    for gate in ("ih", "hh")
+    for direction in ("", "_reverse")
+]
+"""Names of the weights of torch's bidirectional LSTM with one layer."""
 
 
 @dataclass(frozen=True)
-class Foreign:
-    """A peer's model in our words.
+class ImportedModel:
+    """A model of another toolkit, described by what unbraid needs to build the same one.
 
     Attributes:
-        origin: What it is, for messages.
-        model: The table ``[model]`` that makes ours; what could not be found out is left out of it.
-        weights: By the peer's names.
-        names: For each weight of ours the peer's, or several that are joined along their first axis; where the peer
-            has none, ours is zero.
-        tables: What the peer may keep beside its weights and ours computes, by the peer's names.
-        needed: Keys of ``model`` that no weight's shape tells.
-        data: Of the table ``[data]`` what is known.
-        turned: How names of ours end that have the axes of the peers' weights in another order.
-        loss: The table ``[loss]``, as far as it tells what the outputs' level and order mean.
+        origin: The toolkit and the model, for messages.
+        model_settings: The table ``[model]`` of the recipe, without keys that could not be determined.
+        weights: The weights, by the toolkit's names.
+        key_map: For each weight of unbraid's model the toolkit's name, or several names of weights to concatenate along
+            their first axis; an empty list if the toolkit has no such weight, and unbraid's is zero.
+        expected_tables: Fixed tables that the toolkit may save and unbraid computes, by the toolkit's names.
+        required_keys: Keys of ``model_settings`` that no weight's shape reveals.
+        data_settings: What is known of the table ``[data]``.
+        transposed_suffixes: Ends of the names of unbraid's weights whose axes are in another order in the toolkit.
+        loss_settings: The table ``[loss]``; it determines whether the outputs have a meaningful level and order.
     """
 
     origin: str
-    model: Settings
+    model_settings: Settings
     weights: Tensors
-    names: Names
-    tables: Tensors = field(default_factory=dict)
-    needed: Sequence[str] = ()
-    data: Settings = field(default_factory=dict)
-    turned: tuple[str, ...] = ("decoder.filters.weight", ".taps")
-    loss: Settings = field(default_factory=lambda: {"name": "neg_si_sdr"})
+    key_map: KeyMap
+    expected_tables: Tensors = field(default_factory=dict)
+    required_keys: Sequence[str] = ()
+    data_settings: Settings = field(default_factory=dict)
+    transposed_suffixes: tuple[str, ...] = ("decoder.filters.weight", ".taps")
+    loss_settings: Settings = field(default_factory=lambda: {"name": "neg_si_sdr"})
 
 
-def check_same(origin: str, said: Settings, **allowed: tuple[Any, ...]) -> None:
-    """Refuse what ours cannot be; the peer's own defaults, where they are others, are among what is said."""
-    for key, values in allowed.items():
-        if key in said and said[key] not in values:
-            given = "something that is not written plainly" if said[key] is UNREAD else repr(said[key])
+def check_supported(origin: str, settings: Settings, **supported: tuple[Any, ...]) -> None:
+    """Raise an error if a setting has a value that unbraid's model does not support; missing settings pass.
+
+    If the toolkit's default is not supported, ``settings`` must contain the default.
+    """
+    for key, values in supported.items():
+        if key in settings and settings[key] not in values:
+            value = "an expression that is not read" if settings[key] is UNPARSED else repr(settings[key])
             raise CheckpointError(
-                f"{origin} has {key} = {given}, where ours has {' or '.join(map(repr, values))}; it is not imported."
+                f"{origin} has {key} = {value}, but unbraid's model only supports {' or '.join(map(repr, values))}."
             )
 
 
-def known(said: Settings, keys: Mapping[str, str]) -> Settings:
-    """Our keys for the peer's, where the peer says something."""
-    return {ours: said[theirs] for ours, theirs in keys.items() if said.get(theirs) not in (UNREAD, None)}
+def rename_keys(settings: Settings, keys: Mapping[str, str]) -> Settings:
+    """Return settings under unbraid's keys, given the toolkit's key for each; missing settings are skipped."""
+    return {ours: settings[theirs] for ours, theirs in keys.items() if settings.get(theirs) not in (UNPARSED, None)}
 
 
-def rate_of(said: Any) -> Settings:
-    """The key ``sample_rate`` of ``[data]``, where something sensible is said."""
-    return (
-        {"sample_rate": round(said)}
-        if isinstance(said, (int, float)) and not isinstance(said, bool) and 0 < said < 1e7
-        else {}
-    )
+def sample_rate_setting(value: Any) -> Settings:
+    """Return ``{"sample_rate": value}``, or an empty dict if the value cannot be a sample rate in Hz."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1e7:
+        return {"sample_rate": round(value)}
+    return {}
 
 
-def size_of(weights: Tensors, name: str, axis: int) -> int:
-    """Length of one axis of a matrix."""
+def axis_size(weights: Tensors, name: str, axis: int) -> int:
+    """Return the length of one axis of a weight with two or more axes.
+
+    Raises:
+        CheckpointError: If there is no such weight.
+    """
     if name not in weights or weights[name].dim() < 2:
-        raise CheckpointError(f"There is no {name} to read a size from; the files are not whole.")
+        raise CheckpointError(f"There is no {name} to read a size from. The files are incomplete.")
     return weights[name].shape[axis]
 
 
-def count_of(weights: Tensors, pattern: str) -> int:
-    """How many numbers stand in the place of ``*`` in names that begin so."""
-    begin = re.compile(re.escape(pattern).replace(r"\*", r"(\d+)"))
-    return len({found[1] for name in weights if (found := begin.match(name))})
+def count_indices(weights: Tensors, pattern: str) -> int:
+    """Count the different numbers at ``*`` in names that begin with the pattern, such as ``layers.*.``."""
+    prefix = re.compile(re.escape(pattern).replace(r"\*", r"(\d+)"))
+    return len({match[1] for name in weights if (match := prefix.match(name))})
 
 
-def weight_and_bias(ours: str, theirs: str) -> dict[str, list[str]]:
-    """Weight and bias of a layer."""
+def weight_and_bias(ours: str, theirs: str) -> KeyMap:
+    """Map weight and bias of a layer."""
     return {f"{ours}.{kind}": [f"{theirs}.{kind}"] for kind in ("weight", "bias")}
 
 
-def gamma_and_beta(ours: str, theirs: str) -> dict[str, list[str]]:
-    """Scale and shift of a norm, where the peer calls them gamma and beta."""
+def gamma_and_beta(ours: str, theirs: str) -> KeyMap:
+    """Map scale and shift of a norm that the toolkit calls gamma and beta."""
     return {f"{ours}.weight": [f"{theirs}.gamma"], f"{ours}.bias": [f"{theirs}.beta"]}

@@ -2,8 +2,8 @@
 
 Run it with a Python that has the peers' packages:
 
-    PYTHON scripts/record_foreign.py tests/foreign                                     what lies in the tree
-    PYTHON scripts/record_foreign.py OUT --larger --mixture mixture.npy [NAME ...]     for the tests marked peers
+    PYTHON scripts/record_peer_models.py tests/foreign                                     what lies in the tree
+    PYTHON scripts/record_peer_models.py OUT --larger --mixture mixture.npy [NAME ...]     for the tests marked peers
 """
 
 import argparse
@@ -97,7 +97,7 @@ def speechbrain(folder, sizes):
     return lambda mixture: torch.cat([separate_one(channel[None])[:, None] for channel in mixture], 1)
 
 
-FRONT = """# Made by record_foreign.py
+FRONT = """# Made by record_peer_models.py
 sample_rate: 8000
 num_spks: {n_sources}
 width: {width}
