@@ -1,8 +1,8 @@
-"""Peers' models with random weights, saved as each peer saves, beside what they make of a mixture.
+"""Record models of other toolkits with random weights, in each toolkit's format, and their output for a mixture.
 
-Run it with a Python that has the peers' packages:
+Run it with a Python that has the toolkits installed:
 
-    PYTHON scripts/record_peer_models.py tests/foreign                                     what lies in the tree
+    PYTHON scripts/record_peer_models.py tests/importers/recorded                          the files in this repository
     PYTHON scripts/record_peer_models.py OUT --larger --mixture mixture.npy [NAME ...]     for the tests marked peers
 """
 
@@ -17,18 +17,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.append(str(Path(sys.prefix) / "src" / "asteroid"))  # where it is unpacked, not installed
-sys.modules.setdefault("pytorch_lightning", types.SimpleNamespace(__version__="2.5.0"))  # Asteroid asks its version
+sys.path.append(str(Path(sys.prefix) / "src" / "asteroid"))  # where it is unpacked, if it is not installed
+sys.modules.setdefault("pytorch_lightning", types.SimpleNamespace(__version__="2.5.0"))  # Asteroid reads its version
 warnings.filterwarnings("ignore")
 
 
 def main():
-    """Record again what is named, or what lies in the tree."""
+    """Record the models that are named, or all of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("names", nargs="*")
-    parser.add_argument("--mixture", type=Path, help="(channel, time); noise otherwise")
-    parser.add_argument("--larger", action="store_true", help="more of everything than what lies in the tree")
+    parser.add_argument("--mixture", type=Path, help=".npy file (channel, time); noise by default")
+    parser.add_argument("--larger", action="store_true", help="larger models than those in the repository")
     args = parser.parse_args()
     for name in args.names or CASES:
         folder = args.out / name
@@ -41,22 +41,22 @@ def main():
         with torch.no_grad():
             sources = separate(mixture)
         for file in [*folder.glob("*.ckpt"), *folder.glob("*.pth")]:
-            pack(file)
+            compress(file)
         np.savez_compressed(folder / "recorded.npz", mixture=mixture.numpy(), sources=sources.numpy())
         print(folder, tuple(sources.shape))
 
 
-def pack(file):
-    """Compress what lies in a file of torch's, which torch reads as well."""
+def compress(file):
+    """Compress a file that torch saved; torch can read the result."""
     with zipfile.ZipFile(file) as plain:
-        parts = {name: plain.read(name) for name in plain.namelist()}
+        entries = {name: plain.read(name) for name in plain.namelist()}
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as packed:
-        for name, content in parts.items():
+        for name, content in entries.items():
             packed.writestr(name, content)
 
 
-def shaken(module):
-    """Weights such as nobody starts from: sources differ, and no norm or slope can be taken for another."""
+def randomise(module):
+    """Change the initial weights so that the sources differ, and no two norms or slopes are the same."""
     with torch.no_grad():
         for weight in module.parameters():
             if weight.requires_grad:
@@ -65,22 +65,22 @@ def shaken(module):
 
 
 def asteroid(folder, sizes):
-    """One of Asteroid's models, saved as its recipes save the best one."""
+    """Save a model of Asteroid as its recipes save the best one; return its separation function."""
     import asteroid.models
 
-    model = shaken(getattr(asteroid.models, sizes["model"])(**{key: sizes[key] for key in sizes if key != "model"}))
+    model = randomise(getattr(asteroid.models, sizes["model"])(**{key: sizes[key] for key in sizes if key != "model"}))
     torch.save(model.serialize(), folder / "best_model.pth")
     return lambda mixture: model(mixture[:, None]).transpose(0, 1)
 
 
 def speechbrain(folder, sizes):
-    """A separator made by SpeechBrain's own reading of a YAML file, saved as its checkpointer does."""
+    """Save a separator as SpeechBrain's checkpointer does, built from a YAML file; return its separation function."""
     from hyperpyyaml import load_hyperpyyaml
 
     text = sizes["yaml"].format(**sizes)
     (folder / "hyperparams.yaml").write_text(text)
-    made = load_hyperpyyaml(text)
-    parts = {part: shaken(made["modules"][part]) for part in ("encoder", "masknet", "decoder")}
+    objects = load_hyperpyyaml(text)
+    parts = {part: randomise(objects["modules"][part]) for part in ("encoder", "masknet", "decoder")}
     for part, module in parts.items():
         weights = module.state_dict()
         for name in weights:
@@ -88,13 +88,13 @@ def speechbrain(folder, sizes):
                 weights[name] = weights[name][:, : sizes["rows"]].clone()
         torch.save(weights, folder / f"{part}.ckpt")
 
-    def separate_one(mixture):
+    def separate_channel(mixture):
         encoded = parts["encoder"](mixture)
         sources = [parts["decoder"](encoded * mask).view(-1) for mask in parts["masknet"](encoded)]
         missing = mixture.shape[-1] - sources[0].shape[-1]
         return torch.nn.functional.pad(torch.stack(sources), (0, missing))
 
-    return lambda mixture: torch.cat([separate_one(channel[None])[:, None] for channel in mixture], 1)
+    return lambda mixture: torch.cat([separate_channel(channel[None])[:, None] for channel in mixture], 1)
 
 
 FRONT = """# Made by record_peer_models.py
@@ -168,23 +168,23 @@ MaskNet: !new:speechbrain.lobes.models.resepformer.ResourceEfficientSeparator
 
 
 def yaml(path, masknet, kind=""):
-    """A file such as SpeechBrain's recipes have, its sizes left open."""
+    """Return a YAML file like those of SpeechBrain's recipes, with placeholders for the sizes."""
     paths = [path.replace("{path}", name).replace("{kind}", kind) for name in ("intra", "inter")]
     return FRONT + "".join(paths) + masknet
 
 
 def roformer(folder, sizes):
-    """A model of the package BS-RoFormer, without what MSST's copy of it has not, saved by MSST's names."""
+    """Save a model of the package BS-RoFormer in MSST's format, without what MSST's copy of the package lacks."""
     import bs_roformer
 
     options = {key: sizes[key] for key in sizes if key not in ("model", "rate", "yaml")}
-    model = shaken(getattr(bs_roformer, sizes["model"])(**options, num_residual_streams=1))
+    model = randomise(getattr(bs_roformer, sizes["model"])(**options, num_residual_streams=1))
     for module in model.modules():
         for mix in ("to_value_residual_mix", "learned_value_residual_mix"):
             if hasattr(module, mix):
                 setattr(module, mix, None)
     names = [re.sub(r"\.branch\.", ".", name) for name in model.state_dict()]
-    if sizes["model"] == "MelBandRoformer":  # an empty place for transformers that are left out
+    if sizes["model"] == "MelBandRoformer":  # its list has an empty entry for the linear transformer
         names = [re.sub(r"^layers\.(\d+)\.(\d+)", lambda m: f"layers.{m[1]}.{int(m[2]) - 1}", name) for name in names]
     torch.save(dict(zip(names, model.state_dict().values(), strict=True)), folder / "model.ckpt")
     lines = [f"audio:\n  sample_rate: {sizes['rate']}\n\nmodel:"]
@@ -230,7 +230,7 @@ SEPFORMER = {
 }
 RE_SEPFORMER = {
     "yaml": yaml(TRANSFORMER, RESOURCE_EFFICIENT, "resepformer.SBTransformerBlock_wnormandskip"),
-    "rows": 1000,  # of the table of positions, which has 100,000
+    "rows": 1000,  # of the 100,000 of the table of positions, to keep the file small
 }
 SPEECHBRAIN_DPRNN = {"yaml": yaml(LSTM, DUAL_PATH), "linear": "true"}
 LARGER_SEPFORMER = {
@@ -297,7 +297,7 @@ CASES = {
         480,
     ),
 }
-"""What is recorded: how, in which sizes, what is other in the larger ones, and how many samples of noise go in."""
+"""For each name: function, sizes, changes for ``--larger``, and the number of samples of noise."""
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Checkpoints of the peers: the same output as theirs, and nothing but one sentence for what cannot be taken.
+"""Imported models give the output of the original toolkit; anything else is refused in one sentence.
 
-`tests/foreign` holds tiny models of theirs with random weights, and what they made of noise: scripts/record_peer_models.py.
+`tests/importers/recorded` holds tiny models of other toolkits with random weights, and their output for noise, made by
+scripts/record_peer_models.py.
 """
 
 import os
@@ -39,19 +40,19 @@ IN_TREE = sorted(path.name for path in RECORDED.iterdir())
 
 
 def files_of(folder):
-    """What is named on the command line: a folder of SpeechBrain's, or the files of others."""
+    """The paths on the command line: a folder for SpeechBrain, files for the others."""
     if folder.name.startswith("speechbrain"):
         return [folder]
     return sorted(path for path in folder.iterdir() if path.suffix != ".npz")
 
 
-def take(capsys, files, out, *options):
+def import_model(capsys, files, out, *options):
     assert main(["import", *map(str, files), "-o", str(out), *map(str, options)]) == 0, capsys.readouterr().err
     return load_model(out)
 
 
-def refuse(capsys, files, out, *options):
-    """Import what cannot be; returns the one line, after making sure that nothing else is left of it."""
+def import_fails(capsys, files, out, *options):
+    """Run an import that must fail; return its one line of output, after checking that it wrote nothing."""
     status = main(["import", *map(str, files), "-o", str(out), *map(str, options)])
     printed, err = capsys.readouterr()
     assert (status, printed, err.count("\n")) == (2, "", 1)
@@ -61,7 +62,7 @@ def refuse(capsys, files, out, *options):
 
 
 def check_same_output(model, folder):
-    """Within 1e-5 of the size of what the peer gives; 1e-4 is promised."""
+    """Check that the output is within 1e-5 of the toolkit's, relative to its norm; 1e-4 is promised."""
     recorded = np.load(folder / "recorded.npz")
     theirs = torch.from_numpy(recorded["sources"])
     with torch.no_grad():
@@ -74,8 +75,8 @@ def check_same_output(model, folder):
 
 
 @pytest.fixture
-def saved(tmp_path):
-    """A copy of a recorded model, to be changed: ``saved(name)`` is its folder."""
+def model_copy(tmp_path):
+    """A function that copies a recorded model, to be changed, and returns the folder."""
 
     def copy(name):
         return Path(shutil.copytree(RECORDED / name, tmp_path / name))
@@ -89,8 +90,8 @@ def load(path):
 
 
 @pytest.mark.parametrize("name", IN_TREE)
-def test_the_output_is_the_peers(name, tmp_path, capsys):
-    model, recipe = take(capsys, files_of(RECORDED / name), tmp_path / "out")
+def test_the_output_equals_the_original_toolkits(name, tmp_path, capsys):
+    model, recipe = import_model(capsys, files_of(RECORDED / name), tmp_path / "out")
 
     check_same_output(model, RECORDED / name)
     assert recipe.model.name == MODELS[name]
@@ -98,56 +99,57 @@ def test_the_output_is_the_peers(name, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["asteroid-conv_tasnet", "msst-bs_roformer", "speechbrain-sepformer"])
-def test_the_folder_of_a_model_does_for_its_files(name, tmp_path, capsys):
-    model, _ = take(capsys, [RECORDED / name], tmp_path / "out")
+def test_a_folder_may_be_named_instead_of_its_files(name, tmp_path, capsys):
+    model, _ = import_model(capsys, [RECORDED / name], tmp_path / "out")
 
     check_same_output(model, RECORDED / name)
 
 
-def test_which_of_several_weights_is_never_guessed(saved, tmp_path, capsys):
-    one, other = saved("asteroid-conv_tasnet"), saved("asteroid-dprnn")
-    alike = [one / "best_model.pth", other / "best_model.pth"]
+def test_several_files_of_weights_are_ambiguous(model_copy, tmp_path, capsys):
+    first = model_copy("asteroid-conv_tasnet")
+    second = model_copy("asteroid-dprnn")
+    same_name = [first / "best_model.pth", second / "best_model.pth"]
 
-    assert "are both named" in refuse(capsys, alike, tmp_path / "out")
-    assert "are both named" in refuse(
-        capsys, [saved("speechbrain-dprnn"), RECORDED / "speechbrain-sepformer"], tmp_path / "o"
+    assert "are both named" in import_fails(capsys, same_name, tmp_path / "out")
+    assert "are both named" in import_fails(
+        capsys, [model_copy("speechbrain-dprnn"), RECORDED / "speechbrain-sepformer"], tmp_path / "o"
     )
-    shutil.copy(alike[1], one / "another.pth")
-    said = refuse(capsys, [one], tmp_path / "out")
-    assert "several files of weights (another.pth, best_model.pth)" in said
+    shutil.copy(same_name[1], first / "another.pth")
+    message = import_fails(capsys, [first], tmp_path / "out")
+    assert "several files of weights (another.pth, best_model.pth)" in message
 
 
 @pytest.fixture(scope="module", params=["noise", "speech"])
 def peers(request, tmp_path_factory):
-    """A folder of larger models with their answers, made just now by the peers' packages."""
+    """A folder of larger models and their outputs, made now by the other toolkits."""
     if not PEERS:
-        pytest.skip("UNBRAID_PEERS names no Python that has the peers' packages")
+        pytest.skip("UNBRAID_PEERS does not name a Python with the other toolkits")
     if request.param == "noise":
         mixture = 0.1 * np.random.default_rng(1).standard_normal((2, 4000))
     elif SPEECH.exists():
         talkers = [soundfile.read(path, frames=16000)[0] for path in sorted(SPEECH.rglob("*.flac"))[:200:50]]
         mixture = np.stack([talkers[0] + talkers[1], talkers[2] + talkers[3]])
     else:
-        pytest.skip("the real recordings are not beside this checkout")
+        pytest.skip("the real recordings are not next to this checkout")
     folder = tmp_path_factory.mktemp(request.param)
     np.save(folder / "mixture.npy", mixture)
     command = [PEERS, RECORDER, folder, *MODELS, "--larger", "--mixture", folder / "mixture.npy"]
-    subprocess.run([str(word) for word in command], check=True, capture_output=True, timeout=600)
+    subprocess.run([str(argument) for argument in command], check=True, capture_output=True, timeout=600)
     return folder
 
 
 @pytest.mark.peers
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
-def test_the_output_of_a_larger_model_is_that_of_the_peers_package(name, peers, tmp_path, capsys):
-    model, _ = take(capsys, files_of(peers / name), tmp_path / "out")
+def test_the_output_of_a_larger_model_equals_the_original_toolkits(name, peers, tmp_path, capsys):
+    model, _ = import_model(capsys, files_of(peers / name), tmp_path / "out")
 
     check_same_output(model, peers / name)
 
 
-def test_an_end_that_fills_no_frame_is_as_if_it_were_padded(tmp_path, capsys):
-    """The peers leave it out and return silence there; what they make of the padded mixture is ours for the whole."""
-    model, _ = take(capsys, files_of(RECORDED / "asteroid-conv_tasnet"), tmp_path / "out")
+def test_an_incomplete_last_frame_is_separated_as_if_padded(tmp_path, capsys):
+    """The other toolkits return silence for an incomplete last frame, but the same as unbraid for the padded mixture."""
+    model, _ = import_model(capsys, files_of(RECORDED / "asteroid-conv_tasnet"), tmp_path / "out")
     recorded = np.load(RECORDED / "asteroid-conv_tasnet" / "recorded.npz")
     mixture = torch.from_numpy(recorded["mixture"])[None]
     mixture[..., -3:] = 0
@@ -156,12 +158,12 @@ def test_an_end_that_fills_no_frame_is_as_if_it_were_padded(tmp_path, capsys):
         torch.testing.assert_close(model(mixture[..., :-3]), model(mixture)[..., :-3])
 
 
-def test_what_was_imported_separates_files_and_begins_a_training(tmp_path, recipe_file, capsys):
+def test_an_imported_model_separates_files_and_starts_a_training(tmp_path, recipe_file, capsys):
     out = tmp_path / "imported"
-    take(capsys, files_of(RECORDED / "asteroid-conv_tasnet"), out)
+    import_model(capsys, files_of(RECORDED / "asteroid-conv_tasnet"), out)
     soundfile.write(tmp_path / "in.wav", 0.1 * np.random.default_rng(0).standard_normal(800), 8000)
     sizes = ["kernel_size=8", "bottleneck=6", "hidden=10", "skip=7", "n_repeats=2"]
-    overrides = [word for size in [*sizes, f"init={out}"] for word in ("--set", f"model.{size}")]
+    overrides = [argument for size in [*sizes, f"init={out}"] for argument in ("--set", f"model.{size}")]
 
     assert main(["separate", str(tmp_path / "in.wav"), "-m", str(out), "-o", str(tmp_path / "sources")]) == 0
     assert main(["train", str(recipe_file()), "--run", str(tmp_path / "run"), *overrides]) == 0
@@ -171,22 +173,22 @@ def test_what_was_imported_separates_files_and_begins_a_training(tmp_path, recip
     assert 0 < (after - before).norm() < 0.1 * before.norm()
 
 
-def test_the_loss_in_the_recipe_says_what_the_level_means(tmp_path, capsys):
-    _, music = take(capsys, files_of(RECORDED / "msst-bs_roformer"), tmp_path / "music")
-    _, speech = take(capsys, files_of(RECORDED / "speechbrain-sepformer"), tmp_path / "speech")
+def test_the_loss_in_the_recipe_says_whether_levels_matter(tmp_path, capsys):
+    _, music = import_model(capsys, files_of(RECORDED / "msst-bs_roformer"), tmp_path / "music")
+    _, speech = import_model(capsys, files_of(RECORDED / "speechbrain-sepformer"), tmp_path / "speech")
 
     assert (music.loss_is_scale_invariant, music.assign) == (False, "fixed")
     assert (speech.loss_is_scale_invariant, speech.assign) == (True, "permutation")
 
 
-def test_what_no_shape_tells_comes_from_the_options_where_there_is_no_yaml(saved, tmp_path, capsys):
-    folder = saved("speechbrain-sepformer")
+def test_without_yaml_the_options_give_what_no_shape_reveals(model_copy, tmp_path, capsys):
+    folder = model_copy("speechbrain-sepformer")
     (folder / "hyperparams.yaml").unlink()
     options = ["--set", "model.n_heads=2", "--set", "model.chunk_size=10"]
 
-    assert "--set model.n_heads=... --set model.chunk_size=..." in refuse(capsys, [folder], tmp_path / "out")
-    assert "add --sample-rate" in refuse(capsys, [folder], tmp_path / "out", *options)
-    model, _ = take(capsys, [folder], tmp_path / "out", *options, "--sample-rate", 8000)
+    assert "--set model.n_heads=... --set model.chunk_size=..." in import_fails(capsys, [folder], tmp_path / "out")
+    assert "add --sample-rate" in import_fails(capsys, [folder], tmp_path / "out", *options)
+    model, _ = import_model(capsys, [folder], tmp_path / "out", *options, "--sample-rate", 8000)
 
     check_same_output(model, folder)
 
@@ -195,19 +197,19 @@ def test_speechbrains_three_files_may_be_named_one_by_one(tmp_path, capsys):
     folder = RECORDED / "speechbrain-sepformer"
     files = [folder / name for name in ("decoder.ckpt", "hyperparams.yaml", "masknet.ckpt", "encoder.ckpt")]
 
-    check_same_output(take(capsys, files, tmp_path / "out")[0], folder)
+    check_same_output(import_model(capsys, files, tmp_path / "out")[0], folder)
 
 
-def test_a_checkpoint_of_msst_with_its_optimizer_and_of_several_gpus_is_read(saved, tmp_path, capsys):
-    folder = saved("msst-bs_roformer")
+def test_a_training_checkpoint_of_msst_from_several_gpus_is_read(model_copy, tmp_path, capsys):
+    folder = model_copy("msst-bs_roformer")
     weights = {f"module.{name}": weight for name, weight in load(folder / "model.ckpt").items()}
     torch.save({"epoch": 3, "model_state_dict": weights}, folder / "model.ckpt")
 
-    check_same_output(take(capsys, files_of(folder), tmp_path / "out")[0], folder)
+    check_same_output(import_model(capsys, files_of(folder), tmp_path / "out")[0], folder)
 
 
 class Payload:
-    """Makes a file when it is unpickled as pickles usually are."""
+    """Creates a folder when it is unpickled without protection."""
 
     def __init__(self, path):
         self.path = path
@@ -217,50 +219,49 @@ class Payload:
 
 
 @pytest.mark.parametrize("save", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
-@pytest.mark.parametrize("place", ["weight", "beside"])
-def test_code_in_a_pickle_does_not_run(save, place, tmp_path, capsys):
-    file, ran = tmp_path / "model.pth", tmp_path / "ran"
-    weights = {"a": torch.ones(2), "b": Payload(ran)}
-    save(weights if place == "weight" else {"state_dict": {"a": torch.ones(2)}, "infos": Payload(ran)}, file)
+@pytest.mark.parametrize("position", ["weight", "other entry"])
+def test_code_in_a_pickle_does_not_run(save, position, tmp_path, capsys):
+    file = tmp_path / "model.pth"
+    created = tmp_path / "created"
+    weights = {"a": torch.ones(2), "b": Payload(created)}
+    save(weights if position == "weight" else {"state_dict": {"a": torch.ones(2)}, "infos": Payload(created)}, file)
 
-    line = refuse(capsys, [file], tmp_path / "out")
+    line = import_fails(capsys, [file], tmp_path / "out")
 
     assert "model.pth" in line
-    assert not ran.exists()
-    with file.open("rb") as opened:  # the payload is a real one
+    assert not created.exists()
+    with file.open("rb") as opened:  # without protection, the payload does run
         (torch.load(file, weights_only=False) if save is torch.save else pickle.load(opened))  # noqa: S301
-    assert ran.exists()
+    assert created.exists()
 
 
 def test_code_in_a_pickle_is_named(tmp_path, capsys):
-    torch.save({"a": Payload(tmp_path / "ran")}, tmp_path / "model.pth")
+    torch.save({"a": Payload(tmp_path / "created")}, tmp_path / "model.pth")
 
-    assert "mkdir" in refuse(capsys, [tmp_path / "model.pth"], tmp_path / "out")
-
-
-def test_code_in_speechbrains_masknet_does_not_run(saved, tmp_path, capsys):
-    folder = saved("speechbrain-sepformer")
-    torch.save({"norm.weight": Payload(tmp_path / "ran")}, folder / "masknet.ckpt")
-
-    assert "masknet.ckpt" in refuse(capsys, [folder], tmp_path / "out")
-    assert not (tmp_path / "ran").exists()
+    assert "mkdir" in import_fails(capsys, [tmp_path / "model.pth"], tmp_path / "out")
 
 
-def test_code_in_a_yaml_does_not_run(saved, tmp_path, capsys):
-    folder = saved("speechbrain-sepformer")
+def test_code_in_speechbrains_masknet_does_not_run(model_copy, tmp_path, capsys):
+    folder = model_copy("speechbrain-sepformer")
+    torch.save({"norm.weight": Payload(tmp_path / "created")}, folder / "masknet.ckpt")
+
+    assert "masknet.ckpt" in import_fails(capsys, [folder], tmp_path / "out")
+    assert not (tmp_path / "created").exists()
+
+
+def test_code_in_a_yaml_does_not_run(model_copy, tmp_path, capsys):
+    folder = model_copy("speechbrain-sepformer")
     yaml = folder / "hyperparams.yaml"
-    payload = (
-        f"ran: !apply:os.mkdir [{tmp_path / 'ran'}]\nmore: !!python/object/apply:os.mkdir ['{tmp_path / 'ran'}']\n"
-    )
+    payload = f"created: !apply:os.mkdir [{tmp_path / 'created'}]\nmore: !!python/object/apply:os.mkdir ['{tmp_path / 'created'}']\n"
     yaml.write_text(payload + yaml.read_text())
 
-    take(capsys, [folder], tmp_path / "out")
+    import_model(capsys, [folder], tmp_path / "out")
 
-    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "created").exists()
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"", "is not a file of weights"),
         (b"hello", "is not a file of weights"),
@@ -279,46 +280,46 @@ def test_code_in_a_yaml_does_not_run(saved, tmp_path, capsys):
         ({"band_split.to_features.0.0.gamma": torch.ones(1)}, "There is no band_split"),
     ],
 )
-def test_what_is_no_model_is_refused_in_one_sentence(content, said, tmp_path, capsys):
+def test_a_file_that_is_no_model_is_refused_in_one_sentence(content, message, tmp_path, capsys):
     file = tmp_path / "model.pth"
     if isinstance(content, bytes):
         file.write_bytes(content)
     else:
         torch.save(content, file)
 
-    assert said in refuse(capsys, [file], tmp_path / "out", "--sample-rate", 8000)
+    assert message in import_fails(capsys, [file], tmp_path / "out", "--sample-rate", 8000)
 
 
 @pytest.mark.parametrize("newer", ["layers.0.0.layers.0.0.branch.to_qkv.weight", "layers.0.0.to_value_residual_mix"])
-def test_the_package_bs_roformer_is_told_from_what_msst_saves(newer, saved, tmp_path, capsys):
-    folder = saved("msst-bs_roformer")
+def test_models_of_the_newer_bs_roformer_package_are_refused(newer, model_copy, tmp_path, capsys):
+    folder = model_copy("msst-bs_roformer")
     weights = load(folder / "model.ckpt")
     torch.save(weights | {newer: torch.zeros(3)}, folder / "model.ckpt")
 
-    assert "Only models that MSST saves can be imported" in refuse(capsys, [folder], tmp_path / "out")
+    assert "Only models that MSST saves can be imported" in import_fails(capsys, [folder], tmp_path / "out")
 
 
-def test_files_that_are_missing_are_named(saved, tmp_path, capsys):
-    folder = saved("speechbrain-sepformer")
+def test_missing_files_are_named(model_copy, tmp_path, capsys):
+    folder = model_copy("speechbrain-sepformer")
     (folder / "masknet.ckpt").unlink()
     (tmp_path / "empty").mkdir()
 
-    assert "masknet.ckpt" in refuse(capsys, [folder], tmp_path / "out")
-    assert "nowhere" in refuse(capsys, [tmp_path / "nowhere"], tmp_path / "out")
-    assert "has no file of weights" in refuse(capsys, [tmp_path / "empty"], tmp_path / "out")
+    assert "masknet.ckpt" in import_fails(capsys, [folder], tmp_path / "out")
+    assert "nowhere" in import_fails(capsys, [tmp_path / "nowhere"], tmp_path / "out")
+    assert "has no file of weights" in import_fails(capsys, [tmp_path / "empty"], tmp_path / "out")
     two = [RECORDED / "msst-bs_roformer" / "model.ckpt", RECORDED / "asteroid-dprnn" / "best_model.pth"]
-    assert "2 files of weights" in refuse(capsys, two, tmp_path / "out")
+    assert "2 files of weights" in import_fails(capsys, two, tmp_path / "out")
 
 
-def test_a_network_of_speechbrain_that_ours_cannot_be_is_refused(tmp_path, capsys):
+def test_an_unsupported_network_of_speechbrain_is_refused(tmp_path, capsys):
     for part, name in {"encoder": "conv1d", "masknet": "temporal_conv_net.layers", "decoder": "deconv"}.items():
         torch.save({f"{name}.weight": torch.ones(1)}, tmp_path / f"{part}.ckpt")
 
-    assert "pads its convolutions in another way" in refuse(capsys, [tmp_path], tmp_path / "out")
+    assert "pads its convolutions in another way" in import_fails(capsys, [tmp_path], tmp_path / "out")
 
 
 @pytest.mark.parametrize(
-    ("name", "file", "spoil", "said"),
+    ("name", "file", "change", "message"),
     [
         ("asteroid-conv_tasnet", "best_model.pth", lambda c: c["state_dict"].pop("masker.bottleneck.1.bias"), "lacks"),
         ("asteroid-conv_tasnet", "best_model.pth", lambda c: c["state_dict"].update(x=torch.ones(1)), "has x, which"),
@@ -349,17 +350,17 @@ def test_a_network_of_speechbrain_that_ours_cannot_be_is_refused(tmp_path, capsy
         ("msst-bs_roformer", "model.ckpt", lambda c: c["final_norm.gamma"].fill_(torch.nan), "not finite"),
     ],
 )
-def test_weights_that_do_not_fit_are_named(name, file, spoil, said, saved, tmp_path, capsys):
-    folder = saved(name)
+def test_weights_that_do_not_fit_are_named(name, file, change, message, model_copy, tmp_path, capsys):
+    folder = model_copy(name)
     content = load(folder / file)
-    spoil(content)
+    change(content)
     torch.save(content, folder / file)
 
-    assert said in refuse(capsys, files_of(folder), tmp_path / "out")
+    assert message in import_fails(capsys, files_of(folder), tmp_path / "out")
 
 
 @pytest.mark.parametrize(
-    ("name", "line", "other", "said"),
+    ("name", "line", "replacement", "message"),
     [
         ("speechbrain-sepformer", "norm_before: true", "norm_before: false", "norm_before = False"),
         ("speechbrain-sepformer", "    norm_before: true\n", "", "norm_before = False"),
@@ -378,29 +379,29 @@ def test_weights_that_do_not_fit_are_named(name, file, spoil, said, saved, tmp_p
         ("msst-mel_band_roformer", "sample_rate: 8000\n  stft", "sample_rate: 4000\n  stft", "has the shape"),
     ],
 )
-def test_settings_that_ours_has_not_are_named(name, line, other, said, saved, tmp_path, capsys):
-    folder = saved(name)
+def test_unsupported_settings_are_named(name, line, replacement, message, model_copy, tmp_path, capsys):
+    folder = model_copy(name)
     [yaml] = folder.glob("*.yaml")
     assert line in yaml.read_text()
-    yaml.write_text(yaml.read_text().replace(line, other))
+    yaml.write_text(yaml.read_text().replace(line, replacement))
 
-    assert said in refuse(capsys, files_of(folder), tmp_path / "out")
+    assert message in import_fails(capsys, files_of(folder), tmp_path / "out")
 
 
 def test_a_rate_that_contradicts_the_file_is_refused(tmp_path, capsys):
     files = files_of(RECORDED / "asteroid-dprnn")
 
-    assert "8000 Hz, not 16000" in refuse(capsys, files, tmp_path / "out", "--sample-rate", 16000)
+    assert "8000 Hz, not 16000" in import_fails(capsys, files, tmp_path / "out", "--sample-rate", 16000)
 
 
 @pytest.mark.parametrize("override", ["n_heads=2", "model.=2", "model.n_heads", "data.seed=1"])
 def test_an_override_of_something_else_is_refused(override, tmp_path, capsys):
-    assert "must look like" in refuse(
+    assert "must look like" in import_fails(
         capsys, files_of(RECORDED / "asteroid-dprnn"), tmp_path / "out", "--set", override
     )
 
 
-def test_a_folder_that_holds_something_is_left_alone(tmp_path, capsys):
+def test_a_folder_that_is_not_empty_is_not_touched(tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
 
@@ -410,7 +411,7 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path, capsys):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
 
 
-def test_plain_lines_of_yaml_are_read_and_all_else_is_passed_over():
+def test_simple_lines_of_yaml_are_read_and_the_rest_is_skipped():
     settings = parse_plain_yaml(
         "# a comment: no\n"
         "rate: 8000 # Hz\n"
@@ -420,7 +421,7 @@ def test_plain_lines_of_yaml_are_read_and_all_else_is_passed_over():
         "net: !new:some.package.Net\n"
         "  size: !ref <rate>\n"
         "  other: !ref <rate> // 2\n"
-        "  unknown: !ref <nobody>\n"
+        "  unknown: !ref <missing>\n"
         "  layers:\n"
         "    size: 3\n"
         "  on: True\n"
