@@ -148,7 +148,7 @@ def test_the_output_of_a_larger_model_equals_the_original_toolkits(name, peers, 
 
 
 def test_an_incomplete_last_frame_is_separated_as_if_padded(tmp_path, capsys):
-    """The other toolkits return silence for an incomplete last frame, but the same as unbraid for the padded mixture."""
+    """Other toolkits return silence for an incomplete last frame, but the same as unbraid for the padded mixture."""
     model, _ = import_model(capsys, files_of(RECORDED / "asteroid-conv_tasnet"), tmp_path / "out")
     recorded = np.load(RECORDED / "asteroid-conv_tasnet" / "recorded.npz")
     mixture = torch.from_numpy(recorded["mixture"])[None]
@@ -252,12 +252,13 @@ def test_code_in_speechbrains_masknet_does_not_run(model_copy, tmp_path, capsys)
 def test_code_in_a_yaml_does_not_run(model_copy, tmp_path, capsys):
     folder = model_copy("speechbrain-sepformer")
     yaml = folder / "hyperparams.yaml"
-    payload = f"created: !apply:os.mkdir [{tmp_path / 'created'}]\nmore: !!python/object/apply:os.mkdir ['{tmp_path / 'created'}']\n"
+    created = tmp_path / "created"
+    payload = f"created: !apply:os.mkdir [{created}]\nmore: !!python/object/apply:os.mkdir ['{created}']\n"
     yaml.write_text(payload + yaml.read_text())
 
     import_model(capsys, [folder], tmp_path / "out")
 
-    assert not (tmp_path / "created").exists()
+    assert not created.exists()
 
 
 @pytest.mark.parametrize(
