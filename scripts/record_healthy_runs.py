@@ -21,11 +21,11 @@ from pathlib import Path
 import torch
 
 from unbraid.audio import read_audio, write_audio
-from unbraid.columns import NUMBERS
+from unbraid.columns import NUMBER_FIELDS
 from unbraid.config.recipe import load_recipe
 from unbraid.data.folders import list_speakers
 from unbraid.dsp import resample
-from unbraid.health.rules import examine
+from unbraid.health.rules import run_rules
 from unbraid.health.series import read_series
 from unbraid.records import read_rows
 from unbraid.run import train
@@ -124,7 +124,7 @@ def main():
             pass
         seconds = (time.perf_counter() - began) / args.steps
         path = write_small(run, args.out / f"{name}.jsonl.gz", leave_out=f"{table.parent.as_posix()}/")
-        told = [f"{one.severity} {one.code}: {one.what} {one.why}" for one in examine(read_series(run.path))]
+        told = [f"{one.severity} {one.code}: {one.problem} {one.evidence}" for one in run_rules(read_series(run.path))]
         scores = [round(row["si_sdri"], 2) for row in read_rows(run.validation)[0]]
         print(
             f"{name}: {seconds:.3f} s a step, {path.stat().st_size / 1000:.0f} kB, SI-SDRi {scores}", *told, sep="\n  "
@@ -152,7 +152,7 @@ def at_8_khz(table, folder):
     return made
 
 
-KEPT = {*NUMBERS, *(f"{name}_text" for name in NUMBERS), "outcome", "si_sdr", "blocks", "items"}
+KEPT = {*NUMBER_FIELDS, *(f"{name}_text" for name in NUMBER_FIELDS), "outcome", "si_sdr", "blocks", "items"}
 """Of a step's row, what the doctor reads."""
 
 

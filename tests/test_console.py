@@ -2,7 +2,7 @@
 
 import pytest
 
-from unbraid.console import Ticker, progress_bar, show_training
+from unbraid.console import TrainingStatus, progress_bar, show_training
 from unbraid.records import StepRecord, ValidationRecord
 
 
@@ -13,7 +13,7 @@ def step(n, loss, outcome="trained"):
 
 
 def test_a_skipped_step_never_enters_the_mean():
-    ticker = Ticker()
+    ticker = TrainingStatus()
     for record in (step(1, 26.8), step(2, 30.1), step(3, float("nan"), "nonfinite_loss"), step(4, 0.0, "over_limit")):
         ticker.add(record)
 
@@ -22,7 +22,7 @@ def test_a_skipped_step_never_enters_the_mean():
 
 
 def test_easy_batches_are_another_count_than_faults():
-    ticker = Ticker()
+    ticker = TrainingStatus()
     ticker.add(step(1, -31.0, "all_filtered"))
 
     assert "skipped 0" in ticker.text()
@@ -30,7 +30,7 @@ def test_easy_batches_are_another_count_than_faults():
 
 
 def test_the_share_clipped_and_the_improvement_are_shown():
-    ticker = Ticker()
+    ticker = TrainingStatus()
     ticker.add(step(1, 1.0))
     ticker.add(ValidationRecord(1, 2.0, 1.5, 3.25, 10, True, 1e-3))
 
@@ -67,6 +67,6 @@ def test_one_process_of_several_tells(rank, shown, monkeypatch, capsys):
 def test_a_validation_is_a_line_with_what_the_doctor_says(capsys):
     records = [step(1, 1.0), ValidationRecord(1, 2.0, 1.5, 3.25, 10, True, 1e-3)]
 
-    show_training(records, max_steps=2, max_minutes=0, bulletin=lambda: "doctor: healthy")
+    show_training(records, max_steps=2, max_minutes=0, doctor_line=lambda: "doctor: healthy")
 
     assert "step 1  valid SI-SDRi +3.25 dB  doctor: healthy" in capsys.readouterr().out.splitlines()

@@ -91,7 +91,7 @@ def test_shares_are_of_what_was_trained_or_of_all(tmp_path):
     shares = {patch.get_label(): patch.get_data().values for patch in axes.patches}
     assert shares["left out: nonfinite loss"].tolist() == [0] * 9 + [10, 90] + [0] * 49
     clipped = read_series(run.path)
-    share = 100 * (clipped.of_step["clipped"] == 1)[10:20].mean()
+    share = 100 * (clipped.steps["clipped"] == 1)[10:20].mean()
     assert shares["clipped, of those trained"][1] == pytest.approx(share)
 
 

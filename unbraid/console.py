@@ -1,4 +1,4 @@
-"""What a run looks like in a terminal: progress, tables; plain lines where there is no terminal."""
+"""Terminal output: progress bars, the status line of a training run, tables; plain lines where there is no terminal."""
 
 import os
 import shutil
@@ -16,60 +16,64 @@ from rich.table import Table
 
 from unbraid.records import Event, StepRecord, ValidationRecord
 
-PLAIN_EVERY_SECONDS = 10.0
+PLAIN_INTERVAL_SECONDS = 10.0
+
+METRIC_TITLES = {"si_sdr": "SI-SDR", "si_sdri": "SI-SDRi", "sdr": "SDR", "sdri": "SDRi"}
 
 
-class Advance:
-    """Moves a progress bar: ``advance(done, text)``, and says lines above it.
+class ProgressBar:
+    """A progress bar to call with the amount done and a text; also prints lines above the bar.
 
     Args:
-        move: What to do with done and text.
-        say: What to do with a line.
+        update: Called with the amount done and the text to show next to the bar.
+        print_line: Called with a line to print above the bar.
     """
 
-    def __init__(self, move: Callable[[float, str], None], say: Callable[[str], None]) -> None:
-        self.move, self.say = move, say
+    def __init__(self, update: Callable[[float, str], None], print_line: Callable[[str], None]) -> None:
+        self.update = update
+        self.print_line = print_line
 
     def __call__(self, done: float, text: str = "") -> None:
-        """So much is done, and this is what to say beside it."""
-        self.move(done, text)
+        """Show the amount done, and a text next to the bar."""
+        self.update(done, text)
 
 
-def program() -> str:
-    """How unbraid was called, so that the commands it offers can be pasted."""
+def command_name() -> str:
+    """Return the command by which unbraid was started, so that the commands it suggests can be pasted."""
     if shutil.which("unbraid"):
         return "unbraid"
-    called = Path(sys.argv[0])
-    return f"{sys.executable} -m unbraid" if called.name == "__main__.py" else str(called)
+    script = Path(sys.argv[0])
+    return f"{sys.executable} -m unbraid" if script.name == "__main__.py" else str(script)
 
 
 @contextmanager
-def progress_bar(title: str, total: float) -> Iterator[Advance]:
-    """A bar in a terminal; in a file or pipe a plain line every ten seconds."""
+def progress_bar(title: str, total: float) -> Iterator[ProgressBar]:
+    """Show a bar in a terminal; in a file or pipe, print a plain line every ten seconds."""
     console = Console()
     if not console.is_terminal:
-        yield _plain_lines(title, total)
+        yield _plain_progress(title, total)
         return
     columns = (TextColumn(title), BarColumn(), TextColumn("{task.percentage:3.0f} %"), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[text]}"), console=console) as progress:
         task = progress.add_task(title, total=total, text="")
-        yield Advance(
+        yield ProgressBar(
             lambda done, text: progress.update(task, completed=done, text=text),
+            # Without markup=False, a file name in square brackets would disappear.
             lambda line: progress.console.print(line, markup=False, highlight=False),
         )
 
 
-def _plain_lines(title: str, total: float) -> Advance:
-    last = -PLAIN_EVERY_SECONDS
+def _plain_progress(title: str, total: float) -> ProgressBar:
+    last_time = -PLAIN_INTERVAL_SECONDS
 
-    def advance(done: float, text: str) -> None:
-        nonlocal last
+    def update(done: float, text: str) -> None:
+        nonlocal last_time
         now = time.monotonic()
-        if now - last >= PLAIN_EVERY_SECONDS or done >= total:
-            last = now
+        if now - last_time >= PLAIN_INTERVAL_SECONDS or done >= total:
+            last_time = now
             print(f"{title} {100 * done / total:3.0f} %  {text}".rstrip(), flush=True)  # noqa: T201
 
-    return Advance(advance, lambda line: print(line, flush=True))  # noqa: T201
+    return ProgressBar(update, lambda line: print(line, flush=True))  # noqa: T201
 
 
 def show_training(
@@ -78,45 +82,47 @@ def show_training(
     max_steps: int,
     max_minutes: float,
     title: str = "training",
-    bulletin: Callable[[], str] | None = None,
+    doctor_line: Callable[[], str] | None = None,
 ) -> None:
-    """Go through a training's records with a bar, and a line for each event and each validation.
+    """Consume the records of a training run; show a bar, and print a line for each event and each validation.
 
     Args:
-        records: The run; it moves on as it is gone through.
+        records: The run; iterating over it is what trains.
         max_steps: Its budget in steps; 0 for none.
         max_minutes: Its budget in minutes; 0 for none.
-        title: Before the bar.
-        bulletin: What is said after each validation, beside its result.
+        title: Shown before the bar.
+        doctor_line: Called after each validation for a text that is printed behind its result.
     """
-    if os.environ.get("RANK", "0") != "0":  # one process of several tells
+    # With several processes only the first prints, but all must iterate, or the others would wait for them.
+    if os.environ.get("RANK", "0") != "0":
         deque(records, maxlen=0)
         return
-    ticker = Ticker()
-    with progress_bar(title, 1.0) as advance:
+    status = TrainingStatus()
+    with progress_bar(title, 1.0) as progress:
         for record in records:
             if isinstance(record, Event):
-                advance.say(f"{record.code} at step {record.step}: {record.message}")
+                progress.print_line(f"{record.code} at step {record.step}: {record.message}")
                 continue
-            ticker.add(record)
+            status.add(record)
             if isinstance(record, ValidationRecord):
-                parts = [f"step {record.step}", ticker.validation, *([bulletin()] if bulletin else [])]
-                advance.say("  ".join(parts))
-            by_time = record.elapsed_seconds / (60 * max_minutes) if max_minutes else 0.0
-            by_steps = record.step / max_steps if max_steps else 0.0
-            advance(min(1.0, max(by_time, by_steps)), ticker.text())
+                line = f"step {record.step}  {status.validation}"
+                progress.print_line(line if doctor_line is None else f"{line}  {doctor_line()}")
+            share_of_time = record.elapsed_seconds / (60 * max_minutes) if max_minutes else 0.0
+            share_of_steps = record.step / max_steps if max_steps else 0.0
+            progress(min(1.0, max(share_of_time, share_of_steps)), status.text())
 
 
-class Ticker:
-    """The line beside a training's bar: means over the last steps that were trained, and counts of those left out."""
+class TrainingStatus:
+    """The text next to a training run's bar: means over the latest trained steps, and counts of skipped steps."""
 
     def __init__(self) -> None:
         self.trained: deque[StepRecord] = deque(maxlen=50)
-        self.n_skipped = self.n_all_filtered = 0
+        self.n_skipped = 0
+        self.n_all_filtered = 0
         self.validation = ""
 
     def add(self, record: StepRecord | ValidationRecord) -> None:
-        """Hear of a step or a validation."""
+        """Update the status with a step or a validation."""
         if isinstance(record, ValidationRecord):
             improvement = "none" if record.si_sdri is None else f"{record.si_sdri:+.2f} dB"
             self.validation = f"valid SI-SDRi {improvement}"
@@ -128,46 +134,48 @@ class Ticker:
             self.n_skipped += 1
 
     def text(self) -> str:
-        """One line."""
+        """Return the status in one line."""
         parts = []
         if self.trained:
             last = self.trained[-1]
             n = len(self.trained)
-            norm = (
-                last.grad_norm if last.clipped or last.clipped_grad_norm is None else last.clipped_grad_norm
-            )  # as the limit saw it
+            # Show the norm that was compared with max_norm: transforms such as AGC change it before clipping.
+            norm = last.grad_norm
+            if not last.clipped and last.clipped_grad_norm is not None:
+                norm = last.clipped_grad_norm
             parts = [
                 f"step {last.step}",
-                f"loss {sum(r.loss or 0 for r in self.trained) / n:.2f}",
-                f"norm {norm:.3g} limit {last.max_norm:.3g}",
-                f"clipped {sum(r.clipped for r in self.trained) / n:.0%}",
-                f"{sum(r.examples_per_second for r in self.trained) / n:.1f} ex/s",
+                f"loss {sum(record.loss or 0 for record in self.trained) / n:.2f}",
+                f"grad norm {norm:.3g} max {last.max_norm:.3g}",
+                f"clipped {sum(record.clipped for record in self.trained) / n:.0%}",
+                f"{sum(record.examples_per_second for record in self.trained) / n:.1f} examples/s",
             ]
-        skips = f"skipped {self.n_skipped}" + (f", all filtered {self.n_all_filtered}" if self.n_all_filtered else "")
-        return "  ".join([*parts, skips, *([self.validation] if self.validation else [])])
+        parts.append(
+            f"skipped {self.n_skipped}" + (f", all filtered {self.n_all_filtered}" if self.n_all_filtered else "")
+        )
+        if self.validation:
+            parts.append(self.validation)
+        return "  ".join(parts)
 
 
-class Score(Protocol):
-    """A mean with its standard error."""
+class MeanWithError(Protocol):
+    """A mean with its standard error, both in dB."""
 
     @property
     def mean(self) -> float:
-        """In dB."""
+        """The mean in dB."""
         ...
 
     @property
     def standard_error(self) -> float:
-        """Of the mean, in dB."""
+        """The standard error of the mean in dB."""
         ...
 
 
-def print_summaries(summaries: Mapping[str, Score], title: str) -> None:
-    """A table of means and standard errors, in dB."""
+def print_summaries(summaries: Mapping[str, MeanWithError], title: str) -> None:
+    """Print a table of the mean and standard error of each metric, in dB."""
     table = Table(title=title, title_justify="left")
     for name in summaries:
-        table.add_column(_TITLES.get(name, name), justify="right")
-    table.add_row(*(f"{score.mean:.2f} ± {score.standard_error:.2f} dB" for score in summaries.values()))
+        table.add_column(METRIC_TITLES.get(name, name), justify="right")
+    table.add_row(*(f"{value.mean:.2f} ± {value.standard_error:.2f} dB" for value in summaries.values()))
     Console().print(table)
-
-
-_TITLES = {"si_sdr": "SI-SDR", "si_sdri": "SI-SDRi", "sdr": "SDR", "sdri": "SDRi"}

@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from unbraid.config.recipe import load_recipe
-from unbraid.console import program, progress_bar, show_training
+from unbraid.console import command_name, progress_bar, show_training
 from unbraid.data.synthetic import make_synthetic_speech
 from unbraid.evaluate import Summary, evaluate_checkpoint
-from unbraid.health.rules import bulletin
+from unbraid.health.rules import doctor_line
 from unbraid.plots import check_matplotlib, draw_run
 from unbraid.run import train
 from unbraid.run_directory import RunDirectory
@@ -56,7 +56,7 @@ def run_demo(recipe_path: Path, out: Path, *, overrides: Sequence[str] = ()) -> 
     with stop_on_signals() as stop:
         records = train(recipe, run, resume=run.recipe.exists(), stop=stop)
         steps, minutes = recipe.train.max_steps, recipe.train.max_minutes
-        show_training(records, max_steps=steps, max_minutes=minutes, bulletin=lambda: bulletin(run.path))
+        show_training(records, max_steps=steps, max_minutes=minutes, doctor_line=lambda: doctor_line(run.path))
     if stop.agreed:
         return stop.agreed
     with progress_bar("evaluating", N_TEST_ITEMS) as advance:
@@ -75,7 +75,7 @@ def run_demo(recipe_path: Path, out: Path, *, overrides: Sequence[str] = ()) -> 
 
 def what_next(result: DemoResult) -> list[str]:
     """Where to listen and look, and three things to try."""
-    run, out, unbraid = result.run.path, result.run.path.parent, program()
+    run, out, unbraid = result.run.path, result.run.path.parent, command_name()
     return [
         f"Listen:  {result.audio}: 000-mixture.wav, then 000-estimate-1.wav and 000-estimate-2.wav",
         f"Look:    {result.picture}, and all of it, with sound, in a browser: {result.report}",

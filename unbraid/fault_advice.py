@@ -1,4 +1,4 @@
-"""What to do about skipped steps, for the run that stops and for the doctor; no torch."""
+"""Advice on each kind of fault, for the run that stops and for the doctor."""
 
 from typing import NamedTuple
 
@@ -6,23 +6,23 @@ from unbraid.records import Outcome
 
 
 class Advice(NamedTuple):
-    """What to do, in one sentence, and the recipe's key that it is done with."""
+    """One sentence of advice, and the recipe key to change."""
 
-    words: str
+    text: str
     key: str
 
 
 ADVICE: dict[Outcome, Advice] = {
     "nonfinite_loss": Advice(
-        "Replay the incident to see which example or layer it is, and leave its file out.", "data.exclude"
+        "Replay the incident to find the example or layer at fault, and exclude its file.", "data.exclude"
     ),
     "nonfinite_gradient": Advice(
-        "Replay the incident: it names the layer, and the precision in which it goes away.", "train.precision"
+        "Replay the incident: it names the layer, and a precision in which the gradient is finite.", "train.precision"
     ),
     "over_limit": Advice(
-        "Lower the learning rate, or raise the limit if the loss is meant to be so large.", "optim.lr"
+        "Lower the learning rate, or raise the limit if the loss is expected to be this large.", "optim.lr"
     ),
-    "out_of_memory": Advice("Take shorter excerpts, a smaller batch or a smaller model.", "data.excerpt_seconds"),
-    "fp16_overflow": Advice('Take bf16, which has the range of fp32 (train.precision = "bf16").', "train.precision"),
+    "out_of_memory": Advice("Use shorter excerpts, a smaller batch or a smaller model.", "data.excerpt_seconds"),
+    "fp16_overflow": Advice('Use bf16, which has the range of fp32 (train.precision = "bf16").', "train.precision"),
 }
 """By outcome of the step."""

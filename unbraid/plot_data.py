@@ -1,53 +1,54 @@
-"""Curves made ready to be drawn: thinned without losing a spike, smoothed, counted in bins; no torch."""
+"""Curves prepared for plotting: thinned without losing a spike, smoothed, counted in bins."""
 
 import numpy as np
-import numpy.typing as npt
 
-from unbraid.type_aliases import FloatArray
+from unbraid.type_aliases import BoolArray, FloatArray, IntArray
 
 
 def thin(x: FloatArray, y: FloatArray, n_bins: int = 1500) -> tuple[FloatArray, FloatArray]:
-    """A curve that looks the same with the lowest and the highest point of each bin alone.
+    """Reduce a curve to the lowest and the highest point of each bin, so that it looks the same when plotted.
 
     Args:
         x: Ascending, ``(n,)``.
         y: Finite, ``(n,)``.
-        n_bins: As many bins as columns can be seen.
+        n_bins: Number of bins; about the number of pixel columns of the figure.
 
     Returns:
-        Both with at most ``2 * n_bins`` points, in the order of ``x``.
+        ``x`` and ``y`` with at most ``2 * n_bins`` points, in the order of ``x``.
     """
     if len(x) <= 2 * n_bins:
         return x, y
     starts = bin_starts(len(x), n_bins)
     bins = np.repeat(np.arange(n_bins), np.diff(np.append(starts, len(x))))
+    # Sorted by bin and then by value, the first index of each bin is its minimum and the last its maximum.
     by_value = np.lexsort((y, bins))
-    lowest, highest = by_value[starts], by_value[np.append(starts[1:], len(x)) - 1]
-    chosen = np.unique(np.concatenate([lowest, highest]))
-    return x[chosen], y[chosen]
+    lowest = by_value[starts]
+    highest = by_value[np.append(starts[1:], len(x)) - 1]
+    indices = np.unique(np.concatenate([lowest, highest]))
+    return x[indices], y[indices]
 
 
 def running_mean(values: FloatArray, width: int) -> FloatArray:
-    """Mean of each value and up to ``width - 1`` before it."""
+    """Compute the mean of each value and up to ``width - 1`` values before it."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(0, ends - width)
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
-def shares(marked: npt.NDArray[np.bool_], among: npt.NDArray[np.bool_], starts: npt.NDArray[np.int64]) -> FloatArray:
-    """The share of marks among some steps in each bin, ``(bin,)``; NaN in a bin that has none of those.
+def shares(marked: BoolArray, among: BoolArray, starts: IntArray) -> FloatArray:
+    """Compute the share of marked steps among some steps in each bin, ``(bin,)``; NaN for a bin without such steps.
 
     Args:
-        marked: ``(step,)``.
-        among: ``(step,)``.
-        starts: The first place of each bin, ``(bin,)``.
+        marked: The steps to count, ``(step,)``.
+        among: The steps that could be marked, ``(step,)``.
+        starts: First index of each bin, ``(bin,)``.
     """
-    counts = np.add.reduceat(among.astype(np.float64), starts)
-    hits = np.add.reduceat((marked & among).astype(np.float64), starts)
-    return np.divide(hits, counts, out=np.full(len(starts), np.nan), where=counts > 0)
+    n_among = np.add.reduceat(among.astype(np.float64), starts)
+    n_marked = np.add.reduceat((marked & among).astype(np.float64), starts)
+    return np.divide(n_marked, n_among, out=np.full(len(starts), np.nan), where=n_among > 0)
 
 
-def bin_starts(n: int, n_bins: int) -> npt.NDArray[np.int64]:
-    """The first place of each of so many equal bins, or of as many as there are places, ``(bin,)``."""
+def bin_starts(n: int, n_bins: int) -> IntArray:
+    """Return the first index of each of ``n_bins`` equal bins of ``n`` values, ``(bin,)``; at most ``n``."""
     return np.linspace(0, n, min(n, n_bins), endpoint=False).astype(np.int64)

@@ -137,7 +137,7 @@ def draw_plots(run: RunDirectory, out: Path) -> list[Path]:
 
 
 def _plot_loss(figure: "Figure", curves: Series) -> bool:
-    axes, (step, loss) = figure.add_subplot(), curves.of_trained("loss")
+    axes, (step, loss) = figure.add_subplot(), curves.trained_values("loss")
     at, validated = _validated(curves, "loss")
     _draw_noisy(axes, step, loss, LOSS, "training, ")
     if len(at):
@@ -148,13 +148,13 @@ def _plot_loss(figure: "Figure", curves: Series) -> bool:
         axes.set_ylim(min(seen) - 3 * room, max(seen) + room)
     _mark_left_out(axes, curves)
     axes.set(xlabel="step", ylabel="loss")
-    return bool(len(step) or len(at) or curves.left_out)
+    return bool(len(step) or len(at) or curves.skipped)
 
 
 def _plot_valid(figure: "Figure", curves: Series) -> bool:
     axes, (at, gain) = figure.add_subplot(), _validated(curves, "si_sdri")
     axes.plot(at, gain, "o-", color=VALID, markersize=3)
-    best_at, best = _validated(curves, "si_sdri", of=curves.of_validation["best"] == 1)
+    best_at, best = _validated(curves, "si_sdri", of=curves.validation["best"] == 1)
     if len(best):
         label = f"lowest loss: {best[-1]:.2f} dB at step {best_at[-1]:.0f}"
         axes.plot(best_at[-1:], best[-1:], "*", color=LIMIT, markersize=10, label=label)
@@ -165,18 +165,18 @@ def _plot_valid(figure: "Figure", curves: Series) -> bool:
 
 def _validated(curves: Series, name: str, *, of: npt.NDArray[np.bool_] | None = None) -> tuple[FloatArray, FloatArray]:
     """Step and value of the validations, or of some of them, whose value is finite, each ``(n,)``."""
-    values = curves.of_validation[name]
+    values = curves.validation[name]
     known = np.isfinite(values) if of is None else np.isfinite(values) & of
-    return curves.of_validation["step"][known], values[known]
+    return curves.validation["step"][known], values[known]
 
 
 def _plot_norm(figure: "Figure", curves: Series) -> bool:
-    axes, (step, norm) = figure.add_subplot(), curves.of_trained("grad_norm")
+    axes, (step, norm) = figure.add_subplot(), curves.trained_values("grad_norm")
     step, norm = step[norm > 0], norm[norm > 0]
     if not len(step):
         return False
     axes.semilogy(*thin(step, norm), color=NORM, alpha=0.6, linewidth=0.6, label="before clipping")
-    at, limit = curves.of_trained("max_norm")
+    at, limit = curves.trained_values("max_norm")
     if len(at):
         axes.semilogy(*thin(at, limit), color=LIMIT, linewidth=1.2, label="max_norm")
     _mark_left_out(axes, curves)
@@ -185,12 +185,12 @@ def _plot_norm(figure: "Figure", curves: Series) -> bool:
 
 
 def _plot_shares(figure: "Figure", curves: Series) -> bool:
-    axes, step = figure.add_subplot(), curves.of_step["step"]
+    axes, step = figure.add_subplot(), curves.steps["step"]
     starts = bin_starts(len(step), 60)
     edges = [*step[starts], step[-1] + 1]
-    clipped = shares(curves.of_step["clipped"] == 1, curves.trained, starts)
+    clipped = shares(curves.steps["clipped"] == 1, curves.trained, starts)
     axes.stairs(100 * clipped, edges, baseline=None, color=LOSS, linewidth=1.2, label="clipped, of those trained")
-    for place, (reason, marked) in enumerate(curves.left_out.items()):
+    for place, (reason, marked) in enumerate(curves.skipped.items()):
         share, color = 100 * shares(marked, np.ones_like(marked), starts), _color_of(reason, place)
         axes.stairs(share, edges, baseline=None, color=color, linewidth=1.2, label=f"left out: {_words(reason)}")
     axes.set(xlabel="step", ylabel="share of steps in %", ylim=(-2, 102))
@@ -198,9 +198,9 @@ def _plot_shares(figure: "Figure", curves: Series) -> bool:
 
 
 def _plot_lr(figure: "Figure", curves: Series) -> bool:
-    axes, lr = figure.add_subplot(), curves.of_step["lr"]
+    axes, lr = figure.add_subplot(), curves.steps["lr"]
     known = np.isfinite(lr)
-    axes.plot(*thin(curves.of_step["step"][known], lr[known]), color=LOSS)
+    axes.plot(*thin(curves.steps["step"][known], lr[known]), color=LOSS)
     axes.set(xlabel="step", ylabel="learning rate")
     axes.set_ylim(bottom=0)
     return bool(known.any())
@@ -210,7 +210,9 @@ def _plot_ratios(figure: "Figure", curves: Series) -> bool:
     from matplotlib import colormaps
 
     axes, n_blocks = figure.add_subplot(), len(curves.sampled.blocks)
-    ratios = np.where(curves.sampled.ratios > 0, curves.sampled.ratios, np.nan)  # 0 in a step that was left out
+    ratios = np.where(
+        curves.sampled.update_ratios > 0, curves.sampled.update_ratios, np.nan
+    )  # 0 in a step that was left out
     named = {*np.linspace(0, n_blocks - 1, min(n_blocks, 9)).astype(int).tolist()}
     for place, name in enumerate(curves.sampled.blocks):
         known = np.isfinite(ratios[:, place])
@@ -225,14 +227,14 @@ def _plot_ratios(figure: "Figure", curves: Series) -> bool:
 
 def _plot_pace(figure: "Figure", curves: Series) -> bool:
     above, below = figure.subplots(2, 1, sharex=True)
-    step, rate = curves.of_trained("examples_per_second")
+    step, rate = curves.trained_values("examples_per_second")
     _draw_noisy(above, step, rate, LOSS)
     above.set(ylabel="examples a second")
     above.set_ylim(bottom=0)
-    waited, busy = curves.of_step["data_seconds"], curves.of_step["seconds"]
+    waited, busy = curves.steps["data_seconds"], curves.steps["seconds"]
     known = np.isfinite(waited + busy) & (waited + busy > 0)
     share = 100 * waited[known] / (waited + busy)[known]
-    _draw_noisy(below, curves.of_step["step"][known], share, LOSS)
+    _draw_noisy(below, curves.steps["step"][known], share, LOSS)
     below.set(xlabel="step", ylabel="% of the time\nwaiting for data")
     below.set_ylim(bottom=0)
     return bool(len(step) and known.any())
@@ -265,9 +267,9 @@ def _draw_noisy(axes: "Axes", step: FloatArray, values: FloatArray, color: str, 
 
 def _mark_left_out(axes: "Axes", curves: Series, n_most: int = 1500) -> None:
     """A row of marks at the foot of the figure for each reason."""
-    first, last = curves.of_step["step"][[0, -1]]
-    for place, (reason, marked) in enumerate(curves.left_out.items()):
-        steps = curves.of_step["step"][marked]
+    first, last = curves.steps["step"][[0, -1]]
+    for place, (reason, marked) in enumerate(curves.skipped.items()):
+        steps = curves.steps["step"][marked]
         column = ((steps - first) / max(1, last - first) * n_most).astype(int)
         seen = steps[np.unique(column, return_index=True)[1]]
         label = f"left out: {_words(reason)} ({len(steps)})"

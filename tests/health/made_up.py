@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from unbraid.health.series import series_of
+from unbraid.health.series import series_from_rows
 
 RECIPE = {
     "loss": {"name": "neg_si_sdr", "assign": "permutation"},
@@ -114,4 +114,4 @@ class Run:
         return self
 
     def series(self):
-        return series_of(self.steps, self.validations, self.events, self.recipe, self.environment, self.data)
+        return series_from_rows(self.steps, self.validations, self.events, self.recipe, self.environment, self.data)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from unbraid.health.rules import examine
-from unbraid.health.series import series_of
+from unbraid.health.rules import run_rules
+from unbraid.health.series import series_from_rows
 
 RUNS = sorted((Path(__file__).parent / "healthy").glob("*.jsonl.gz"))
 
@@ -23,18 +23,18 @@ def read(path):
         kind, row = json.loads(line)
         kept[kind].append(row)
     (recipe,), (environment,), (data,) = (kept[kind] for kind in ("recipe", "environment", "data"))
-    return series_of(kept["step"], kept["validation"], kept["event"], recipe, environment, data)
+    return series_from_rows(kept["step"], kept["validation"], kept["event"], recipe, environment, data)
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.name.removesuffix(".jsonl.gz"))
 def test_nothing_is_found_in_a_run_on_real_talkers_in_which_nothing_was_wrong(path):
     series = read(path)
 
-    assert series.whole
+    assert series.covers_start
     assert series.last_step == 2000
     assert len(series.sampled.items[0]) == 4
-    assert len(series.of_validation["step"]) == 10
-    assert examine(series) == []
+    assert len(series.validation["step"]) == 10
+    assert run_rules(series) == []
 
 
 def test_they_are_of_all_sorts_and_small():

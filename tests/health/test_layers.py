@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from toys import make_batch
 
-from unbraid.health.gradients import first_blocks
-from unbraid.health.series import series_of
+from unbraid.health.gradients import vanishing_or_exploding
+from unbraid.health.series import series_from_rows
 from unbraid.io import to_json_row
 from unbraid.losses.pit import SeparationLoss
 from unbraid.losses.waveform import neg_snr
@@ -39,23 +39,23 @@ def looked_at(model, n=5):
     for sample in range(1, n + 1):
         state.step = SAMPLE_EVERY_STEPS * sample - 1
         rows.append(to_json_row(train_step(state, make_batch(seed=sample))))
-    return series_of(rows, [], [], {})
+    return series_from_rows(rows, [], [], {})
 
 
 def test_layers_of_an_lstm_whose_gradients_vanish_are_told():
     series = looked_at(Recurrent(n_layers=6, scale=0.1))
 
-    finding = first_blocks(series)
+    finding = vanishing_or_exploding(series)
 
     assert finding is not None
     assert finding.code == "GRADIENTS_VANISH"
-    assert "first blocks of lstm.l" in finding.what
-    assert "first of 6 blocks" in finding.why
+    assert "first blocks of lstm.l" in finding.problem
+    assert "first of 6 blocks" in finding.evidence
 
 
 @pytest.mark.parametrize("n_layers", [2, 3])
 def test_layers_of_a_usual_lstm_are_not(n_layers):
-    assert first_blocks(looked_at(Recurrent(n_layers=n_layers, scale=1.0))) is None
+    assert vanishing_or_exploding(looked_at(Recurrent(n_layers=n_layers, scale=1.0))) is None
 
 
 def test_stacks_are_held_together_at_every_depth():
@@ -68,8 +68,8 @@ def test_stacks_are_held_together_at_every_depth():
 
     def told(*factors):
         rows = [{"step": 50 * k, "outcome": "trained", "blocks": blocks(*factors)} for k in range(1, 6)]
-        return first_blocks(series_of(rows, [], [], {}))
+        return vanishing_or_exploding(series_from_rows(rows, [], [], {}))
 
     assert told(1.0, 1.0, 2.0) is None
-    assert "first blocks of dual." in told(1e-4, 1e-2, 1.0).what
+    assert "first blocks of dual." in told(1e-4, 1e-2, 1.0).problem
     assert told(1e-4, 1.0) is None  # two are no stack

@@ -9,12 +9,12 @@ from made_up import Run
 
 from unbraid.config.recipe import load_recipe
 from unbraid.health.faults import ADVICE
-from unbraid.health.finding import CODES
-from unbraid.health.rules import RULES, examine, status, verdict
+from unbraid.health.finding import FINDING_CODES
+from unbraid.health.rules import RULES, exit_code, run_rules, summary
 
 
 def codes(run, **options):
-    return [finding.code for finding in examine(run.series(), **options)]
+    return [finding.code for finding in run_rules(run.series(), **options)]
 
 
 def nonfinite(run, first, last):
@@ -324,36 +324,36 @@ def sick_ranks(run):
 
 
 SICK = {
-    "FAULTS_IN_A_ROW": [sick_faults],
+    "CONSECUTIVE_FAULTS": [sick_faults],
     "BAD_FILES": [sick_files, sick_file_behind_faults],
     "LOSS_SPIKE": [sick_spike],
-    "ADAM_REMEMBERS": [sick_memory_of_adam],
+    "ADAM_SECOND_MOMENT": [sick_memory_of_adam],
     "NORM_SPIKES": [sick_norms],
-    "CLIP_IS_THE_RATE": [sick_clip],
-    "CLIP_IDLE": [sick_idle_clip],
+    "MOST_STEPS_CLIPPED": [sick_clip],
+    "CLIPPING_INACTIVE": [sick_idle_clip],
     "LR_TOO_HIGH": [sick_rate_high],
     "LR_TOO_LOW": [sick_rate_low],
     "GRADIENTS_VANISH": [sick_vanishing],
     "GRADIENTS_EXPLODE": [sick_exploding],
-    "LOSS_SCALE_SINKS": [sick_scale],
+    "LOSS_SCALE_FALLING": [sick_scale],
     "OSCILLATION": [sick_oscillation],
     "PLATEAU": [sick_plateau],
     "OVERFITTING": [sick_overfitting],
     "MOSTLY_FILTERED": [sick_easy],
-    "RATE_NEVER_MOVED": [sick_schedule, sick_unvalidated],
+    "LR_NEVER_REDUCED": [sick_schedule, sick_unvalidated],
     "WORSE_THAN_MIXTURE": [sick_validation],
     "NOT_SHUFFLED": [sick_order],
     "DEAD_OUTPUT": [sick_output],
-    "OUTPUTS_ALIKE": [sick_likeness],
+    "IDENTICAL_OUTPUTS": [sick_likeness],
     "OUTPUT_IS_MIXTURE": [sick_separation],
-    "SOURCE_LEFT_BEHIND": [sick_source],
-    "FOREIGN_TARGETS": [sick_targets],
-    "FOREIGN_SUM": [sick_sum],
+    "SOURCE_NOT_LEARNED": [sick_source],
+    "TARGETS_UNRELATED": [sick_targets],
+    "SOURCES_DO_NOT_SUM": [sick_sum],
     "SILENT_SOURCES": [sick_silence],
     "LOADER_BOUND": [sick_loader],
     "SLOW_RANK": [sick_rank],
     "SLOWING_DOWN": [sick_pace],
-    "MEMORY_CREEPS": [sick_memory, sick_host_memory],
+    "MEMORY_GROWS": [sick_memory, sick_host_memory],
     "PERMUTATION_FLIPS": [sick_flips],
     "VALIDATION_NOT_FINITE": [sick_nan_validations, sick_one_nan_validation],
     "VALIDATION_IN_TRAINING": [sick_split, sick_copies],
@@ -362,13 +362,13 @@ SICK = {
 
 
 OF_WHOLE_RUNS = {
-    "FOREIGN_TARGETS",
-    "MEMORY_CREEPS",
+    "TARGETS_UNRELATED",
+    "MEMORY_GROWS",
     "OVERFITTING",
     "PLATEAU",
-    "RATE_NEVER_MOVED",
+    "LR_NEVER_REDUCED",
     "SLOWING_DOWN",
-    "SOURCE_LEFT_BEHIND",
+    "SOURCE_NOT_LEARNED",
 }
 """What takes the beginning of a run to know."""
 
@@ -407,7 +407,7 @@ def test_faults_that_no_file_is_behind_are_the_learning_rates():
         run.events += [{"code": "STEP_SKIPPED_NONFINITE_LOSS", "step": k, "files": []} for k in range(281, 301)]
     file.events[-1]["files"] = ["bad.wav"]
 
-    keys = [next(f.key for f in examine(run.series()) if f.code == "FAULTS_IN_A_ROW") for run in (weights, file)]
+    keys = [next(f.key for f in run_rules(run.series()) if f.code == "CONSECUTIVE_FAULTS") for run in (weights, file)]
 
     assert keys == ["optim.lr", "data.exclude"]
 
@@ -436,18 +436,18 @@ def test_what_is_wrong_is_called_by_its_name(code, make_sick):
     run = Run()
     make_sick(run)
 
-    found = {finding.code: finding for finding in examine(run.series())}
+    found = {finding.code: finding for finding in run_rules(run.series())}
 
     assert code in found
     finding = found[code]
     assert 1 <= finding.steps[0] <= finding.steps[1]
     assert 0 < finding.confidence <= 1
-    assert all(text.endswith(".") and "nan" not in text for text in (finding.what, finding.why, finding.advice))
+    assert all(text.endswith(".") and "nan" not in text for text in (finding.problem, finding.evidence, finding.advice))
     assert code not in codes(run, mute=[code])
 
 
 def test_every_code_that_can_be_muted_is_one_that_is_told():
-    assert {*SICK, "RULE_FAILED"} == set(CODES)
+    assert {*SICK, "RULE_FAILED"} == set(FINDING_CODES)
 
 
 TAKEN = {
@@ -478,7 +478,7 @@ def test_the_key_that_a_finding_names_is_one_that_can_be_set(code, make_sick, tm
         tables[name] = tables.get(name, {}) | table
     (tmp_path / "recipe.toml").write_text(tomli_w.dumps(tables))
 
-    findings = examine(run.series())
+    findings = run_rules(run.series())
 
     assert code in {finding.code for finding in findings}
     for key in {finding.key for finding in findings if finding.key} | {advice.key for advice in ADVICE.values()}:
@@ -504,7 +504,7 @@ def test_a_run_that_has_just_begun_or_has_nothing_but_faults_is_looked_at_withou
     bare.steps = [{"step": row["step"], "outcome": "trained"} for row in bare.steps]
 
     assert codes(empty) == []
-    assert codes(faulty) == ["FAULTS_IN_A_ROW"]
+    assert codes(faulty) == ["CONSECUTIVE_FAULTS"]
     assert codes(bare) == []
 
 
@@ -515,11 +515,13 @@ def test_a_spike_is_said_to_have_come_back_or_not():
     open_end.change(1990, None, loss=40.0)
     past.change(1000, 1010, loss=40.0)
 
-    spikes = [next(f for f in examine(run.series()) if f.code == "LOSS_SPIKE") for run in (back, gone, open_end, past)]
+    spikes = [
+        next(f for f in run_rules(run.series()) if f.code == "LOSS_SPIKE") for run in (back, gone, open_end, past)
+    ]
 
     assert [spike.severity for spike in spikes] == ["warning", "critical", "warning", "note"]
-    assert ["It came back" in spike.what for spike in spikes] == [True, False, False, True]
-    assert "not known yet" in spikes[2].what
+    assert ["It recovered" in spike.problem for spike in spikes] == [True, False, False, True]
+    assert "too early to tell" in spikes[2].problem
 
 
 def test_how_long_adam_remembers_is_what_its_mean_of_squares_does():
@@ -532,11 +534,11 @@ def test_how_long_adam_remembers_is_what_its_mean_of_squares_does():
         seen.append(square)
     hidden = sum(value > 2 for value in seen)  # as long as the spike's square is more than the usual one
 
-    (finding,) = [f for f in examine(run.series()) if f.code == "ADAM_REMEMBERS"]
+    (finding,) = [f for f in run_rules(run.series()) if f.code == "ADAM_SECOND_MOMENT"]
 
     assert finding.steps[0] == 600
     assert finding.steps[1] - finding.steps[0] == pytest.approx(hidden, abs=15)
-    assert f"{math.sqrt(max(seen)):.1f} times as short" in finding.what
+    assert f"{math.sqrt(max(seen)):.1f} times as short" in finding.problem
 
 
 def test_the_worst_come_first_and_make_the_status():
@@ -544,10 +546,10 @@ def test_the_worst_come_first_and_make_the_status():
     sick_output(run)
     sick_loader(run)
     sick_idle_clip(run)
-    findings = examine(run.series())
+    findings = run_rules(run.series())
 
-    assert [finding.code for finding in findings] == ["DEAD_OUTPUT", "LOADER_BOUND", "CLIP_IDLE"]
-    assert [status(findings), status(findings[1:]), status(findings[2:]), status([])] == [2, 1, 0, 0]
-    assert verdict(findings) == "1 critical finding, 1 warning, 1 note"
-    assert verdict(findings[2:]) == "healthy (1 note)"
-    assert verdict([]) == "healthy"
+    assert [finding.code for finding in findings] == ["DEAD_OUTPUT", "LOADER_BOUND", "CLIPPING_INACTIVE"]
+    assert [exit_code(findings), exit_code(findings[1:]), exit_code(findings[2:]), exit_code([])] == [2, 1, 0, 0]
+    assert summary(findings) == "1 critical finding, 1 warning, 1 note"
+    assert summary(findings[2:]) == "healthy (1 note)"
+    assert summary([]) == "healthy"

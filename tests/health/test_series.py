@@ -11,10 +11,10 @@ from made_up import Run
 
 from unbraid import io
 from unbraid.cli.main import main
-from unbraid.columns import Columns
+from unbraid.columns import StepColumns
 from unbraid.config.recipe import recipe_from_table, to_toml
 from unbraid.errors import CheckpointError
-from unbraid.health.rules import bulletin, examine
+from unbraid.health.rules import doctor_line, run_rules
 from unbraid.health.series import DB_LOSSES, read_series
 from unbraid.losses import IN_DB, LOSSES
 
@@ -41,18 +41,18 @@ def test_what_is_read_is_what_was_written(tmp_path):
     series = read_series(write(run, tmp_path / "run"))
 
     assert len(series) == series.last_step == 300
-    assert series.outcome[6] == "nonfinite_loss"
-    assert np.isnan(series.of_step["loss"][6])
-    assert np.isinf(series.of_step["grad_norm"][7])
+    assert series.outcomes[6] == "nonfinite_loss"
+    assert np.isnan(series.steps["loss"][6])
+    assert np.isinf(series.steps["grad_norm"][7])
     assert series.si_sdr.shape == (300, 2)
     assert np.isnan(series.si_sdr[6]).all()
-    assert series.sampled.norms.shape == series.sampled.ratios.shape == (6, 6)
-    assert series.of_validation["step"].tolist() == [200]
-    assert series.validations == run.validations
+    assert series.sampled.grad_norms.shape == series.sampled.update_ratios.shape == (6, 6)
+    assert series.validation["step"].tolist() == [200]
+    assert series.validation_rows == run.validations
     assert series.data == run.data
     assert series.loss_in_db
-    assert series.said("clip.name") == "fixed"
-    assert series.said("clip.nothing", 3) == 3
+    assert series.recipe_value("clip.name") == "fixed"
+    assert series.recipe_value("clip.nothing", 3) == 3
 
 
 def test_a_torn_line_is_counted_and_the_end_of_a_long_run_can_be_read_alone(tmp_path):
@@ -91,25 +91,25 @@ def test_whether_a_loss_is_in_db_is_what_the_run_says_and_else_its_name(tmp_path
 
 
 def test_what_is_kept_of_a_long_run_is_spread_over_it_and_holds_all_of_its_end(tmp_path, monkeypatch):
-    monkeypatch.setattr("unbraid.columns._Evenly.LIMIT", 8)
-    monkeypatch.setattr("unbraid.columns._Evenly.N_LAST", 3)
+    monkeypatch.setattr("unbraid.columns._EvenSample.LIMIT", 8)
+    monkeypatch.setattr("unbraid.columns._EvenSample.N_LAST", 3)
 
     sampled = read_series(write(Run(2000), tmp_path / "run")).sampled
 
     assert sampled.step.tolist() == [50, 450, 850, 1250, 1650, 1900, 1950, 2000]
-    assert len(sampled.items) == len(sampled.norms) == len(sampled.ratios) == 8
-    assert np.isfinite(sampled.norms).all()
+    assert len(sampled.items) == len(sampled.grad_norms) == len(sampled.update_ratios) == 8
+    assert np.isfinite(sampled.grad_norms).all()
 
 
 def test_rows_taken_up_in_blocks_are_what_they_are_together(tmp_path):
     run = Run(1000)
     run.change(301, 310, si_sdr=[], outcome="nonfinite_gradient", grad_norm=None, grad_norm_text="inf")
-    apart, together = Columns(), Columns()
+    apart, together = StepColumns(), StepColumns()
     for first in range(0, 1000, 70):
         apart.add(run.steps[first : first + 70], 1)
     together.add(run.steps)
 
-    for one, other in zip(apart.take()[:3], together.take()[:3], strict=True):
+    for one, other in zip(apart.finish()[:3], together.finish()[:3], strict=True):
         if isinstance(one, dict):
             assert all(np.array_equal(one[name], other[name], equal_nan=True) for name in other)
         else:
@@ -166,7 +166,7 @@ def test_three_things_are_told_at_most_worst_first(tmp_path, capsys):
     assert "[data.workers]" in told
     assert "1 more with --all." in told
     assert main(["doctor", str(path), "--all", "--mute", "DEAD_OUTPUT"]) == 1
-    assert "CLIP_IDLE" in capsys.readouterr().out
+    assert "CLIPPING_INACTIVE" in capsys.readouterr().out
     assert main(["doctor", str(healthy)]) == 0
     assert capsys.readouterr().out == f"{healthy}: 2000 steps, healthy.\n"
 
@@ -188,19 +188,19 @@ def test_for_scripts_there_is_json(tmp_path, capsys):
 
     found = json.loads(capsys.readouterr().out)
     assert found["steps"] == 2000
-    assert [one["code"] for one in found["findings"]] == [one.code for one in examine(read_series(path))]
+    assert [one["code"] for one in found["findings"]] == [one.code for one in run_rules(read_series(path))]
 
 
 def test_a_bulletin_is_one_line_and_never_costs_the_run(tmp_path, monkeypatch):
     path, healthy = sick(tmp_path), write(Run(), tmp_path / "healthy")
 
-    assert bulletin(healthy) == "doctor: healthy"
-    assert bulletin(path).startswith(
+    assert doctor_line(healthy) == "doctor: healthy"
+    assert doctor_line(path).startswith(
         "doctor: 1 critical finding, 2 warnings, 1 note: DEAD_OUTPUT, Output 2 of the model"
     )
-    assert "\n" not in bulletin(path)
-    monkeypatch.setattr("unbraid.health.rules.examine", lambda _series: 1 / 0)
-    assert bulletin(path) == "doctor: could not look (ZeroDivisionError: division by zero)"
+    assert "\n" not in doctor_line(path)
+    monkeypatch.setattr("unbraid.health.rules.run_rules", lambda _series: 1 / 0)
+    assert doctor_line(path) == "doctor: could not check the run (ZeroDivisionError: division by zero)"
 
 
 @pytest.mark.parametrize(
@@ -222,9 +222,9 @@ def test_what_only_a_whole_run_can_show_is_seen_late_in_it_too(make_sick, tmp_pa
 
     looked_at, all_of_it = (read_series(path, **how) for how in ({"last": 1500, "thinned": True}, {}))
 
-    found = {finding.code for finding in examine(all_of_it)}
+    found = {finding.code for finding in run_rules(all_of_it)}
     assert found
-    assert {finding.code for finding in examine(looked_at)} >= found & test_rules.OF_WHOLE_RUNS
+    assert {finding.code for finding in run_rules(looked_at)} >= found & test_rules.OF_WHOLE_RUNS
     assert found & test_rules.OF_WHOLE_RUNS
 
 
@@ -233,18 +233,18 @@ def test_nothing_is_found_in_some_steps_of_a_healthy_run(make, tmp_path):
     run = Run(4000, every=400)
     make(run)
 
-    assert examine(read_series(write(run, tmp_path / "run"), last=1000, thinned=True)) == []
+    assert run_rules(read_series(write(run, tmp_path / "run"), last=1000, thinned=True)) == []
 
 
 def test_a_look_costs_no_more_late_in_a_run_than_early(tmp_path, monkeypatch):
     paths = [write(Run(n_steps, every=n_steps // 4), tmp_path / str(n_steps)) for n_steps in (4000, 16000)]
-    monkeypatch.setattr("unbraid.health.rules.LOOKED_BACK", 500)
+    monkeypatch.setattr("unbraid.health.rules.RECENT_STEPS", 500)
     parse, counts = io._parse_line, []
 
     for path in paths:
         lines = []
         monkeypatch.setattr(io, "_parse_line", lambda line, lines=lines: lines.append(1) or parse(line))
-        assert bulletin(path) == "doctor: healthy"
+        assert doctor_line(path) == "doctor: healthy"
         counts.append(len(lines))
 
     assert counts[1] <= counts[0] < 4500
@@ -257,8 +257,8 @@ def test_a_step_that_was_left_out_is_in_no_curve_of_what_was_trained():
 
     series = made.series()
 
-    assert series.of_trained("loss")[0].tolist() == [1, 2, 3, 6, 7, 8, 9, 10]
-    assert {reason: np.flatnonzero(marked).tolist() for reason, marked in series.left_out.items()} == {
+    assert series.trained_values("loss")[0].tolist() == [1, 2, 3, 6, 7, 8, 9, 10]
+    assert {reason: np.flatnonzero(marked).tolist() for reason, marked in series.skipped.items()} == {
         "nonfinite_loss": [3],
         "all_filtered": [4],
     }

@@ -10,7 +10,7 @@ import soundfile
 
 from unbraid.config.recipe import load_recipe
 from unbraid.data import dataset, loader
-from unbraid.health.rules import examine
+from unbraid.health.rules import run_rules
 from unbraid.health.series import read_series
 from unbraid.run import train
 from unbraid.run_directory import RunDirectory
@@ -86,7 +86,7 @@ def doctored(tmp_path, speaker_folder):
         run = RunDirectory(tmp_path / "run")
         for _ in train(recipe, run):
             pass
-        return {finding.code: finding for finding in examine(read_series(run.path))}
+        return {finding.code: finding for finding in run_rules(read_series(run.path))}
 
     make.folder = folder
     return make
@@ -150,7 +150,7 @@ def test_files_with_a_nan(doctored):
 
     found = doctored("train.max_steps=100")
 
-    assert any(str(path) in found["BAD_FILES"].what for path in paths)
+    assert any(str(path) in found["BAD_FILES"].problem for path in paths)
 
 
 @pytest.mark.slow
@@ -160,7 +160,7 @@ def test_an_output_layer_that_is_dead(doctored):
 
 @pytest.mark.slow
 def test_outputs_that_are_the_same(doctored):
-    assert worst(doctored(model='name = "my_models:AlikeOutputs"')) == "OUTPUTS_ALIKE"
+    assert worst(doctored(model='name = "my_models:AlikeOutputs"')) == "IDENTICAL_OUTPUTS"
 
 
 @pytest.mark.slow
@@ -180,14 +180,14 @@ def test_a_loader_that_sleeps(doctored, monkeypatch):
 def test_targets_of_another_mixture(doctored, batches_become):
     batches_become(lambda batch: replace(batch, sources=batch.sources.roll(1, 0)))
 
-    assert worst(doctored()) == "FOREIGN_TARGETS"
+    assert worst(doctored()) == "TARGETS_UNRELATED"
 
 
 @pytest.mark.slow
 def test_sources_that_do_not_add_up_to_the_mixture(doctored, batches_become):
     batches_become(lambda batch: replace(batch, mixture=0.8 * batch.mixture))
 
-    assert worst(doctored()) == "FOREIGN_SUM"
+    assert worst(doctored()) == "SOURCES_DO_NOT_SUM"
 
 
 @pytest.mark.slow
@@ -208,8 +208,8 @@ def test_files_that_are_trained_on_and_validated_on(doctored):
     found = doctored(table)
 
     assert worst(found) == "VALIDATION_IN_TRAINING"
-    assert found["VALIDATION_IN_TRAINING"].what.startswith("12 of 12 recordings")
-    assert "speaker-00" in found["VALIDATION_IN_TRAINING"].why
+    assert found["VALIDATION_IN_TRAINING"].problem.startswith("12 of 12 validation recordings")
+    assert "speaker-00" in found["VALIDATION_IN_TRAINING"].evidence
 
 
 @pytest.mark.slow
@@ -225,7 +225,7 @@ def test_recordings_that_are_validated_on_under_another_name(doctored):
     found = doctored(table)
 
     assert worst(found) == "VALIDATION_IN_TRAINING"
-    assert "12 are copies under other names" in found["VALIDATION_IN_TRAINING"].why
+    assert "12 are copies under other names" in found["VALIDATION_IN_TRAINING"].evidence
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from unbraid.errors import EXIT_STOPPED
 
 def trajectory(args: argparse.Namespace) -> int:
     """Step size, loss, gradient norm and smoothness along a training, with and without AutoClip, and how they agree."""
-    from unbraid.console import program, progress_bar
+    from unbraid.console import command_name, progress_bar
     from unbraid.lab.trajectory_run import load_experiment, run_arms, write_comparison
     from unbraid.signals import stop_on_signals
 
@@ -21,7 +21,7 @@ def trajectory(args: argparse.Namespace) -> int:
         comparison = run_arms(subject, args.out, **options, stop=stop, progress=advance)
     print("\n".join([*comparison.summary_lines(), *write_comparison(comparison, args.out, args.json)]))
     if stop.signal:
-        print(f"Stopped by signal {stop.signal}; go on with: {program()} {shlex.join(args.words)}")
+        print(f"Stopped by signal {stop.signal}; go on with: {command_name()} {shlex.join(args.words)}")
     return EXIT_STOPPED + stop.signal if stop.signal else 0
 
 

@@ -20,8 +20,8 @@ from unbraid.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
 def train(args: argparse.Namespace) -> int:
     """Train a separator by a recipe."""
     from unbraid.config.recipe import load_recipe
-    from unbraid.console import program, show_training
-    from unbraid.health.rules import bulletin
+    from unbraid.console import command_name, show_training
+    from unbraid.health.rules import doctor_line
     from unbraid.run import train as run_training
     from unbraid.run_directory import RunDirectory
     from unbraid.signals import stop_on_signals
@@ -31,7 +31,7 @@ def train(args: argparse.Namespace) -> int:
     with stop_on_signals() as stop:
         records = run_training(recipe, run, resume=args.resume, stop=stop)
         steps, minutes = recipe.train.max_steps, recipe.train.max_minutes
-        show_training(records, max_steps=steps, max_minutes=minutes, bulletin=lambda: bulletin(run.path))
+        show_training(records, max_steps=steps, max_minutes=minutes, doctor_line=lambda: doctor_line(run.path))
     if os.environ.get("RANK", "0") != "0":  # one process of several tells
         return EXIT_STOPPED + stop.agreed if stop.agreed else 0
     if stop.agreed:
@@ -39,9 +39,9 @@ def train(args: argparse.Namespace) -> int:
         if "WORLD_SIZE" in os.environ:
             print(f"Stopped by signal {stop.agreed}; go on with the same torchrun command and --resume.")
             return EXIT_STOPPED + stop.agreed
-        print(f"Stopped by signal {stop.agreed}; go on with: {program()} {shlex.join(words)}")
+        print(f"Stopped by signal {stop.agreed}; go on with: {command_name()} {shlex.join(words)}")
         return EXIT_STOPPED + stop.agreed
-    print(f"The run is in {run.path}; next: {program()} evaluate {run.path}{' --trust' * recipe.has_custom_code}")
+    print(f"The run is in {run.path}; next: {command_name()} evaluate {run.path}{' --trust' * recipe.has_custom_code}")
     return 0
 
 
@@ -78,14 +78,14 @@ def separate(args: argparse.Namespace) -> int:
 
 def import_foreign(args: argparse.Namespace) -> int:
     """Read a checkpoint of SpeechBrain, Asteroid or MSST (BS-RoFormer) into a model of ours."""
-    from unbraid.console import program
+    from unbraid.console import command_name
     from unbraid.importers import import_checkpoint
 
     out = args.out
     recipe = import_checkpoint(args.files, out, sample_rate=args.sample_rate, overrides=args.set)
     model, data = recipe.model.name, recipe.data
     print(f"{out} holds a {model} that returns {data.n_sources} source(s), at {data.sample_rate} Hz.")
-    print(f"Next: {program()} separate FILES -m {out} -o FOLDER")
+    print(f"Next: {command_name()} separate FILES -m {out} -o FOLDER")
     print(f"To train it further: init = {str(out.absolute())!r} in [model]")
     return 0
 
@@ -112,25 +112,25 @@ def bench(args: argparse.Namespace) -> int:
 
 def doctor(args: argparse.Namespace) -> int:
     """Say what is wrong with a run, from its records alone: status 0 healthy, 1 warnings, 2 critical."""
-    from unbraid.health.rules import examine, status, verdict
+    from unbraid.health.rules import exit_code, run_rules, summary
     from unbraid.health.series import read_series
 
     series = read_series(args.run, last=args.last)
-    findings = examine(series, mute=args.mute)
+    findings = run_rules(series, mute=args.mute)
     if args.json:
         found = {"run": str(args.run), "steps": series.last_step, "findings": [asdict(one) for one in findings]}
         print(json.dumps(found, indent=1))
-        return status(findings)
+        return exit_code(findings)
     told = findings if args.all else findings[:ADVICES]
     torn = f" {series.n_torn} lines of its records could not be read." if series.n_torn else ""
-    print(f"{args.run}: {series.last_step} steps, {verdict(findings)}.{torn}")
+    print(f"{args.run}: {series.last_step} steps, {summary(findings)}.{torn}")
     for finding in told:
         print(f"\n{finding.severity.upper()} {finding.code}, steps {finding.steps[0]} to {finding.steps[1]}")
-        print(f"  {finding.what} {finding.why}")
+        print(f"  {finding.problem} {finding.evidence}")
         print(f"  {finding.advice}" + (f" [{finding.key}]" if finding.key else ""))
     if len(told) < len(findings):
         print(f"\n{len(findings) - len(told)} more with --all.")
-    return status(findings)
+    return exit_code(findings)
 
 
 ADVICES = 3

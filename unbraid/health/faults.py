@@ -1,4 +1,4 @@
-"""Rules on faults: steps left out, files behind them, spikes and what they leave in Adam's memory."""
+"""Rules about faults: skipped steps, the files behind them, loss spikes and their effect on Adam's second moment."""
 
 import math
 from collections import Counter
@@ -6,12 +6,12 @@ from collections import Counter
 import numpy as np
 
 from unbraid.fault_advice import ADVICE
-from unbraid.health.finding import Finding
-from unbraid.health.rolling_median import episodes, highest, middle, usual
+from unbraid.health.finding import Finding, Severity
+from unbraid.health.rolling_median import episodes, finite_max, finite_median, rolling_median
 from unbraid.health.series import Series
 from unbraid.records import FAULT_OUTCOMES
 
-OF_EXAMPLES = (
+EXAMPLE_EVENTS = (
     "STEP_RESCUED",
     "STEP_SKIPPED_NONFINITE_LOSS",
     "STEP_SKIPPED_OVER_LIMIT",
@@ -19,127 +19,157 @@ OF_EXAMPLES = (
 )
 """Events whose files are those of the bad examples."""
 
-SUSTAINED = 9
-"""Steps that must be high together: a single batch may be hard."""
+SPIKE_STEPS = 9
+"""A spike is judged by the median of this many steps: a single batch may just be hard."""
 
 ADAM_BETA2 = {"adam": 0.999, "adamw": 0.999, "schedule_free": 0.999}
+"""Default decay rate of the second moment, by the recipe's name of the optimizer."""
 
 
-def faults_in_a_row(series: Series) -> Finding | None:
-    """Steps left out one after the other."""
-    faults = np.isin(series.outcome, FAULT_OUTCOMES)
-    runs = episodes(faults, gap=1)
-    if not runs:
+def consecutive_faults(series: Series) -> Finding | None:
+    """Find three or more steps in a row that were skipped because of a fault."""
+    faults = np.isin(series.outcomes, FAULT_OUTCOMES)
+    groups = episodes(faults, max_gap=1)
+    if not groups:
         return None
-    first, last = max(runs, key=lambda run: run[1] - run[0])
-    n = last - first + 1
-    if n < 3:
+    first, last = max(groups, key=lambda group: group[1] - group[0])
+    n_steps = last - first + 1
+    if n_steps < 3:
         return None
-    outcome, _ = Counter(series.outcome[first : last + 1].tolist()).most_common(1)[0]
-    still = last == len(series) - 1
+    outcome, _ = Counter(series.outcomes[first : last + 1].tolist()).most_common(1)[0]
+    at_end = last == len(series) - 1
+    steps = series.steps["step"]
     advice, key = ADVICE.get(outcome, ADVICE["nonfinite_loss"])
-    steps = series.of_step["step"]
-    named = any(event.get("files") for event in series.events if steps[first] <= event["step"] <= steps[last])
-    if still and outcome.startswith("nonfinite") and not named:
-        advice, key = (
-            "No file is behind them, so that the weights are: begin again with a lower learning rate.",
-            "optim.lr",
-        )
+    has_files = any(event.get("files") for event in series.events if steps[first] <= event["step"] <= steps[last])
+    # NaN in every batch, and no example to blame: the weights themselves no longer work.
+    if at_end and outcome.startswith("nonfinite") and not has_files:
+        advice = "No file causes these faults, so the weights do. Start again with a lower learning rate."
+        key = "optim.lr"
     return Finding(
-        code="FAULTS_IN_A_ROW",
-        severity="critical" if still or n >= 10 else "warning",
-        what=(f"{n} steps in a row were left out" + (", and it goes on." if still else ".")),
-        why=(
-            f"Steps {steps[first]:.0f} to {steps[last]:.0f}, most of them by {outcome.replace('_', ' ')}; "
-            f"{faults.sum()} of all {len(series)} steps were left out by a fault."
+        code="CONSECUTIVE_FAULTS",
+        severity="critical" if at_end or n_steps >= 10 else "warning",
+        problem=f"{n_steps} steps in a row were skipped" + (", up to the last one." if at_end else "."),
+        evidence=(
+            f"Steps {steps[first]:.0f} to {steps[last]:.0f}, most of them because of {outcome.replace('_', ' ')}; "
+            f"{faults.sum()} of all {len(series)} steps were skipped because of a fault."
         ),
         advice=advice,
         key=key,
         steps=(int(steps[first]), int(steps[last])),
-        confidence=min(1.0, 0.7 + 0.03 * n),
+        confidence=min(1.0, 0.7 + 0.03 * n_steps),
     )
 
 
 def bad_files(series: Series) -> Finding | None:
-    """Files that stand behind several faults, or that were set aside.
+    """Find files that occur in several faults, and files that could not be used.
 
-    A file that half of all examples hold, as a single noise, says nothing by being there.
+    A file that is in half of all examples, such as the only noise recording, is in most faults by chance.
     """
-    behind: dict[str, set[int]] = {}
-    aside: dict[str, int] = {}
+    # 1. Collect the steps of the faults of each file, and the files that were excluded during the run.
+    fault_steps: dict[str, set[int]] = {}
+    excluded: dict[str, int] = {}
     for event in series.events:
-        code, step = str(event.get("code", "")), int(event["step"])
+        code = str(event.get("code", ""))
+        step = int(event["step"])
         for file in event.get("files") or ():
             if code.startswith("AUDIO_"):
-                aside[file] = step
-            elif code in OF_EXAMPLES:
-                behind.setdefault(file, set()).add(step)
-    usual_files = _held_by_half(series)
-    suspects = {file: steps for file, steps in behind.items() if file not in usual_files and len(steps) > 1}
-    most = max(map(len, suspects.values()), default=0)
-    guilty = {file: steps for file, steps in suspects.items() if len(steps) >= 0.6 * most}
-    if not guilty and not aside:
+                excluded[file] = step
+            elif code in EXAMPLE_EVENTS:
+                fault_steps.setdefault(file, set()).add(step)
+
+    # 2. A bad file is mixed with many others. It stands out because it occurs in more faults than its partners.
+    common = _common_files(series)
+    repeated = {file: steps for file, steps in fault_steps.items() if file not in common and len(steps) > 1}
+    most = max(map(len, repeated.values()), default=0)
+    bad = {file: steps for file, steps in repeated.items() if len(steps) >= 0.6 * most}
+    if not bad and not excluded:
         return None
-    named = [*sorted(guilty, key=lambda file: -len(guilty[file])), *(file for file in aside if file not in guilty)]
-    steps = sorted({*aside.values(), *(step for found in guilty.values() for step in found)})
-    more = f" and {len(named) - 3} more" if len(named) > 3 else ""
-    why = [f"{named[0]} was in {most} steps with a fault"] if guilty else []
-    why += [f"{len(aside)} could not be used and were set aside"] if aside else []
+
+    # 3. Name the files with most faults first.
+    files = sorted(bad, key=lambda file: -len(bad[file])) + [file for file in excluded if file not in bad]
+    steps = sorted({*excluded.values(), *(step for file in bad for step in bad[file])})
+    more = f" and {len(files) - 3} more" if len(files) > 3 else ""
+    evidence = []
+    if bad:
+        evidence.append(f"{files[0]} was in {most} steps with a fault")
+    if excluded:
+        evidence.append(f"{len(excluded)} could not be used and were excluded")
     return Finding(
         code="BAD_FILES",
-        severity="warning" if guilty else "note",
-        what=f"There is something wrong with {', '.join(named[:3])}{more}.",
-        why="; ".join(why) + ".",
-        advice="Mend or remove them, or name them as left out.",
+        severity="warning" if bad else "note",
+        problem=f"There is something wrong with {', '.join(files[:3])}{more}.",
+        evidence="; ".join(evidence) + ".",
+        advice="Fix or remove them, or exclude them in the recipe.",
         key="data.exclude",
         steps=(steps[0], steps[-1]),
-        confidence=0.8 if guilty else 1.0,
+        confidence=0.8 if bad else 1.0,
     )
 
 
-def _held_by_half(series: Series) -> set[str]:
-    """Files in half or more of the examples looked at."""
-    held = [set(item.get("item", {}).get("files", ())) for items in series.sampled.items for item in items]
-    counts = Counter(file for files in held for file in files)
-    return {file for file, n in counts.items() if n >= 0.5 * len(held)}
+def _common_files(series: Series) -> set[str]:
+    """Return the files that are in half of the sampled examples or more."""
+    counts: Counter[str] = Counter()
+    n_examples = 0
+    for items in series.sampled.items:
+        for item in items:
+            counts.update(set(item.get("item", {}).get("files", ())))
+            n_examples += 1
+    return {file for file, count in counts.items() if count >= 0.5 * n_examples}
 
 
 def loss_spike(series: Series) -> Finding | None:
-    """The loss far above what was usual just before for several steps, and whether it came back.
+    """Find a loss far above its recent level for several steps, and report whether it recovered.
 
-    The median of nine steps above that of the hundred before by 6 dB, and by six times their median distance from it.
-    One that came back and is long past is no more than a note.
+    A spike is a median of nine steps that exceeds the median of the hundred steps before by 6 dB and by six times
+    their median absolute deviation. One that recovered over 1,000 steps ago is only a note.
     """
+    # 1. Compare the median of the next steps with that of the steps before.
     trained = np.flatnonzero(series.trained)
     if len(trained) < 50:
         return None
-    level, steps = series.level()[trained], series.of_step["step"][trained]
-    median, spread = usual(level)
-    padded = np.concatenate([level, np.full(SUSTAINED, np.nan)])
-    ahead = usual(padded, n_before=SUSTAINED, at_least=SUSTAINED // 2 + 1)[0][SUSTAINED:]
-    above = np.where(np.isfinite(ahead), ahead - median, -np.inf)
-    found = episodes(above > np.maximum(6.0, 6 * spread), gap=50)
-    if not found:
+    loss_db = series.loss_to_db()[trained]
+    steps = series.steps["step"][trained]
+    level, deviation = rolling_median(loss_db)
+    padded = np.concatenate([loss_db, np.full(SPIKE_STEPS, np.nan)])
+    next_level, _ = rolling_median(padded, window=SPIKE_STEPS, min_count=SPIKE_STEPS // 2 + 1)
+    next_level = next_level[SPIKE_STEPS:]
+    rise = np.where(np.isfinite(next_level), next_level - level, -np.inf)
+    spikes = episodes(rise > np.maximum(6.0, 6 * deviation), max_gap=50)
+    if not spikes:
         return None
-    first, last = max(found, key=lambda episode: (episode[1] - episode[0], highest(above[episode[0] : episode[1] + 1])))
-    peak = highest(above[first : last + 1])
-    after = level[last + SUSTAINED : last + SUSTAINED + 100]
-    back = bool(middle(after) - median[first] < max(1.0, 2 * spread[first])) if len(after) >= 20 else None
-    past = bool(back) and steps[-1] - steps[last] > 1000
-    fate = {True: "It came back", False: "It has not come back", None: "Whether it comes back is not known yet"}[back]
+
+    # 2. Report the longest one; among equals the highest.
+    first, last = max(spikes, key=lambda spike: (spike[1] - spike[0], finite_max(rise[spike[0] : spike[1] + 1])))
+    height = finite_max(rise[first : last + 1])
+
+    # 3. It has recovered if the next hundred steps are at the old level again. That takes 20 steps to tell.
+    after = loss_db[last + SPIKE_STEPS : last + SPIKE_STEPS + 100]
+    recovered: bool | None = None
+    if len(after) >= 20:
+        recovered = bool(finite_median(after) - level[first] < max(1.0, 2 * deviation[first]))
+    severity: Severity = "warning"
+    if recovered is None:
+        fate = "It is too early to tell whether it recovers"
+    elif recovered:
+        fate = "It recovered"
+        if steps[-1] - steps[last] > 1000:
+            severity = "note"
+    else:
+        fate = "It has not recovered"
+        severity = "critical"
     return Finding(
         code="LOSS_SPIKE",
-        severity="critical" if back is False else "note" if past else "warning",
-        what=f"The loss jumped by {peak:.1f} dB at step {steps[first]:.0f}. {fate}.",
-        why=(
-            f"It was {median[first]:.1f} dB before, give or take {spread[first]:.1f}, and up to "
-            f"{highest(level[first : last + 1]):.1f} dB in steps {steps[first]:.0f} to {steps[last]:.0f}; "
-            f"{len(found)} such episodes in all."
+        severity=severity,
+        problem=f"The loss jumped by {height:.1f} dB at step {steps[first]:.0f}. {fate}.",
+        evidence=(
+            f"It was {level[first]:.1f} dB before, with a median deviation of {deviation[first]:.1f} dB, and up to "
+            f"{finite_max(loss_db[first : last + 1]):.1f} dB in steps {steps[first]:.0f} to {steps[last]:.0f}; "
+            f"number of spikes: {len(spikes)}."
         ),
         advice=(
-            "Begin a new run from a checkpoint before it (model.init), with a lower learning rate."
-            if back is False
-            else "If it comes again, lower the learning rate."
+            "Start a new run from a checkpoint before the spike (model.init), with a lower learning rate."
+            if recovered is False
+            else "If it happens again, lower the learning rate."
         ),
         key="optim.lr",
         steps=(int(steps[first]), int(steps[last])),
@@ -147,63 +177,72 @@ def loss_spike(series: Series) -> Finding | None:
     )
 
 
-def adam_remembers(series: Series) -> Finding | None:
-    """A gradient so long that Adam's mean of squares hides later ones, and for how many steps.
+def adam_second_moment(series: Series) -> Finding | None:
+    """Find a gradient so large that it inflated Adam's second moment and so shortened the steps after it.
 
-    Where one is ``r`` times as long as is usual, steps are ``sqrt(1 + (1 - beta2) r**2)`` times as short after it, and
-    it is forgotten after ``log((1 - beta2) r**2) / -log(beta2)`` steps.
+    After a gradient ``r`` times as large as usual, steps are shorter by a factor of ``sqrt(1 + (1 - beta2) r**2)``.
+    The effect fades after ``log((1 - beta2) r**2) / -log(beta2)`` steps.
     """
-    beta2 = ADAM_BETA2.get(str(series.said("optim.name", "adam")))
-    betas = series.said("optim.betas")
-    beta2 = float(betas[1]) if beta2 and isinstance(betas, list) and len(betas) == 2 else beta2
+    # 1. Find beta2: the recipe's, or the default of the optimizer.
+    beta2 = ADAM_BETA2.get(str(series.recipe_value("optim.name", "adam")))
+    betas = series.recipe_value("optim.betas")
+    if beta2 and isinstance(betas, list) and len(betas) == 2:
+        beta2 = float(betas[1])
     trained = np.flatnonzero(series.trained)
     if beta2 is None or not 0 < beta2 < 1 or not len(trained):
         return None
-    norm, steps = series.of_step["clipped_grad_norm"][trained], series.of_step["step"][trained]
-    median, _ = usual(norm)
-    share = (1 - beta2) * np.square(norm / np.maximum(median, 1e-30))
-    share = np.where(np.isfinite(share) & (steps > 100), share, 0.0)  # before that Adam's own correction rules
-    left_of_each = np.log(np.maximum(share, 1.0)) / -math.log(beta2) - (series.last_step - steps)
-    remembered = np.where(left_of_each > 0, share, 0.0)
-    place = int(remembered.argmax()) if remembered.max() >= 3 else int(share.argmax())
-    if share[place] < 3:  # steps half as long
+
+    # 2. Compute by how much each gradient inflated the second moment, relative to its usual value.
+    norm = series.steps["clipped_grad_norm"][trained]
+    steps = series.steps["step"][trained]
+    usual_norm, _ = rolling_median(norm)
+    inflation = (1 - beta2) * np.square(norm / np.maximum(usual_norm, 1e-30))
+    # In the first 100 steps Adam's bias correction dominates.
+    inflation = np.where(np.isfinite(inflation) & (steps > 100), inflation, 0.0)
+
+    # 3. Report the largest one that still has an effect, or else the largest one. At 3, steps are half as long.
+    steps_left = np.log(np.maximum(inflation, 1.0)) / -math.log(beta2) - (series.last_step - steps)
+    active = np.where(steps_left > 0, inflation, 0.0)
+    index = int(active.argmax()) if active.max() >= 3 else int(inflation.argmax())
+    if inflation[index] < 3:
         return None
-    shorter, n_steps = math.sqrt(1 + share[place]), math.ceil(math.log(share[place]) / -math.log(beta2))
-    left = int(steps[place]) + n_steps - series.last_step
+    factor = math.sqrt(1 + inflation[index])
+    n_steps = math.ceil(math.log(inflation[index]) / -math.log(beta2))
+    n_left = int(steps[index]) + n_steps - series.last_step
+    duration = f"for {n_left} more steps" if n_left > 0 else f"for {n_steps} steps"
     return Finding(
-        code="ADAM_REMEMBERS",
-        severity="warning" if left > 0 else "note",
-        what=(
-            f"One gradient made Adam's steps {shorter:.1f} times as short"
-            + (f", for {left} more steps." if left > 0 else f" for {n_steps} steps.")
+        code="ADAM_SECOND_MOMENT",
+        severity="warning" if n_left > 0 else "note",
+        problem=f"One large gradient made Adam's steps {factor:.1f} times as short, {duration}.",
+        evidence=(
+            f"At step {steps[index]:.0f} Adam received a gradient norm of {norm[index]:.3g}, "
+            f"{norm[index] / usual_norm[index]:.0f} times the usual {usual_norm[index]:.3g}; with beta2 = {beta2:g} "
+            f"its square fades in {n_steps} steps."
         ),
-        why=(
-            f"At step {steps[place]:.0f} it got a norm of {norm[place]:.3g}, {norm[place] / median[place]:.0f} "
-            f"times the usual {median[place]:.3g}; with beta2 = {beta2:g} its square fades in {n_steps} steps."
-        ),
-        advice="Clip closer to what is usual: autoclip with a lower percentile, or fixed with a lower max_norm.",
+        advice="Clip closer to the usual norm: autoclip with a lower percentile, or fixed with a lower max_norm.",
         key="clip.name",
-        steps=(int(steps[place]), int(steps[place]) + n_steps),
+        steps=(int(steps[index]), int(steps[index]) + n_steps),
         confidence=0.9,
     )
 
 
 def ranks_differ(series: Series) -> Finding | None:
-    """Processes that came to hold different weights."""
-    found = [event for event in series.events if event.get("code") == "RANKS_DIFFER"]
-    if not found:
+    """Report processes whose weights became different."""
+    events = [event for event in series.events if event.get("code") == "RANKS_DIFFER"]
+    if not events:
         return None
-    step, first = int(found[-1]["step"]), found[-1].get("evidence", {}).get("first", "unknown")
+    step = int(events[-1]["step"])
+    parameter = events[-1].get("evidence", {}).get("first", "unknown")
     return Finding(
         code="RANKS_DIFFER",
         severity="critical",
-        what="The processes do not hold the same weights.",
-        why=f"At step {step} they differed, first in {first}; the run ended there.",
+        problem="The processes do not have the same weights.",
+        evidence=f"At step {step} they differed, first in {parameter}; the run ended there.",
         advice=(
-            "Go on from the last checkpoint (--resume); a model that changes its weights outside of the optimizer, or "
-            "draws numbers of its own on each process, makes them differ."
+            "Resume from the last checkpoint (--resume). Weights differ if a model changes them outside of the "
+            "optimizer, or draws random numbers independently in each process."
         ),
         key="",
-        steps=(int(found[0]["step"]), step),
+        steps=(int(events[0]["step"]), step),
         confidence=1.0,
     )

@@ -1,73 +1,71 @@
-"""What a rule of the doctor comes to: what is wrong, on which evidence, and what to do."""
+"""Finding: one problem that a rule of the doctor has found, with its evidence and what to do about it."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 Severity = Literal["critical", "warning", "note"]
-SEVERITIES: tuple[Severity, ...] = ("critical", "warning", "note")
-"""Worst first: the run learns nothing or is about to break; it learns less than it could; it is good to know."""
+SEVERITIES: tuple[Severity, ...] = get_args(Severity)
+"""Worst first: the run learns nothing or is about to fail; it learns less than it could; it is worth knowing."""
 
-
-Code = Literal[
-    "ADAM_REMEMBERS",
+FindingCode = Literal[
+    "ADAM_SECOND_MOMENT",
     "BAD_FILES",
-    "CLIP_IDLE",
-    "CLIP_IS_THE_RATE",
+    "CLIPPING_INACTIVE",
+    "CONSECUTIVE_FAULTS",
     "DEAD_OUTPUT",
-    "FAULTS_IN_A_ROW",
-    "FOREIGN_SUM",
-    "FOREIGN_TARGETS",
     "GRADIENTS_EXPLODE",
     "GRADIENTS_VANISH",
+    "IDENTICAL_OUTPUTS",
     "LOADER_BOUND",
-    "LOSS_SCALE_SINKS",
+    "LOSS_SCALE_FALLING",
     "LOSS_SPIKE",
+    "LR_NEVER_REDUCED",
     "LR_TOO_HIGH",
     "LR_TOO_LOW",
-    "MEMORY_CREEPS",
+    "MEMORY_GROWS",
     "MOSTLY_FILTERED",
+    "MOST_STEPS_CLIPPED",
     "NORM_SPIKES",
     "NOT_SHUFFLED",
     "OSCILLATION",
-    "OUTPUTS_ALIKE",
     "OUTPUT_IS_MIXTURE",
     "OVERFITTING",
     "PERMUTATION_FLIPS",
     "PLATEAU",
     "RANKS_DIFFER",
-    "RATE_NEVER_MOVED",
     "RULE_FAILED",
     "SILENT_SOURCES",
     "SLOWING_DOWN",
     "SLOW_RANK",
-    "SOURCE_LEFT_BEHIND",
+    "SOURCES_DO_NOT_SUM",
+    "SOURCE_NOT_LEARNED",
+    "TARGETS_UNRELATED",
     "VALIDATION_IN_TRAINING",
     "VALIDATION_NOT_FINITE",
     "WORSE_THAN_MIXTURE",
 ]
-CODES: tuple[Code, ...] = get_args(Code)
-"""What a finding can be called, so that it can be muted; the type checker holds every rule to it."""
+FINDING_CODES: tuple[FindingCode, ...] = get_args(FindingCode)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One thing that is not as it should be.
+    """One problem in a run.
 
     Attributes:
-        code: Stable, one of `CODES`.
+        code: One of `FINDING_CODES`; stable, so that it can be muted and used in scripts.
         severity: ``critical``, ``warning`` or ``note``.
-        what: One sentence: what is wrong.
-        why: One sentence: the figures that show it.
+        problem: One sentence: what is wrong.
+        evidence: One sentence: the numbers that show it.
         advice: One sentence: what to do.
-        key: The recipe's key that it is done with, such as ``optim.lr``; empty where none is.
-        steps: The first and the last of those it speaks of.
-        confidence: How sure it is, from 0 to 1.
+        key: The recipe key to change, such as ``optim.lr``; empty if there is none.
+        steps: The first and the last step concerned.
+        confidence: From 0 to 1.
     """
 
-    code: Code
+    code: FindingCode
     severity: Severity
-    what: str
-    why: str
+    problem: str
+    evidence: str
     advice: str
     key: str
     steps: tuple[int, int]

@@ -1,4 +1,4 @@
-"""RULES, by name: each reads the series of a run and returns a finding, or None."""
+"""RULES by name: each reads the series of a run and returns a finding, or None. The doctor runs them all."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -6,116 +6,120 @@ from pathlib import Path
 
 from unbraid.errors import UserError, nearest
 from unbraid.health import faults, gradients, learning, outputs, throughput, validation
-from unbraid.health.finding import CODES, SEVERITIES, Finding
+from unbraid.health.finding import FINDING_CODES, SEVERITIES, Finding, Severity
 from unbraid.health.series import Series, read_series
 
-STATUS = {severity: status for status, severity in enumerate(reversed(SEVERITIES))}
 Rule = Callable[[Series], Finding | None]
 
 RULES: dict[str, Rule] = {
     rule.__name__: rule
     for rule in (
-        faults.faults_in_a_row,
+        faults.consecutive_faults,
         faults.bad_files,
         faults.loss_spike,
-        faults.adam_remembers,
+        faults.adam_second_moment,
         faults.ranks_differ,
         gradients.norm_spikes,
-        gradients.clip_is_the_rate,
+        gradients.clipping,
         gradients.learning_rate,
-        gradients.first_blocks,
-        gradients.loss_scale_sinks,
+        gradients.vanishing_or_exploding,
+        gradients.loss_scale_falling,
         learning.oscillation,
         learning.plateau,
         learning.overfitting,
-        learning.easy_share,
-        learning.rate_never_moved,
+        learning.mostly_filtered,
+        learning.lr_never_reduced,
         learning.worse_than_mixture,
         learning.not_shuffled,
         validation.validation_not_finite,
         validation.validation_in_training,
         validation.permutation_flips,
         outputs.dead_output,
-        outputs.collapsed_outputs,
+        outputs.identical_outputs,
         outputs.output_is_mixture,
-        outputs.source_left_behind,
-        outputs.foreign_targets,
-        outputs.foreign_sum,
+        outputs.source_not_learned,
+        outputs.targets_unrelated,
+        outputs.sources_do_not_sum,
         outputs.silent_sources,
         throughput.loader_bound,
         throughput.slow_rank,
         throughput.slowing_down,
-        throughput.memory_creeps,
+        throughput.memory_grows,
     )
 }
 
+EXIT_CODES: dict[Severity, int] = {"critical": 2, "warning": 1, "note": 0}
 
-def examine(series: Series, *, mute: Iterable[str] = ()) -> list[Finding]:
-    """What all rules find, worst first, and among equals the surest first.
+RECENT_STEPS = 5000
+"""Steps that the doctor reads during training, so that a check late in a run is as fast as an early one."""
+
+
+def run_rules(series: Series, *, mute: Iterable[str] = ()) -> list[Finding]:
+    """Return the findings of all rules, the most severe first, and among equals the most confident first.
 
     Args:
         series: The run.
-        mute: Codes that are not to be told.
+        mute: Codes of findings to drop.
 
     Raises:
-        UserError: If there is no such code.
+        UserError: If a muted code does not exist.
     """
-    silent = set(mute)
-    for code in silent.difference(CODES):
-        listed = ", ".join(CODES)
+    muted = set(mute)
+    for code in muted.difference(FINDING_CODES):
         raise UserError(
-            f"{code!r} cannot be muted, as no finding has that code; there are {listed}." + nearest(code.upper(), CODES)
+            f"{code!r} cannot be muted: no finding has that code. Choose from {', '.join(FINDING_CODES)}."
+            + nearest(code.upper(), FINDING_CODES)
         )
-    found = [finding for name, rule in RULES.items() if (finding := _asked(name, rule, series)) is not None]
-    told = [finding for finding in found if finding.code not in silent]
-    return sorted(told, key=lambda finding: (SEVERITIES.index(finding.severity), -finding.confidence))
+    findings = []
+    for name, rule in RULES.items():
+        finding = _run_rule(name, rule, series)
+        if finding is not None and finding.code not in muted:
+            findings.append(finding)
+    return sorted(findings, key=lambda finding: (SEVERITIES.index(finding.severity), -finding.confidence))
 
 
-def _asked(name: str, rule: Rule, series: Series) -> Finding | None:
-    """What a rule finds; one that breaks on odd records must not hide what the others find."""
+def _run_rule(name: str, rule: Rule, series: Series) -> Finding | None:
+    # Records may be damaged in any way. A rule that breaks on them must not hide what the other rules find.
     try:
         return rule(series)
     except Exception as error:  # noqa: BLE001
         return Finding(
             code="RULE_FAILED",
             severity="note",
-            what=f"The rule {name} could not be asked.",
-            why=f"{type(error).__name__}: {error}.",
-            advice="Look at the run's records: something in them is not as it is written by a run.",
+            problem=f"The rule {name} could not be checked.",
+            evidence=f"{type(error).__name__}: {error}.",
+            advice="Look at the run's records: something in them differs from what a run writes.",
             key="",
             steps=(0, series.last_step),
             confidence=1.0,
         )
 
 
-def status(findings: Iterable[Finding]) -> int:
-    """0 where nothing has to be done, 1 where there is a warning, 2 where something is critical."""
-    return max((STATUS[finding.severity] for finding in findings), default=0)
+def exit_code(findings: Iterable[Finding]) -> int:
+    """Return 2 if a finding is critical, 1 if one is a warning, else 0."""
+    return max((EXIT_CODES[finding.severity] for finding in findings), default=0)
 
 
-def verdict(findings: Sequence[Finding]) -> str:
-    """In a few words: ``healthy``, or how many findings of which kind."""
+def summary(findings: Sequence[Finding]) -> str:
+    """Return ``healthy``, or the number of findings of each severity."""
     counts = Counter[str](finding.severity for finding in findings)
     if not counts["critical"] and not counts["warning"]:
-        return "healthy" + (f" ({_counted(counts['note'], 'note')})" if counts["note"] else "")
+        return "healthy" + (f" ({_count(counts['note'], 'note')})" if counts["note"] else "")
     kinds = (("critical", "critical finding"), ("warning", "warning"), ("note", "note"))
-    return ", ".join(_counted(counts[kind], name) for kind, name in kinds if counts[kind])
+    return ", ".join(_count(counts[kind], name) for kind, name in kinds if counts[kind])
 
 
-def _counted(count: int, name: str) -> str:
+def _count(count: int, name: str) -> str:
     return f"{count} {name}{'s' if count != 1 else ''}"
 
 
-LOOKED_BACK = 5000
-"""Steps that a running training is judged by, so that a look costs no more late in a run than early."""
-
-
-def bulletin(path: Path) -> str:
-    """One line on a run that goes on, from its last steps and some of all; looking must never cost the run."""
+def doctor_line(path: Path) -> str:
+    """Return one line about a run in progress, from its recent steps and a sample of the earlier ones."""
+    # The doctor must never end the training that it watches, whatever the records contain.
     try:
-        findings = examine(read_series(path, last=LOOKED_BACK, thinned=True))
+        findings = run_rules(read_series(path, last=RECENT_STEPS, thinned=True))
     except Exception as error:  # noqa: BLE001
-        return f"doctor: could not look ({type(error).__name__}: {error})"
-    worst = next((finding for finding in findings if STATUS[finding.severity]), None)
-    more = f": {worst.code}, {worst.what} {worst.advice}" if worst else ""
-    return f"doctor: {verdict(findings)}{more}"
+        return f"doctor: could not check the run ({type(error).__name__}: {error})"
+    worst = next((finding for finding in findings if finding.severity != "note"), None)
+    details = f": {worst.code}, {worst.problem} {worst.advice}" if worst else ""
+    return f"doctor: {summary(findings)}{details}"

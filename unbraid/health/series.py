@@ -1,4 +1,4 @@
-"""A run directory's records as arrays over steps; no torch."""
+"""Series: the records of a run as arrays over steps and validations."""
 
 import json
 import tomllib
@@ -10,180 +10,194 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from unbraid.columns import Columns, Sampled, numbers
+from unbraid.columns import SampledSteps, StepColumns, number_column
 from unbraid.errors import CheckpointError
-from unbraid.records import read_rows, row_blocks
+from unbraid.records import SCHEMA_VERSION, read_rows, row_blocks, steps_schema_version
 from unbraid.run_directory import RunDirectory
-from unbraid.type_aliases import FloatArray, Row
+from unbraid.type_aliases import BoolArray, FloatArray, Row
 
 DB_LOSSES = ("neg_sa_sdr", "neg_si_sdr", "neg_snr", "neg_thresholded_snr")
-"""The losses of ours that are in dB, by name: for runs that have not written down whether theirs is."""
+"""Names of the built-in losses that are in dB, for runs that did not record whether theirs is."""
 
-SCORES = ("step", "loss", "si_sdri", "lr", "best")
+VALIDATION_FIELDS = ("step", "loss", "si_sdri", "lr", "best")
+
+N_VALIDATION_ROWS = 20
+"""Latest validations whose rows are kept, with their items."""
+
+N_FIRST_STEPS = 600
+N_WINDOWS = 100
+WINDOW_STEPS = 30
+"""Thinned reading takes the first 600 steps and 30 steps at each of 100 byte offsets spread over the file."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """A run, as the doctor looks at it. What was not written down is NaN.
+    """The records of a run. A value that was not recorded is NaN.
 
     Attributes:
-        of_step: The numbers of `unbraid.records.StepRecord`, by name, ``(step,)``.
-        outcome: What became of each step.
-        si_sdr: Of each source, ``(step, source)``.
-        sampled: The steps that were looked at closely.
-        of_validation: The numbers of `unbraid.records.ValidationRecord`, by name, ``(validation,)``.
-        validations: The last of them, as `unbraid.records.ValidationRecord` has them.
-        events: As `unbraid.records.Event` has them.
+        steps: The numbers of `unbraid.records.StepRecord` by name, each ``(step,)``.
+        outcomes: The outcome of each step, ``(step,)``.
+        si_sdr: SI-SDR of each source in dB, ``(step, source)``.
+        sampled: The steps with statistics per block and per example.
+        validation: The numbers of `unbraid.records.ValidationRecord` by name, each ``(validation,)``.
+        validation_rows: The latest validations, as rows of `unbraid.records.ValidationRecord`.
+        events: Rows of `unbraid.records.Event`.
         recipe: The resolved recipe.
-        environment: As the run directory has it.
-        data: As the run directory has it.
+        environment: The contents of ``environment.json``.
+        data: The contents of ``data.json``.
         n_torn: Lines that could not be read.
-        thinned: Of a run whose end alone was read, some steps of all of it.
+        schema_version: Version that wrote the first step; older rows are read under today's names.
+        thinned: If only the end of the run was read: a sample of the steps of the whole run.
     """
 
-    of_step: Mapping[str, FloatArray]
-    outcome: npt.NDArray[np.str_]
+    steps: Mapping[str, FloatArray]
+    outcomes: npt.NDArray[np.str_]
     si_sdr: FloatArray
-    sampled: Sampled
-    of_validation: Mapping[str, FloatArray]
-    validations: Sequence[Row] = ()
+    sampled: SampledSteps
+    validation: Mapping[str, FloatArray]
+    validation_rows: Sequence[Row] = ()
     events: Sequence[Row] = ()
     recipe: Row = field(default_factory=dict)
     environment: Row = field(default_factory=dict)
     data: Row = field(default_factory=dict)
     n_torn: int = 0
+    schema_version: int = SCHEMA_VERSION
     thinned: "Series | None" = None
 
     def __len__(self) -> int:
-        """Steps."""
-        return len(self.outcome)
+        """Return the number of steps."""
+        return len(self.outcomes)
 
     @property
-    def trained(self) -> npt.NDArray[np.bool_]:
-        """Whether the weights moved, ``(step,)``."""
-        return self.outcome == "trained"
+    def trained(self) -> BoolArray:
+        """True where the weights were updated, ``(step,)``."""
+        return self.outcomes == "trained"
 
     @property
-    def left_out(self) -> dict[str, npt.NDArray[np.bool_]]:
-        """Whether a step was left out for a reason, ``(step,)``, by the reason, in the order in which they came."""
-        reasons, first = np.unique(self.outcome, return_index=True)
-        return {str(reasons[at]): self.outcome == reasons[at] for at in first.argsort() if reasons[at] != "trained"}
+    def skipped(self) -> dict[str, BoolArray]:
+        """A mask ``(step,)`` for each outcome of skipped steps, in the order in which the outcomes first occurred."""
+        outcomes, first_index = np.unique(self.outcomes, return_index=True)
+        in_order = [str(outcomes[index]) for index in first_index.argsort()]
+        return {outcome: self.outcomes == outcome for outcome in in_order if outcome != "trained"}
 
-    def of_trained(self, name: str) -> tuple[FloatArray, FloatArray]:
-        """Step and value of the trained steps whose value is finite, each ``(n,)``."""
-        values = self.of_step[name]
-        known = self.trained & np.isfinite(values)
-        return self.of_step["step"][known], values[known]
+    def trained_values(self, name: str) -> tuple[FloatArray, FloatArray]:
+        """Return step and value of the trained steps whose value is finite, each ``(n,)``."""
+        values = self.steps[name]
+        mask = self.trained & np.isfinite(values)
+        return self.steps["step"][mask], values[mask]
 
     @property
-    def course(self) -> "Series":
-        """The run from its first step on, so that early and late can be held against each other; some steps of it.
+    def overview(self) -> "Series":
+        """The run from its first step, possibly thinned, for rules that compare early steps with late ones.
 
-        Its first `N_HEAD` steps and its last ones are all there.
+        The first `N_FIRST_STEPS` steps and the most recent ones are complete.
         """
         return self.thinned or self
 
     @property
-    def whole(self) -> bool:
-        """Whether `course` goes back to the first step."""
-        course = self.course
-        return len(course) > 0 and bool(course.of_step["step"][0] <= 1)
+    def covers_start(self) -> bool:
+        """True if `overview` includes the first step."""
+        return len(self.overview) > 0 and bool(self.overview.steps["step"][0] <= 1)
 
     @property
-    def trains_signals(self) -> bool:
-        """Whether the loss is one of signals, so that SI-SDR is what it should raise."""
-        return self.said("loss.name", "neg_si_sdr") not in ("deep_clustering", "whitened_kmeans")
+    def has_signal_loss(self) -> bool:
+        """True if the loss compares signals, so that training should raise SI-SDR."""
+        return self.recipe_value("loss.name", "neg_si_sdr") not in ("deep_clustering", "whitened_kmeans")
 
     @property
-    def at_full_rate(self) -> npt.NDArray[np.bool_]:
-        """The trained steps at half the recipe's learning rate or more, as schedules begin and end low, ``(step,)``."""
-        lr = self.of_step["lr"]
-        return self.trained & (lr >= 0.5 * self.top_rate)
+    def at_full_lr(self) -> BoolArray:
+        """True for trained steps at half the recipe's learning rate or more, ``(step,)``; excludes warmup and decay."""
+        return self.trained & (self.steps["lr"] >= 0.5 * self.peak_lr)
 
     @property
-    def top_rate(self) -> float:
-        """The recipe's learning rate, or else the highest there was."""
-        lr = self.of_step["lr"]
-        return float(self.said("optim.lr") or (np.nanmax(lr) if np.isfinite(lr).any() else np.nan))
+    def peak_lr(self) -> float:
+        """The recipe's learning rate, or the highest recorded one if the recipe has none."""
+        lr = self.steps["lr"]
+        return float(self.recipe_value("optim.lr") or (np.nanmax(lr) if np.isfinite(lr).any() else np.nan))
 
     @property
     def last_step(self) -> int:
-        """The number of the last step; 0 where there is none."""
-        return int(self.of_step["step"][-1]) if len(self) else 0
+        """The number of the last step; 0 if there is none."""
+        return int(self.steps["step"][-1]) if len(self) else 0
 
-    def said(self, key: str, otherwise: Any = None) -> Any:
-        """What the recipe has under a key such as ``optim.lr``."""
-        table, _, name = key.partition(".")
-        found = self.recipe.get(table)
-        return found.get(name, otherwise) if isinstance(found, Mapping) else otherwise
+    def recipe_value(self, key: str, default: Any = None) -> Any:
+        """Return the recipe's value for a key such as ``optim.lr``."""
+        table_name, _, name = key.partition(".")
+        table = self.recipe.get(table_name)
+        return table.get(name, default) if isinstance(table, Mapping) else default
 
     @property
     def loss_in_db(self) -> bool:
-        """Whether the loss is in dB, as the run has written down; where it has not, as its name says."""
-        written = self.environment.get("loss_in_db")
-        return written if isinstance(written, bool) else self.said("loss.name", "neg_si_sdr") in DB_LOSSES
+        """True if the loss is in dB, as recorded by the run, or else judging by the name of the loss."""
+        recorded = self.environment.get("loss_in_db")
+        if isinstance(recorded, bool):
+            return recorded
+        return self.recipe_value("loss.name", "neg_si_sdr") in DB_LOSSES
 
-    def level(self, loss: FloatArray | None = None) -> FloatArray:
-        """Losses as they can be compared: in dB as they are, else ten times their logarithm; the run's own if None.
+    def loss_to_db(self, loss: FloatArray | None = None) -> FloatArray:
+        """Return losses in dB, so that the same thresholds serve every loss; the losses of the steps if None.
 
-        A loss of one's own that is ever 0 or below is taken as it is.
+        A loss that is not in dB becomes ten times its logarithm. If it is ever 0 or below, it is returned unchanged.
         """
-        own = self.of_step["loss"]
-        given = own if loss is None else loss
-        if self.loss_in_db or (own <= 0).any():
-            return given
-        return 10 * np.log10(np.where(given > 0, given, np.nan))
-
-
-N_HEAD = 600
-N_WINDOWS, N_IN_WINDOW = 100, 30
-"""What is read of a run whose end alone is looked at: its first steps, and so many places of so many steps."""
-
-N_VALIDATIONS = 20
-"""So many of the last validations are kept with their items."""
+        step_loss = self.steps["loss"]
+        loss = step_loss if loss is None else loss
+        if self.loss_in_db or (step_loss <= 0).any():
+            return loss
+        return 10 * np.log10(np.where(loss > 0, loss, np.nan))
 
 
 def read_series(path: Path, *, last: int | None = None, thinned: bool = False) -> Series:
-    """The records of a run, during it or after it; block by block, so that a million steps need little memory.
+    """Read the records of a run, while it runs or afterwards, block by block so that long runs need little memory.
 
     Args:
-        path: Its run directory.
-        last: Read no more than about so many of its last steps; all if None.
-        thinned: Whether to read some steps of what lies before those, at a cost that does not grow with the run.
+        path: The run directory.
+        last: Read at most about this many of the latest steps; None reads all.
+        thinned: With ``last``, also read a sample of the earlier steps, at a cost that does not grow with the run.
 
     Raises:
-        CheckpointError: If it is no run directory, or a file of it cannot be read.
+        CheckpointError: If the path is not a run directory, or one of its files cannot be read.
     """
     run = RunDirectory(path)
     if not path.is_dir():
         raise CheckpointError(f"There is no run directory {path}.")
     if not run.steps.exists():
-        raise CheckpointError(f"{path} holds no {run.steps.name}: it is no run directory, or its run never began.")
-    end = None if last is None else read_rows(run.steps, last)
-    validations, n_more = read_rows(run.validation)
-    events, n_most = read_rows(run.events, last)
+        raise CheckpointError(f"{path} has no {run.steps.name}: it is not a run directory, or its run never started.")
+    validations, n_torn_validations = read_rows(run.validation)
+    events, n_torn_events = read_rows(run.events, last)
     others = (
         validations,
         events,
-        _table(run.recipe, tomllib.loads),
-        _table(run.environment, json.loads),
-        _table(run.data, json.loads),
+        _read_table(run.recipe, tomllib.loads),
+        _read_table(run.environment, json.loads),
+        _read_table(run.data, json.loads),
     )
-    series = _series(row_blocks(run.steps) if end is None else [end], *others, n_torn=n_more + n_most)
-    if end is None or not thinned or series.whole:
+    recent = None if last is None else read_rows(run.steps, last)
+    blocks = row_blocks(run.steps) if recent is None else [recent]
+    series = _make_series(
+        blocks,
+        *others,
+        n_torn=n_torn_validations + n_torn_events,
+        schema_version=steps_schema_version(run.steps),
+    )
+    if recent is None or not thinned or series.covers_start:
         return series
-    return replace(series, thinned=_series([(_here_and_there(run.steps, end[0]), 0)], *others))
+    sample = _sample_steps(run.steps, recent[0])
+    return replace(series, thinned=_make_series([(sample, 0)], *others))
 
 
-def _here_and_there(path: Path, end: Sequence[Row]) -> list[Row]:
-    """The first steps of a run, some from places all over it, and its end."""
-    places = np.linspace(0, path.stat().st_size, N_WINDOWS, endpoint=False).astype(int)[1:]
-    some = [read_rows(path, first=N_HEAD)[0], *(read_rows(path, first=N_IN_WINDOW, begin=int(at))[0] for at in places)]
-    by_step = {row["step"]: row for rows in (*some, end) for row in rows if isinstance(row.get("step"), int)}
+def _sample_steps(path: Path, recent: Sequence[Row]) -> list[Row]:
+    """Return the first steps of a run, windows of steps spread over the file, and the recent steps, in order."""
+    offsets = np.linspace(0, path.stat().st_size, N_WINDOWS, endpoint=False).astype(int)[1:]
+    rows, _ = read_rows(path, first=N_FIRST_STEPS)
+    for offset in offsets:
+        window, _ = read_rows(path, first=WINDOW_STEPS, begin=int(offset))
+        rows += window
+    # In a short run the windows overlap; each step must count once.
+    by_step = {row["step"]: row for row in [*rows, *recent] if isinstance(row.get("step"), int)}
     return [row for _, row in sorted(by_step.items())]
 
 
-def series_of(
+def series_from_rows(
     steps: Sequence[Row],
     validations: Sequence[Row],
     events: Sequence[Row],
@@ -191,11 +205,11 @@ def series_of(
     environment: Row | None = None,
     data: Row | None = None,
 ) -> Series:
-    """Rows of a run directory's files, and its small files, as `read_series` has them."""
-    return _series([(steps, 0)], validations, events, recipe, environment or {}, data or {})
+    """Return the series of rows in memory, as `read_series` does for the files of a run directory."""
+    return _make_series([(steps, 0)], validations, events, recipe, environment or {}, data or {})
 
 
-def _series(
+def _make_series(
     blocks: Iterable[tuple[Sequence[Row], int]],
     validations: Sequence[Row],
     events: Sequence[Row],
@@ -204,33 +218,38 @@ def _series(
     data: Row,
     *,
     n_torn: int = 0,
+    schema_version: int = SCHEMA_VERSION,
 ) -> Series:
-    columns = Columns()
-    for rows, n_torn_here in blocks:
-        columns.add(rows, n_torn_here)
-    of_step, outcome, si_sdr, sampled = columns.take()
-    validations, events = ([row for row in rows if isinstance(row.get("step"), int)] for rows in (validations, events))
+    columns = StepColumns()
+    for rows, n_torn_in_block in blocks:
+        columns.add(rows, n_torn_in_block)
+    steps, outcomes, si_sdr, sampled = columns.finish()
+    validations = [row for row in validations if isinstance(row.get("step"), int)]
+    events = [row for row in events if isinstance(row.get("step"), int)]
     return Series(
-        of_step=of_step,
-        outcome=outcome,
+        steps=steps,
+        outcomes=outcomes,
         si_sdr=si_sdr,
         sampled=sampled,
-        of_validation={name: numbers(validations, name) for name in SCORES},
-        validations=validations[-N_VALIDATIONS:],
+        validation={name: number_column(validations, name) for name in VALIDATION_FIELDS},
+        validation_rows=validations[-N_VALIDATION_ROWS:],
         events=events,
         recipe=recipe,
         environment=environment,
         data=data,
         n_torn=columns.n_torn + n_torn,
+        schema_version=schema_version,
     )
 
 
-def _table(path: Path, parse: Callable[[str], Any]) -> Row:
-    """A small file of the run directory; empty where there is none."""
+def _read_table(path: Path, parse: Callable[[str], Any]) -> Row:
+    """Return the table in a small TOML or JSON file of the run directory; an empty one if the file is missing."""
+    if not path.exists():
+        return {}
     try:
-        table = parse(path.read_text(encoding="utf-8")) if path.exists() else {}
+        table = parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); mend it, or move it away.") from error
+        raise CheckpointError(f"{path} cannot be read ({error}). Fix it, or move it away.") from error
     if not isinstance(table, dict):
-        raise CheckpointError(f"{path} cannot be read (it is no table); mend it, or move it away.")
+        raise CheckpointError(f"{path} cannot be read (it does not contain a table). Fix it, or move it away.")
     return table

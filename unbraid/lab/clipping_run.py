@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from unbraid.config.shipped_recipes import find_recipe
-from unbraid.console import Advance, progress_bar
+from unbraid.console import ProgressBar, progress_bar
 from unbraid.errors import RecipeError, UserError
 from unbraid.io import write_atomically, write_json
 from unbraid.lab.clipping import (
@@ -86,7 +86,7 @@ def trained_and_tested(cells: list[SweepRun], stop: StopRequest, n_items: int) -
     return ended
 
 
-def _beside(advance: Advance, stop: StopRequest, share: float, _: float, text: str) -> None:
+def _beside(advance: ProgressBar, stop: StopRequest, share: float, _: float, text: str) -> None:
     """Say something beside a bar that stays where it is, unless a signal came."""
     if stop.signal:
         raise Interrupted(stop.signal)

@@ -19,7 +19,7 @@ import torch
 from unbraid.build import build_corpus, build_model, build_state
 from unbraid.config.recipe import Recipe, differences, load_recipe, recipe_table
 from unbraid.config.schema import assignment
-from unbraid.console import Ticker
+from unbraid.console import TrainingStatus
 from unbraid.errors import CheckpointError, RecipeError, TrainingStopped, UserError
 from unbraid.io import write_json
 from unbraid.records import Event, StepRecord, read_rows, read_steps, read_validation
@@ -242,7 +242,7 @@ def train_to_end(cell: SweepRun, *, stop: StopRequest, progress: Callable[[float
         Interrupted: If a signal came.
         UserError: As `train` does, but for a stop rule.
     """
-    budget, ticker, threads = cell.recipe.train, Ticker(), torch.get_num_threads()
+    budget, ticker, threads = cell.recipe.train, TrainingStatus(), torch.get_num_threads()
     reason = ""
     try:
         for record in train(cell.recipe, cell.directory, resume=cell.directory.recipe.exists(), stop=stop):

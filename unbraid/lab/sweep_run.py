@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from unbraid.console import program
+from unbraid.console import command_name
 from unbraid.errors import EXIT_STOPPED
 from unbraid.lab.sweep import Interrupted
 from unbraid.signals import StopRequest, stop_on_signals
@@ -26,7 +26,7 @@ def run_to_end(args: argparse.Namespace, run: Run) -> int:
             told = run(args, stop)
     except Interrupted as interrupted:
         words = shlex.join(args.words)
-        say(f"Stopped by signal {interrupted.number}; the same command goes on: {program()} {words}")
+        say(f"Stopped by signal {interrupted.number}; the same command goes on: {command_name()} {words}")
         return EXIT_STOPPED + interrupted.number
     for line in told:
         say(line)
@@ -47,4 +47,4 @@ def say(line: str) -> None:
 
 def side_by_side(out: Path) -> str:
     """The command that shows the runs beside each other."""
-    return f"All runs side by side: {program()} dashboard {shlex.quote(str(out))}"
+    return f"All runs side by side: {command_name()} dashboard {shlex.quote(str(out))}"

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from unbraid.errors import UserError
-from unbraid.health.rules import examine, verdict
+from unbraid.health.rules import run_rules, summary
 from unbraid.health.series import read_series
 from unbraid.io import finite_or_none, to_json_row
 from unbraid.records import FAULT_OUTCOMES, read_rows
@@ -285,13 +285,13 @@ def diagnosis(path: Path) -> dict[str, Any]:
     try:
         if run.steps.exists() and run.steps.stat().st_size > DIAGNOSE_FULLY_BYTES:
             n_last_steps = DIAGNOSED_STEPS
-        findings = examine(read_series(path, last=n_last_steps, thinned=n_last_steps is not None))
+        findings = run_rules(read_series(path, last=n_last_steps, thinned=n_last_steps is not None))
     except UserError as error:
         problem = str(error)
     except Exception as error:  # noqa: BLE001  # damaged records must not hide the curves
         problem = f"This run could not be diagnosed ({type(error).__name__}: {error})."
     return {
-        "verdict": "" if problem else verdict(findings),
+        "verdict": "" if problem else summary(findings),
         "problem": problem,
         "findings": [to_json_row(asdict(finding)) for finding in findings],
         "n_last_steps": None if problem else n_last_steps,

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from unbraid.columns import numbers
+from unbraid.columns import number_column
 from unbraid.records import SKIPPED_OUTCOMES
 from unbraid.type_aliases import FloatArray, Row
 
@@ -24,14 +24,14 @@ def step_columns(rows: Sequence[Row]) -> FloatArray:
     outcomes = [row.get("outcome") for row in rows]
     # dtype: of no rows at all, numpy would make an array of floats.
     trained = np.array([outcome == "trained" for outcome in outcomes], dtype=bool)
-    values = {name: numbers(rows, name) for name in AS_RECORDED}
-    values["memory_bytes"] = numbers(rows, "peak_memory_bytes")
+    values = {name: number_column(rows, name) for name in AS_RECORDED}
+    values["memory_bytes"] = number_column(rows, "peak_memory_bytes")
     for name in ("loss", "clipped"):
-        values[name] = np.where(trained, numbers(rows, name), np.nan)
+        values[name] = np.where(trained, number_column(rows, name), np.nan)
     # The mean over the sources, and the median over the blocks, as a chart has one line per run.
     values["si_sdr"] = np.where(trained, [_mean(row.get("si_sdr")) for row in rows], np.nan)
     values["update_ratio"] = np.array([_median_update_ratio(row.get("blocks")) for row in rows], dtype=float)
-    values["rescued"] = (trained & (numbers(rows, "n_bad") > 0)).astype(float)
+    values["rescued"] = (trained & (number_column(rows, "n_bad") > 0)).astype(float)
     for name in SKIPPED_OUTCOMES:
         values[name] = np.array([outcome == name for outcome in outcomes], dtype=float)
     return np.stack([values[name] for name in COLUMNS])

@@ -142,8 +142,8 @@ function findingCard(finding, showSteps) {
       `Show steps ${integer(first)} to ${integer(last)}`,
     ),
     element("span", { className: "severity" }, finding.severity),
-    element("b", {}, finding.what),
-    element("p", { className: "soft small" }, finding.why),
+    element("b", {}, finding.problem),
+    element("p", { className: "soft small" }, finding.evidence),
     element(
       "p",
       { className: "small" },
