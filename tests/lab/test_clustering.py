@@ -1,4 +1,4 @@
-"""Sources from clusters of an embedding: right where the vectors tell the sources apart."""
+"""Separation by clusters of an embedding: correct if the vectors distinguish the sources."""
 
 import pytest
 import torch
@@ -19,34 +19,36 @@ def tones(n_samples=4000):
     return torch.stack([torch.sin(6.2832 * 500 * time), 0.5 * torch.sin(6.2832 * 2500 * time)])[None, :, None]
 
 
-class Record(nn.Module):
-    """A model that knows the answer: the loudest source of each bin, as a vector of unit length."""
+class OracleEmbedding(nn.Module):
+    """A model that knows the answer: its embedding is the loudest source of each bin, one-hot and rotated."""
 
-    def __init__(self, sources, turn):
+    def __init__(self, sources, rotation):
         super().__init__()
-        self.unused, self.sources, self.turn = nn.Parameter(torch.zeros(1)), sources, turn
+        self.unused = nn.Parameter(torch.zeros(1))
+        self.sources = sources
+        self.rotation = rotation
 
     def forward(self, mixture):
         window = torch.hann_window(N_FFT).sqrt()
         spectrum = stft(self.sources, n_fft=N_FFT, hop_length=HOP, window=window).abs().transpose(-1, -2)
-        vectors = nn.functional.one_hot(spectrum.argmax(1), 2).float() @ self.turn
+        vectors = nn.functional.one_hot(spectrum.argmax(1), 2).float() @ self.rotation
         return ModelOutput(torch.zeros_like(self.sources), vectors, n_fft=N_FFT, hop_length=HOP)
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_clouds_that_lie_apart_are_told_apart_whatever_the_seed(seed):
-    drawn = torch.Generator().manual_seed(7)
+def test_k_means_finds_distant_clouds_with_any_seed(seed):
+    rng = torch.Generator().manual_seed(7)
     truth = torch.arange(300) % 3
     means = torch.eye(3, 5)
-    vectors = means[truth] + 0.05 * torch.randn(300, 5, generator=drawn)
+    vectors = means[truth] + 0.05 * torch.randn(300, 5, generator=rng)
 
-    found = kmeans_centres(vectors, 3, seed=seed)
-    own = nearest_centre(vectors, found)
+    centres = kmeans_centres(vectors, 3, seed=seed)
+    cluster = nearest_centre(vectors, centres)
 
-    assert len(set(own.tolist())) == 3
+    assert len(set(cluster.tolist())) == 3
     for n in range(3):
-        assert len(set(own[truth == n].tolist())) == 1
-        torch.testing.assert_close(found[own[n]], vectors[truth == n].double().mean(0))
+        assert len(set(cluster[truth == n].tolist())) == 1
+        torch.testing.assert_close(centres[cluster[n]], vectors[truth == n].double().mean(0))
 
 
 def test_the_same_vectors_and_seed_give_the_same_centres():
@@ -55,7 +57,7 @@ def test_the_same_vectors_and_seed_give_the_same_centres():
     assert torch.equal(kmeans_centres(vectors, 2, seed=3), kmeans_centres(vectors, 2, seed=3))
 
 
-def test_vectors_that_are_all_the_same_give_masks_all_the_same():
+def test_equal_vectors_all_get_the_same_mask():
     masks = cluster_masks(torch.ones(6, 5, 3), torch.ones(6, 5), 2)
 
     torch.testing.assert_close(masks.sum(0), torch.ones(6, 5))
@@ -76,10 +78,10 @@ def test_quiet_bins_do_not_move_the_centres():
     assert not torch.equal(masks[:, 0, 0], masks[:, 0, 2])
 
 
-def test_an_embedding_that_tells_the_sources_apart_separates_them():
+def test_an_embedding_that_distinguishes_the_sources_separates_them():
     sources = tones()
-    turn = torch.linalg.qr(torch.randn(2, 2, generator=torch.Generator().manual_seed(3)))[0]
-    separated = ClusteredSeparation(Record(sources, turn), n_sources=2)(sources.sum(1))
+    rotation = torch.linalg.qr(torch.randn(2, 2, generator=torch.Generator().manual_seed(3)))[0]
+    separated = ClusteredSeparation(OracleEmbedding(sources, rotation), n_sources=2)(sources.sum(1))
     ordered = match_to_targets(separated, sources, evaluation_loss("permutation"), assign="permutation")
 
     assert separated.shape == sources.shape
@@ -87,16 +89,16 @@ def test_an_embedding_that_tells_the_sources_apart_separates_them():
     torch.testing.assert_close(separated.sum(1), sources.sum(1), atol=1e-5, rtol=0)  # masks sum to 1
 
 
-def test_one_embedding_for_all_bins_separates_nothing():
+def test_a_constant_embedding_separates_nothing():
     sources = tones()
-    separated = ClusteredSeparation(Record(sources, torch.ones(2, 2) / 2**0.5), n_sources=2)(sources.sum(1))
+    separated = ClusteredSeparation(OracleEmbedding(sources, torch.ones(2, 2) / 2**0.5), n_sources=2)(sources.sum(1))
 
-    assert sorted(separated.square().mean((0, 2, 3)).tolist())[0] == 0  # all of the mixture in one
+    assert sorted(separated.square().mean((0, 2, 3)).tolist())[0] == 0  # one source gets the whole mixture
 
 
 def test_silence_is_separated_into_silence():
     sources = torch.zeros(1, 2, 1, 1000)
-    separated = ClusteredSeparation(Record(sources, torch.eye(2)), n_sources=2)(sources.sum(1))
+    separated = ClusteredSeparation(OracleEmbedding(sources, torch.eye(2)), n_sources=2)(sources.sum(1))
 
     assert torch.equal(separated, sources)
 

@@ -1,4 +1,4 @@
-"""The range test: where descent and divergence are known, and on separators against a grid."""
+"""Learning-rate range test: where descent and divergence are known, and on separators against a grid."""
 
 import json
 import os
@@ -29,19 +29,20 @@ from unbraid.lab.lr_range import (
     smooth_losses,
     suggest_lr,
 )
-from unbraid.lab.lr_range_figure import SMOOTHED, lr_range_figure, range_test_json, summary_sentences
+from unbraid.lab.lr_range_figure import SMOOTHED_LABEL, lr_range_figure, range_test_json, summary_sentences
 from unbraid.signals import StopRequest
 
 BLSTM = ["model.name=blstm", "model.hidden=16", "model.n_layers=1", "model.n_fft=128", "model.hop_length=64"]
 
 
 def descent(curvature, start=1.0):
-    """Gradient descent on curvature / 2 * x ** 2, one step a call; the loss before the step, as a range test has it."""
+    """Return steps of gradient descent on curvature / 2 * x ** 2; each has the loss before it, as in a range test."""
     x = start
 
     def take_step(lr):
         nonlocal x
-        loss, gradient = 0.5 * curvature * x * x, curvature * x
+        loss = 0.5 * curvature * x * x
+        gradient = curvature * x
         x -= lr * gradient
         return RangeStep(loss, abs(gradient), 0.0)
 
@@ -54,42 +55,43 @@ def experiment(recipe_file):
 
 
 @pytest.mark.parametrize("curvature", [0.3, 1.0, 40.0, 1000.0])
-def test_on_a_parabola_the_suggestion_is_below_divergence_and_within_the_factor_that_follows(curvature):
+def test_on_a_parabola_the_suggestion_lies_between_bounds_from_theory(curvature):
     lrs = learning_rates()
-    points, reason, lost = run_range_test(descent(curvature), lrs)
-    losses = np.array([p.loss for p in points])
-    suggestion, _ = suggest_lr(lrs[: len(points)], losses, n_planned=len(lrs), lost=lost)
+    steps, reason, diverged = run_range_test(descent(curvature), lrs)
+    losses = np.array([step.loss for step in steps])
+    suggestion, _ = suggest_lr(lrs[: len(steps)], losses, n_planned=len(lrs), diverged=diverged)
 
     # A step multiplies the loss by (1 - x)^2, x = lr * curvature, so that 98 % are done where the sum of -2 ln(1 - x)
     # is ln 50. With rates of ratio r, the sum of all x so far is x r / (r - 1), and x <= -ln(1 - x) <= x / (1 - x).
     # The curve is convex there, so that smoothing only delays it, by three standard deviations of 3 % of the steps.
     r, target = lrs[1] / lrs[0], np.log(50) / 2
     earliest = target / (r / (r - 1) + target) / curvature
-    latest = target * (r - 1) / r / curvature * r ** (3 * 0.03 * len(points))
-    assert earliest / r * 0.95 < suggestion < latest * 1.05  # it is told to two digits
+    latest = target * (r - 1) / r / curvature * r ** (3 * 0.03 * len(steps))
+    assert earliest / r * 0.95 < suggestion < latest * 1.05  # the suggestion has two digits
     assert latest < 2 / curvature
-    assert lrs[len(points) - 1] > 2 / curvature
-    assert lost != ("never lost" in reason)
+    assert lrs[len(steps) - 1] > 2 / curvature
+    assert diverged != ("did not diverge" in reason)
 
 
-def test_a_steeper_parabola_wants_so_much_less():
+def test_the_suggestion_is_inverse_to_the_curvature_of_a_parabola():
     lrs = learning_rates()
-    found = [
-        suggest_lr(lrs, np.array([p.loss for p in run_range_test(descent(c), lrs)[0]] + [1e3] * 200)[: len(lrs)])[0]
-        for c in (1.0, 100.0)
-    ]
+    suggestions = []
+    for curvature in (1.0, 100.0):
+        losses = [step.loss for step in run_range_test(descent(curvature), lrs)[0]]
+        losses += [1e3] * (len(lrs) - len(losses))
+        suggestions.append(suggest_lr(lrs, np.array(losses))[0])
 
-    assert found[0] / found[1] == pytest.approx(100, rel=0.25)
+    assert suggestions[0] / suggestions[1] == pytest.approx(100, rel=0.25)
 
 
-def test_the_rates_grow_by_the_same_factor_from_the_first_to_the_last():
+def test_learning_rates_grow_by_a_constant_factor():
     lrs = learning_rates(1e-4, 1.0, 81)
 
     np.testing.assert_allclose(lrs[1:] / lrs[:-1], 10**0.05)
     assert (lrs[0], lrs[-1]) == (1e-4, 1.0)
 
 
-def test_smoothing_keeps_a_constant_and_passes_over_what_is_not_finite():
+def test_smoothing_keeps_a_constant_and_ignores_nonfinite_losses():
     losses = np.full(50, 3.0)
     losses[[7, 8]] = np.nan
     smoothed = smooth_losses(losses, 20)
@@ -98,7 +100,7 @@ def test_smoothing_keeps_a_constant_and_passes_over_what_is_not_finite():
     np.testing.assert_allclose(np.delete(smoothed, [7, 8]), 3.0)
 
 
-def test_a_loss_gone_through_the_roof_moves_the_suggestion_no_further_than_one_back_at_the_start():
+def test_a_huge_loss_moves_the_suggestion_no_further_than_one_at_the_start():
     lrs = learning_rates()[:150]
     losses = np.concatenate([np.full(80, 5.0), np.linspace(5.0, 0.0, 40), np.zeros(29), [5.0]])
     before, _ = suggest_lr(lrs, losses)
@@ -108,40 +110,41 @@ def test_a_loss_gone_through_the_roof_moves_the_suggestion_no_further_than_one_b
 
 
 @pytest.mark.parametrize(("n_planned", "n_made"), [(60, 60), (100, 100), (200, 200), (200, 60)])
-def test_scatter_between_mixtures_alone_is_hardly_ever_called_lost_and_hardly_ever_suggests_a_rate(n_planned, n_made):
-    lost, suggested = 0, 0
+def test_noise_alone_rarely_diverges_and_rarely_suggests_a_rate(n_planned, n_made):
+    n_diverged = 0
+    n_suggested = 0
     for seed in range(50):
         losses = np.random.default_rng(seed).normal(10.0, 2.0, n_made)
-        lost += any(divergence_reason(losses[:n], n_planned) for n in range(1, n_made + 1))
+        n_diverged += any(divergence_reason(losses[:n], n_planned) for n in range(1, n_made + 1))
         suggestion, reason = suggest_lr(learning_rates(n_steps=n_planned)[:n_made], losses, n_planned=n_planned)
-        suggested += suggestion is not None
-        assert (suggestion is None) == ("never came down" in reason)
+        n_suggested += suggestion is not None
+        assert (suggestion is None) == ("never fell" in reason)
 
-    assert lost <= 1  # of a thousand seeds: at most four
-    assert suggested <= 1  # the same
+    assert n_diverged <= 1  # of a thousand seeds: at most four
+    assert n_suggested <= 1  # the same
 
 
-def test_a_loss_that_gives_back_half_of_its_descent_is_lost_and_one_that_gives_back_less_is_not():
+def test_a_loss_that_gives_back_half_of_its_descent_has_diverged():
     falls = np.concatenate([np.full(60, 10.0), np.linspace(10.0, 0.0, 60)])
 
     assert not divergence_reason(np.concatenate([falls, np.full(60, 4.0)]), 200)
     assert "back at 6," in divergence_reason(np.concatenate([falls, np.full(60, 6.0)]), 200)
 
 
-def test_a_loss_that_only_rises_is_lost_too():
-    assert "never come down" in divergence_reason(np.concatenate([np.full(30, 10.0), np.full(20, 11.0)]), 200)
+def test_a_loss_that_only_rises_has_diverged():
+    assert "never fallen before" in divergence_reason(np.concatenate([np.full(30, 10.0), np.full(20, 11.0)]), 200)
 
 
-def test_five_steps_without_a_finite_loss_end_it_and_four_do_not():
+def test_five_nonfinite_steps_end_the_test_and_four_do_not():
     losses = iter([1.0] * 30 + [np.nan] * 4 + [1.0] * 3 + [np.nan] * 9)
-    points, reason, lost = run_range_test(lambda _lr: RangeStep(next(losses), 1.0, 0.0), learning_rates())
+    steps, reason, diverged = run_range_test(lambda _lr: RangeStep(next(losses), 1.0, 0.0), learning_rates())
 
-    assert len(points) == 42
+    assert len(steps) == 42
     assert "5 steps in a row" in reason
-    assert lost
+    assert diverged
 
 
-def test_a_loss_still_falling_at_the_end_asks_for_higher_rates_and_one_down_at_once_for_lower_ones():
+def test_a_loss_still_falling_at_the_end_asks_for_higher_rates_and_an_early_descent_for_lower_ones():
     lrs = learning_rates()
     suggestion, reason = suggest_lr(lrs, np.concatenate([np.full(150, 5.0), np.linspace(5.0, 0.0, 50)]))
     assert suggestion > 1
@@ -152,32 +155,34 @@ def test_a_loss_still_falling_at_the_end_asks_for_higher_rates_and_one_down_at_o
     assert "lower than --from 1e-7" in reason
 
 
-def test_a_falling_loss_cut_off_suggests_nothing_and_says_that_it_was_still_falling():
+def test_an_interrupted_descent_suggests_nothing_and_says_that_the_loss_was_falling():
     lrs = learning_rates()
     losses = np.concatenate([np.full(80, 5.0), np.linspace(5.0, 0.0, 60), np.full(60, 0.0)])
     suggestion, reason = suggest_lr(lrs[:120], losses[:120], n_planned=200)
     assert suggestion is None
-    assert "still falling where the test was stopped" in reason
+    assert "still falling when the test was stopped" in reason
     assert "higher rates" not in reason
 
-    assert "higher rates" in suggest_lr(lrs[:180], losses[:180], n_planned=200)[1]  # past the lowest for long
-    assert suggest_lr(lrs[:120], losses[:120], n_planned=200, lost=True)[0] is not None  # and what comes next is known
+    assert "higher rates" in suggest_lr(lrs[:180], losses[:180], n_planned=200)[1]  # long past the lowest loss
+    assert (
+        suggest_lr(lrs[:120], losses[:120], n_planned=200, diverged=True)[0] is not None
+    )  # and what comes next is known
 
 
-def test_a_sweep_that_is_stopped_was_not_lost():
+def test_an_interrupted_test_has_not_diverged():
     stop = StopRequest()
     stop.signal = signal.SIGINT
-    points, reason, lost = run_range_test(descent(1.0), learning_rates(), stop=stop)
+    steps, reason, diverged = run_range_test(descent(1.0), learning_rates(), stop=stop)
 
-    assert (points, lost) == ([], False)
+    assert (steps, diverged) == ([], False)
     assert "interrupted before 1e-7" in reason
 
 
-def test_a_loss_lost_within_the_first_steps_asks_for_lower_rates():
-    suggestion, reason = suggest_lr(learning_rates()[:25], np.full(25, 5.0), n_planned=200, lost=True)
+def test_divergence_within_the_baseline_asks_for_lower_rates():
+    suggestion, reason = suggest_lr(learning_rates()[:25], np.full(25, 5.0), n_planned=200, diverged=True)
 
     assert suggestion is None
-    assert "25 steps only, too few for a suggestion: begin lower than --from 1e-7" in reason
+    assert "Only 25 steps have a finite loss, too few for a suggestion: start lower than --from 1e-7" in reason
 
 
 def test_a_range_test_leaves_its_subject_alone_and_is_the_same_again(experiment):
@@ -192,7 +197,7 @@ def test_a_range_test_leaves_its_subject_alone_and_is_the_same_again(experiment)
     assert first.update_ratios[-1] > 100 * first.update_ratios[0]
 
 
-def test_the_recipe_s_own_rate_schedule_filters_and_average_do_not_act(experiment):
+def test_the_recipes_learning_rate_schedule_filters_and_ema_have_no_effect(experiment):
     recipe = experiment.recipe
     others = replace(
         recipe,
@@ -217,29 +222,29 @@ def test_an_optimizer_without_a_learning_rate_is_refused(experiment, tmp_path):
         lr_range(replace(experiment, recipe=recipe))
 
 
-def test_a_grid_trains_every_rate_from_the_same_weights(experiment):
-    found = lr_grid(experiment, [1e-12, 1e-3, 1e-12], n_steps=3, n_items=4)
+def test_a_grid_trains_each_rate_from_the_same_weights(experiment):
+    grid = lr_grid(experiment, [1e-12, 1e-3, 1e-12], n_steps=3, n_items=4)
 
-    assert found.losses[0] == found.losses[2]
-    assert found.losses[1] < found.losses[0]
-    assert found.best == 1e-3
+    assert grid.losses[0] == grid.losses[2]
+    assert grid.losses[1] < grid.losses[0]
+    assert grid.best == 1e-3
 
 
-def test_a_grid_whose_ends_are_not_finite_has_no_best():
+def test_a_grid_without_finite_losses_has_no_best():
     assert LrGrid(np.array([1.0, 2.0]), np.array([np.nan, np.inf]), 1, 1).best is None
     assert LrGrid(np.array([1.0, 2.0, 3.0]), np.array([np.nan, 4.0, -np.inf]), 1, 1).best == 2.0
 
 
-def test_the_grid_s_words_say_how_far_off_the_suggestion_is(experiment):
+def test_the_summary_says_how_far_the_suggestion_is_from_the_grids_best(experiment):
     test = replace(lr_range(experiment, np.geomspace(1e-5, 1e-3, 20)), suggestion=0.01)
-    told = " ".join(summary_sentences(test, LrGrid(np.array([0.01, 0.03, 0.1]), np.array([3.0, 2.0, 4.0]), 50, 32)))
+    summary = " ".join(summary_sentences(test, LrGrid(np.array([0.01, 0.03, 0.1]), np.array([3.0, 2.0, 4.0]), 50, 32)))
     at_edge = " ".join(summary_sentences(test, LrGrid(np.array([0.03, 0.1]), np.array([2.0, 4.0]), 50, 32)))
 
-    assert "3e-2 ends lowest, at 2; the suggestion is a factor of 3.0 off" in told
+    assert "3e-2 ends lowest, at 2; the suggestion is off by a factor of 3.0" in summary
     assert "at the edge" in at_edge
 
 
-def test_the_words_warn_of_parts_with_which_the_suggestion_was_found_to_be_off(experiment):
+def test_the_summary_warns_of_components_with_a_known_bias(experiment):
     test = replace(lr_range(experiment, np.geomspace(1e-5, 1e-3, 20)), suggestion=0.01)
 
     assert "may be too low" in " ".join(summary_sentences(replace(test, optimizer="sgd")))
@@ -248,48 +253,48 @@ def test_the_words_warn_of_parts_with_which_the_suggestion_was_found_to_be_off(e
     assert "may be" not in " ".join(summary_sentences(test))
 
 
-def test_what_is_not_finite_is_null_in_json_and_the_capped_curve_is_called_so(experiment):
+def test_nonfinite_values_are_null_in_json_and_the_capped_curve_is_labelled(experiment):
     test = lr_range(experiment, np.geomspace(1e-5, 1e-3, 20))
     test.losses[3], test.grad_norms[4] = np.nan, np.inf
-    found = LrGrid(np.array([0.01, 0.03]), np.array([np.inf, 2.0]), 50, 32)
-    told = json.loads(json.dumps(range_test_json(test, found), allow_nan=False))
-    labels = [line.get_label() for line in draw_figure(lr_range_figure(test, found)).axes[0].lines]
+    grid = LrGrid(np.array([0.01, 0.03]), np.array([np.inf, 2.0]), 50, 32)
+    row = json.loads(json.dumps(range_test_json(test, grid), allow_nan=False))
+    labels = [line.get_label() for line in draw_figure(lr_range_figure(test, grid)).axes[0].lines]
 
-    assert (told["losses"][3], told["grad_norms"][4], told["grid_losses"]) == (None, None, [None, 2.0])
-    assert "smoothed_capped" in told
-    assert SMOOTHED in labels
+    assert (row["losses"][3], row["grad_norms"][4], row["grid_losses"]) == (None, None, [None, 2.0])
+    assert "smoothed_capped" in row
+    assert SMOOTHED_LABEL in labels
     assert "smoothed" not in labels
 
 
-def test_a_grid_s_rates_lie_on_half_decades_about_one():
+def test_grid_rates_lie_on_half_decades_around_the_suggestion():
     np.testing.assert_allclose(lrs_around(0.028), 10.0 ** np.array([-3, -2.5, -2, -1.5, -1, -0.5, 0]))
 
 
 @pytest.mark.parametrize(("lr", "text"), [(3e-3, "3e-3"), (0.0318, "3.2e-2"), (1.0, "1e0"), (10.0, "1e1")])
-def test_a_rate_is_written_as_in_a_recipe(lr, text):
+def test_a_learning_rate_is_formatted_as_in_recipes(lr, text):
     assert format_lr(lr) == text
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
-        (["--from", "1", "--to", "0.1"], "upside down"),
-        (["--from", "1", "--to", "1"], "upside down"),
+        (["--from", "1", "--to", "0.1"], "must be below"),
+        (["--from", "1", "--to", "1"], "must be below"),
         (["--from", "0"], "above 0"),
         (["--to", "inf"], "above 0 and finite"),
         (["--steps", "59"], "too few"),
         (["--set", "optim.name=adm"], "Did you mean"),
     ],
 )
-def test_what_makes_no_range_is_one_sentence(recipe_file, tmp_path, capsys, options, said):
+def test_an_impossible_range_is_refused_in_one_sentence(recipe_file, tmp_path, capsys, options, message):
     assert cli.main(["lab", "lr-range", str(recipe_file()), "--out", str(tmp_path / "out"), *options]) == 2
     error = capsys.readouterr().err
-    assert said in error
+    assert message in error
     assert error.count("\n") == 1
     assert not list((tmp_path / "out").glob("*"))
 
 
-def test_a_folder_that_cannot_be_made_is_told_before_the_work(recipe_file, tmp_path, capsys, monkeypatch):
+def test_a_folder_that_cannot_be_created_is_reported_before_the_work(recipe_file, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("unbraid.lab.lr_range.train_step", None)  # the work would fail
     (tmp_path / "file").touch()
 
@@ -299,19 +304,21 @@ def test_a_folder_that_cannot_be_made_is_told_before_the_work(recipe_file, tmp_p
     assert str(tmp_path / "file") in capsys.readouterr().err
 
 
-def test_the_command_draws_and_tells_a_setting_to_copy(recipe_file, tmp_path, capsys):
+def test_the_command_draws_and_prints_a_setting_to_copy(recipe_file, tmp_path, capsys):
     options = ["--from", "1e-5", "--to", "1", "--steps", "60", "--out", str(tmp_path / "out")]
     assert cli.main(["lab", "lr-range", str(recipe_file()), *options]) == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     numbers = json.loads((tmp_path / "out" / "lr-range.json").read_text())
-    setting = next(line for line in told.splitlines() if line.startswith("Take: --set ")).removeprefix("Take: --set ")
+    setting = next(line for line in printed.splitlines() if line.startswith("Take: --set ")).removeprefix(
+        "Take: --set "
+    )
 
     assert load_recipe(recipe_file(), [setting]).optim.options["lr"] == numbers["suggestion"]
     assert len(numbers["losses"]) == 60
     assert (tmp_path / "out" / "lr-range.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_json_is_all_that_is_printed_and_nothing_is_drawn(recipe_file, tmp_path, capsys, monkeypatch):
+def test_with_json_only_json_is_printed_and_nothing_is_drawn(recipe_file, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["lab", "lr-range", str(recipe_file()), "--steps", "60", "--json"]) == 0
 
@@ -319,17 +326,17 @@ def test_json_is_all_that_is_printed_and_nothing_is_drawn(recipe_file, tmp_path,
     assert not (tmp_path / "lr-range").exists()
 
 
-def test_stopped_by_a_signal_it_tells_and_draws_what_is_known(recipe_file, tmp_path):
+def test_after_a_signal_the_steps_made_so_far_are_drawn(recipe_file, tmp_path):
     options = ["--steps", "1000000", "--out", str(tmp_path / "out")]
     words = [sys.executable, "-u", "-m", "unbraid", "lab", "lr-range", str(recipe_file()), *options]
     child = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     child.stdout.readline()  # the first progress line, after the first step
     child.send_signal(signal.SIGINT)
-    told, _ = child.communicate(timeout=120)
+    printed, _ = child.communicate(timeout=120)
 
     assert child.returncode == 128 + signal.SIGINT
-    assert "interrupted" in told
-    assert "the same command begins anew" in told
+    assert "interrupted" in printed
+    assert "the same command begins anew" in printed
     assert json.loads((tmp_path / "out" / "lr-range.json").read_text())["losses"]
     assert (tmp_path / "out" / "lr-range.png").exists()
 
@@ -341,6 +348,6 @@ def test_the_suggestion_lies_within_a_factor_of_three_of_the_best_of_a_grid(reci
     recipe = load_recipe(recipe_file(), [*model, f"optim.name={optimizer}"])
     experiment = experiment_from_recipe(recipe, "tiny")
     suggestion = lr_range(experiment).suggestion
-    found = lr_grid(experiment, 10.0 ** np.arange(-3, 0.1, 0.5), n_steps=40)
+    grid = lr_grid(experiment, 10.0 ** np.arange(-3, 0.1, 0.5), n_steps=40)
 
-    assert max(found.best / suggestion, suggestion / found.best) < 3
+    assert max(grid.best / suggestion, suggestion / grid.best) < 3

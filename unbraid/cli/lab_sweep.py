@@ -1,25 +1,79 @@
 """`unbraid lab race` and `unbraid lab clipping`, which train a grid of runs."""
 
 import argparse
+import shlex
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from unbraid.cli.options import Add, add_set, file_to_write, folder, positive
+from unbraid.config.shipped_recipes import find_recipe
+from unbraid.errors import EXIT_STOPPED
+
+if TYPE_CHECKING:
+    from unbraid.signals import StopRequest
 
 
 def race(args: argparse.Namespace) -> int:
     """Several optimizers, clippers or other choices from the same weights on the same batches: who is ahead."""
     from unbraid.lab.race_run import run_race
-    from unbraid.lab.sweep_run import run_to_end
 
-    return run_to_end(args, run_race)
+    return _run_until_stopped(
+        lambda stop: run_race(
+            find_recipe(args.recipe),
+            args.over,
+            args.out,
+            n_steps=args.steps,
+            seeds=args.seeds,
+            overrides=args.set,
+            json_file=args.json,
+            stop=stop,
+        ),
+        args.words,
+    )
 
 
 def clipping(args: argparse.Namespace) -> int:
     """The AutoClip paper's table in small: percentiles by losses, trained and scored on unseen talkers."""
     from unbraid.lab.clipping_run import run_clipping
-    from unbraid.lab.sweep_run import run_to_end
 
-    return run_to_end(args, run_clipping)
+    return _run_until_stopped(
+        lambda stop: run_clipping(
+            find_recipe(args.recipe),
+            args.out,
+            percentiles=args.percentiles,
+            losses=args.losses,
+            steps=args.steps,
+            seeds=args.seeds,
+            n_items=args.test_items,
+            overrides=args.set,
+            json_file=args.json,
+            markdown_file=args.markdown,
+            command=args.words,
+            stop=stop,
+        ),
+        args.words,
+    )
+
+
+def _run_until_stopped(run: "Callable[[StopRequest], list[str]]", words: Sequence[str]) -> int:
+    """Run a sweep and print its lines; if a signal stops it, print how to resume.
+
+    Returns:
+        The exit status: 0, or 128 plus the number of the signal.
+    """
+    from unbraid.console import command_name
+    from unbraid.lab.sweep import Interrupted
+    from unbraid.signals import stop_on_signals
+
+    try:
+        with stop_on_signals() as stop:
+            lines = run(stop)
+    except Interrupted as interrupted:
+        print(f"Stopped by signal {interrupted.number}. To resume: {command_name()} {shlex.join(words)}")
+        return EXIT_STOPPED + interrupted.number
+    print("\n".join(lines))
+    return 0
 
 
 def add_race(add: Add) -> None:

@@ -1,4 +1,4 @@
-"""Several optimizers, clippers or whatever a recipe names, from the same weights on the same batches; who is ahead."""
+"""Race: compare optimizers, clippers or other settings of a recipe from the same weights on the same batches."""
 
 import inspect
 import itertools
@@ -18,131 +18,139 @@ from unbraid.train.optim import OPTIMIZERS
 
 @dataclass(frozen=True)
 class ArmSummary:
-    """An arm of a race over its seeds.
+    """Summary of an arm over its seeds.
 
     Attributes:
-        arm: Its name.
+        arm: Name of the arm.
         loss: Mean training loss over the last tenth of the steps, over the seeds that finished.
         grad_norm: Median gradient norm of each seed.
-        si_sdri: Of each seed's last validation, in dB.
-        left_out: Steps left out, over all seeds.
+        si_sdri: SI-SDR improvement of each seed's last validation, in dB.
+        n_skipped: Number of skipped steps, over all seeds.
         clipped: Share of the steps that were clipped, mean over seeds.
-        fallen: What is said of each seed that did not finish.
+        unfinished: A note on each seed that did not finish.
     """
 
     arm: str
     loss: Interval
     grad_norm: Interval
     si_sdri: Interval
-    left_out: int
+    n_skipped: int
     clipped: float
-    fallen: tuple[str, ...]
+    unfinished: tuple[str, ...]
 
 
 def plan_race(
     recipe: Path, over: Sequence[str], *, seeds: int, out: Path, overrides: Sequence[str] = ()
 ) -> tuple[list[SweepRun], str]:
-    """The runs of a race.
+    """Return the runs of a race, and a note about learning rates.
 
-    An optimizer other than the recipe's gets the learning rate that it has by default, unless one is given: the
-    recipe's is meant for its own.
+    The recipe's learning rate suits the recipe's optimizer. Any other optimizer gets its own default, unless the
+    options set a learning rate.
 
     Returns:
-        The runs, and what was done about learning rates; empty where nothing was.
+        The runs, and the note; it is empty if no learning rate was changed.
 
     Raises:
-        UserError: If recipe, keys or values cannot be used.
+        UserError: If the recipe, a key or a value cannot be used.
     """
-    arms, notes = _with_rates(recipe, arms_from_options(over), overrides)
+    arms, note = _set_default_lrs(recipe, arms_from_options(over), overrides)
     if len(arms) < 2:
-        raise RecipeError(f"--over {over[0]} has one value alone, and a race needs two: such as optim.name=sgd,adam.")
-    return plan_runs(recipe, arms, seeds=seeds, out=out, overrides=overrides), notes
+        raise RecipeError(f"--over {over[0]} has only one value, and a race needs two, such as optim.name=sgd,adam.")
+    return plan_runs(recipe, arms, seeds=seeds, out=out, overrides=overrides), note
 
 
-def _with_rates(recipe: Path, arms: Sequence[Arm], overrides: Sequence[str]) -> tuple[list[Arm], str]:
-    base = load_recipe(recipe, overrides).optim
-    given = {assignment(text)[0] for text in (*overrides, *itertools.chain(*(arm.overrides for arm in arms)))}
-    if "optim.lr" in given:
+def _set_default_lrs(recipe: Path, arms: Sequence[Arm], overrides: Sequence[str]) -> tuple[list[Arm], str]:
+    arm_overrides = itertools.chain.from_iterable(arm.overrides for arm in arms)
+    if any(assignment(text)[0] == "optim.lr" for text in (*overrides, *arm_overrides)):
         return list(arms), ""
-    rates: dict[str, Any] = {}
+    recipe_optimizer = load_recipe(recipe, overrides).optim.name
+    lrs: dict[str, Any] = {}
     changed = []
     for arm in arms:
-        name = next((assignment(text)[1] for text in arm.overrides if assignment(text)[0] == "optim.name"), base.name)
-        lr = inspect.signature(OPTIMIZERS[name]).parameters["lr"].default if name in OPTIMIZERS else None
-        if name == base.name or lr is None:
+        optimizer = dict(assignment(text) for text in arm.overrides).get("optim.name", recipe_optimizer)
+        # Custom optimizers are not in the registry; they keep the recipe's learning rate.
+        lr = inspect.signature(OPTIMIZERS[optimizer]).parameters["lr"].default if optimizer in OPTIMIZERS else None
+        if optimizer == recipe_optimizer or lr is None:
             changed.append(arm)
             continue
-        rates[name] = lr
+        lrs[optimizer] = lr
         changed.append(replace(arm, overrides=(*arm.overrides, f"optim.lr={lr}")))
-    if not rates:
+    if not lrs:
         return changed, ""
-    listed = ", ".join(f"{name} at {lr:g}" for name, lr in rates.items())
+    listed = ", ".join(f"{name} at {lr:g}" for name, lr in lrs.items())
     return changed, (
-        f"Learning rates: the recipe's is meant for {base.name}; the others run at their own defaults, {listed}. "
-        "That is no search: --over optim.lr=... or --set optim.lr=... says otherwise."
+        f"Learning rates: the recipe's is meant for {recipe_optimizer}; the others use their defaults, {listed}. These "
+        "are not tuned: set them with --over optim.lr=... or --set optim.lr=..."
     )
 
 
-def summarise_arms(outcomes: Sequence[RunSummary]) -> list[ArmSummary]:
-    """Each arm over its seeds, in the order of the arms."""
+def summarise_arms(summaries: Sequence[RunSummary]) -> list[ArmSummary]:
+    """Return the summary of each arm over its seeds, in the order of the arms."""
     by_arm: dict[str, list[RunSummary]] = {}
-    for outcome in outcomes:
-        by_arm.setdefault(outcome.arm, []).append(outcome)
-    return [_entry(arm, of_arm) for arm, of_arm in by_arm.items()]
+    for summary in summaries:
+        by_arm.setdefault(summary.arm, []).append(summary)
+    arms = []
+    for arm, runs in by_arm.items():
+        finished = [run for run in runs if run.ended.how == "finished"]
+        arms.append(
+            ArmSummary(
+                arm=arm,
+                loss=mean_interval([run.loss for run in finished if run.loss is not None]),
+                grad_norm=mean_interval([run.grad_norm for run in runs if run.grad_norm is not None]),
+                si_sdri=mean_interval([run.si_sdri for run in finished if run.si_sdri is not None]),
+                n_skipped=sum(run.n_skipped for run in runs),
+                clipped=sum(run.clipped for run in runs) / len(runs),
+                unfinished=unfinished_notes(runs),
+            )
+        )
+    return arms
 
 
-def _entry(arm: str, of_arm: Sequence[RunSummary]) -> ArmSummary:
-    finished = [one for one in of_arm if one.ended.how == "finished"]
-    fallen = [one for one in of_arm if one.ended.how != "finished"]
-    return ArmSummary(
-        arm=arm,
-        loss=mean_interval([one.loss for one in finished if one.loss is not None]),
-        grad_norm=mean_interval([one.grad_norm for one in of_arm if one.grad_norm is not None]),
-        si_sdri=mean_interval([one.si_sdri for one in finished if one.si_sdri is not None]),
-        left_out=sum(one.left_out for one in of_arm),
-        clipped=sum(one.clipped for one in of_arm) / len(of_arm),
-        fallen=tuple(f"seed {one.seed} {one.ended.how} at step {one.ended.step}" for one in fallen),
+def unfinished_notes(runs: Sequence[RunSummary]) -> tuple[str, ...]:
+    """Return a note on each run that did not finish, such as ``seed 1 diverged at step 10``."""
+    return tuple(
+        f"seed {run.seed} {run.ended.how} at step {run.ended.step}" for run in runs if run.ended.how != "finished"
     )
 
 
-def verdict_sentence(outcomes: Sequence[RunSummary]) -> str:
-    """A sentence: which arm has the highest SI-SDRi, and whether its lead over the next is more than chance.
+def verdict_sentence(summaries: Sequence[RunSummary]) -> str:
+    """Return sentences that name the arm with the highest SI-SDRi and say whether its lead may be chance.
 
-    The lead is taken seed by seed, as both saw the same mixtures: what makes a seed easy for one makes it easy for the
-    other. An arm that did not finish with every seed is behind all that did.
+    The lead over the next arm is computed seed by seed, because both saw the same mixtures: a seed that is easy for
+    one is easy for the other. An arm that did not finish with every seed ranks behind all that did.
     """
     scores: dict[str, dict[int, float]] = {}
-    seeds = {one.seed for one in outcomes}
-    for one in outcomes:
-        if one.si_sdri is not None:
-            scores.setdefault(one.arm, {})[one.seed] = one.si_sdri
-    whole = {arm: of_arm for arm, of_arm in scores.items() if set(of_arm) == seeds}
-    fallen = len({one.arm for one in outcomes}) - len(whole)
-    besides = f" {fallen} of the arms did not finish with every seed." if fallen else ""
-    if len(whole) < 2:
-        only = f"{next(iter(whole))} alone finished with every seed." if whole else "No arm finished with every seed."
-        return f"Nobody to compare: {only}"
-    first, second = sorted(whole, key=lambda arm: -sum(whole[arm].values()))[:2]
-    lead = mean_interval([whole[first][seed] - whole[second][seed] for seed in sorted(seeds)])
-    told = f"Ahead is {first}, by {lead.mean:.2f} dB of valid SI-SDRi before {second}."
-    return f"{told} {_weighed(lead)}{besides}"
+    seeds = {run.seed for run in summaries}
+    for run in summaries:
+        if run.si_sdri is not None:
+            scores.setdefault(run.arm, {})[run.seed] = run.si_sdri
+    complete = {arm: by_seed for arm, by_seed in scores.items() if set(by_seed) == seeds}
+    n_incomplete = len({run.arm for run in summaries}) - len(complete)
+    incomplete = f" {n_incomplete} of the arms did not finish with every seed." if n_incomplete else ""
+    if not complete:
+        return "There is nothing to compare: no arm finished with every seed."
+    if len(complete) == 1:
+        return f"There is nothing to compare: only {next(iter(complete))} finished with every seed."
 
-
-def _weighed(lead: Interval) -> str:
+    first, second = sorted(complete, key=lambda arm: -sum(complete[arm].values()))[:2]
+    lead = mean_interval([complete[first][seed] - complete[second][seed] for seed in sorted(seeds)])
+    verdict = f"{first} is ahead, by {lead.mean:.2f} dB of validation SI-SDRi over {second}."
     if lead.n < 2:
-        return "With one seed nobody knows how much of that is chance: --seeds 3 or more shows it."
-    paired = f"seed by seed the lead is {lead.mean:.2f} ± {lead.spread:.2f} dB"
-    paired += f", its 95 % interval {lead.low:.2f} to {lead.high:.2f}"
+        return f"{verdict} One seed cannot show how much of that is chance; use --seeds 3 or more.{incomplete}"
+    paired = (
+        f"seed by seed the lead is {lead.mean:.2f} ± {lead.std:.2f} dB, with a 95 % interval from {lead.low:.2f} to "
+        f"{lead.high:.2f}"
+    )
     if lead.low > 0:
-        return f"That is more than the spread over {lead.n} seeds: {paired}."
-    return f"That is not more than chance over {lead.n} seeds may give: {paired}, which includes 0."
+        return f"{verdict} That is more than the spread over {lead.n} seeds: {paired}.{incomplete}"
+    return f"{verdict} That may be chance over {lead.n} seeds: {paired}, which includes 0.{incomplete}"
 
 
-def race_results(entries: Sequence[ArmSummary], outcomes: Sequence[RunSummary], *, notes: str) -> dict[str, Any]:
-    """All of it, for ``--json``."""
+def race_results(arms: Sequence[ArmSummary], summaries: Sequence[RunSummary], *, note: str) -> dict[str, Any]:
+    """Return all results as JSON values."""
     return {
-        "arms": [to_json_row(entry) for entry in entries],
-        "runs": [to_json_row(outcome) for outcome in outcomes],
-        "verdict": verdict_sentence(outcomes),
-        "learning_rates": notes,
+        "arms": [to_json_row(arm) for arm in arms],
+        "runs": [to_json_row(run) for run in summaries],
+        "verdict": verdict_sentence(summaries),
+        "learning_rates": note,
     }
