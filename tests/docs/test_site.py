@@ -15,7 +15,7 @@ import pytest
 from documents import DOCUMENTS, ROOT
 
 import unbraid
-from unbraid.health.finding import CODES, SEVERITIES
+from unbraid.health.finding import FINDING_CODES, SEVERITIES
 
 
 @dataclass
@@ -121,7 +121,7 @@ def test_every_public_name_is_on_the_page_of_the_api(pages, site):
 def test_every_finding_of_the_doctor_is_explained():
     sections = re.split(r"^### ", DOCUMENTS["docs/doctor.md"], flags=re.MULTILINE)[1:]
 
-    assert sorted(section.split("\n")[0] for section in sections) == sorted(CODES)
+    assert sorted(section.split("\n")[0] for section in sections) == sorted(FINDING_CODES)
     for section in sections:
         assert re.match(r"\w+\n(Critical|Warning|Note)\b", section), section
         assert "- **Cause:**" in section, section
@@ -138,7 +138,7 @@ def severities_in_code():
                     keyword.arg: {node.value for node in ast.walk(keyword.value) if isinstance(node, ast.Constant)}
                     for keyword in call.keywords
                 }
-                for code in strings["code"] & set(CODES):
+                for code in strings["code"] & set(FINDING_CODES):
                     found[code] |= strings["severity"] & set(SEVERITIES)
     return found
 
