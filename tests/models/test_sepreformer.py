@@ -108,7 +108,7 @@ def test_attention_over_frames_is_softmax_of_products_with_keys_and_with_distanc
             scores[:, i, j] = (query[0, i] * (key[0, j] + at_distance)).sum(-1) / 2
     expected = torch.einsum("hij,jhc->ihc", scores.softmax(-1), value[0]).flatten(1)
 
-    attended = attention.attend(features, model.distances(n_frames, features.device))
+    attended = attention.attend(features, model.relative_positions(n_frames, features.device))
 
     torch.testing.assert_close(attended[0], attention.merge(expected))
 
@@ -193,7 +193,7 @@ def test_dropout_drops_in_training_and_not_elsewhere():
         ({"size": "L"}, "'L' is not one of T, S, B, M"),
         ({"norm": "layer"}, "'layer' is not one of gln, cln, batch"),
         ({"n_heads": 3}, "d_model 8 must be a multiple of n_heads 3"),
-        ({"stride": 5}, "not a multiple of stride"),
+        ({"stride": 5}, "must be a multiple of stride"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(sizes, said):

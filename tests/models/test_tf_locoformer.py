@@ -139,10 +139,10 @@ def test_activations_computed_again_give_the_same_gradients_and_need_not_be_kept
     ("sizes", "said"),
     [
         ({"n_fft": 15}, "n_fft 15 must be even"),
-        ({"hop_length": 9}, "hop_length 9 from 1 to half of it"),
+        ({"hop_length": 9}, "hop_length 9 must be from 1 to half of it"),
         ({"hop_length": 0}, "hop_length 0"),
         ({"d_attention": 6}, "d_attention 6 must be a multiple of twice n_heads 2"),
-        ({"d_model": 9}, "d_model 9 of n_groups 2"),
+        ({"d_model": 9}, "d_model 9 must be a multiple of n_groups 2"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(sizes, said):

@@ -1,4 +1,4 @@
-"""BLSTM mask inference and Chimera: masks on the mixture's spectrum, and an embedding of its bins."""
+"""BLSTM mask inference and Chimera: masks for the spectrum of the mixture, and an embedding of its bins."""
 
 from contextlib import AbstractContextManager
 from typing import Any, Literal
@@ -13,26 +13,27 @@ from unbraid.model_output import ModelOutput
 from unbraid.models.layers import MASKS, GlobalLayerNorm, check_mixture, lstm_autocast
 
 FLOOR = 1e-8
-"""What lies 80 dB below the mean of a spectrum, as power: the features hardly tell anything below it from silence."""
+"""Power relative to the mean of the spectrum, -80 dB; the features hardly distinguish less from silence."""
 
 
 class BLSTM(nn.Module):
-    """Mask the mixture's spectrum, once per source, by bidirectional LSTMs; the phase stays the mixture's.
+    """BLSTM mask inference: one mask per source for the spectrum of the mixture, with the phase of the mixture.
 
-    The features are log magnitudes above a floor that moves with the level of the mixture, normalised over each
-    example: the masks do not depend on the level, and silence gives features of zero. The defaults are those of
-    mask inference for 8 kHz in the AutoClip paper, 29.8 million parameters.
+    The features are log magnitudes above a floor that follows the level of the mixture, normalised over each example.
+    The masks therefore do not depend on the level, and silence gives features of zero. The defaults are those of mask
+    inference for 8 kHz in the AutoClip paper, 29.8 million parameters.
 
-    There is no region to compile: nearly all time goes to the LSTM, which torch runs as a kernel of its own.
+    There is no region to compile: the LSTM takes nearly all the time, and torch runs it as a kernel of its own.
 
     Args:
-        n_sources: How many sources to return.
+        n_sources: Number of sources to return.
         hidden: Units of each LSTM layer in each direction.
         n_layers: LSTM layers.
         n_fft: Samples in a frame, even, under the square root of a Hann window.
         hop_length: Samples from frame to frame, at most half of `n_fft`.
         mask: `sigmoid`, `relu`, or `softmax` over the sources.
-        dropout: After every LSTM layer, in training (0.3 as published); N processes then draw other numbers than one.
+        dropout: Dropout probability after every LSTM layer in training, 0.3 as published. N processes then draw other
+            random numbers than one process.
 
     References:
         Kolbaek et al., "Multi-talker speech separation with utterance-level permutation invariant training", TASLP
@@ -40,7 +41,7 @@ class BLSTM(nn.Module):
     """
 
     scale_equivariant = True
-    """Twice the input, twice the output."""
+    """Scaling the mixture scales the sources by the same factor."""
 
     window: Tensor
 
@@ -57,15 +58,18 @@ class BLSTM(nn.Module):
     ) -> None:
         super().__init__()
         if n_fft % 2 or not 1 <= hop_length <= n_fft // 2:
-            raise ValueError(f"n_fft {n_fft} must be even, and hop_length {hop_length} from 1 to half of it.")
+            raise ValueError(f"n_fft {n_fft} must be even, and hop_length {hop_length} must be from 1 to half of it.")
         if mask not in MASKS:
-            raise ValueError(f"{mask!r} is not one of {', '.join(MASKS)}.")
-        self.n_sources, self.n_fft, self.hop_length = n_sources, n_fft, hop_length
-        self.mask, self.dropout = mask, dropout
+            raise ValueError(f"mask {mask!r} is not one of {', '.join(MASKS)}.")
+        self.n_sources = n_sources
+        self.n_fft = n_fft
+        self.hop_length = hop_length
+        self.mask = mask
+        self.dropout = dropout
         n_freqs = n_fft // 2 + 1
         self.register_buffer("window", torch.hann_window(n_fft).sqrt(), persistent=False)
         self.norm = GlobalLayerNorm(n_freqs)
-        between = dropout if n_layers > 1 else 0.0  # torch warns of a dropout that has no layers to be between
+        between = dropout if n_layers > 1 else 0.0  # torch warns about dropout between the layers of a single layer
         self.lstm = nn.LSTM(n_freqs, hidden, n_layers, batch_first=True, dropout=between, bidirectional=True)
         self.masks = nn.Linear(2 * hidden, n_sources * n_freqs)
 
@@ -74,41 +78,48 @@ class BLSTM(nn.Module):
         return self.separate(mixture)[0]
 
     def separate(self, mixture: Tensor) -> tuple[Tensor, Tensor]:
-        """The sources, and what the LSTM made of each frame, ``(batch * channel, frame, 2 * hidden)``."""
+        """Return the sources, and the LSTM's output for each frame, ``(batch * channel, frame, 2 * hidden)``."""
         check_mixture(mixture, self.masks.weight)
         batch, _, time = mixture.shape
+
+        # 1. Spectrum, (batch * channel, frame, freq): every channel is separated independently.
         spectrum = stft(
             rearrange(mixture, "b c t -> (b c) t"), n_fft=self.n_fft, hop_length=self.hop_length, window=self.window
         ).transpose(1, 2)
-        hidden = self.recur(self.norm(log_magnitude(spectrum)))
+
+        # 2. Masks. They multiply a spectrum at the level of the recording, so they are float32 under autocast too.
+        hidden = self.run_lstm(self.norm(log_magnitude(spectrum)))
         masks = rearrange(self.masks(hidden).float(), "bc l (s f) -> bc l s f", s=self.n_sources)
         masked = rearrange(MASKS[self.mask](masks) * spectrum[:, :, None], "(b c) l s f -> b s c f l", b=batch)
+
+        # 3. Back to waveforms.
         sources = istft(masked, n_fft=self.n_fft, hop_length=self.hop_length, window=self.window, time=time)
         return sources, hidden
 
-    def recur(self, features: Tensor) -> Tensor:
-        """``(batch, frame, freq)`` to ``(batch, frame, 2 * hidden)``, through all LSTM layers."""
+    def run_lstm(self, features: Tensor) -> Tensor:
+        """Run all LSTM layers: ``(batch, frame, freq)`` to ``(batch, frame, 2 * hidden)``."""
         with blstm_autocast(features.device):
             hidden: Tensor = self.lstm(features)[0]
         return F.dropout(hidden, self.dropout, self.training) if self.dropout else hidden
 
 
 class Chimera(nn.Module):
-    """BLSTM mask inference with a second head: a vector of unit length for each bin of the mixture's spectrum.
+    """Chimera: BLSTM mask inference with a second head that embeds each bin of the spectrum in a unit vector.
 
-    The second head is there to be trained, by deep clustering or whitened k-means beside a loss on the sources; both
-    share the LSTM, and the sources come from the masks alone. The defaults are the published sizes, 32.9 million
-    parameters.
+    The second head only serves training, by deep clustering or whitened k-means in addition to a loss on the sources.
+    Both heads share the LSTM, and the sources come from the masks alone. The defaults are the published sizes, 32.9
+    million parameters.
 
     Args:
-        n_sources: How many sources to return.
+        n_sources: Number of sources to return.
         hidden: Units of each LSTM layer in each direction.
         n_layers: LSTM layers.
-        embedding_dim: Numbers in the vector of a bin; all are positive, as they come from a sigmoid.
+        embedding_dim: Size of the embedding of a bin; all its elements are positive, as they come from a sigmoid.
         n_fft: Samples in a frame, even, under the square root of a Hann window.
         hop_length: Samples from frame to frame, at most half of `n_fft`.
         mask: `sigmoid`, `relu`, or `softmax` over the sources.
-        dropout: After every LSTM layer, in training (0.3 as published); N processes then draw other numbers than one.
+        dropout: Dropout probability after every LSTM layer in training, 0.3 as published. N processes then draw other
+            random numbers than one process.
 
     References:
         Luo et al., "Deep clustering and conventional networks for music separation", ICASSP 2017, arXiv:1611.06265.
@@ -116,7 +127,7 @@ class Chimera(nn.Module):
     """
 
     scale_equivariant = True
-    """Twice the input, twice the sources, and the same embedding."""
+    """Scaling the mixture scales the sources by the same factor, and leaves the embedding unchanged."""
 
     def __init__(
         self,
@@ -140,7 +151,8 @@ class Chimera(nn.Module):
             mask=mask,
             dropout=dropout,
         )
-        self.n_sources, self.embedding_dim = n_sources, embedding_dim
+        self.n_sources = n_sources
+        self.embedding_dim = embedding_dim
         self.embedding = nn.Linear(2 * hidden, (n_fft // 2 + 1) * embedding_dim)
 
     def forward(self, mixture: Tensor) -> ModelOutput:
@@ -152,13 +164,13 @@ class Chimera(nn.Module):
 
 
 def log_magnitude(spectrum: Tensor) -> Tensor:
-    """The same for a loud and a quiet recording, from 0 for silence up; in float32.
+    """Return log magnitudes that do not depend on the level, 0 for silence, in float32.
 
     Args:
         spectrum: Complex, ``(batch, frame, freq)``.
 
     Returns:
-        ``(batch, frame, freq)``: the logarithm of 1 + the power in units of the floor, whose gradient is finite at 0.
+        ``(batch, frame, freq)``: the logarithm of 1 + the power in units of the floor. Its gradient at 0 is finite.
     """
     power = torch.view_as_real(spectrum).square().sum(-1)
     level = power.mean((1, 2), keepdim=True) + SILENCE
@@ -166,10 +178,10 @@ def log_magnitude(spectrum: Tensor) -> Tensor:
 
 
 def blstm_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """As `lstm_autocast`; on the CPU float32 also where a gradient is wanted.
+    """Return the context of `lstm_autocast`, but with float32 on the CPU whenever gradients are computed.
 
-    Backward in bfloat16 takes 2 to 5 times as long there as in float32; forward alone takes half as long. On a GPU
-    autocast decides.
+    On the CPU the backward pass in bfloat16 takes 2 to 5 times as long as in float32, and the forward pass alone takes
+    half as long. On a GPU autocast decides.
     """
     if device.type == "cpu" and torch.is_grad_enabled():
         return torch.autocast(device.type, enabled=False)

@@ -1,4 +1,4 @@
-"""A long sequence cut into chunks that overlap by half, and joined again: what dual-path networks run on."""
+"""Segmentation of a long sequence into chunks that overlap by half, and overlap-add, for dual-path networks."""
 
 from typing import Literal
 
@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 
 def split_into_chunks(features: Tensor, chunk_size: int) -> Tensor:
-    """Cut into chunks that overlap by half; the first begins half a chunk early, and the last ends in zeros.
+    """Split frames into chunks that overlap by half.
+
+    The first chunk begins half a chunk before the first frame, and the last one is padded with zeros.
 
     Args:
         features: ``(batch, frame, channel)``.
@@ -20,41 +22,59 @@ def split_into_chunks(features: Tensor, chunk_size: int) -> Tensor:
     """
     hop = chunk_size // 2
     padded = F.pad(features, (0, 0, hop, hop + -features.shape[1] % hop))
+    # Each chunk consists of two neighbouring halves.
     halves = rearrange(padded, "b (s h) c -> b s h c", h=hop)
     return torch.cat([halves[:, :-1], halves[:, 1:]], 2)
 
 
 def merge_chunks(chunks: Tensor, n_frames: int) -> Tensor:
-    """Add up overlapping chunks, ``(batch, chunk, frame, channel)``, and leave out what `split_into_chunks` had padded.
+    """Overlap-add chunks and remove the padding of `split_into_chunks`.
 
-    What was only split_into_chunks comes back doubled, as every frame lies in two chunks.
+    Every frame lies in two chunks, so chunks that were not changed come back doubled.
+
+    Args:
+        chunks: ``(batch, chunk, frame, channel)``.
+        n_frames: Frames to return.
+
+    Returns:
+        ``(batch, n_frames, channel)``.
     """
     hop = chunks.shape[2] // 2
-    early, late = chunks[:, 1:, :hop], chunks[:, :-1, hop:]
-    return rearrange(early + late, "b s h c -> b (s h) c")[:, :n_frames]
+    first_halves = chunks[:, 1:, :hop]
+    second_halves = chunks[:, :-1, hop:]
+    return rearrange(first_halves + second_halves, "b s h c -> b (s h) c")[:, :n_frames]
 
 
 def merge_and_split_sources(chunks: Tensor, n_frames: int, split: nn.Linear, n_sources: int) -> Tensor:
-    """`merge_chunks`, and then a linear layer that gives each source its channels, ``(batch, frame, source, channel)``.
+    """Merge chunks, then apply a linear layer that gives each source its channels.
 
-    To split before joining would be the published order, the same sum, and twice the work: each frame lies in two
-    chunks, and so has the bias twice.
+    Args:
+        chunks: ``(batch, chunk, frame, channel)``.
+        n_frames: Frames to return.
+        split: From ``channel`` to ``source * channel``.
+        n_sources: Number of sources.
+
+    Returns:
+        ``(batch, frame, source, channel)``.
     """
-    joined = merge_chunks(chunks, n_frames)
-    sources = F.linear(joined, split.weight, 2 * split.bias)
+    merged = merge_chunks(chunks, n_frames)
+    # The published order, splitting before merging, gives the same sum for twice the work. Each frame lies in two
+    # chunks, so the bias counts twice.
+    sources = F.linear(merged, split.weight, 2 * split.bias)
     return rearrange(sources, "b l (s c) -> b l s c", s=n_sources)
 
 
 def published_padding(n_frames: int, chunk_size: int, ends: Literal["pairs", "chunk"]) -> tuple[int, int]:
-    """Zeros before and after the frames that give the chunks of the published weights.
+    """Return the zeros before and after the frames with which `split_into_chunks` gives the published chunks.
 
-    Nothing needs so many, but the weights have seen them in every norm and every layer across chunks.
+    So many zeros are not necessary, but published weights were trained with them in every norm and every layer across
+    chunks.
 
     Args:
-        n_frames: Without the zeros.
+        n_frames: Frames without the zeros.
         chunk_size: Frames in a chunk, even.
-        ends: ``"pairs"`` for an even number of chunks, as in SpeechBrain; ``"chunk"`` for chunks that begin and end up
-            to a whole chunk beyond the frames, as in Asteroid.
+        ends: ``"pairs"`` for an even number of chunks, as in SpeechBrain; ``"chunk"`` for chunks that reach up to a
+            whole chunk beyond the frames at both ends, as in Asteroid.
     """
     hop = chunk_size // 2
     n_hops = n_frames // hop + 1

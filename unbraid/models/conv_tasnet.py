@@ -1,6 +1,6 @@
-"""Conv-TasNet: masks on a learned transform, from a stack of dilated convolutions."""
+"""Conv-TasNet: masks for a learned transform, computed by a stack of dilated convolutions."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,23 +12,26 @@ from unbraid.models.layers import MASKS, NORMS, LearnedDecoder, LearnedEncoder, 
 
 
 class ConvBlock(nn.Module):
-    """One dilated depthwise-separable convolution: what to add to the features, and what to add to the output.
+    """One dilated depthwise-separable convolution with a residual and a skip output.
 
-    The depthwise convolution is a sum of shifted products, which a compiler fuses with the norms around it; the last
-    two 1x1 convolutions are one product.
+    The depthwise convolution is a sum of shifted products, which a compiler fuses with the norms around it. The last
+    two 1x1 convolutions, for the residual and the skip output, are one product.
     """
 
     def __init__(self, *, bottleneck: int, hidden: int, skip: int, kernel_size: int, dilation: int, norm: str) -> None:
         super().__init__()
-        self.bottleneck, self.dilation = bottleneck, dilation
+        self.bottleneck = bottleneck
+        self.dilation = dilation
         self.inner = nn.Linear(bottleneck, hidden)
-        self.inner_slope, self.outer_slope = nn.Parameter(torch.tensor(0.25)), nn.Parameter(torch.tensor(0.25))
-        self.inner_norm, self.outer_norm = NORMS[norm](hidden), NORMS[norm](hidden)
+        self.inner_slope = nn.Parameter(torch.tensor(0.25))  # the initial slope of nn.PReLU
+        self.outer_slope = nn.Parameter(torch.tensor(0.25))
+        self.inner_norm = NORMS[norm](hidden)
+        self.outer_norm = NORMS[norm](hidden)
         self.taps, self.taps_bias = depthwise_weights(hidden, kernel_size)
         self.outer = nn.Linear(hidden, bottleneck + skip)
 
     def forward(self, features: Tensor, dilation: int) -> tuple[Tensor, Tensor]:
-        """``(batch, frame, channel)`` to the same and ``(batch, frame, skip)``.
+        """Return the new features, ``(batch, frame, channel)``, and the skip output, ``(batch, frame, skip)``.
 
         The dilation is an argument so that one compiled graph serves all blocks.
         """
@@ -38,68 +41,76 @@ class ConvBlock(nn.Module):
         return features + residual, skip
 
     def depthwise(self, hidden: Tensor, dilation: int) -> Tensor:
-        """The dilated depthwise convolution, as long as its input."""
+        """Compute the dilated depthwise convolution of ``(batch, frame, channel)``, as long as its input."""
         if hidden.device.type == "cpu" and not torch.compiler.is_compiling() and len(self.taps) % 2:
-            return self.depthwise_by_rows(hidden, dilation)
-        n_frames, reach = hidden.shape[1], dilation * (len(self.taps) - 1)
+            return self.depthwise_in_rows(hidden, dilation)
+        n_frames = hidden.shape[1]
+        reach = dilation * (len(self.taps) - 1)
         padded = F.pad(hidden, (0, 0, reach // 2, reach - reach // 2))
         return shifted_products(padded, self.taps, self.taps_bias, n_frames=n_frames, dilation=dilation)
 
-    def depthwise_by_rows(self, hidden: Tensor, dilation: int) -> Tensor:
-        """The same, with the frames written in rows of the dilation's length: a convolution down the columns.
+    def depthwise_in_rows(self, hidden: Tensor, dilation: int) -> Tensor:
+        """Compute the same from frames laid out in rows as long as the dilation.
 
-        That one has no dilation, which the CPU's kernel for channels that come last is fast without alone.
+        Along a column the frames are one dilation apart, so the convolution down the columns has no dilation. The CPU's
+        kernel for channels-last features is fast only without one.
         """
         n_frames = hidden.shape[1]
-        whole = F.pad(hidden, (0, 0, 0, -n_frames % dilation)) if n_frames % dilation else hidden
-        grid = rearrange(whole, "b (row column) c -> b c row column", column=dilation)
+        whole_rows = F.pad(hidden, (0, 0, 0, -n_frames % dilation)) if n_frames % dilation else hidden
+        grid = rearrange(whole_rows, "b (row column) c -> b c row column", column=dilation)
         kernel = rearrange(self.taps, "k c -> c 1 k 1").to(hidden.dtype)
-        mixed = F.conv2d(
+        output = F.conv2d(
             grid, kernel, self.taps_bias.to(hidden.dtype), padding=(len(self.taps) // 2, 0), groups=hidden.shape[2]
         )
-        return rearrange(mixed, "b c row column -> b (row column) c")[:, :n_frames]
+        return rearrange(output, "b c row column -> b (row column) c")[:, :n_frames]
 
 
 def prelu(features: Tensor, slope: Tensor) -> Tensor:
-    """A ReLU with a learned slope below zero; torch's own is fast alone, but not fused by the compiler on the CPU."""
+    """Compute a ReLU with a learned slope below zero.
+
+    On the CPU torch's own PReLU is fast, but the compiler does not fuse it.
+    """
     if not torch.compiler.is_compiling():
         return F.prelu(features, slope.reshape(1).to(features.dtype))
     return torch.where(features > 0, features, slope.to(features.dtype) * features)
 
 
 class ConvTasNet(nn.Module):
-    """Mask a learned transform of the mixture, once per source, by a stack of dilated convolutions.
+    """Conv-TasNet: one mask per source for a learned transform, computed by a stack of dilated convolutions.
 
-    The defaults are the published sizes, 5.1 million parameters. `kernel_size=32` halves the frames and costs half.
+    The defaults are the published sizes, 5.1 million parameters. `kernel_size=32` halves the frames and the cost.
 
     Args:
-        n_sources: How many sources to return.
+        n_sources: Number of sources to return.
         n_filters: Channels of the learned transform.
         kernel_size: Filter length in samples.
-        stride: Hop in samples, a divisor of `kernel_size`; half of it if not given.
+        stride: Hop in samples, a divisor of `kernel_size`; by default half of it.
         bottleneck: Channels between the blocks.
         hidden: Channels inside a block.
-        skip: Channels of the way from every block to the masks; with 0 the masks come from the last block alone.
+        skip: Channels of the skip connections from every block to the masks; with 0 the masks come from the last block
+            alone.
         block_kernel: Taps of the depthwise convolutions.
         n_blocks: Blocks in a repeat, dilated by 1, 2, 4 and so on.
-        n_repeats: How often the dilations start again.
+        n_repeats: Repeats of the whole series of dilations.
         norm: `gln` over frames and channels, or `cln` over channels.
         mask: `sigmoid`, `relu`, or `softmax` over the sources.
-        rectify: Whether a ReLU follows the learned transform; in Asteroid's weights mostly not.
-        filters: What the transform starts from: `random` as published, or `fourier`, which suits long filters and
+        rectify: Whether a ReLU follows the learned transform; most weights from Asteroid have none.
+        filters: Initialisation of the transform: `random` as published, or `fourier`, which suits long filters and
             short trainings.
 
     Raises:
-        ValueError: If a choice is not known.
+        ValueError: If a choice is unknown, or `kernel_size` is not a multiple of `stride`.
 
     Reference:
         Luo and Mesgarani, "Conv-TasNet", TASLP 2019, arXiv:1809.07454.
     """
 
     scale_equivariant = True
-    """Twice the input, twice the output, but for input so soft that the norms' published ``eps`` is felt."""
-    compile_seconds, compile_gain = 40.0, {"fp32": 1.34, "bf16": 1.83}
-    """About what compiling takes at the first step and brings at the others: what ``compile = "auto"`` goes by."""
+    """Scaling the mixture scales the sources, except for input so quiet that the norms' published ``eps`` matters."""
+    compile_seconds = 40.0
+    """Time that compiling takes at the first step, roughly; used by ``compile = "auto"``."""
+    compile_gain: ClassVar[dict[str, float]] = {"fp32": 1.34, "bf16": 1.83}
+    """Speed-up of the later steps; used by ``compile = "auto"``."""
 
     def __init__(
         self,
@@ -120,18 +131,21 @@ class ConvTasNet(nn.Module):
         filters: Literal["random", "fourier"] = "random",
     ) -> None:
         super().__init__()
-        for given, allowed in ((norm, NORMS), (mask, MASKS), (filters, ("random", "fourier"))):
-            if given not in allowed:
-                raise ValueError(f"{given!r} is not one of {', '.join(allowed)}.")
+        for choice, allowed in ((norm, NORMS), (mask, MASKS), (filters, ("random", "fourier"))):
+            if choice not in allowed:
+                raise ValueError(f"{choice!r} is not one of {', '.join(allowed)}.")
         stride = stride or max(1, kernel_size // 2)
-        self.n_sources, self.mask, self.rectify = n_sources, mask, rectify
+        self.n_sources = n_sources
+        self.mask = mask
+        self.rectify = rectify
         self.encoder = LearnedEncoder(n_filters=n_filters, kernel_size=kernel_size, stride=stride)
         self.decoder = LearnedDecoder(n_filters=n_filters, kernel_size=kernel_size, stride=stride)
         if filters == "fourier":
             with torch.no_grad():
                 self.encoder.filters.weight.copy_(fourier_filters(n_filters, kernel_size))
                 self.decoder.filters.weight.copy_(self.encoder.filters.weight.T)
-        self.norm, self.narrow = NORMS[norm](n_filters), nn.Linear(n_filters, bottleneck)
+        self.norm = NORMS[norm](n_filters)
+        self.narrow = nn.Linear(n_filters, bottleneck)
         self.blocks = nn.ModuleList(
             ConvBlock(
                 bottleneck=bottleneck, hidden=hidden, skip=skip, kernel_size=block_kernel, dilation=2**i, norm=norm
@@ -149,14 +163,14 @@ class ConvTasNet(nn.Module):
         )
 
     def compile_regions(self) -> None:
-        """Compile what pays: one block, with batch, frames and dilation left open, for all blocks and lengths."""
+        """Compile the block, with dynamic batch, frames and dilation: one graph for all blocks and lengths."""
         for block in self.blocks:
             block.compile(dynamic=True)
 
     def masks(self, encoded: Tensor) -> Tensor:
-        """``(batch, frame, filter)`` to ``(batch, frame, source, filter)``."""
+        """Compute the masks: ``(batch, frame, filter)`` to ``(batch, frame, source, filter)``."""
         features = self.narrow(self.norm(encoded))
-        total = torch.zeros_like(features[..., :0])
+        total = torch.zeros_like(features[..., :0])  # stays empty without skip connections
         for i, block in enumerate(self.blocks):
             features, skip = block(features, block.dilation)
             total = skip if i == 0 else total + skip

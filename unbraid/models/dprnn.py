@@ -1,6 +1,6 @@
-"""DPRNN: masks on a learned transform, from LSTMs over short chunks and across them."""
+"""DPRNN: masks for a learned transform, computed by LSTMs within short chunks and across them."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch.nn.functional as F
 from einops import rearrange
@@ -18,19 +18,21 @@ from unbraid.models.layers import (
 
 
 class ResidualProjection(nn.Module):
-    """What an LSTM found, brought to the width of the features, normalised and added to them."""
+    """Project the output of an LSTM to the width of the features, normalise it and add it to them."""
 
     def __init__(self, *, hidden: int, n_channels: int) -> None:
         super().__init__()
-        self.narrow, self.norm = nn.Linear(2 * hidden, n_channels), GlobalLayerNorm(n_channels)
+        self.narrow = nn.Linear(2 * hidden, n_channels)
+        self.norm = GlobalLayerNorm(n_channels)
 
-    def forward(self, features: Tensor, found: Tensor) -> Tensor:
-        """``(batch, chunk, frame, channel)`` and ``(batch, chunk, frame, 2 hidden)`` to the former's shape."""
-        return features + self.norm(self.narrow(found).flatten(1, 2)).view_as(features)
+    def forward(self, features: Tensor, lstm_output: Tensor) -> Tensor:
+        """Add ``(batch, chunk, frame, 2 * hidden)`` to features ``(batch, chunk, frame, channel)``."""
+        # The norm runs over all frames of all chunks, so both axes become one.
+        return features + self.norm(self.narrow(lstm_output).flatten(1, 2)).view_as(features)
 
 
 class ChunkLSTM(nn.Module):
-    """A bidirectional LSTM over the frames of each chunk, or over chunks at each frame, with a way around it."""
+    """A bidirectional LSTM with a residual connection, over the frames of each chunk or across the chunks."""
 
     def __init__(self, *, n_channels: int, hidden: int, across: bool) -> None:
         super().__init__()
@@ -39,53 +41,57 @@ class ChunkLSTM(nn.Module):
         self.merge = ResidualProjection(hidden=hidden, n_channels=n_channels)
 
     def forward(self, features: Tensor) -> Tensor:
-        """``(batch, chunk, frame, channel)`` in and out."""
+        """Transform ``(batch, chunk, frame, channel)``; in the patterns ``s`` is the chunk and ``l`` the frame."""
         batch, n_chunks = features.shape[:2]
-        if self.across:  # chunks first is the order of an LSTM without batch_first, and moves whole rows only
-            found = self.recur(rearrange(features, "b s l c -> s (b l) c"))
-            return self.merge(features, rearrange(found, "s (b l) c -> b s l c", b=batch))
-        found = self.recur(rearrange(features, "b s l c -> (b s) l c"))
-        return self.merge(features, rearrange(found, "(b s) l c -> b s l c", s=n_chunks))
+        if self.across:
+            # Time first, the order of an LSTM without batch_first: the rearrangement then copies whole rows.
+            output = self.run_lstm(rearrange(features, "b s l c -> s (b l) c"))
+            return self.merge(features, rearrange(output, "s (b l) c -> b s l c", b=batch))
+        output = self.run_lstm(rearrange(features, "b s l c -> (b s) l c"))
+        return self.merge(features, rearrange(output, "(b s) l c -> b s l c", s=n_chunks))
 
-    def recur(self, features: Tensor) -> Tensor:
-        """The LSTM alone."""
+    def run_lstm(self, features: Tensor) -> Tensor:
+        """Run the LSTM in a dtype that the device supports."""
         with lstm_autocast(features.device):
-            found: Tensor = self.lstm(features)[0]
-        return found
+            output: Tensor = self.lstm(features)[0]
+        return output
 
 
 class DPRNN(nn.Module):
-    """Mask a learned transform of the mixture, once per source, by LSTMs within short chunks and across them.
+    """DPRNN: one mask per source for a learned transform, computed by LSTMs within short chunks and across them.
 
-    The defaults are Asteroid's, 3.7 million parameters, and its weights fit them; ``bottleneck=64`` is the published
-    size, 2.6 million. SpeechBrain's is ``n_filters=256, bottleneck=256, hidden=256, chunk_size=250, mask="relu",
-    rectify=True, ends="pairs"``. The published results have ``kernel_size=2``, which costs eight times as much.
+    The defaults are those of Asteroid, 3.7 million parameters, whose weights fit them. ``bottleneck=64`` is the
+    published size, 2.6 million. SpeechBrain's is ``n_filters=256, bottleneck=256, hidden=256, chunk_size=250,
+    mask="relu", rectify=True, ends="pairs"``. The published results use ``kernel_size=2``, which costs eight times as
+    much.
 
     Args:
-        n_sources: How many sources to return.
+        n_sources: Number of sources to return.
         n_filters: Channels of the learned transform.
         kernel_size: Filter length in samples.
-        stride: Hop in samples, a divisor of `kernel_size`; half of it if not given.
+        stride: Hop in samples, a divisor of `kernel_size`; by default half of it.
         bottleneck: Channels between the LSTMs.
         hidden: Units of an LSTM in each direction.
         chunk_size: Frames in a chunk, even; chunks overlap by half.
         n_blocks: Pairs of an LSTM within chunks and one across them.
         mask: `sigmoid`, `relu`, or `softmax` over the sources.
         rectify: Whether a ReLU follows the learned transform.
-        ends: How chunks reach beyond the frames: by up to a `chunk`, as in Asteroid, or by so much that they come in
-            `pairs`, as in SpeechBrain. Weights are at home in the one that they were trained with.
+        ends: Padding of the frames: `chunk` for chunks that reach up to a whole chunk beyond them, as in Asteroid, or
+            `pairs` for an even number of chunks, as in SpeechBrain. Use weights with the padding of their training.
 
     Raises:
-        ValueError: If a word is unknown, or `chunk_size` is odd.
+        ValueError: If a choice is unknown, `chunk_size` is odd, or `kernel_size` is not a multiple of `stride`.
 
     Reference:
         Luo, Chen and Yoshioka, "Dual-path RNN", ICASSP 2020, arXiv:1910.06379.
     """
 
     scale_equivariant = True
-    """Twice the input, twice the output, but for input so soft that the norms' published ``eps`` is felt."""
-    compile_seconds, compile_gain = 60.0, {"fp32": 1.03, "bf16": 1.04}
-    """About what compiling takes at the first step and brings at the others: what ``compile = "auto"`` goes by."""
+    """Scaling the mixture scales the sources, except for input so quiet that the norms' published ``eps`` matters."""
+    compile_seconds = 60.0
+    """Time that compiling takes at the first step, roughly; used by ``compile = "auto"``."""
+    compile_gain: ClassVar[dict[str, float]] = {"fp32": 1.03, "bf16": 1.04}
+    """Speed-up of the later steps; used by ``compile = "auto"``."""
 
     def __init__(
         self,
@@ -103,27 +109,34 @@ class DPRNN(nn.Module):
         ends: Literal["chunk", "pairs"] = "chunk",
     ) -> None:
         super().__init__()
-        for given, allowed in ((mask, MASKS), (ends, ("chunk", "pairs"))):
-            if given not in allowed:
-                raise ValueError(f"{given!r} is not one of {', '.join(allowed)}.")
+        for choice, allowed in ((mask, MASKS), (ends, ("chunk", "pairs"))):
+            if choice not in allowed:
+                raise ValueError(f"{choice!r} is not one of {', '.join(allowed)}.")
         if chunk_size % 2 or chunk_size < 2:
             raise ValueError(f"chunk_size {chunk_size} must be even and above 0: chunks overlap by half.")
         stride = stride or max(1, kernel_size // 2)
-        self.n_sources, self.chunk_size, self.mask, self.rectify, self.ends = n_sources, chunk_size, mask, rectify, ends
+        self.n_sources = n_sources
+        self.chunk_size = chunk_size
+        self.mask = mask
+        self.rectify = rectify
+        self.ends = ends
         self.encoder = LearnedEncoder(n_filters=n_filters, kernel_size=kernel_size, stride=stride)
         self.decoder = LearnedDecoder(n_filters=n_filters, kernel_size=kernel_size, stride=stride)
-        self.norm, self.enter = GlobalLayerNorm(n_filters), nn.Linear(n_filters, bottleneck)
+        self.norm = GlobalLayerNorm(n_filters)
+        self.enter = nn.Linear(n_filters, bottleneck)
         self.paths = nn.ModuleList(
             ChunkLSTM(n_channels=bottleneck, hidden=hidden, across=across)
             for _ in range(n_blocks)
             for across in (False, True)
         )
-        self.activation, self.split = nn.PReLU(), nn.Linear(bottleneck, n_sources * bottleneck)
-        self.output, self.gate = nn.Linear(bottleneck, bottleneck), nn.Linear(bottleneck, bottleneck)
+        self.activation = nn.PReLU()
+        self.split = nn.Linear(bottleneck, n_sources * bottleneck)
+        self.output = nn.Linear(bottleneck, bottleneck)
+        self.gate = nn.Linear(bottleneck, bottleneck)
         self.leave = nn.Linear(bottleneck, n_filters, bias=False)
 
     def compile_regions(self) -> None:
-        """Compile what lies between the LSTMs, which no compiler enters; batch and lengths are left open."""
+        """Compile the layers between the LSTMs, which the compiler cannot enter; batch and lengths are dynamic."""
         for module in self.modules():
             if isinstance(module, ResidualProjection):
                 module.compile(dynamic=True)
@@ -135,7 +148,8 @@ class DPRNN(nn.Module):
         )
 
     def masks(self, encoded: Tensor) -> Tensor:
-        """``(batch, frame, filter)`` to ``(batch, frame, source, filter)``; what all paths add to stays float32."""
+        """Compute the masks: ``(batch, frame, filter)`` to ``(batch, frame, source, filter)``."""
+        # The residual stream stays in float32 under autocast too.
         features = self.enter(self.norm(encoded)).float()
         before, after = published_padding(features.shape[1], self.chunk_size, self.ends)
         chunks = split_into_chunks(F.pad(features, (0, 0, before, after)), self.chunk_size)
@@ -145,5 +159,6 @@ class DPRNN(nn.Module):
             self.activation(chunks), before + features.shape[1], self.split, self.n_sources
         )
         sources = padded[:, before:]
+        # A gated output layer: tanh times sigmoid.
         masks = self.leave(self.output(sources).tanh() * self.gate(sources).sigmoid())
         return MASKS[self.mask](masks)

@@ -1,4 +1,6 @@
-"""SepFormer and RE-SepFormer: masks on a learned transform, from transformers over short chunks and across them."""
+"""SepFormer and RE-SepFormer: masks for a learned transform, by transformers within short chunks and across them."""
+
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,43 +21,48 @@ from unbraid.models.layers import (
 
 
 class TransformerLayer(nn.Module):
-    """Attention over frames, then a feed-forward network; both normalised before, and added to what came in."""
+    """Self-attention over frames, then a feed-forward network, both with pre-norm and a residual connection."""
 
     def __init__(self, *, d_model: int, n_heads: int, d_hidden: int, dropout: float) -> None:
         super().__init__()
-        self.n_heads, self.dropout = n_heads, dropout
-        self.attention_norm, self.hidden_norm = nn.LayerNorm(d_model, eps=1e-6), nn.LayerNorm(d_model, eps=1e-6)
-        self.query_key_value, self.merge = nn.Linear(d_model, 3 * d_model), nn.Linear(d_model, d_model)
-        self.widen, self.narrow = nn.Linear(d_model, d_hidden), nn.Linear(d_hidden, d_model)
+        self.n_heads = n_heads
+        self.dropout = dropout
+        self.attention_norm = nn.LayerNorm(d_model, eps=1e-6)
+        self.hidden_norm = nn.LayerNorm(d_model, eps=1e-6)
+        self.query_key_value = nn.Linear(d_model, 3 * d_model)
+        self.merge = nn.Linear(d_model, d_model)
+        self.widen = nn.Linear(d_model, d_hidden)
+        self.narrow = nn.Linear(d_hidden, d_model)
 
     def forward(self, features: Tensor) -> Tensor:
-        """``(batch, frame, channel)`` in and out."""
+        """Transform ``(batch, frame, channel)``."""
         features = features + self.drop(self.attend(self.attention_norm(features)))
         hidden = relu(self.widen(self.hidden_norm(features)))
         return features + self.drop(self.narrow(self.drop(hidden)))
 
     def attend(self, features: Tensor) -> Tensor:
-        """Multi-head self-attention."""
+        """Compute multi-head self-attention."""
+        # n is query, key or value; h the head; l the frame; c the channel of a head
         query, key, value = rearrange(self.query_key_value(features), "b l (n h c) -> n b h l c", n=3, h=self.n_heads)
         heads = attend(query, key, value, dropout=self.dropout if self.training else 0.0)
         return self.merge(rearrange(heads, "b h l c -> b l (h c)"))
 
     def drop(self, features: Tensor) -> Tensor:
-        """Dropout, in training only."""
+        """Apply dropout, in training only."""
         return F.dropout(features, self.dropout, self.training) if self.dropout else features
 
 
 class ChunkTransformer(nn.Module):
-    """A transformer over one axis of the chunks, with a way around it.
+    """A transformer over one axis of the chunks, with a residual connection.
 
     Args:
         n_layers: Layers of the transformer.
-        d_model: Channels in and out.
+        d_model: Channels of input and output.
         n_heads: Attention heads.
         d_hidden: Width of the feed-forward networks.
-        dropout: In training.
-        checkpoint: Keep nothing but each layer's input for the backward, and compute the rest again.
-        eps: Of the last norm, over all sequences of an example.
+        dropout: Dropout probability in training.
+        checkpoint: Store only the input of each layer for the backward pass, and recompute the rest.
+        eps: ``eps`` of the last norm, which runs over all sequences of an example.
     """
 
     def __init__(
@@ -70,34 +77,36 @@ class ChunkTransformer(nn.Module):
         eps: float = 1e-8,
     ) -> None:
         super().__init__()
-        self.checkpoint, self.draws = checkpoint, dropout > 0
+        self.checkpoint = checkpoint
+        self.uses_rng = dropout > 0
         self.layers = nn.ModuleList(
             TransformerLayer(d_model=d_model, n_heads=n_heads, d_hidden=d_hidden, dropout=dropout)
             for _ in range(n_layers)
         )
-        self.last_norm, self.norm = nn.LayerNorm(d_model, eps=1e-6), GlobalLayerNorm(d_model, eps=eps)
+        self.last_norm = nn.LayerNorm(d_model, eps=1e-6)
+        self.norm = GlobalLayerNorm(d_model, eps=eps)
 
     def forward(self, features: Tensor, positions: Tensor) -> Tensor:
-        """``(batch, sequence, frame, channel)`` in and out; attention runs over frames."""
+        """Transform ``(batch, sequence, frame, channel)``; attention runs over the frames of each sequence."""
         hidden = rearrange(features + positions[: features.shape[2]].to(features.dtype), "b s l c -> (b s) l c")
         for layer in self.layers:
-            hidden = run_layer(layer, hidden, recompute=self.checkpoint, draws=self.draws)
+            hidden = run_layer(layer, hidden, recompute=self.checkpoint, uses_rng=self.uses_rng)
         hidden = rearrange(self.last_norm(hidden), "(b s) l c -> b (s l) c", b=len(features))
         return features + self.norm(hidden).view_as(features)
 
 
 def compile_layers(model: nn.Module) -> None:
-    """Compile the transformer layer, of which there are many alike, instead of the whole network at once."""
+    """Compile the transformer layers, which share one graph, instead of the whole network at once."""
     for module in model.modules():
         if isinstance(module, TransformerLayer):
             module.compile()
 
 
 def check_sizes(*, n_filters: int, n_heads: int, chunk_size: int, kernel_size: int) -> None:
-    """Refuse sizes that do not fit.
+    """Raise an error if the sizes of a model do not fit each other.
 
     Raises:
-        ValueError: In one sentence.
+        ValueError: If a size is below 1, not even, or `n_filters` is not a multiple of `n_heads`.
     """
     if min(n_filters, n_heads, chunk_size, kernel_size) < 1:
         raise ValueError(
@@ -112,12 +121,12 @@ def check_sizes(*, n_filters: int, n_heads: int, chunk_size: int, kernel_size: i
 
 
 class SepFormer(nn.Module):
-    """Mask a learned transform of the mixture, once per source, by a dual-path transformer.
+    """SepFormer: one mask per source for a learned transform, computed by a dual-path transformer.
 
-    The defaults are the sizes of the textbook recipe, 25.7 million parameters, and SpeechBrain's weights fit them.
+    The defaults are the sizes of the standard recipe, 25.7 million parameters, and SpeechBrain's weights fit them.
 
     Args:
-        n_sources: How many sources to return.
+        n_sources: Number of sources to return.
         n_filters: Channels of the learned transform, and of the transformers.
         kernel_size: Filter length in samples, even; the hop is half of it.
         chunk_size: Frames in a chunk, even; chunks overlap by half.
@@ -125,8 +134,8 @@ class SepFormer(nn.Module):
         n_layers: Layers in each transformer.
         n_heads: Attention heads.
         d_hidden: Width of the feed-forward networks.
-        dropout: In training; N processes then draw other numbers than one.
-        checkpoint: Compute activations again in the backward instead of keeping them: less memory, up to a third
+        dropout: Dropout probability in training. N processes then draw other random numbers than one process.
+        checkpoint: Recompute activations in the backward pass instead of storing them: less memory, up to a third
             more time.
 
     Raises:
@@ -137,9 +146,11 @@ class SepFormer(nn.Module):
     """
 
     scale_equivariant = True
-    """Twice the input, twice the output, but for input so soft that the norms' published ``eps`` is felt."""
-    compile_seconds, compile_gain = 60.0, {"fp32": 1.02, "bf16": 1.21}
-    """About what compiling takes at the first step and brings at the others: what ``compile = "auto"`` goes by."""
+    """Scaling the mixture scales the sources, except for input so quiet that the norms' published ``eps`` matters."""
+    compile_seconds = 60.0
+    """Time that compiling takes at the first step, roughly; used by ``compile = "auto"``."""
+    compile_gain: ClassVar[dict[str, float]] = {"fp32": 1.02, "bf16": 1.21}
+    """Speed-up of the later steps; used by ``compile = "auto"``."""
 
     def __init__(
         self,
@@ -157,10 +168,13 @@ class SepFormer(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(n_filters=n_filters, n_heads=n_heads, chunk_size=chunk_size, kernel_size=kernel_size)
-        self.n_sources, self.n_filters, self.chunk_size = n_sources, n_filters, chunk_size
+        self.n_sources = n_sources
+        self.n_filters = n_filters
+        self.chunk_size = chunk_size
         self.encoder = LearnedEncoder(n_filters=n_filters, kernel_size=kernel_size, stride=kernel_size // 2)
         self.decoder = LearnedDecoder(n_filters=n_filters, kernel_size=kernel_size, stride=kernel_size // 2)
-        self.norm, self.enter = GlobalLayerNorm(n_filters), nn.Linear(n_filters, n_filters, bias=False)
+        self.norm = GlobalLayerNorm(n_filters)
+        self.enter = nn.Linear(n_filters, n_filters, bias=False)
         sizes = {"n_layers": n_layers, "d_model": n_filters, "n_heads": n_heads, "d_hidden": d_hidden}
         self.within = nn.ModuleList(
             ChunkTransformer(**sizes, dropout=dropout, checkpoint=checkpoint) for _ in range(n_blocks)
@@ -168,12 +182,14 @@ class SepFormer(nn.Module):
         self.across = nn.ModuleList(
             ChunkTransformer(**sizes, dropout=dropout, checkpoint=checkpoint) for _ in range(n_blocks)
         )
-        self.activation, self.split = nn.PReLU(), nn.Linear(n_filters, n_sources * n_filters)
-        self.output, self.gate = nn.Linear(n_filters, n_filters), nn.Linear(n_filters, n_filters)
+        self.activation = nn.PReLU()
+        self.split = nn.Linear(n_filters, n_sources * n_filters)
+        self.output = nn.Linear(n_filters, n_filters)
+        self.gate = nn.Linear(n_filters, n_filters)
         self.leave = nn.Linear(n_filters, n_filters, bias=False)
 
     def compile_regions(self) -> None:
-        """Compile the transformer layer, for all layers at once."""
+        """Compile the transformer layers, which share one graph."""
         compile_layers(self)
 
     def forward(self, mixture: Tensor) -> Tensor:
@@ -181,42 +197,42 @@ class SepFormer(nn.Module):
         return separate_by_masking(mixture, encoder=self.encoder, masks=self.masks, decoder=self.decoder)
 
     def masks(self, encoded: Tensor) -> Tensor:
-        """``(batch, frame, filter)`` to ``(batch, frame, source, filter)``.
-
-        What all layers add to stays in float32 under autocast too, as on a GPU the norms would make it: the roundings
-        of 32 layers would add up to more than 1 % of the output, for 1 % of the time.
-        """
+        """Compute the masks: ``(batch, frame, filter)`` to ``(batch, frame, source, filter)``."""
         n_frames = encoded.shape[1]
+        # The residual stream stays in float32 under autocast too, as the norms would make it on a GPU. In bfloat16 the
+        # roundings of 32 layers would add up to more than 1 % of the output, and save 1 % of the time.
         pads = published_padding(n_frames, self.chunk_size, "pairs")
         chunks = split_into_chunks(F.pad(self.enter(self.norm(encoded)).float(), (0, 0, *pads)), self.chunk_size)
         positions = sinusoidal_positions(max(chunks.shape[1:3]), self.n_filters, encoded.device)
         for within, across in zip(self.within, self.across, strict=True):
             chunks = within(chunks, positions)
+            # (batch, chunk, frame, channel): transposed, attention runs over chunks at each position in them.
             chunks = across(chunks.transpose(1, 2), positions).transpose(1, 2)
         sources = merge_and_split_sources(self.activation(chunks), n_frames, self.split, self.n_sources)
         return self.leave(self.output(sources).tanh() * self.gate(sources).sigmoid()).relu()
 
 
 class RESepFormer(nn.Module):
-    """SepFormer for less memory and time: chunks that do not overlap, and across them a transformer on their means.
+    """RE-SepFormer: a SepFormer for less memory and time, with chunks that do not overlap.
 
-    A transformer runs within the chunks; the mean of each chunk goes through a transformer over all chunks, and what
-    comes out is added to every frame of its chunk before the next one within. The defaults are SpeechBrain's sizes,
-    8 million parameters; its weights give the same output for one mixture at a time, as it lets the means of all the
-    mixtures of a batch see each other, and this model does not. As published, nothing takes the level off before the
-    layers, so that it has to be trained at the levels it will meet.
+    A transformer runs within the chunks. The mean of each chunk goes through a transformer over all chunks, and its
+    output is added to every frame of the chunk before the next transformer within chunks.
+
+    The defaults are SpeechBrain's sizes, 8 million parameters. Its weights give the same output for one mixture at a
+    time: there, the means of all mixtures in a batch attend to each other, and here they do not. As published, nothing
+    normalises the level before the layers, so the model has to be trained at the levels that it will meet.
 
     Args:
-        n_sources: How many sources to return.
+        n_sources: Number of sources to return.
         n_filters: Channels of the learned transform, and of the transformers.
         kernel_size: Filter length in samples, even; the hop is half of it.
         chunk_size: Frames in a chunk, even.
-        n_blocks: Transformers within chunks; between them lies one across chunks.
+        n_blocks: Transformers within chunks, with one across chunks between two of them.
         n_layers: Layers in each transformer.
         n_heads: Attention heads.
         d_hidden: Width of the feed-forward networks.
-        dropout: In training; N processes then draw other numbers than one.
-        checkpoint: Compute activations again in the backward instead of keeping them: less memory, up to a third
+        dropout: Dropout probability in training. N processes then draw other random numbers than one process.
+        checkpoint: Recompute activations in the backward pass instead of storing them: less memory, up to a third
             more time.
 
     Raises:
@@ -227,9 +243,11 @@ class RESepFormer(nn.Module):
     """
 
     scale_equivariant = False
-    """Twice the input is another mixture to its layers."""
-    compile_seconds, compile_gain = 60.0, {"fp32": 1.02, "bf16": 1.21}
-    """About what compiling takes at the first step and brings at the others: what ``compile = "auto"`` goes by."""
+    """The layers see the level of the mixture, as nothing normalises it."""
+    compile_seconds = 60.0
+    """Time that compiling takes at the first step, roughly; used by ``compile = "auto"``."""
+    compile_gain: ClassVar[dict[str, float]] = {"fp32": 1.02, "bf16": 1.21}
+    """Speed-up of the later steps; used by ``compile = "auto"``."""
 
     def __init__(
         self,
@@ -247,7 +265,9 @@ class RESepFormer(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(n_filters=n_filters, n_heads=n_heads, chunk_size=chunk_size, kernel_size=kernel_size)
-        self.n_sources, self.n_filters, self.chunk_size = n_sources, n_filters, chunk_size
+        self.n_sources = n_sources
+        self.n_filters = n_filters
+        self.chunk_size = chunk_size
         self.encoder = LearnedEncoder(n_filters=n_filters, kernel_size=kernel_size, stride=kernel_size // 2)
         self.decoder = LearnedDecoder(n_filters=n_filters, kernel_size=kernel_size, stride=kernel_size // 2)
         sizes = {"n_layers": n_layers, "d_model": n_filters, "n_heads": n_heads, "d_hidden": d_hidden}
@@ -258,10 +278,11 @@ class RESepFormer(nn.Module):
         self.across = nn.ModuleList(
             ChunkTransformer(**sizes, dropout=dropout, checkpoint=checkpoint, eps=eps) for _ in range(n_blocks - 1)
         )
-        self.activation, self.split = nn.PReLU(), nn.Linear(n_filters, n_sources * n_filters)
+        self.activation = nn.PReLU()
+        self.split = nn.Linear(n_filters, n_sources * n_filters)
 
     def compile_regions(self) -> None:
-        """Compile the transformer layer, for all layers at once."""
+        """Compile the transformer layers, which share one graph."""
         compile_layers(self)
 
     def forward(self, mixture: Tensor) -> Tensor:
@@ -269,25 +290,27 @@ class RESepFormer(nn.Module):
         return separate_by_masking(mixture, encoder=self.encoder, masks=self.masks, decoder=self.decoder)
 
     def masks(self, encoded: Tensor) -> Tensor:
-        """``(batch, frame, filter)`` to ``(batch, frame, source, filter)``."""
+        """Compute the masks: ``(batch, frame, filter)`` to ``(batch, frame, source, filter)``."""
         batch, n_frames, _ = encoded.shape
-        # A whole number of chunks exceeds the frames, as published: a last chunk may be nothing but zeros.
+        # As published, the chunks always exceed the frames: the last chunk may be all zeros.
         padded = F.pad(encoded.float(), (0, 0, 0, self.chunk_size - n_frames % self.chunk_size))
         chunks = rearrange(padded, "b (s l) c -> (b s) 1 l c", l=self.chunk_size)
         positions = sinusoidal_positions(max(chunks.shape[2], len(chunks) // batch), self.n_filters, encoded.device)
+        # Each chunk is an example of its own, (batch * chunk, 1, frame, channel), so that norms do not mix chunks.
         chunks = self.within[0](chunks, positions)
         for within, across in zip(self.within[1:], self.across, strict=True):
             means = rearrange(chunks.mean(2), "(b s) 1 c -> b 1 s c", b=batch)
             memory = rearrange(across(means, positions), "b 1 s c -> (b s) 1 1 c")
             chunks = within(chunks + memory, positions)
         frames = rearrange(chunks, "(b s) 1 l c -> b (s l) c", b=batch)[:, :n_frames]
-        with without_fp16(frames.device):  # these masks have a level, and the gradient of SI-SDR grows as it falls
+        # These masks depend on the level of the recording, and the gradient of SI-SDR grows as the level falls.
+        with without_fp16(frames.device):
             masks = self.split(self.activation(frames))
         return rearrange(masks, "b l (s f) -> b l s f", s=self.n_sources).relu()
 
 
 def sinusoidal_positions(n_frames: int, n_channels: int, device: torch.device) -> Tensor:
-    """Positions as sines and cosines, ``(frame, channel)``, at wavelengths from 2 pi to 20,000 pi frames."""
-    rates = torch.exp(torch.arange(0, n_channels, 2, device=device) * (-9.210340371976184 / n_channels))
+    """Return sinusoidal position embeddings, ``(frame, channel)``, with wavelengths from 2 pi to 20,000 pi frames."""
+    rates = torch.exp(torch.arange(0, n_channels, 2, device=device) * (-9.210340371976184 / n_channels))  # log(10,000)
     angles = torch.arange(n_frames, device=device)[:, None] * rates
     return torch.stack([angles.sin(), angles.cos()], -1).flatten(1)
