@@ -41,7 +41,7 @@ def write_pcm_wav(path, *, data_length=None, before_data=b""):
     ),
     st.sampled_from([8000, 16000, 44100]),
 )
-def test_wav_comes_back_bit_for_bit_at_any_level(audio, sample_rate):
+def test_wav_reads_back_bit_for_bit_at_any_level(audio, sample_rate):
     with tempfile.TemporaryDirectory() as folder:
         path = write_audio(Path(folder) / "a.wav", audio, sample_rate)
         back, rate = read_audio(path)
@@ -51,7 +51,7 @@ def test_wav_comes_back_bit_for_bit_at_any_level(audio, sample_rate):
     assert np.array_equal(back, audio)
 
 
-def test_flac_comes_back_to_24_bits(tmp_path):
+def test_flac_reads_back_to_24_bits(tmp_path):
     back, _ = read_audio(write_audio(tmp_path / "a.flac", RAMP, 8000))
 
     assert np.abs(back - RAMP).max() <= 2.0**-23
@@ -70,7 +70,7 @@ def test_the_header_is_reported_as_written(tmp_path):
 
 
 @given(start=st.integers(0, 900), length=st.integers(0, 900))
-def test_an_excerpt_is_that_slice_of_the_whole(ramp, start, length):
+def test_an_excerpt_equals_that_slice_of_the_file(ramp, start, length):
     excerpt, _ = read_audio(ramp, start / 8000, length / 8000)
 
     assert np.array_equal(excerpt, RAMP[:, start : start + length])
@@ -105,7 +105,7 @@ def test_probing_an_unusable_file_is_an_error_that_names_it(unusable):
     assert "\n" not in str(error.value)
 
 
-def test_reading_a_wav_that_was_cut_short_is_an_error(tmp_path):
+def test_reading_a_truncated_wav_is_an_error(tmp_path):
     path = write_audio(tmp_path / "a.wav", noise(), 8000)
     os.truncate(path, path.stat().st_size - 4)
 
@@ -113,7 +113,7 @@ def test_reading_a_wav_that_was_cut_short_is_an_error(tmp_path):
         read_audio(path)
 
 
-def test_an_excerpt_that_lies_before_the_cut_is_refused_all_the_same(tmp_path):
+def test_an_excerpt_before_the_truncation_is_refused_too(tmp_path):
     path = write_audio(tmp_path / "a.wav", noise(), 8000)
     os.truncate(path, path.stat().st_size // 2)
 
@@ -122,19 +122,19 @@ def test_an_excerpt_that_lies_before_the_cut_is_refused_all_the_same(tmp_path):
 
 
 @pytest.mark.parametrize("length", [0xFFFFFFFF, 0x7FFFFFFF, 0x7FFFF000])
-def test_a_wav_from_a_pipe_that_knew_no_length_is_not_taken_for_a_cut_one(tmp_path, length):
+def test_a_wav_of_unknown_length_from_a_pipe_is_not_truncated(tmp_path, length):
     path = write_pcm_wav(tmp_path / "a.wav", data_length=length)
 
     assert read_audio(path)[0].shape == (1, probe_audio(path).n_samples) == (1, 800)
 
 
-def test_a_chunk_of_odd_length_before_the_data_is_not_taken_for_a_cut(tmp_path):
+def test_a_chunk_of_odd_length_is_not_a_truncation(tmp_path):
     path = write_pcm_wav(tmp_path / "a.wav", before_data=b"LIST" + struct.pack("<I", 5) + b"hello\0")
 
     assert probe_audio(path).n_samples == 800
 
 
-def test_a_cut_is_found_behind_a_chunk_of_odd_length_too(tmp_path):
+def test_a_truncation_after_a_chunk_of_odd_length_is_noticed(tmp_path):
     path = write_pcm_wav(tmp_path / "a.wav", before_data=b"LIST" + struct.pack("<I", 5) + b"hello\0")
     os.truncate(path, path.stat().st_size - 400)
 
@@ -143,7 +143,7 @@ def test_a_cut_is_found_behind_a_chunk_of_odd_length_too(tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_flac_with_200_rotten_bytes_is_an_error_that_names_it(tmp_path, seed):
+def test_a_flac_with_200_damaged_bytes_is_an_error_that_names_it(tmp_path, seed):
     path = write_audio(tmp_path / "a.flac", noise(), 8000)
     rotten, rng = bytearray(path.read_bytes()), np.random.default_rng(seed)
     place = int(rng.integers(len(rotten) // 4, len(rotten) - 400))
@@ -154,7 +154,7 @@ def test_a_flac_with_200_rotten_bytes_is_an_error_that_names_it(tmp_path, seed):
         read_audio(path)
 
 
-def test_a_flac_cut_in_half_is_an_error(tmp_path):
+def test_half_a_flac_is_an_error(tmp_path):
     path = write_audio(tmp_path / "a.flac", noise(), 8000)
     os.truncate(path, path.stat().st_size // 2)
 
@@ -164,7 +164,7 @@ def test_a_flac_cut_in_half_is_an_error(tmp_path):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("suffix", [".wav", ".flac"])
-def test_a_sample_that_is_not_finite_is_never_written(tmp_path, value, suffix):
+def test_a_nonfinite_sample_is_never_written(tmp_path, value, suffix):
     audio = RAMP.copy()
     audio[0, 100] = value
 
@@ -178,12 +178,12 @@ def test_a_peak_over_full_scale_is_refused_where_the_format_would_clip_it(tmp_pa
         write_audio(tmp_path / "a.flac", 4 * RAMP, 8000)
 
 
-def test_missing_folders_are_made(tmp_path):
+def test_missing_folders_are_created(tmp_path):
     assert write_audio(tmp_path / "x" / "y" / "a.wav", RAMP, 8000).is_file()
 
 
 @pytest.mark.parametrize("name", ["a.xyz", "a"])
-def test_a_format_that_does_not_exist_is_an_error_and_leaves_nothing(tmp_path, name):
+def test_an_unknown_format_is_an_error_and_leaves_no_file(tmp_path, name):
     with pytest.raises(AudioError, match="cannot be written"):
         write_audio(tmp_path / name, RAMP, 8000)
     assert not list(tmp_path.iterdir())
@@ -196,7 +196,7 @@ def test_writing_below_a_file_is_an_error_that_names_the_path(tmp_path):
         write_audio(tmp_path / "file" / "a.wav", RAMP, 8000)
 
 
-def test_a_write_that_fails_leaves_the_old_file_whole_and_nothing_beside_it(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     path = write_audio(tmp_path / "a.wav", RAMP, 8000)
     whole = soundfile.write
 

@@ -1,4 +1,4 @@
-"""Loops that are not ours: what a robust part takes the place of, and that nothing else of them has to change."""
+"""`clip_` and `guarded_step` in other training loops, Lightning's among them."""
 
 import math
 
@@ -35,25 +35,26 @@ def make_batches(n=8):
     return [(torch.randn(4, 6, generator=rng), torch.randn(4, 2, generator=rng)) for _ in range(n)]
 
 
-def with_nan_at(batches, place):
-    x, y = batches[place]
-    return [*batches[:place], (x * torch.nan, y), *batches[place:]]
+def with_nan_at(batches, index):
+    x, y = batches[index]
+    return [*batches[:index], (x * torch.nan, y), *batches[index:]]
 
 
-def bits(model, optimizer):
-    """Weights and optimizer state, flat and copied."""
+def snapshot(model, optimizer):
+    """Copies of the weights and of the optimizer state, in one list."""
     moments = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
     return [x.detach().clone() for x in (*model.parameters(), *moments)]
 
 
-def same(one, other):
-    return len(one) == len(other) and all(map(torch.equal, one, other))
+def equal_bits(a, b):
+    return len(a) == len(b) and all(map(torch.equal, a, b))
 
 
-def test_clip_in_place_of_torchs_clip_grad_norm_trains_the_same_weights():
-    models, clipper = [make_model(), make_model()], FixedClip(max_norm=0.5)
-    ways = [lambda p: nn.utils.clip_grad_norm_(p, 0.5), lambda p: clip_(p, clipper)]
-    for model, clip in zip(models, ways, strict=True):
+def test_clip_trains_the_same_weights_as_torchs_clip_grad_norm():
+    models = [make_model(), make_model()]
+    clipper = FixedClip(max_norm=0.5)
+    clip_functions = [lambda p: nn.utils.clip_grad_norm_(p, 0.5), lambda p: clip_(p, clipper)]
+    for model, clip in zip(models, clip_functions, strict=True):
         optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
         for x, y in make_batches():
             optimizer.zero_grad()
@@ -66,27 +67,28 @@ def test_clip_in_place_of_torchs_clip_grad_norm_trains_the_same_weights():
         assert torch.allclose(theirs, mine, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
-@pytest.mark.parametrize("clipper", sorted(CLIPPERS))
-def test_a_guarded_step_makes_a_nan_batch_as_if_it_had_never_been(optimizer, clipper):
-    ends = []
+@pytest.mark.parametrize("optimizer_name", sorted(OPTIMIZERS))
+@pytest.mark.parametrize("clipper_name", sorted(CLIPPERS))
+def test_with_guarded_step_a_nan_batch_has_no_effect(optimizer_name, clipper_name):
+    final_states = []
     for batches in (make_batches(), with_nan_at(make_batches(), 4)):
-        model, limit = make_model(), CLIPPERS[clipper]()
-        its_optimizer = OPTIMIZERS[optimizer](model.parameters())
+        model = make_model()
+        clipper = CLIPPERS[clipper_name]()
+        optimizer = OPTIMIZERS[optimizer_name](model.parameters())
         for x, y in batches:
-            before = bits(model, its_optimizer)
-            its_optimizer.zero_grad()
+            before = snapshot(model, optimizer)
+            optimizer.zero_grad()
             loss = nn.functional.mse_loss(model(x), y)
             loss.backward()
-            step = guarded_step(its_optimizer, limit, loss=loss)
+            step = guarded_step(optimizer, clipper, loss=loss)
             assert bool(step.taken) == math.isfinite(loss.detach())
-            assert step.taken or same(before, bits(model, its_optimizer))
-        ends.append(bits(model, its_optimizer))
+            assert step.taken or equal_bits(before, snapshot(model, optimizer))
+        final_states.append(snapshot(model, optimizer))
 
-    assert same(*ends)
+    assert equal_bits(*final_states)
 
 
-def test_without_it_the_same_nan_batch_ends_the_run():
+def test_without_guarded_step_a_nan_batch_destroys_the_weights():
     model = make_model()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     for x, y in with_nan_at(make_batches(), 4):
@@ -104,7 +106,9 @@ class ByHand(lightning.LightningModule):
     def __init__(self, optimizer):
         super().__init__()
         self.automatic_optimization = False
-        self.model, self.clipper, self.kind = make_model(), AutoClip(percentile=50), optimizer
+        self.model = make_model()
+        self.clipper = AutoClip(percentile=50)
+        self.optimizer_name = optimizer
         self.taken = []
 
     def training_step(self, batch, index):
@@ -116,7 +120,7 @@ class ByHand(lightning.LightningModule):
         self.taken.append(bool(guarded_step(optimizer, self.clipper, loss=loss).taken))
 
     def configure_optimizers(self):
-        return OPTIMIZERS[self.kind](self.model.parameters())
+        return OPTIMIZERS[self.optimizer_name](self.model.parameters())
 
 
 class ByHook(ByHand):
@@ -145,7 +149,7 @@ class ByClipping(ByHook):
 
 
 def fit(module, batches, folder):
-    """Train on the CPU, one epoch, in order, leaving nothing behind but in a temporary folder."""
+    """Train one epoch on the CPU, in order; files go to the folder."""
     trainer = lightning.Trainer(
         accelerator="cpu",
         devices=1,
@@ -160,7 +164,7 @@ def fit(module, batches, folder):
     return trainer
 
 
-in_lightning = pytest.mark.filterwarnings(  # what it says of our settings, and what torch says of it
+in_lightning = pytest.mark.filterwarnings(  # warnings about these settings, and a deprecation inside Lightning
     "ignore:The 'train_dataloader' does not have many workers",
     "ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning",
 )
@@ -169,32 +173,34 @@ in_lightning = pytest.mark.filterwarnings(  # what it says of our settings, and 
 @in_lightning
 @pytest.mark.parametrize("module", [ByHand, ByHook])
 @pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
-def test_in_lightning_a_nan_batch_is_as_if_it_had_never_been(module, optimizer, tmp_path):
+def test_in_lightning_a_nan_batch_has_no_effect(module, optimizer, tmp_path):
     with_fault, without = module(optimizer), module(optimizer)
 
     fit(with_fault, with_nan_at(make_batches(), 4), tmp_path)
     fit(without, make_batches(), tmp_path)
 
-    assert with_fault.taken == [place != 4 for place in range(9)]
-    assert same(list(with_fault.parameters()), list(without.parameters()))
+    assert with_fault.taken == [index != 4 for index in range(9)]
+    assert equal_bits(list(with_fault.parameters()), list(without.parameters()))
     assert torch.equal(with_fault.clipper.state_dict()["norms"], without.clipper.state_dict()["norms"])
 
 
 @in_lightning
-def test_in_lightning_steps_are_counted_as_ever(tmp_path):
+def test_lightning_still_counts_steps(tmp_path):
     assert fit(ByHand("fused Adam"), make_batches(), tmp_path).global_step == 8
     assert fit(ByHook("SGD"), make_batches(), tmp_path).global_step == 8
 
 
 @in_lightning
-def test_in_lightning_its_clipping_alone_can_be_replaced(tmp_path):
-    module, plain = ByClipping("SGD"), make_model()
+def test_lightnings_clipping_alone_can_be_replaced(tmp_path):
+    module = ByClipping("SGD")
+    plain = make_model()
     fit(module, make_batches(), tmp_path)
-    clipper, optimizer = AutoClip(percentile=50), OPTIMIZERS["SGD"](plain.parameters())
+    clipper = AutoClip(percentile=50)
+    optimizer = OPTIMIZERS["SGD"](plain.parameters())
     for x, y in make_batches():
         optimizer.zero_grad()
         nn.functional.mse_loss(plain(x), y).backward()
         clip_(plain.parameters(), clipper)
         optimizer.step()
 
-    assert same(list(module.parameters()), list(plain.parameters()))
+    assert equal_bits(list(module.parameters()), list(plain.parameters()))

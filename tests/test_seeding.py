@@ -15,18 +15,18 @@ PLACES = st.tuples(st.integers(0, 2**31), PURPOSES, st.integers(0, 10**6), st.in
 
 
 @given(PLACES)
-def test_the_same_place_draws_the_same_numbers(place):
+def test_the_same_position_draws_the_same_numbers(place):
     assert np.array_equal(generator(*place).random(4), generator(*place).random(4))
 
 
 @given(PLACES, PLACES)
-def test_another_place_draws_other_numbers(one, other):
+def test_another_position_draws_other_numbers(one, other):
     assume(one != other)
 
     assert not np.array_equal(generator(*one).random(4), generator(*other).random(4))
 
 
-def test_a_negative_seed_is_a_seed_too():
+def test_a_negative_seed_is_accepted():
     assert not np.array_equal(generator(-1, "train", 0).random(4), generator(1, "train", 0).random(4))
 
 
@@ -39,14 +39,14 @@ def test_another_process_draws_the_same_numbers():
     assert int(done.stdout) == generator(3, "train", 1, 2).integers(2**40)
 
 
-def test_neighbouring_places_are_uncorrelated():
+def test_neighbouring_positions_are_uncorrelated():
     first = np.array([generator(0, "train", 0, index, 0).random() for index in range(4000)])
 
     assert first.mean() == pytest.approx(0.5, abs=4 * (1 / 12 / 4000) ** 0.5)
     assert np.corrcoef(first[:-1], first[1:])[0, 1] == pytest.approx(0, abs=4 / 4000**0.5)
 
 
-def test_torch_draws_the_same_numbers_in_the_same_place():
+def test_torch_draws_the_same_numbers_at_the_same_position():
     drawn = []
     for place in ((0, "step", 5, 0), (0, "step", 5, 0), (0, "step", 5, 1)):
         with seeded_torch(*place):
@@ -57,7 +57,7 @@ def test_torch_draws_the_same_numbers_in_the_same_place():
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_torchs_own_stream_goes_on_as_if_nothing_had_been_drawn(fails):
+def test_torchs_global_stream_is_not_changed(fails):
     torch.manual_seed(7)
     torch.rand(3)
     expected = torch.rand(4)

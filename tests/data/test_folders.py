@@ -22,7 +22,7 @@ def test_deeper_folders_belong_to_the_same_speaker(speaker_folder, tmp_path):
     assert [track.group for track in list_speakers(tmp_path / "all")] == ["anna"] * 4
 
 
-def test_folders_named_as_splits_hold_the_speakers_of_those(speaker_folder, tmp_path):
+def test_folders_named_like_splits_contain_the_speakers_of_each_split(speaker_folder, tmp_path):
     for name in ("train", "dev", "tt"):
         speaker_folder(n_speakers=2, n_files=1, root=tmp_path / "all" / name)
 
@@ -31,13 +31,13 @@ def test_folders_named_as_splits_hold_the_speakers_of_those(speaker_folder, tmp_
     }
 
 
-def test_files_without_a_folder_are_each_somebody_else(speaker_folder):
+def test_each_file_without_a_folder_is_its_own_speaker(speaker_folder):
     root = speaker_folder(n_speakers=1, n_files=3)
 
     assert [track.group for track in list_speakers(root / "speaker-00")] == ["00", "01", "02"]
 
 
-def test_what_is_not_audio_is_not_looked_at(speaker_folder):
+def test_files_that_are_not_audio_are_ignored(speaker_folder):
     root = speaker_folder(n_speakers=1, n_files=1)
     for name in ("notes.txt", ".DS_Store", "._00.wav", "00.lab"):
         (root / "speaker-00" / name).write_bytes(b"x")
@@ -46,7 +46,7 @@ def test_what_is_not_audio_is_not_looked_at(speaker_folder):
     assert [track.path.name for track in list_speakers(root)] == ["00.wav"]
 
 
-def test_suffixes_in_capitals_are_audio_too(speaker_folder):
+def test_suffixes_may_be_in_capitals(speaker_folder):
     root = speaker_folder(n_speakers=1, n_files=1)
     (root / "speaker-00" / "00.wav").rename(root / "speaker-00" / "00.WAV")
 
@@ -78,7 +78,7 @@ def test_every_unreadable_file_of_a_manifest_stays_listed_with_its_row(speaker_f
     assert "row 4" in tracks[2].fault
 
 
-def test_a_link_that_leads_out_of_the_folder_is_a_fault_and_is_not_opened(speaker_folder, tmp_path):
+def test_a_link_out_of_the_folder_is_a_fault_and_is_not_opened(speaker_folder, tmp_path):
     root = speaker_folder(n_speakers=2, n_files=1)
     outside = shutil.move(root / "speaker-00" / "00.wav", tmp_path / "outside.wav")
     (root / "speaker-00" / "00.wav").symlink_to(outside)
@@ -89,7 +89,7 @@ def test_a_link_that_leads_out_of_the_folder_is_a_fault_and_is_not_opened(speake
     assert faults[1] == ""
 
 
-def test_a_manifest_is_taken_in_place_of_a_folder(speaker_folder):
+def test_a_manifest_may_be_named_instead_of_a_folder(speaker_folder):
     root = speaker_folder(n_speakers=1, n_files=1)
     (root / "all.csv").write_text("path,speaker\nspeaker-00/00.wav,anna\n")
 
@@ -98,7 +98,7 @@ def test_a_manifest_is_taken_in_place_of_a_folder(speaker_folder):
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "other file", "nothing usable", "table of nothing"])
 @pytest.mark.parametrize("read", [list_speakers, list_noises])
-def test_a_place_with_nothing_usable_is_refused_by_name(tmp_path, kind, read):
+def test_a_path_without_usable_recordings_is_refused_by_name(tmp_path, kind, read):
     path = tmp_path / {"other file": "audio.zip", "table of nothing": "all.csv"}.get(kind, "speech")
     if kind == "other file":
         path.touch()

@@ -23,14 +23,14 @@ def kind_of(tracks, file):
     return next(track.kind for track in tracks if str(track.path) == file)
 
 
-def test_sources_come_in_the_order_of_their_kinds_and_others_never(tracks):
+def test_sources_come_in_the_order_of_the_kinds_and_other_kinds_never(tracks):
     dataset = make_dataset(tracks, SETTINGS, "train")
 
     for index in range(20):
         assert [kind_of(tracks, file) for file in dataset[Key(0, index)].item.files] == ["low", "high"]
 
 
-def test_neither_kind_is_always_the_louder(tracks):
+def test_neither_kind_is_always_louder(tracks):
     dataset = make_dataset(tracks, SETTINGS, "train")
     levels = [[power_db(source) for source in dataset[Key(0, index)].audio.sources] for index in range(20)]
 
@@ -44,6 +44,6 @@ def test_neither_kind_is_always_the_louder(tracks):
         (replace(SETTINGS, kinds=("low",)), "must name 2 different kinds"),
     ],
 )
-def test_kinds_that_are_not_there_are_said_so(tracks, settings, words):
+def test_invalid_kinds_are_refused_by_name(tracks, settings, words):
     with pytest.raises(DataError, match=words):
         make_dataset(tracks, settings, "train")

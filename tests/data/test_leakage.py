@@ -24,7 +24,7 @@ def tracks_of(folder):
     return [[track for track in tracks if track.split == name] for name in ("train", "valid")]
 
 
-def test_splits_that_have_nothing_in_common_say_so(tmp_path):
+def test_splits_without_overlap_share_nothing(tmp_path):
     split(tmp_path, "train", 0)
     split(tmp_path, "valid", 3)
 
@@ -48,7 +48,7 @@ def test_a_copy_under_another_name_is_found_and_another_recording_of_the_same_le
     assert shared["n_files"] == shared["n_speakers"] == 0
 
 
-def test_files_and_speakers_in_both_splits_are_counted_and_twenty_named(tmp_path):
+def test_shared_files_and_speakers_are_counted_and_twenty_are_named(tmp_path):
     split(tmp_path, "train", 0, n_speakers=1, n_files=30)
     train, _ = tracks_of(tmp_path)
 
@@ -59,7 +59,7 @@ def test_files_and_speakers_in_both_splits_are_counted_and_twenty_named(tmp_path
     assert shared["n_copies"] == 0
 
 
-def test_silence_is_no_sign_of_a_copy(tmp_path):
+def test_silence_alone_does_not_make_a_copy(tmp_path):
     for name in ("train", "valid"):
         (tmp_path / name).mkdir()
         soundfile.write(tmp_path / name / "silent.wav", np.zeros(40000, np.float32), 8000)
@@ -67,7 +67,7 @@ def test_silence_is_no_sign_of_a_copy(tmp_path):
     assert find_copies(*tracks_of(tmp_path)) == []
 
 
-def test_no_more_files_are_opened_than_are_allowed_and_rare_lengths_come_first(tmp_path, monkeypatch):
+def test_at_most_max_files_are_compared_with_rare_lengths_first(tmp_path, monkeypatch):
     split(tmp_path, "train", 0, n_files=10)
     split(tmp_path, "valid", 3, n_files=10)
     rare = tmp_path / "train" / "train-0" / "rare.wav"

@@ -34,9 +34,9 @@ def speaker_of(path):
     return Path(path).parts[-2]
 
 
-def same_audio(one, other):
+def same_audio(example, other):
     return all(
-        np.array_equal(a, b) for a, b in zip(one.audio, other.audio, strict=True) if a is not None or b is not None
+        np.array_equal(a, b) for a, b in zip(example.audio, other.audio, strict=True) if a is not None or b is not None
     )
 
 
@@ -48,7 +48,7 @@ def noise_folder(tmp_path):
     return tmp_path / "noise"
 
 
-def test_an_example_is_the_same_whenever_and_in_whatever_order_it_is_made(speaker_folder):
+def test_an_example_does_not_depend_on_the_order_of_making(speaker_folder):
     root = speaker_folder()
     one, other = dataset_of(root), dataset_of(root)
     keys = [Key(epoch, index) for epoch in range(2) for index in range(4)]
@@ -62,7 +62,7 @@ def test_an_example_is_the_same_whenever_and_in_whatever_order_it_is_made(speake
 
 
 @pytest.mark.parametrize("change", ["epoch", "index", "seed", "purpose"])
-def test_another_place_in_the_run_is_another_example(speaker_folder, change):
+def test_another_epoch_or_index_is_another_example(speaker_folder, change):
     root = speaker_folder(n_speakers=20)
     here = dataset_of(root)[Key(0, 0)]
     seed, purpose = 4 if change == "seed" else 3, "test" if change == "purpose" else "train"
@@ -73,7 +73,7 @@ def test_another_place_in_the_run_is_another_example(speaker_folder, change):
     assert not np.array_equal(here.audio.mixture, there.audio.mixture)
 
 
-def test_every_recording_comes_first_once_an_epoch_and_in_another_order_in_the_next(speaker_folder):
+def test_every_recording_comes_first_once_per_epoch_in_a_new_order(speaker_folder):
     dataset = dataset_of(speaker_folder(n_files=3))
 
     firsts = [[dataset[Key(epoch, index)].item.files[0] for index in range(len(dataset))] for epoch in (0, 1)]
@@ -92,7 +92,7 @@ def test_the_sources_of_a_mixture_are_of_different_speakers(speaker_folder, n_so
         assert example.audio.sources.shape == (n_sources, 1, 4000)
 
 
-def test_every_speaker_and_every_recording_is_drawn_as_the_second_too(speaker_folder):
+def test_every_speaker_and_recording_is_drawn_as_second_source_too(speaker_folder):
     dataset = dataset_of(speaker_folder())
 
     seconds = {example.item.files[1] for example in examples_of(dataset, 80)}
@@ -100,7 +100,7 @@ def test_every_speaker_and_every_recording_is_drawn_as_the_second_too(speaker_fo
     assert seconds == {str(track.path) for track in dataset.tracks}
 
 
-def test_only_recordings_of_the_split_are_heard(speaker_folder):
+def test_only_recordings_of_the_split_are_used(speaker_folder):
     root = speaker_folder(n_speakers=12)
     heard = {
         purpose: {speaker_of(path) for example in examples_of(dataset_of(root, purpose=purpose)) for path in
@@ -117,7 +117,7 @@ def test_the_mixture_is_the_sum_of_its_sources_and_the_noise(speaker_folder, noi
         assert np.array_equal(made.mixture, made.sources.sum(axis=0) + made.noise)
 
 
-def test_levels_gains_and_snr_lie_where_they_were_asked(speaker_folder, noise_folder):
+def test_levels_gains_and_snr_are_within_the_settings(speaker_folder, noise_folder):
     settings = replace(SETTINGS, level_db=-30.0, gains_db=(-6.0, -2.0), noise_snr_db=(3.0, 9.0))
     gains, snrs = [], []
     for example in examples_of(dataset_of(speaker_folder(), settings, noise=noise_folder), 40):
@@ -130,7 +130,7 @@ def test_levels_gains_and_snr_lie_where_they_were_asked(speaker_folder, noise_fo
         assert low - 1e-3 <= min(drawn) < low + 1 < high - 1 < max(drawn) <= high + 1e-3
 
 
-def test_each_source_after_the_first_has_a_gain_of_its_own(speaker_folder):
+def test_each_source_after_the_first_has_its_own_gain(speaker_folder):
     example = dataset_of(speaker_folder(), replace(SETTINGS, n_sources=4))[Key(0, 0)]
 
     levels = sorted(power_db(source) for source in example.audio.sources)
@@ -138,7 +138,7 @@ def test_each_source_after_the_first_has_a_gain_of_its_own(speaker_folder):
     assert min(np.diff(levels)) > 0.01
 
 
-def test_the_sources_are_excerpts_of_the_files_that_are_named(speaker_folder):
+def test_the_sources_are_excerpts_of_the_files_in_the_item(speaker_folder):
     for example in examples_of(dataset_of(speaker_folder())):
         for source, path in zip(example.audio.sources, example.item.files, strict=True):
             whole, _ = soundfile.read(path, dtype="float64")
@@ -157,7 +157,7 @@ BAD = {
 }
 
 
-def spoil(path, kind):
+def damage(path, kind):
     audio, rate = soundfile.read(path, dtype="float32")
     if kind == "nan at sample 100":
         audio[100] = np.nan
@@ -178,7 +178,7 @@ def spoil(path, kind):
         path.unlink()
 
 
-def assert_left_out(bad, excluded, path, code):
+def assert_skipped_like_excluded(bad, excluded, path, code):
     """Both draw the same examples, never the file; and it struck."""
     examples = list(zip(examples_of(bad, 24), examples_of(excluded, 24), strict=True))
     for one, other in examples:
@@ -195,32 +195,32 @@ def assert_left_out(bad, excluded, path, code):
 
 
 @pytest.mark.parametrize(("kind", "code"), BAD.items())
-def test_a_bad_file_in_a_folder_is_left_out_as_if_it_were_excluded(speaker_folder, kind, code):
+def test_a_bad_file_in_a_folder_is_skipped_like_an_excluded_one(speaker_folder, kind, code):
     root = speaker_folder()
     path = dataset_of(root).tracks[3].path
     excluded = dataset_of(root, replace(SETTINGS, exclude=(str(path),)))
     while_whole = examples_of(excluded, 24)
-    spoil(path, kind)
+    damage(path, kind)
 
-    assert_left_out(dataset_of(root), excluded, path, code)
+    assert_skipped_like_excluded(dataset_of(root), excluded, path, code)
     assert all(same_audio(a, b) for a, b in zip(while_whole, examples_of(excluded, 24), strict=True))
 
 
 @pytest.mark.parametrize(
     ("kind", "code"), [*BAD.items(), ("another rate", "AUDIO_WRONG_RATE"), ("gone", "AUDIO_UNREADABLE")]
 )
-def test_a_file_that_is_not_as_its_manifest_says_is_left_out_as_if_it_were_excluded(speaker_folder, kind, code):
+def test_a_file_that_contradicts_its_manifest_is_skipped_like_an_excluded_one(speaker_folder, kind, code):
     root = speaker_folder()
     write_manifest(root / "all.csv", assign_splits(list_speakers(root), n_sources=2))
     path = dataset_of(root / "all.csv").tracks[3].path
-    spoil(path, kind)
+    damage(path, kind)
 
     code = "AUDIO_EMPTY" if kind == "no samples" else code  # found when it is drawn
     excluded = dataset_of(root / "all.csv", replace(SETTINGS, exclude=(str(path),)))
-    assert_left_out(dataset_of(root / "all.csv"), excluded, path, code)
+    assert_skipped_like_excluded(dataset_of(root / "all.csv"), excluded, path, code)
 
 
-def test_a_flac_that_rotted_after_it_was_listed_is_left_out_as_if_it_were_excluded(speaker_folder):
+def test_a_flac_damaged_after_listing_is_skipped_like_an_excluded_one(speaker_folder):
     root = speaker_folder()
     wav = dataset_of(root).tracks[3].path
     path = wav.with_suffix(".flac")
@@ -231,15 +231,15 @@ def test_a_flac_that_rotted_after_it_was_listed_is_left_out_as_if_it_were_exclud
     rotten[6000:6200] = np.random.default_rng(0).bytes(200)
     path.write_bytes(rotten)
 
-    assert_left_out(bad, excluded, path, "AUDIO_UNREADABLE")
+    assert_skipped_like_excluded(bad, excluded, path, "AUDIO_UNREADABLE")
 
 
-def test_a_bad_noise_is_left_out_as_if_it_were_excluded(speaker_folder, noise_folder):
+def test_a_bad_noise_is_skipped_like_an_excluded_one(speaker_folder, noise_folder):
     root, path = speaker_folder(), noise_folder / "1.wav"
-    spoil(path, "nan at sample 100")
+    damage(path, "nan at sample 100")
 
     excluded = dataset_of(root, replace(SETTINGS, exclude=(str(path),)), noise=noise_folder)
-    assert_left_out(dataset_of(root, noise=noise_folder), excluded, path, "AUDIO_NONFINITE")
+    assert_skipped_like_excluded(dataset_of(root, noise=noise_folder), excluded, path, "AUDIO_NONFINITE")
 
 
 def test_no_source_is_silent_unless_silence_is_kept(speaker_folder):
@@ -257,7 +257,7 @@ def test_no_source_is_silent_unless_silence_is_kept(speaker_folder):
     assert n_silent("keep") > 0
 
 
-def test_an_excerpt_that_is_merely_silent_is_no_fault_of_the_file(speaker_folder):
+def test_a_silent_excerpt_is_no_fault_of_the_file(speaker_folder):
     root = speaker_folder()
     for path in root.rglob("*.wav"):
         audio, rate = soundfile.read(path, dtype="float32")
@@ -269,17 +269,17 @@ def test_an_excerpt_that_is_merely_silent_is_no_fault_of_the_file(speaker_folder
     assert {(fault.code, fault.in_excerpt_only) for fault in faults} == {("AUDIO_SILENT", True)}
 
 
-def test_where_nothing_can_be_used_the_search_ends_with_the_last_reason(speaker_folder):
+def test_without_usable_audio_the_error_gives_the_last_fault(speaker_folder):
     root = speaker_folder()
     dataset = dataset_of(root)
     for path in root.rglob("*.wav"):
-        spoil(path, "nan at sample 100")
+        damage(path, "nan at sample 100")
 
     with pytest.raises(DataError, match="not finite"):
         dataset[Key(0, 0)]
 
 
-def test_other_rates_are_refused_unless_they_may_be_resampled(speaker_folder):
+def test_other_rates_are_refused_unless_resample_is_set(speaker_folder):
     root = speaker_folder(sample_rate=16000)
 
     with pytest.raises(DataError, match=r"not at 8000 Hz but at 16000 Hz.*data\.resample"):
@@ -297,7 +297,7 @@ def test_too_few_speakers_for_a_mixture_are_refused_with_their_number(speaker_fo
         dataset_of(speaker_folder(), replace(SETTINGS, n_sources=5))
 
 
-def test_a_split_that_is_not_there_is_refused_with_those_that_are(speaker_folder, tmp_path):
+def test_a_missing_split_is_refused_with_the_splits_found(speaker_folder, tmp_path):
     speaker_folder(root=tmp_path / "all" / "train")
 
     with pytest.raises(DataError, match=r"'valid'.*found: train"):
@@ -305,7 +305,7 @@ def test_a_split_that_is_not_there_is_refused_with_those_that_are(speaker_folder
 
 
 @given(st.integers(1, 40), st.integers(1, 20), st.integers(1, 6), st.integers(1, 4), st.integers(0, 30))
-def test_ranks_and_micro_batches_share_out_the_batch_of_one_process(n_items, batch_size, n_ranks, accumulate, step):
+def test_ranks_and_micro_batches_together_have_the_batch_of_one_process(n_items, batch_size, n_ranks, accumulate, step):
     def keys_of_step(rank, world_size, accumulate):
         keys = StepSampler(
             n_items, batch_size, first_step=step, rank=rank, world_size=world_size, accumulate=accumulate
@@ -322,7 +322,7 @@ def test_ranks_and_micro_batches_share_out_the_batch_of_one_process(n_items, bat
 
 
 @given(st.integers(1, 40), st.integers(1, 20), st.integers(0, 50), st.integers(1, 3))
-def test_going_on_at_a_step_gives_the_batches_that_would_have_come(n_items, batch_size, first_step, accumulate):
+def test_resuming_at_a_step_gives_the_same_batches(n_items, batch_size, first_step, accumulate):
     whole = StepSampler(n_items, batch_size, accumulate=accumulate)
     resumed = StepSampler(n_items, batch_size, accumulate=accumulate, first_step=first_step)
 
@@ -341,7 +341,7 @@ def test_epochs_follow_each_other_and_each_has_every_index_once(n_items, batch_s
 
 
 @given(st.integers(0, 40), st.integers(1, 8), st.integers(1, 5))
-def test_ranks_share_out_the_fixed_examples_and_none_is_seen_twice(n_items, batch_size, n_ranks):
+def test_ranks_divide_the_validation_examples_without_repeats(n_items, batch_size, n_ranks):
     shares = [list(ValidationSampler(n_items, batch_size, rank=rank, world_size=n_ranks)) for rank in range(n_ranks)]
 
     keys = [key for share in shares for batch in share for key in batch]
@@ -351,7 +351,7 @@ def test_ranks_share_out_the_fixed_examples_and_none_is_seen_twice(n_items, batc
     assert all(1 <= len(batch) <= batch_size for share in shares for batch in share)
 
 
-def test_a_batch_holds_each_example_in_its_place(speaker_folder, noise_folder):
+def test_a_batch_keeps_the_order_of_its_examples(speaker_folder, noise_folder):
     dataset = dataset_of(speaker_folder(), noise=noise_folder)
     examples = [dataset[Key(0, 0)], dataset[Key(0, 1, weight=0.0)]]
 
@@ -371,9 +371,9 @@ def first_batches(dataset, n_batches, *, workers):
     return list(itertools.islice(loader, n_batches))
 
 
-def test_worker_processes_change_nothing(speaker_folder):
+def test_the_number_of_workers_changes_nothing(speaker_folder):
     root = speaker_folder()
-    spoil(dataset_of(root).tracks[3].path, "nan at sample 100")
+    damage(dataset_of(root).tracks[3].path, "nan at sample 100")
     dataset = dataset_of(root)
 
     alone, shared = (first_batches(dataset, 5, workers=workers) for workers in (0, 2))
@@ -385,7 +385,7 @@ def test_worker_processes_change_nothing(speaker_folder):
         assert (one.batch.items, one.faults) == (other.batch.items, other.faults)
 
 
-def test_loading_leaves_the_global_generators_alone(speaker_folder):
+def test_loading_does_not_touch_the_global_generators(speaker_folder):
     dataset = dataset_of(speaker_folder())
     torch.manual_seed(0)
     expected = torch.rand(3)

@@ -13,7 +13,7 @@ from unbraid.data.tracks import Track
 from unbraid.dsp import power_db
 
 
-def sound(n_samples=2000, *, seed=0, n_channels=1, level=0.1):
+def make_noise(n_samples=2000, *, seed=0, n_channels=1, level=0.1):
     return level * np.random.default_rng(seed).standard_normal((n_channels, n_samples), dtype=np.float32)
 
 
@@ -31,8 +31,8 @@ SNR = st.one_of(st.none(), st.floats(-20, 40))
 
 @given(LEVELS, SNR, st.integers(0, 99))
 def test_the_mixture_is_exactly_the_sum_of_its_parts(levels, snr_db, seed):
-    noise = None if snr_db is None else sound(seed=seed + 50)
-    made = mix([sound(seed=seed + i) for i in range(len(levels))], levels, noise, snr_db or 0.0)
+    noise = None if snr_db is None else make_noise(seed=seed + 50)
+    made = mix([make_noise(seed=seed + i) for i in range(len(levels))], levels, noise, snr_db or 0.0)
 
     total = made.sources.sum(axis=0) if noise is None else made.sources.sum(axis=0) + made.noise
 
@@ -42,16 +42,16 @@ def test_the_mixture_is_exactly_the_sum_of_its_parts(levels, snr_db, seed):
 
 @given(LEVELS, SNR, st.integers(0, 99))
 def test_nothing_is_louder_than_full_scale(levels, snr_db, seed):
-    noise = None if snr_db is None else sound(seed=seed + 50)
+    noise = None if snr_db is None else make_noise(seed=seed + 50)
 
-    made = mix([sound(seed=seed + i) for i in range(len(levels))], levels, noise, snr_db or 0.0)
+    made = mix([make_noise(seed=seed + i) for i in range(len(levels))], levels, noise, snr_db or 0.0)
 
     assert np.abs(made.mixture).max() <= 0.99 + 1e-6
 
 
 @given(LEVELS, st.floats(-20, 40))
-def test_levels_and_snr_are_as_asked_but_for_one_gain_on_everything(levels, snr_db):
-    made = mix([sound(seed=i) for i in range(len(levels))], levels, sound(seed=9), snr_db)
+def test_levels_and_snr_are_exact_up_to_one_common_gain(levels, snr_db):
+    made = mix([make_noise(seed=i) for i in range(len(levels))], levels, make_noise(seed=9), snr_db)
 
     turned_down = [level - power_db(source) for level, source in zip(levels, made.sources, strict=True)]
     speech, loudest = power_db(made.sources.sum(axis=0)), np.abs(made.mixture).max()
@@ -63,50 +63,50 @@ def test_levels_and_snr_are_as_asked_but_for_one_gain_on_everything(levels, snr_
 @given(st.floats(-40, 40))
 def test_the_level_of_a_recording_does_not_matter(gain_db):
     gain = np.float32(10 ** (gain_db / 20))
-    one = mix([sound(seed=0), sound(seed=1)], [-25, -28], sound(seed=2), 5)
+    one = mix([make_noise(seed=0), make_noise(seed=1)], [-25, -28], make_noise(seed=2), 5)
 
-    other = mix([gain * sound(seed=0), sound(seed=1)], [-25, -28], gain * sound(seed=2), 5)
+    other = mix([gain * make_noise(seed=0), make_noise(seed=1)], [-25, -28], gain * make_noise(seed=2), 5)
 
     np.testing.assert_allclose(other.mixture, one.mixture, atol=1e-6)
 
 
 def test_the_order_of_the_sources_is_kept():
-    made = mix([sound(seed=0), sound(seed=1)], [-20, -20])
+    made = mix([make_noise(seed=0), make_noise(seed=1)], [-20, -20])
 
-    assert np.corrcoef(made.sources[1, 0], sound(seed=1)[0])[0, 1] == pytest.approx(1)
+    assert np.corrcoef(made.sources[1, 0], make_noise(seed=1)[0])[0, 1] == pytest.approx(1)
 
 
-def test_silence_stays_silence_among_sounds():
-    made = mix([np.zeros((1, 2000), np.float32), sound()], [-20, -20], sound(seed=1), 10)
+def test_a_silent_source_stays_silent():
+    made = mix([np.zeros((1, 2000), np.float32), make_noise()], [-20, -20], make_noise(seed=1), 10)
 
     assert not made.sources[0].any()
     assert power_db(made.sources[1]) == pytest.approx(-20, abs=1e-3)
 
 
-def test_nothing_but_silence_is_finite():
+def test_a_mixture_of_silence_is_finite():
     silence = np.zeros((1, 2000), np.float32)
 
-    made = mix([silence, silence], [-20, -20], sound(), 10)
+    made = mix([silence, silence], [-20, -20], make_noise(), 10)
 
     assert np.isfinite(made.mixture).all()
 
 
 def test_the_recordings_are_not_changed():
-    source = sound()
-    mix([source, sound(seed=1)], [-60, 0], source, 0)
+    source = make_noise()
+    mix([source, make_noise(seed=1)], [-60, 0], source, 0)
 
-    assert np.array_equal(source, sound())
+    assert np.array_equal(source, make_noise())
 
 
-def test_an_excerpt_is_that_part_of_the_recording(tmp_path):
-    audio = sound(12_000)
+def test_an_excerpt_equals_that_part_of_the_recording(tmp_path):
+    audio = make_noise(12_000)
     track = track_of(write_audio(tmp_path / "a.wav", audio, 8000))
 
     assert np.array_equal(excerpt(track, 0.25), audio[:, 2000:6000])
 
 
 def test_a_short_recording_is_padded_at_its_end(tmp_path):
-    audio = sound(3000)
+    audio = make_noise(3000)
     track = track_of(write_audio(tmp_path / "a.wav", audio, 8000))
 
     padded = excerpt(track)
@@ -116,14 +116,14 @@ def test_a_short_recording_is_padded_at_its_end(tmp_path):
 
 
 def test_several_channels_become_their_mean(tmp_path):
-    audio = sound(4000, n_channels=3)
+    audio = make_noise(4000, n_channels=3)
     track = track_of(write_audio(tmp_path / "a.wav", audio, 8000))
 
     np.testing.assert_allclose(excerpt(track), audio.mean(axis=0, keepdims=True), atol=1e-7)
 
 
 @pytest.mark.parametrize("rate", [16000, 44100, 11025])
-def test_a_recording_at_another_rate_has_the_asked_length_and_pitch(tmp_path, rate):
+def test_a_resampled_recording_has_the_right_length_and_pitch(tmp_path, rate):
     tone = np.sin(2 * np.pi * 500 * np.arange(rate) / rate).astype(np.float32)
     track = track_of(write_audio(tmp_path / "a.wav", 0.5 * tone, rate))
 
@@ -138,7 +138,7 @@ def test_a_recording_at_another_rate_has_the_asked_length_and_pitch(tmp_path, ra
 def three_hours(tmp_path):
     """Zeros, in a sparse file, with sound in the last second."""
     path, n_samples = tmp_path / "long.wav", 3 * 3600 * 8000
-    write_audio(path, sound(8000), 8000)
+    write_audio(path, make_noise(8000), 8000)
     audio, header = path.read_bytes()[-32_000:], bytearray(path.read_bytes()[:-32_000])
     header[-4:] = np.uint32(4 * n_samples).tobytes()
     header[4:8] = np.uint32(len(header) - 8 + 4 * n_samples).tobytes()
@@ -158,11 +158,11 @@ def test_of_a_long_recording_only_the_excerpt_is_read(three_hours):
     finally:
         tracemalloc.stop()
 
-    assert np.array_equal(drawn, sound(8000)[:, :4000])
+    assert np.array_equal(drawn, make_noise(8000)[:, :4000])
     assert peak_bytes < 1e6
 
 
-def test_a_silent_excerpt_says_nothing_about_a_long_recording(three_hours):
+def test_a_silent_excerpt_is_no_fault_of_a_long_recording(three_hours):
     with pytest.raises(ExcerptError) as bad:
         excerpt(three_hours, 3600)
 
@@ -171,7 +171,7 @@ def test_a_silent_excerpt_says_nothing_about_a_long_recording(three_hours):
 
 
 def bad_file(kind, path):
-    audio = sound(12_000)
+    audio = make_noise(12_000)
     write_audio(path, audio, 8000)
     track = track_of(path)
     if kind in ("nan", "inf"):
@@ -231,27 +231,27 @@ def test_a_bad_file_is_named_wherever_the_excerpt_lies(tmp_path, kind, code, sta
     assert str(track.path) in bad.value.fault.message
 
 
-def test_the_first_sample_that_is_not_finite_is_told(tmp_path):
+def test_the_index_of_the_first_nonfinite_sample_is_named(tmp_path):
     with pytest.raises(ExcerptError, match="index 100"):
         excerpt(bad_file("nan", tmp_path / "bad.wav"), 0.9)
 
 
-def test_a_file_at_another_rate_than_listed_is_told_with_both(tmp_path):
+def test_another_rate_than_listed_is_refused_with_both_rates(tmp_path):
     with pytest.raises(ExcerptError, match=r"16000 Hz.*8000 Hz"):
         excerpt(bad_file("another rate", tmp_path / "bad.wav"))
 
 
-def test_silence_is_fine_where_it_is_kept(tmp_path):
+def test_silence_is_accepted_with_keep_silent(tmp_path):
     track = track_of(write_audio(tmp_path / "a.wav", np.zeros((1, 12_000), np.float32), 8000))
 
     assert not excerpt(track, keep_silent=True).any()
 
 
 @given(st.integers(0, 8000))
-def test_no_silent_excerpt_of_a_sounding_file_is_let_through(tmp_path_factory, start):
+def test_a_silent_excerpt_of_an_audible_file_is_refused(tmp_path_factory, start):
     path = tmp_path_factory.getbasetemp() / "half.wav"
     if not path.exists():
-        write_audio(path, np.concatenate([np.zeros((1, 6000), np.float32), sound(6000)], axis=1), 8000)
+        write_audio(path, np.concatenate([np.zeros((1, 6000), np.float32), make_noise(6000)], axis=1), 8000)
     track = track_of(path)
     assume(not 2000 <= start < 2100)  # a few samples of sound: either is right
 

@@ -18,7 +18,7 @@ def rows_of(table):
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
     pytest.importorskip("espeakng_loader")
-    return make_synthetic_speech(tmp_path_factory.mktemp("voices"), **SMALL)
+    return make_synthetic_speech(tmp_path_factory.mktemp("speech"), **SMALL)
 
 
 def test_every_talker_has_every_utterance_in_one_split(table):
@@ -47,7 +47,7 @@ def test_level_is_common_and_the_ends_are_trimmed(table):
 
 
 @pytest.mark.slow
-def test_same_seed_same_bytes_other_seed_other_voices(table, tmp_path):
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_other_talkers(table, tmp_path):
     again = make_synthetic_speech(tmp_path / "again", **SMALL)
     other = make_synthetic_speech(tmp_path / "other", **SMALL, seed=1)
 
@@ -57,7 +57,7 @@ def test_same_seed_same_bytes_other_seed_other_voices(table, tmp_path):
     assert not {row["speaker"] for row in rows_of(other)} & {row["speaker"] for row in rows_of(table)}
 
 
-def test_what_is_there_is_not_made_again_and_what_is_torn_is(tmp_path):
+def test_complete_speech_is_not_made_again_and_incomplete_speech_is(tmp_path):
     pytest.importorskip("espeakng_loader")
     calls = []
 
@@ -102,13 +102,13 @@ def test_sentences_come_from_seed_and_index():
     assert all(7 <= len(sentence.split()) <= 26 for sentence in make_sentences(200))
 
 
-def test_a_missing_library_is_named_with_the_way_to_get_it(tmp_path, monkeypatch):
+def test_a_missing_library_is_refused_with_the_install_command(tmp_path, monkeypatch):
     monkeypatch.setattr(synthetic.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(SynthesisError, match=r"unbraid\[demo\]"):
         make_synthetic_speech(tmp_path)
 
 
-def test_a_voice_that_is_not_there_is_named(tmp_path, monkeypatch):
+def test_an_unknown_voice_is_named(tmp_path, monkeypatch):
     pytest.importorskip("espeakng_loader")
     monkeypatch.setattr(synthetic, "ACCENTS", "nowhere")
     with pytest.raises(SynthesisError, match="no voice nowhere"):

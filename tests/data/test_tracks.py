@@ -30,23 +30,23 @@ def tracks_of(n_speakers, n_files=2, split=""):
     ("name", "split"),
     [("tr", "train"), ("TRAIN", "train"), ("dev", "valid"), ("cv", "valid"), ("Validation", "valid"), ("tt", "test")],
 )
-def test_the_usual_names_of_splits_are_understood(name, split):
+def test_usual_names_of_splits_are_recognised(name, split):
     assert parse_split(name) == split
 
 
 @pytest.mark.parametrize("name", ["", "speaker", "trainer", "tests"])
-def test_any_other_name_is_no_split(name):
+def test_other_names_are_no_split(name):
     assert parse_split(name) == ""
 
 
-def test_what_is_written_is_read_again(speaker_folder):
+def test_a_written_manifest_reads_back(speaker_folder):
     tracks = assign_splits(list_speakers(speaker_folder()), n_sources=2)
     write_manifest(tracks[0].path.parents[1] / "all.csv", tracks)
 
     assert read_manifest(tracks[0].path.parents[1] / "all.csv") == tracks
 
 
-def test_files_with_a_fault_are_found_again_in_what_is_written(speaker_folder):
+def test_faulty_tracks_survive_writing_and_reading(speaker_folder):
     root = speaker_folder(n_speakers=2, n_files=1)
     (root / "speaker-01" / "00.wav").write_bytes(b"")
     write_manifest(root / "all.csv", list_speakers(root))
@@ -77,14 +77,14 @@ def test_an_index_column_without_a_name_is_another_column(tmp_path):
     assert track.group == "anna"
 
 
-def test_the_class_of_a_noise_stands_for_its_speaker(tmp_path):
+def test_the_column_class_stands_for_speaker(tmp_path):
     (track,) = read_manifest(manifest(tmp_path, "path,class,seconds,sample_rate\na.wav,rain,2,8000\n"))
 
     assert track.group == "rain"
 
 
 @pytest.mark.parametrize("path", ["../outside.wav", "/etc/passwd", "a/../../outside.wav", "loop.wav", ""])
-def test_a_path_that_leads_out_of_the_manifests_folder_is_refused_with_its_row(tmp_path, path):
+def test_a_path_out_of_the_manifests_folder_is_refused_with_its_row(tmp_path, path):
     (tmp_path / "data").mkdir()
     (tmp_path / "outside.wav").touch()
     (tmp_path / "data" / "loop.wav").symlink_to("loop.wav")
@@ -94,7 +94,7 @@ def test_a_path_that_leads_out_of_the_manifests_folder_is_refused_with_its_row(t
         read_manifest(manifest(tmp_path / "data", text))
 
 
-def test_a_link_that_leads_out_of_the_manifests_folder_is_refused_with_its_row(tmp_path):
+def test_a_link_out_of_the_manifests_folder_is_refused_with_its_row(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "outside.wav").touch()
     (tmp_path / "data" / "a.wav").symlink_to(tmp_path / "outside.wav")
@@ -104,7 +104,7 @@ def test_a_link_that_leads_out_of_the_manifests_folder_is_refused_with_its_row(t
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "message"),
     [
         ("a.wav,anna,2", "fields"),
         ("a.wav,anna,2,8000,train,more", "fields"),
@@ -119,20 +119,20 @@ def test_a_link_that_leads_out_of_the_manifests_folder_is_refused_with_its_row(t
         ("a\0.wav,anna,2,8000,train", "path"),
     ],
 )
-def test_a_row_that_cannot_be_used_is_refused_with_its_number(tmp_path, row, said):
+def test_an_invalid_row_is_refused_with_its_number(tmp_path, row, message):
     text = f"path,speaker,seconds,sample_rate,split\na.wav,anna,2,8000,train\n{row}\n"
 
-    with pytest.raises(DataError, match=rf"row 3\b.*{said}"):
+    with pytest.raises(DataError, match=rf"row 3\b.*{message}"):
         read_manifest(manifest(tmp_path, text))
 
 
 @pytest.mark.parametrize("text", ["", "file,speaker\na.wav,anna\n", "path,talker\na.wav,anna\n", "path;speaker\n"])
-def test_a_table_without_the_needed_columns_is_refused_with_what_it_has(tmp_path, text):
+def test_a_table_without_required_columns_is_refused_with_its_columns(tmp_path, text):
     with pytest.raises(DataError, match="needs the columns path and speaker"):
         read_manifest(manifest(tmp_path, text))
 
 
-def test_a_binary_file_is_no_table(tmp_path):
+def test_a_binary_file_is_refused(tmp_path):
     with pytest.raises(DataError, match="UTF-8"):
         read_manifest(manifest(tmp_path, b"\xff\xfe\x00path,speaker"))
 
@@ -141,7 +141,7 @@ CELL = st.text(st.characters(codec="utf-8"), max_size=8)
 
 
 @given(st.lists(st.lists(CELL, max_size=6).map(",".join), max_size=4).map("\n".join))
-def test_whatever_the_rows_say_the_answer_is_tracks_or_one_line(text):
+def test_any_rows_give_tracks_or_a_one_line_error(text):
     with tempfile.TemporaryDirectory() as folder:
         path = manifest(Path(folder), "path,speaker,seconds,sample_rate,split\n" + text)
         try:
@@ -164,21 +164,21 @@ def test_each_speaker_is_in_one_split_and_each_split_can_make_a_mixture(n_source
     assert min(sizes["train"], sizes["valid"], sizes["test"]) >= n_sources
 
 
-def test_eight_tenths_of_many_speakers_are_for_training():
+def test_80_percent_of_many_speakers_are_for_training():
     splits = Counter(track.split for track in assign_splits(tracks_of(200, n_files=1), n_sources=2))
 
     assert splits == {"train": 160, "valid": 20, "test": 20}
 
 
 @given(st.randoms(use_true_random=False))
-def test_splits_do_not_hang_on_the_order_of_the_files(random):
+def test_splits_do_not_depend_on_the_order_of_the_files(random):
     tracks = tracks_of(12)
     shuffled = random.sample(tracks, len(tracks))
 
     assert set(assign_splits(shuffled, n_sources=2)) == set(assign_splits(tracks, n_sources=2))
 
 
-def test_splits_that_are_named_stay():
+def test_existing_splits_are_kept():
     tracks = [*tracks_of(3, split="train"), *tracks_of(2, split="test")]
 
     assert assign_splits(tracks, n_sources=2) == tracks
@@ -189,7 +189,7 @@ def test_too_few_speakers_for_three_splits_are_refused_with_their_number():
         assign_splits(tracks_of(5), n_sources=2)
 
 
-def test_groups_hold_every_track_in_its_order():
+def test_groups_keep_every_track_in_order():
     tracks = tracks_of(3)[::-1]
 
     groups = group_tracks(tracks)

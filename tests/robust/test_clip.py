@@ -36,8 +36,9 @@ def force(monkeypatch):
 
 
 def expected_limits(steps, percentile, window=0):
-    """What the definition gives after each step: numpy's percentile of all finite, positive norms of good steps."""
-    history, limits = [], []
+    """The limit after each step by the definition: numpy's percentile of all finite, positive norms of good steps."""
+    history = []
+    limits = []
     for norm, finite in steps:
         if finite and math.isfinite(norm) and norm > 0:
             history.append(norm)
@@ -67,17 +68,17 @@ def test_a_long_history_is_still_exact():
 
 
 @given(STEPS, STEPS, st.floats(0, 100))
-def test_what_is_taken_up_goes_on_identically(before, after, percentile):
-    going_on, resumed = AutoClip(percentile=percentile), AutoClip(percentile=percentile)
+def test_a_restored_history_continues_identically(before, after, percentile):
+    original, resumed = AutoClip(percentile=percentile), AutoClip(percentile=percentile)
     for step in before:
-        limit_of(going_on, *step)
+        limit_of(original, *step)
 
-    resumed.load_state_dict(going_on.state_dict())
+    resumed.load_state_dict(original.state_dict())
 
-    assert [limit_of(resumed, *step) for step in after] == [limit_of(going_on, *step) for step in after]
+    assert [limit_of(resumed, *step) for step in after] == [limit_of(original, *step) for step in after]
 
 
-def test_a_saved_state_does_not_change_with_the_steps_that_follow():
+def test_a_saved_state_does_not_change_with_later_steps():
     clipper = AutoClip()
     limit_of(clipper, 3.0)
     state = clipper.state_dict()
@@ -90,10 +91,11 @@ def test_a_saved_state_does_not_change_with_the_steps_that_follow():
 
 
 @given(st.lists(st.floats(1e-3, 1e3), min_size=1), st.floats(0, 100), st.floats(0.1, 10))
-def test_a_gain_on_all_norms_is_a_gain_on_the_limit(norms, percentile, gain):
-    one, other = AutoClip(percentile=percentile), AutoClip(percentile=percentile)
+def test_scaling_all_norms_scales_the_limit(norms, percentile, gain):
+    clipper = AutoClip(percentile=percentile)
+    scaled = AutoClip(percentile=percentile)
 
-    limits = [(limit_of(one, norm), limit_of(other, gain * norm)) for norm in norms]
+    limits = [(limit_of(clipper, norm), limit_of(scaled, gain * norm)) for norm in norms]
 
     np.testing.assert_allclose([gain * limit for limit, _ in limits], [limit for _, limit in limits], rtol=1e-9)
 
@@ -121,7 +123,7 @@ def test_norms_that_are_nan_infinite_or_zero_are_ignored(force, kind, window):
 
 @pytest.mark.parametrize(("saved", "loaded"), [("host", "device"), ("device", "host")])
 @pytest.mark.parametrize("window", [0, 3])
-def test_a_run_begun_on_one_device_goes_on_identically_on_another(force, saved, loaded, window):
+def test_a_run_resumed_on_another_kind_of_device_is_identical(force, saved, loaded, window):
     norms = [3.0, 1.0, 7.0, 2.0, 5.0, 4.0]
     force(saved)
     clipper = AutoClip(window=window)
@@ -138,7 +140,7 @@ def test_a_run_begun_on_one_device_goes_on_identically_on_another(force, saved, 
 
 
 @every_kind
-def test_a_window_forgets_what_lies_before_it(force, kind):
+def test_a_window_drops_older_norms(force, kind):
     force(kind)
     clipper = AutoClip(percentile=0, window=2)
 
@@ -147,7 +149,7 @@ def test_a_window_forgets_what_lies_before_it(force, kind):
 
 @every_kind
 @pytest.mark.parametrize("window", [0, 10])
-def test_nothing_is_clipped_before_so_many_norms_are_known(force, kind, window):
+def test_nothing_is_clipped_during_warm_up(force, kind, window):
     force(kind)
     clipper = AutoClip(percentile=0, window=window, warmup_steps=3)
 
@@ -156,7 +158,7 @@ def test_nothing_is_clipped_before_so_many_norms_are_known(force, kind, window):
     assert limits == [math.inf, math.inf, math.inf, 2.0, 1.0]
 
 
-def test_a_state_saved_before_the_first_step_after_a_resume_is_what_was_loaded():
+def test_a_state_saved_right_after_loading_equals_the_loaded_one():
     clipper, other, third = AutoClip(), AutoClip(), AutoClip()
     limit_of(clipper, 3.0)
     other.load_state_dict(clipper.state_dict())
@@ -165,7 +167,7 @@ def test_a_state_saved_before_the_first_step_after_a_resume_is_what_was_loaded()
     assert limit_of(third, math.nan) == 3.0
 
 
-def test_all_norms_in_no_order_cannot_go_on_as_the_last_ones():
+def test_a_window_cannot_resume_from_norms_without_order():
     clipper = AutoClip()
     limit_of(clipper, 3.0)
 
@@ -174,39 +176,41 @@ def test_all_norms_in_no_order_cannot_go_on_as_the_last_ones():
 
 
 @pytest.mark.parametrize("options", [{"window": -1}, {"warmup_steps": -1}, {"window": 5, "warmup_steps": 6}])
-def test_a_window_or_warm_up_that_cannot_be_meant_is_refused(options):
+def test_an_invalid_window_or_warm_up_is_refused(options):
     with pytest.raises(RecipeError, match="must"):
         AutoClip(**options)
 
 
 @pytest.mark.parametrize("percentile", [-1, 100.5, math.nan, math.inf])
-def test_a_percentile_that_does_not_exist_is_refused(percentile):
+def test_an_invalid_percentile_is_refused(percentile):
     with pytest.raises(RecipeError, match="between 0 and 100"):
         AutoClip(percentile=percentile)
 
 
 @pytest.mark.parametrize("norm", [0.0, 1e-9, 3.0, 1e30, math.inf, math.nan])
-def test_a_fixed_limit_does_not_hang_on_the_norm(norm):
+def test_a_fixed_limit_does_not_depend_on_the_norm(norm):
     assert limit_of(FixedClip(max_norm=2.5), norm, math.isfinite(norm)) == 2.5
 
 
-def test_five_is_the_fixed_limit_unless_told():
+def test_the_default_fixed_limit_is_5():
     assert limit_of(FixedClip(), 1.0) == 5.0
 
 
 @pytest.mark.parametrize("max_norm", [0, -1, math.nan, math.inf])
-def test_a_limit_that_cannot_be_meant_is_refused_with_the_way_out(max_norm):
+def test_an_invalid_limit_is_refused_with_advice(max_norm):
     with pytest.raises(RecipeError, match='name = "none"'):
         FixedClip(max_norm=max_norm)
 
 
-def test_no_clipping_is_no_limit():
+def test_no_clipping_means_no_limit():
     assert limit_of(NoClip(), 1e30) == math.inf
 
 
-def z_clip_as_published(norms, *, alpha=0.97, z_threshold=2.5, warmup_steps=25):
-    """The published rule, written out: what the limit is at each norm."""
-    limits, first, mean, var = [], [], None, None
+def zclip_as_published(norms, *, alpha=0.97, z_threshold=2.5, warmup_steps=25):
+    """The limit at each norm by the published rule, written out."""
+    limits = []
+    first = []
+    mean = var = None
     for norm in norms:
         if len(first) < warmup_steps:
             first.append(norm)
@@ -221,7 +225,7 @@ def z_clip_as_published(norms, *, alpha=0.97, z_threshold=2.5, warmup_steps=25):
     return limits
 
 
-def test_z_clip_is_the_published_rule():
+def test_zclip_is_the_published_rule():
     rng = np.random.default_rng(0)
     norms = rng.lognormal(sigma=0.3, size=200) * np.where(rng.random(200) < 0.05, 50, 1)
     clipper = ZClip()
@@ -229,10 +233,10 @@ def test_z_clip_is_the_published_rule():
     limits = [limit_of(clipper, norm) for norm in norms]
 
     assert 5 < sum(map(math.isfinite, limits)) < 50
-    np.testing.assert_allclose(limits, z_clip_as_published(norms), rtol=1e-9)
+    np.testing.assert_allclose(limits, zclip_as_published(norms), rtol=1e-9)
 
 
-def test_a_spike_is_brought_the_nearer_to_the_mean_the_larger_it_is():
+def test_a_larger_spike_is_clipped_closer_to_the_mean():
     limits = []
     for spike in (10.0, 100.0, 1e4):
         clipper = ZClip()
@@ -244,22 +248,23 @@ def test_a_spike_is_brought_the_nearer_to_the_mean_the_larger_it_is():
     assert 1.05 < limits[-1] < 1.06
 
 
-def test_a_steady_norm_is_not_clipped_by_z_clip():
+def test_zclip_does_not_clip_a_steady_norm():
     clipper = ZClip()
 
     assert {limit_of(clipper, 3.0) for _ in range(200)} == {math.inf}
 
 
 @given(st.lists(st.floats(1e-3, 1e3), min_size=1), st.floats(1e-3, 1e3))
-def test_a_gain_on_all_norms_is_a_gain_on_the_limit_of_z_clip(norms, gain):
-    one, other = ZClip(warmup_steps=3), ZClip(warmup_steps=3)
+def test_scaling_all_norms_scales_the_limit_of_zclip(norms, gain):
+    clipper = ZClip(warmup_steps=3)
+    scaled = ZClip(warmup_steps=3)
 
-    limits = [(limit_of(one, norm), limit_of(other, gain * norm)) for norm in norms]
+    limits = [(limit_of(clipper, norm), limit_of(scaled, gain * norm)) for norm in norms]
 
     np.testing.assert_allclose([gain * limit for limit, _ in limits], [limit for _, limit in limits], rtol=1e-4)
 
 
-def test_a_nan_between_two_norms_leaves_the_statistics_bit_for_bit():
+def test_invalid_norms_leave_the_statistics_bit_for_bit():
     clipper = ZClip(warmup_steps=2)
     for norm in (1.0, 2.0, 1.5):
         limit_of(clipper, norm)
@@ -273,13 +278,13 @@ def test_a_nan_between_two_norms_leaves_the_statistics_bit_for_bit():
 @pytest.mark.parametrize(
     "options", [{"z_threshold": 0}, {"z_threshold": math.nan}, {"alpha": 1}, {"alpha": 0}, {"warmup_steps": 1}]
 )
-def test_statistics_that_cannot_be_meant_are_refused(options):
+def test_invalid_options_of_zclip_are_refused(options):
     with pytest.raises(RecipeError, match="must be"):
         ZClip(**options)
 
 
 def with_gradients(*gradients):
-    """Parameters that have these gradients; None for none."""
+    """Parameters with these gradients; None for no gradient."""
     parameters = [torch.nn.Parameter(torch.zeros(2, 3)) for _ in gradients]
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = None if gradient is None else torch.full((2, 3), gradient)
@@ -287,7 +292,7 @@ def with_gradients(*gradients):
 
 
 @pytest.mark.parametrize("max_norm", [0.1, 5.0, 1e3])
-def test_clip_does_what_torchs_own_does(max_norm):
+def test_clip_equals_torchs_clip_grad_norm(max_norm):
     mine, theirs = with_gradients(3.0, None, -4.0), with_gradients(3.0, None, -4.0)
 
     norm = clip_(iter(mine), FixedClip(max_norm=max_norm))
@@ -298,7 +303,7 @@ def test_clip_does_what_torchs_own_does(max_norm):
         assert one.grad is None or torch.allclose(one.grad, other.grad, rtol=1e-6)
 
 
-def test_one_tensor_can_be_clipped_alone():
+def test_a_single_tensor_can_be_clipped():
     parameter = torch.nn.Parameter(torch.zeros(4))
     parameter.grad = torch.full((4,), 5.0)
 
@@ -306,7 +311,7 @@ def test_one_tensor_can_be_clipped_alone():
     assert parameter.grad.norm().item() == pytest.approx(1.0)
 
 
-def test_gradients_of_several_number_formats_are_clipped_together():
+def test_gradients_of_several_dtypes_are_clipped_together():
     parameters = [torch.nn.Parameter(torch.zeros(4, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16)]
     for parameter in parameters:
         parameter.grad = torch.full_like(parameter, 2.0)
@@ -318,8 +323,9 @@ def test_gradients_of_several_number_formats_are_clipped_together():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_norm_that_is_not_finite_spreads_nothing_and_teaches_nothing(bad):
-    clipper, parameters = AutoClip(), with_gradients(3.0, bad)
+def test_a_nonfinite_norm_changes_neither_gradients_nor_clipper(bad):
+    clipper = AutoClip()
+    parameters = with_gradients(3.0, bad)
     limit_of(clipper, 2.0)
 
     norm = clip_(parameters, clipper)

@@ -28,24 +28,24 @@ def parameter_with(*gradient, dtype=torch.float32):
     return parameter
 
 
-def bits(optimizer):
-    """Weights and state, copied."""
+def snapshot(optimizer):
+    """Copies of the weights and the optimizer state."""
     weights = [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
     return weights, copy.deepcopy(optimizer.state_dict()["state"])
 
 
-def same(one, other):
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other
+def equal_bits(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal_bits(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal_bits, a, b))
+    return a == b
 
 
 @every_optimizer
-def test_a_good_step_is_clip_and_step(name):
+def test_a_good_step_equals_clip_grad_norm_and_step(name):
     mine, theirs = parameter_with(30.0, -40.0), parameter_with(30.0, -40.0)
     optimizers = [OPTIMIZERS[name]([p]) for p in (mine, theirs)]
 
@@ -67,20 +67,20 @@ def test_a_bad_step_changes_nothing_whether_first_or_later(name, bad, where, fir
     optimizer = OPTIMIZERS[name]([parameter])
     if not first:
         guarded_step(optimizer, clipper)
-    weights, state = bits(optimizer)
+    weights, state = snapshot(optimizer)
     norms = clipper.state_dict()["norms"]
     parameter.grad = torch.tensor([3.0, bad if where == "gradient" else 4.0])
 
     result = guarded_step(optimizer, clipper, loss=torch.tensor([1.0, bad if where == "loss" else 1.0]))
 
     assert not result.taken
-    assert same(weights, bits(optimizer)[0])
-    assert first or same(state, bits(optimizer)[1])
+    assert equal_bits(weights, snapshot(optimizer)[0])
+    assert first or equal_bits(state, snapshot(optimizer)[1])
     assert torch.equal(clipper.state_dict()["norms"], norms)
 
 
 @every_optimizer
-def test_a_bad_first_step_leaves_the_next_what_it_would_have_been(name):
+def test_a_skipped_first_step_does_not_change_the_next_ones(name):
     with_fault, without = parameter_with(math.nan, 1.0), parameter_with(1.0, 2.0)
     optimizers = [OPTIMIZERS[name]([p]) for p in (with_fault, without)]
     guarded_step(optimizers[0], NoClip())
@@ -90,7 +90,7 @@ def test_a_bad_first_step_leaves_the_next_what_it_would_have_been(name):
             guarded_step(optimizer, NoClip())
 
     assert torch.equal(with_fault, without)
-    assert same(bits(optimizers[0]), bits(optimizers[1]))
+    assert equal_bits(snapshot(optimizers[0]), snapshot(optimizers[1]))
 
 
 @every_optimizer
@@ -116,14 +116,18 @@ def test_the_gradients_are_not_zeroed(name):
 
 
 @every_optimizer
-def test_all_groups_make_one_norm_and_what_has_no_gradient_stays(name):
-    one, other, idle, frozen = parameter_with(3.0), parameter_with(4.0), parameter_with(1.0), parameter_with(1.0)
-    idle.grad, frozen.grad = None, None
+def test_the_norm_is_over_all_groups_and_parameters_without_gradient_stay(name):
+    first = parameter_with(3.0)
+    second = parameter_with(4.0)
+    idle = parameter_with(1.0)
+    frozen = parameter_with(1.0)
+    idle.grad = None
+    frozen.grad = None
     frozen.requires_grad_(False)
-    optimizer = OPTIMIZERS[name]([{"params": [one, idle]}, {"params": [other, frozen]}])
+    optimizer = OPTIMIZERS[name]([{"params": [first, idle]}, {"params": [second, frozen]}])
 
     assert guarded_step(optimizer, NoClip()).grad_norm.item() == 5.0
-    assert [p.item() == 1.0 for p in (one, other, idle, frozen)] == [False, False, True, True]
+    assert [p.item() == 1.0 for p in (first, second, idle, frozen)] == [False, False, True, True]
 
 
 def test_without_any_gradient_nothing_moves():
@@ -142,7 +146,7 @@ def test_the_clipper_sees_the_unscaled_norm():
     assert clipper.state_dict()["norms"].tolist() == [1.0]
 
 
-def test_a_loss_that_is_bad_on_another_rank_leaves_the_step_out_here_too(monkeypatch):
+def test_a_bad_loss_on_another_rank_skips_the_step_here_too(monkeypatch):
     parameter = parameter_with(3.0, 4.0)
     monkeypatch.setattr("unbraid.dist.sum_over_ranks", lambda values: values + 1)
 
@@ -158,10 +162,11 @@ def test_lbfgs_is_refused():
 
 
 class Wrapper(torch.optim.SGD):
-    """As training frameworks wrap: an optimizer by name, whose flags are not the real one's."""
+    """An optimizer around another, as training frameworks have: its own flags are not those of the optimizer inside."""
 
     def __init__(self, optimizer):
-        self.optimizer, self.n_steps = optimizer, 0
+        self.optimizer = optimizer
+        self.n_steps = 0
         self.param_groups = optimizer.param_groups
 
     def step(self):
@@ -184,7 +189,7 @@ def test_an_optimizer_in_a_wrapper_is_guarded_and_steps_through_the_wrapper(fuse
     assert not hasattr(wrapper.optimizer, "found_inf")
 
 
-def test_ones_own_clipper_may_return_a_number_here_as_in_the_step():
+def test_a_custom_clipper_may_return_a_number():
     weight = torch.nn.Parameter(torch.zeros(2))
     weight.grad = torch.tensor([3.0, 4.0])
 

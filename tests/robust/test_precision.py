@@ -29,7 +29,7 @@ def test_an_overflow_halves_the_scale():
     assert precision.scale == 256
 
 
-def test_the_scale_doubles_after_so_many_good_steps_in_a_row():
+def test_the_scale_doubles_after_growth_interval_good_steps():
     precision = Precision("fp16", scale=1024, growth_interval=3)
     scales = []
     for overflowed in (False, False, True, False, False, False, False, False, False):
@@ -39,16 +39,16 @@ def test_the_scale_doubles_after_so_many_good_steps_in_a_row():
     assert scales == [1024, 1024, 512, 512, 512, 1024, 1024, 1024, 2048]
 
 
-def test_what_is_taken_up_goes_on_identically():
-    going_on, resumed = (Precision("fp16", scale=2.0**10, growth_interval=5) for _ in range(2))
+def test_a_restored_scale_continues_identically():
+    original, resumed = (Precision("fp16", scale=2.0**10, growth_interval=5) for _ in range(2))
     for overflowed in (True, False, False, False):
-        update(going_on, overflowed=overflowed)
-    resumed.load_state_dict(going_on.state_dict())
+        update(original, overflowed=overflowed)
+    resumed.load_state_dict(original.state_dict())
 
     for _ in range(12):
-        update(going_on, overflowed=False)
+        update(original, overflowed=False)
         update(resumed, overflowed=False)
-        assert resumed.state_dict() == going_on.state_dict()
+        assert resumed.state_dict() == original.state_dict()
 
 
 @pytest.mark.parametrize("name", sorted(PRECISIONS))
@@ -71,11 +71,11 @@ def test_the_best_precision_of_this_machine_can_be_used():
     assert best_precision(CPU) in ("fp32", "bf16")
 
 
-def test_apples_gpus_stay_in_fp32():
+def test_apple_gpus_use_fp32():
     assert best_precision(torch.device("mps")) == "fp32"
 
 
-def test_a_step_left_out_for_another_reason_counts_neither_way():
+def test_a_step_skipped_for_another_reason_does_not_change_the_scale():
     precision = Precision("fp16", scale=1024, growth_interval=1)
     precision.update(torch.tensor(False), torch.tensor(False))
 

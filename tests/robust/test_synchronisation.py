@@ -1,4 +1,4 @@
-"""What lies on an accelerator is never waited for: reading it, or branching on it, would stop the host in each step."""
+"""Nothing in robust/ waits for an accelerator: reading a tensor, or branching on it, would stop the host every step."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from unbraid.robust.quantile import DeviceQuantile
 
 @pytest.fixture
 def waits(monkeypatch):
-    """What was read or branched on so far."""
+    """Counts of the reads and branches so far."""
     with counted_waits(monkeypatch) as counts:
         yield counts
 
@@ -34,7 +34,7 @@ def test_the_counter_counts():
 
 
 @pytest.mark.parametrize(
-    "look",
+    "read",
     [
         lambda x: x.item(),
         lambda x: x.cpu(),
@@ -47,8 +47,8 @@ def test_the_counter_counts():
         lambda x: 1 if x > 0 else 0,
     ],
 )
-def test_the_instrument_itself_sees_a_look_at_a_tensor(waits, look):
-    look(torch.tensor(1.0))
+def test_the_counter_sees_every_way_to_read_a_tensor(waits, read):
+    read(torch.tensor(1.0))
 
     assert waits
 
@@ -113,7 +113,7 @@ def test_transforms_never_wait(waits, name):
     assert not waits
 
 
-def test_clip_in_anyones_loop_never_waits(waits):
+def test_clip_never_waits(waits):
     parameter = nn.Parameter(torch.ones(3))
     parameter.grad = torch.ones(3)
 
@@ -136,7 +136,7 @@ def test_a_guarded_step_of_a_fused_optimizer_never_waits(waits, kind):
 
 
 class Copies(TorchDispatchMode):
-    """Counts operations that bring tensors of two devices together, or move one: each may be a copy that waits."""
+    """Records operations on tensors of two devices: each may be a copy that waits."""
 
     def __init__(self):
         super().__init__()
@@ -151,15 +151,15 @@ class Copies(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("copy", [lambda x: x.cpu(), lambda x: torch.ones(3).to(x.device)])
-def test_the_instrument_itself_sees_a_copy(copy):
+def test_the_recorder_sees_a_copy(copy):
     with FakeTensorMode(), Copies() as copies:
         copy(torch.ones(3, device="cuda"))
 
     assert copies.seen
 
 
-def test_on_a_gpu_that_only_seems_to_be_there_nothing_is_waited_for():
-    # a fake tensor has a device and no values: whatever asks for one fails
+def test_on_a_fake_gpu_nothing_waits():
+    # A fake tensor has a device but no values: reading one fails.
     with FakeTensorMode():
         losses = torch.ones(4, device="cuda")
         parameter = nn.Parameter(torch.ones(4, device="cuda"))
@@ -177,7 +177,7 @@ def test_on_a_gpu_that_only_seems_to_be_there_nothing_is_waited_for():
                 if hasattr(loss_filter, "observe"):
                     loss_filter.observe(losses, losses.isfinite())
 
-        train()  # the first step moves what was made on the host
+        train()  # the first step moves state that was created on the host
         with Copies() as copies:
             train()
 
@@ -186,7 +186,7 @@ def test_on_a_gpu_that_only_seems_to_be_there_nothing_is_waited_for():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_gpu_nothing_is_waited_for():
+def test_on_a_gpu_nothing_waits():
     model = nn.Linear(8, 8, device="cuda")
     clippers = [*(make() for make in CLIPPERS.values()), AutoClip(window=5)]
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1, fused=True)
@@ -205,7 +205,7 @@ def test_on_a_gpu_nothing_is_waited_for():
                     loss_filter.observe(losses, losses.isfinite())
             optimizer.zero_grad()
 
-    train()  # the first step moves what was made on the host
+    train()  # the first step moves state that was created on the host
     torch.cuda.set_sync_debug_mode("error")
     try:
         train()

@@ -7,7 +7,7 @@ from unbraid.errors import RecipeError
 from unbraid.robust.transform import AdaptiveClip, ValueClip
 
 
-def test_values_are_cut_off_on_either_side():
+def test_values_are_clamped_on_both_sides():
     gradient = torch.tensor([-3.0, -0.5, 0.0, 0.2, 7.0])
 
     ValueClip(max_value=0.5)(torch.zeros(5), gradient)
@@ -15,7 +15,7 @@ def test_values_are_cut_off_on_either_side():
     assert torch.equal(gradient, torch.tensor([-0.5, -0.5, 0.0, 0.2, 0.5]))
 
 
-def test_cutting_off_values_is_what_torchs_own_does():
+def test_value_clipping_equals_torchs():
     mine, theirs = (torch.nn.Parameter(torch.zeros(40)) for _ in range(2))
     mine.grad = torch.linspace(-3, 3, 40)
     theirs.grad = mine.grad.clone()
@@ -26,7 +26,7 @@ def test_cutting_off_values_is_what_torchs_own_does():
     assert torch.equal(mine.grad, theirs.grad)
 
 
-def test_an_infinite_value_stays_infinite_and_its_neighbours_are_cut_off():
+def test_an_infinite_value_stays_infinite_and_its_neighbours_are_clamped():
     gradient = torch.tensor([math.inf, -9.0, math.nan])
 
     ValueClip()(torch.zeros(3), gradient)
@@ -35,7 +35,7 @@ def test_an_infinite_value_stays_infinite_and_its_neighbours_are_cut_off():
     assert gradient[2].isnan()
 
 
-def test_each_filter_is_held_to_its_own_weights():
+def test_each_unit_is_clipped_by_its_own_weights():
     weights = torch.tensor([[3.0, 4.0], [30.0, 40.0], [0.0, 0.0]])  # lengths 5, 50 and 0
     gradient = torch.tensor([[0.0, 1.0], [0.0, 0.1], [1.0, 0.0]])
 
@@ -82,6 +82,6 @@ def test_weights_and_gradients_in_bfloat16_are_measured_in_float32():
         (AdaptiveClip, {"eps": 0}),
     ],
 )
-def test_what_cannot_be_meant_is_refused_with_what_is_allowed(kind, options):
+def test_an_invalid_option_is_refused_with_the_allowed_range(kind, options):
     with pytest.raises(RecipeError, match=r"\[\[transform\]\] \w+ = .* must be"):
         kind(**options)
