@@ -65,9 +65,9 @@ def test_each_curve_of_a_run_becomes_a_png(tmp_path):
 def test_steps_that_were_left_out_are_marks_with_their_reason_and_no_values(tmp_path, name):
     lines, (axes,) = drawn(written(tmp_path / "run", Run(600)), name)
 
-    assert lines["left out: nonfinite loss (10)"][:, 0].tolist() == list(range(100, 110))
-    assert lines["left out: all filtered (1)"][:, 0].tolist() == [7]
-    values = [xy for label, xy in lines.items() if "left out" not in label and label != "limit"]
+    assert lines["skipped: nonfinite loss (10)"][:, 0].tolist() == list(range(100, 110))
+    assert lines["skipped: all filtered (1)"][:, 0].tolist() == [7]
+    values = [xy for label, xy in lines.items() if "skipped" not in label and label != "max_norm"]
     assert not {7, *range(100, 110)} & {int(step) for xy in values for step in xy[:, 0]}
     assert axes.get_ylim()[0] > -100
     assert axes.get_ylim()[1] < 1e4
@@ -86,13 +86,13 @@ def test_validation_stands_beside_the_training_loss_and_the_best_is_marked(tmp_p
 def test_shares_are_of_what_was_trained_or_of_all(tmp_path):
     run = written(tmp_path / "run", Run(600))
 
-    _, (axes,) = drawn(run, "clipped_and_left_out")
+    _, (axes,) = drawn(run, "clipped_and_skipped")
 
     shares = {patch.get_label(): patch.get_data().values for patch in axes.patches}
-    assert shares["left out: nonfinite loss"].tolist() == [0] * 9 + [10, 90] + [0] * 49
+    assert shares["skipped: nonfinite loss"].tolist() == [0] * 9 + [10, 90] + [0] * 49
     clipped = read_series(run.path)
     share = 100 * (clipped.steps["clipped"] == 1)[10:20].mean()
-    assert shares["clipped, of those trained"][1] == pytest.approx(share)
+    assert shares["clipped, of the trained steps"][1] == pytest.approx(share)
 
 
 def test_every_block_has_its_curve_of_updates(tmp_path):
@@ -107,7 +107,7 @@ def test_of_a_run_that_has_just_begun_there_is_drawn_what_there_is(tmp_path, n_s
 
     names = [file.stem for file in draw_plots(run, tmp_path / "plots")]
 
-    assert names == ["loss", "gradient_norm", "clipped_and_left_out", "learning_rate", "pace"]
+    assert names == ["loss", "gradient_norm", "clipped_and_skipped", "learning_rate", "throughput"]
 
 
 def test_a_run_whose_every_step_was_left_out_has_its_marks(tmp_path):
@@ -118,7 +118,7 @@ def test_a_run_whose_every_step_was_left_out_has_its_marks(tmp_path):
 
     names = [file.stem for file in draw_plots(run, tmp_path / "plots")]
 
-    assert names == ["loss", "clipped_and_left_out", "learning_rate"]
+    assert names == ["loss", "clipped_and_skipped", "learning_rate"]
 
 
 def test_a_run_without_a_step_is_one_sentence(tmp_path):

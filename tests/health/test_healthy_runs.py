@@ -9,21 +9,23 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from unbraid.health.rules import run_rules
 from unbraid.health.series import series_from_rows
+from unbraid.records import upgrade_row
 
 RUNS = sorted((Path(__file__).parent / "healthy").glob("*.jsonl.gz"))
 
 
 def read(path):
-    kept = defaultdict(list)
+    rows = defaultdict(list)
     for line in gzip.decompress(path.read_bytes()).decode().splitlines():
         kind, row = json.loads(line)
-        kept[kind].append(row)
-    (recipe,), (environment,), (data,) = (kept[kind] for kind in ("recipe", "environment", "data"))
-    return series_from_rows(kept["step"], kept["validation"], kept["event"], recipe, environment, data)
+        rows[kind].append(upgrade_row(row))  # these runs were recorded under schema version 2
+    (recipe,), (environment,), (data,) = (rows[kind] for kind in ("recipe", "environment", "data"))
+    return series_from_rows(rows["step"], rows["validation"], rows["event"], recipe, environment, data)
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.name.removesuffix(".jsonl.gz"))
@@ -34,6 +36,8 @@ def test_nothing_is_found_in_a_run_on_real_talkers_in_which_nothing_was_wrong(pa
     assert series.last_step == 2000
     assert len(series.sampled.items[0]) == 4
     assert len(series.validation["step"]) == 10
+    assert np.isfinite(series.steps["n_filtered"]).all()
+    assert np.isfinite(series.steps["clipped_grad_norm"]).mean() > 0.99
     assert run_rules(series) == []
 
 

@@ -17,6 +17,7 @@ from unbraid.errors import CheckpointError
 from unbraid.health.rules import doctor_line, run_rules
 from unbraid.health.series import DB_LOSSES, read_series
 from unbraid.losses import IN_DB, LOSSES
+from unbraid.records import SCHEMA_VERSION
 
 
 def write(run, path):
@@ -64,6 +65,26 @@ def test_a_torn_line_is_counted_and_the_end_of_a_long_run_can_be_read_alone(tmp_
 
     assert (len(whole), whole.n_torn) == (1000, 1)
     assert (len(end), end.last_step, end.n_torn) == (99, 1000, 1)
+
+
+def test_the_doctor_says_that_records_of_an_older_version_are_read(tmp_path, capsys):
+    path = write(Run(300), tmp_path / "run")
+    names = {"max_norm": "limit", "clipped_grad_norm": "norm_after", "n_filtered": "n_easy"}
+    steps = path / "steps.jsonl"
+    text = steps.read_text()
+    for today, version_2 in names.items():
+        text = text.replace(f'"{today}"', f'"{version_2}"')
+    new = read_series(path)
+    assert (new.schema_version, new.reading_notes) == (SCHEMA_VERSION, [])
+    steps.write_text(text)
+
+    old = read_series(path)
+
+    assert old.schema_version == 2
+    for name in names:
+        assert np.array_equal(old.steps[name], new.steps[name])
+    main(["doctor", str(path)])
+    assert "schema version 2; they are read under the names of version 3." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("file", ["recipe.toml", "environment.json", "data.json"])

@@ -122,8 +122,7 @@ def doctor(args: argparse.Namespace) -> int:
         print(json.dumps(found, indent=1))
         return exit_code(findings)
     told = findings if args.all else findings[:ADVICES]
-    torn = f" {series.n_torn} lines of its records could not be read." if series.n_torn else ""
-    print(f"{args.run}: {series.last_step} steps, {summary(findings)}.{torn}")
+    print(" ".join([f"{args.run}: {series.last_step} steps, {summary(findings)}.", *series.reading_notes]))
     for finding in told:
         print(f"\n{finding.severity.upper()} {finding.code}, steps {finding.steps[0]} to {finding.steps[1]}")
         print(f"  {finding.problem} {finding.evidence}")

@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 
 from unbraid.fault_advice import ADVICE
-from unbraid.health.finding import Finding, Severity
+from unbraid.health.finding import Finding
 from unbraid.health.rolling_median import episodes, finite_max, finite_median, rolling_median
 from unbraid.health.series import Series
 from unbraid.records import FAULT_OUTCOMES
@@ -147,19 +147,14 @@ def loss_spike(series: Series) -> Finding | None:
     recovered: bool | None = None
     if len(after) >= 20:
         recovered = bool(finite_median(after) - level[first] < max(1.0, 2 * deviation[first]))
-    severity: Severity = "warning"
     if recovered is None:
         fate = "It is too early to tell whether it recovers"
-    elif recovered:
-        fate = "It recovered"
-        if steps[-1] - steps[last] > 1000:
-            severity = "note"
     else:
-        fate = "It has not recovered"
-        severity = "critical"
+        fate = "It recovered" if recovered else "It has not recovered"
+    is_old = steps[-1] - steps[last] > 1000
     return Finding(
         code="LOSS_SPIKE",
-        severity=severity,
+        severity="critical" if recovered is False else "note" if recovered and is_old else "warning",
         problem=f"The loss jumped by {height:.1f} dB at step {steps[first]:.0f}. {fate}.",
         evidence=(
             f"It was {level[first]:.1f} dB before, with a median deviation of {deviation[first]:.1f} dB, and up to "

@@ -120,6 +120,19 @@ class Series:
         """The number of the last step; 0 if there is none."""
         return int(self.steps["step"][-1]) if len(self) else 0
 
+    @property
+    def reading_notes(self) -> list[str]:
+        """Sentences for the user about unreadable lines and about records of an older version."""
+        notes = []
+        if self.n_torn:
+            notes.append(f"{self.n_torn} lines of the records could not be read.")
+        if self.schema_version < SCHEMA_VERSION:
+            notes.append(
+                f"The records have schema version {self.schema_version}; they are read under the names of version "
+                f"{SCHEMA_VERSION}."
+            )
+        return notes
+
     def recipe_value(self, key: str, default: Any = None) -> Any:
         """Return the recipe's value for a key such as ``optim.lr``."""
         table_name, _, name = key.partition(".")

@@ -276,16 +276,20 @@ def last_steps(last_row: Mapping[str, Any], last_sampled: Mapping[str, Any]) -> 
 def diagnosis(path: Path) -> dict[str, Any]:
     """Return the findings of `unbraid doctor` on a run, worst first; a ``problem`` in words if it cannot be diagnosed.
 
-    ``n_last_steps`` is how many of the last steps were read in full; None if all of them were.
+    ``notes`` are sentences about how the records were read. ``n_last_steps`` is how many of the last steps were read in
+    full; None if all of them were.
     """
     run = RunDirectory(path)
     problem = ""
     findings = []
+    notes = []
     n_last_steps = None
     try:
         if run.steps.exists() and run.steps.stat().st_size > DIAGNOSE_FULLY_BYTES:
             n_last_steps = DIAGNOSED_STEPS
-        findings = run_rules(read_series(path, last=n_last_steps, thinned=n_last_steps is not None))
+        series = read_series(path, last=n_last_steps, thinned=n_last_steps is not None)
+        findings = run_rules(series)
+        notes = series.reading_notes
     except UserError as error:
         problem = str(error)
     except Exception as error:  # noqa: BLE001  # damaged records must not hide the curves
@@ -294,5 +298,6 @@ def diagnosis(path: Path) -> dict[str, Any]:
         "verdict": "" if problem else summary(findings),
         "problem": problem,
         "findings": [to_json_row(asdict(finding)) for finding in findings],
+        "notes": notes,
         "n_last_steps": None if problem else n_last_steps,
     }

@@ -112,7 +112,7 @@ export function showDiagnosis(showSteps) {
   if (shownDiagnosis === content && box.childElementCount > 1) return;
   shownDiagnosis = content;
 
-  const { findings, verdict, n_last_steps: nLastSteps } = diagnosis;
+  const { findings, notes, verdict, n_last_steps: nLastSteps } = diagnosis;
   const extent = nLastSteps ? `, from its last ${integer(nLastSteps)} steps and a sample of the others` : "";
   const isHealthy = findings.every((finding) => finding.severity === "note");
   const cards = findings.map((finding) => findingCard(finding, showSteps));
@@ -126,6 +126,7 @@ export function showDiagnosis(showSteps) {
   box.replaceChildren(
     title,
     element("p", { className: isHealthy ? "lead healthy" : "lead" }, sentence(verdict + extent)),
+    notes.length > 0 ? element("p", { className: "soft small" }, notes.join(" ")) : "",
     element("ul", { className: "findings" }, cards.slice(0, 3)),
     cards.length > 3 ? more : "",
   );
