@@ -118,11 +118,13 @@ def api_page():
     shown = set()
     for heading, (introduction, objects) in sections.items():
         lines += [f"## {heading}", "", introduction, ""]
+        # Of the parts that a recipe names, only the constructor matters; public classes are shown with their methods.
+        options = [] if heading == "Public names" else ["    options:", "      members: false"]
         for thing in objects:
             path = f"{thing.__module__}.{thing.__qualname__}"
             # A name that is both public and in a registry is shown once: two equal anchors would make links ambiguous.
             if path not in shown:
-                lines += [f"::: {path}", ""]
+                lines += [f"::: {path}", *options, ""]
             shown.add(path)
     return "\n".join(lines)
 

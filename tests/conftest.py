@@ -1,3 +1,5 @@
+"""Fixtures that many tests share: synthetic speakers, small recipes, two threads."""
+
 import numpy as np
 import pytest
 import soundfile
@@ -9,7 +11,7 @@ settings.load_profile("unbraid")
 
 
 def talker(speaker, utterance, *, seconds=1.5, sample_rate=8000):
-    """Something like a talker, ``(time,)``: decaying harmonics of the speaker's own pitch, and breath; never silent."""
+    """Return a synthetic voice, ``(time,)``: decaying harmonics of the speaker's pitch, and noise; never silent."""
     rng = np.random.default_rng([20240501, speaker, utterance])
     time = np.arange(round(seconds * sample_rate)) / sample_rate
     pitch = 90 + 17 * speaker + rng.uniform(-5, 5)
@@ -20,7 +22,7 @@ def talker(speaker, utterance, *, seconds=1.5, sample_rate=8000):
 
 @pytest.fixture
 def speaker_folder(tmp_path):
-    """A factory of folders ``speaker-NN/NN.wav``, 32-bit float, the same samples every time."""
+    """Return a factory of folders ``speaker-NN/NN.wav``, 32-bit float, with the same samples every time."""
 
     def make(n_speakers=8, n_files=2, seconds=1.5, sample_rate=8000, root=None):
         root = tmp_path / "speech" if root is None else root
@@ -66,7 +68,7 @@ every_steps = 2
 
 @pytest.fixture
 def recipe_file(tmp_path, speaker_folder):
-    """A factory of small recipes on a small speaker folder; takes TOML to append, returns the file's path."""
+    """Return a factory of small recipes on a small speaker folder; it appends TOML, and returns the file's path."""
 
     def make(extra="", path=None):
         file = tmp_path / "recipe.toml"
@@ -78,7 +80,7 @@ def recipe_file(tmp_path, speaker_folder):
 
 @pytest.fixture
 def two_threads():
-    """The least with which what the compiler gets wrong between threads can be seen."""
+    """Run with two threads: the fewest with which faults of the compiler between threads show."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield

@@ -14,11 +14,11 @@ from unbraid.train.optim import OPTIMIZERS
 from unbraid.train.state import TrainState
 
 SIGNAL_LOSSES = sorted({*LOSSES} - {"deep_clustering", "mask_inference", "neg_sa_sdr", "whitened_kmeans"})
-"""Of `LOSSES`, those that need nothing but the signals, and come to one value for each."""
+"""Losses that need only the signals, and return one value per signal."""
 
 
 class TwoFilters(nn.Module):
-    """The smallest separator: one FIR filter a source."""
+    """The smallest separator: one FIR filter per source."""
 
     def __init__(self):
         super().__init__()
@@ -52,9 +52,10 @@ def with_nan(batch: Batch, example: int) -> Batch:
 
 
 def snapshot(state: TrainState):
-    kept = copy.deepcopy(state.state_dict())
-    del kept["progress"]["step"], kept["faults"]  # the count of steps and of faults is what does move
-    return kept
+    snapshot = copy.deepcopy(state.state_dict())
+    # The counts of steps and of faults change in a skipped step too.
+    del snapshot["progress"]["step"], snapshot["faults"]
+    return snapshot
 
 
 def assert_same(before, after, where=""):
@@ -74,13 +75,15 @@ def assert_same(before, after, where=""):
 
 
 KINKED, TOO_LARGE, EASY = 7.0, 8.0, 9.0
-"""Marks on the first sample of the sources."""
+"""Marks on the first sample of the sources, by which `marks` goes wrong in a chosen way."""
 
 
 def marks(estimate: Tensor, target: Tensor) -> Tensor:
-    """A squared error that goes wrong where the target is marked."""
-    mark, error = target[..., 0], squared_error(estimate, target)
-    kink = (estimate * (mark != KINKED)[..., None]).abs().sum(-1).sqrt()  # where marked 0, with the gradient 0 * inf
+    """Return a squared error that goes wrong where the target is marked."""
+    mark = target[..., 0]
+    error = squared_error(estimate, target)
+    # Where the mark is KINKED the value is 0, but the gradient of the root is infinite: 0 * inf gives NaN.
+    kink = (estimate * (mark != KINKED)[..., None]).abs().sum(-1).sqrt()
     return error + 1e-3 * kink + 1e7 * (mark == TOO_LARGE) - 100.0 * (mark == EASY)
 
 

@@ -1,4 +1,4 @@
-"""Counts what would make the host wait for an accelerator, on the CPU, where nothing has to."""
+"""Count the operations that would make the host wait for an accelerator; runs on the CPU, where none has to."""
 
 from collections import Counter
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class _Operations(TorchDispatchMode):
-    """Counts operations that have to know values on the host."""
+    """A dispatch mode that counts operations which need values on the host."""
 
     WAITING = frozenset({"_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "allclose"})
 
@@ -29,7 +29,7 @@ class _Operations(TorchDispatchMode):
 
 @contextmanager
 def counted_waits(monkeypatch):
-    """How often, by name: reading one number is ``_local_scalar_dense``, however it is written."""
+    """Count waits by name within the context; reading a single number is always ``_local_scalar_dense``."""
     counts = Counter()
 
     def counting(name):
