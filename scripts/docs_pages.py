@@ -35,9 +35,11 @@ def on_files(files, config):
         "keys.md": keys_page(),
         "commands.md": commands_page(),
         "api.md": api_page(),
-        "changelog.md": (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"),
-        "contributing.md": (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"),
     }
+    for name in ("CHANGELOG.md", "CONTRIBUTING.md"):
+        # In the repository these files lie above docs/, in the site beside its pages.
+        text = (ROOT / name).read_text(encoding="utf-8")
+        pages[PAGES_OF_ROOT_FILES[name]] = text.replace("](docs/", "](")
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text))
     for path in sorted(RESULTS.glob("*.json")):
