@@ -95,7 +95,8 @@ def test_custom_code_of_a_checkpoint_runs_only_when_trusted(recipe_file, tmp_pat
         "def slow(parameters, *, lr: float = 1e-3):\n    return SGD(parameters, lr)\n"
     )
     monkeypatch.chdir(tmp_path)
-    file, out = recipe_file(), tmp_path / "run"
+    file = recipe_file()
+    out = tmp_path / "run"
     assert cli.main(["train", str(file), "--run", str(out), "--set", "optim.name=mine:slow"]) == 0
     (tmp_path / "imported").unlink()
     monkeypatch.delitem(__import__("sys").modules, "unbraid_own_mine")

@@ -64,7 +64,8 @@ def test_on_a_parabola_the_suggestion_lies_between_bounds_from_theory(curvature)
     # A step multiplies the loss by (1 - x)^2, x = lr * curvature, so that 98 % are done where the sum of -2 ln(1 - x)
     # is ln 50. With rates of ratio r, the sum of all x so far is x r / (r - 1), and x <= -ln(1 - x) <= x / (1 - x).
     # The curve is convex there, so that smoothing only delays it, by three standard deviations of 3 % of the steps.
-    r, target = lrs[1] / lrs[0], np.log(50) / 2
+    r = lrs[1] / lrs[0]
+    target = np.log(50) / 2
     earliest = target / (r / (r - 1) + target) / curvature
     latest = target * (r - 1) / r / curvature * r ** (3 * 0.03 * len(steps))
     assert earliest / r * 0.95 < suggestion < latest * 1.05  # the suggestion has two digits
@@ -188,7 +189,8 @@ def test_divergence_within_the_baseline_asks_for_lower_rates():
 def test_a_range_test_leaves_its_subject_alone_and_is_the_same_again(experiment):
     before = {name: weight.clone() for name, weight in experiment.weights.items()}
     lrs = np.geomspace(1e-5, 1e-1, 20)
-    first, second = lr_range(experiment, lrs), lr_range(experiment, lrs)
+    first = lr_range(experiment, lrs)
+    second = lr_range(experiment, lrs)
 
     np.testing.assert_array_equal(first.losses, second.losses)
     assert all(torch.equal(before[name], weight) for name, weight in experiment.weights.items())
@@ -207,7 +209,8 @@ def test_the_recipes_learning_rate_schedule_filters_and_ema_have_no_effect(exper
         train=replace(recipe.train, ema=0.999),
     )
     lrs = np.geomspace(1e-4, 1e-1, 20)
-    plain, changed = lr_range(experiment, lrs), lr_range(replace(experiment, recipe=others), lrs)
+    plain = lr_range(experiment, lrs)
+    changed = lr_range(replace(experiment, recipe=others), lrs)
 
     np.testing.assert_array_equal(plain.losses, changed.losses)
 

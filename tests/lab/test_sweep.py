@@ -168,12 +168,12 @@ def test_an_arm_that_diverges_is_a_result_and_the_sweep_continues(recipe_file, t
 def test_a_full_disk_is_no_result_and_the_run_resumes_later(recipe_file, tmp_path, monkeypatch):
     (run,) = plan_runs(recipe_file(), [PLAIN], seeds=1, out=tmp_path, overrides=SHORT)
 
-    def full(*_, **__):
+    def raise_disk_full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("unbraid.train.loop.save_checkpoint", full)
-        with pytest.raises(TrainingStopped, match="make room"):
+        patched.setattr("unbraid.train.loop.save_checkpoint", raise_disk_full)
+        with pytest.raises(TrainingStopped, match="Free some disk space"):
             train_all([run])
     assert not (run.directory.path / END_FILE).exists()
 
@@ -193,11 +193,11 @@ def test_a_start_from_a_run_that_has_continued_since_is_refused(recipe_file, tmp
     base = RunDirectory(tmp_path / "base")
     list(train(load_recipe(file, SHORT), base))
     init = f"model.init={base.checkpoints / 'last'}"
-    train_all(plan_runs(file, [PLAIN], seeds=1, out=tmp_path / "grid", overrides=[*SHORT, init]))
+    train_all(plan_runs(file, [PLAIN], seeds=1, out=tmp_path / "sweep", overrides=[*SHORT, init]))
     list(train(load_recipe(file, [*SHORT, "train.max_steps=9", "save.keep=9"]), base, resume=True))
 
     with pytest.raises(CheckpointError, match=r"model\.init was .*, is "):
-        plan_runs(file, [PLAIN], seeds=1, out=tmp_path / "grid", overrides=[*SHORT, init])
+        plan_runs(file, [PLAIN], seeds=1, out=tmp_path / "sweep", overrides=[*SHORT, init])
 
 
 def test_the_final_loss_is_the_mean_over_the_last_tenth_of_the_steps(recipe_file, tmp_path):

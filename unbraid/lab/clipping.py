@@ -82,6 +82,7 @@ def plan_clipping(
 
 def _applicable(overrides: Sequence[str], network: str) -> list[str]:
     """Return the overrides without options of other arms' networks; an option that no network has stays, an error."""
+    # Arms have different networks, so one --set model.hidden=8 cannot be valid for all of them.
     own = _model_keys(network)
     any_network = set().union(*(_model_keys(arm["overrides"]["model"]["name"]) for arm in ARMS.values()))
     keys = [assignment(text)[0] for text in overrides]
@@ -136,6 +137,7 @@ def score_run(run: SweepRun, *, n_items: int, progress: ProgressCallback | None 
                 f"{path} cannot be read ({error!r}); remove it, and the run is scored again."
             ) from error
 
+    # The sweep's recipe is the user's own, so its custom code may run: trust.
     model, recipe = load_model(run.directory.checkpoints / "last", trust=True)
     if ARMS[_loss_name(run.arm.name)].get("clustered"):
         model = ClusteredSeparation(model, n_sources=recipe.data.n_sources)
@@ -213,12 +215,14 @@ def clipping_markdown(rows: Sequence[Row]) -> str:
     losses = list(dict.fromkeys(row["loss"] for row in rows))
     percentiles = sorted({row["percentile"] for row in rows})
     by_cell = {(row["loss"], row["percentile"]): row for row in rows}
+    # Header: a column for each loss, and the paper's column next to it.
     titles = ["p"]
     for loss in losses:
         titles.append(loss)
         if "paper_column" in ARMS[loss]:
             titles.append(f"paper, {ARMS[loss]['paper_column']}")
     lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
+    # One row per percentile; a dash where nothing was run or published.
     for percentile in percentiles:
         cells = [f"{percentile:g}"]
         for loss in losses:

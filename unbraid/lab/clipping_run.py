@@ -138,6 +138,7 @@ def parse_steps(options: Sequence[str], losses: Sequence[str]) -> Mapping[str, i
     """
     if not options:
         return None
+    # isdigit and a nonzero int: a positive whole number, without sign or exponent.
     if len(options) == 1 and options[0].isdigit() and int(options[0]):
         return int(options[0])
     steps: dict[str, int] = {}
@@ -185,6 +186,7 @@ def describe_machine() -> str:
         cpu_info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         cpu_info = ""
+    # /proc/cpuinfo exists only on Linux, and has no such line on some processors.
     names = re.findall(r"^model name\s*:\s*(.+)$", cpu_info, re.MULTILINE)
     n_threads = torch.get_num_threads()
     threads = f"{n_threads} thread{'s' * (n_threads > 1)}"

@@ -91,6 +91,7 @@ class Experiment:
                 raise RecipeError(
                     f"[{table}] name = {component.name!r} is custom code from the checkpoint; pass --trust to run it."
                 )
+        # copy_model returns eval mode; training needs dropout and batch statistics.
         model = self.copy_model().train()
         if recipe.train.compile == "on":
             compile_model(model, choose_device())
@@ -162,6 +163,7 @@ def experiment_from_checkpoint(path: Path, *, overrides: Sequence[str] = (), tru
     Raises:
         UserError: If the checkpoint, the recipe or the data cannot be used.
     """
+    # Overrides apply to the recipe saved in the checkpoint, not to a file that may have changed since.
     checkpoint = read_checkpoint(find_checkpoint(path))
     recipe = recipe_with(checkpoint.recipe, overrides, Path.cwd(), source=str(checkpoint.path))
     model = build_model(recipe, trust=trust)

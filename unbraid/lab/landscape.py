@@ -177,6 +177,7 @@ def interpolate(first: Weights, second: Weights, *, beyond: float = 0.25, n_poin
         UserError: If the range or the number of points cannot be used.
     """
     axis_positions(-beyond, 1 + beyond, n_points)  # only for its checks
+    # 1e-9 less, or rounding of the product would add a point on either side.
     n_beyond = int(np.ceil(beyond * (n_points - 1) - 1e-9))
     if n_beyond > MAX_POINTS:
         raise UserError(
@@ -206,6 +207,7 @@ def loss_barrier(positions: FloatArray, losses: FloatArray) -> tuple[float, floa
         Entezari et al., "The role of permutation invariance in linear mode connectivity of neural networks",
         ICLR 2022, arXiv:2110.06296.
     """
+    # Points beyond the models may be higher, but are no barrier between them.
     inside = (positions >= 0) & (positions <= 1)
     positions = positions[inside]
     losses = losses[inside]

@@ -94,6 +94,7 @@ def random_slice_figures(slices: RandomSlices, losses: FloatArray, *, name: str,
 
 def _describe_rises(rises: Sequence[float]) -> str:
     """Return the end of a sentence about the rise at the ends of the lines, as far as it is known."""
+    # A range over NaN would be NaN, so only finite rises count, and the caption says how many.
     finite = [rise for rise in rises if np.isfinite(rise)]
     if not finite:
         return "; no line has a finite rise at its ends"
@@ -190,6 +191,7 @@ def path_figures(path: PathSlice, losses: FloatArray, *, name: str, unit: str) -
         f"{caption}On the surface each checkpoint has the height of its own loss, above or below that of its "
         "projection."
     )
+    # The axes' labels carry their shares: without them a flat second axis looks as important as the first.
     labels = (f"first axis ({ratios[0]:.0f} % of the variance)", f"second axis ({ratios[1]:.0f} %)")
     surface = LossSurface(path.x, path.y, grid, unit, labels, plane.coordinates, checkpoint_losses)
     title = f"The path of {name}"

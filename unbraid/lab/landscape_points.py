@@ -118,6 +118,7 @@ def read_points(path: Path, key: Mapping[str, Any]) -> list[float]:
         losses = [float(loss) for loss in table["losses"]]
         same_key = table["key"] == key
     except (ValueError, KeyError, TypeError):
+        # Not overwritten silently: the file may be anything of the user's.
         raise UserError(f"{path} holds no readable points; remove it, and they are computed again.") from None
     if not same_key:
         raise UserError(f"{path} holds points of something else; remove it, or choose another folder with --out.")

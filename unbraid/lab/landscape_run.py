@@ -79,6 +79,7 @@ def choose_view(
 def random_view(experiment: Experiment, *, span: float = 1.0, n_points: int = 21, seed: int = 0) -> LandscapeView:
     """Return the view along random directions around an experiment's model; see `random_slices`."""
     unit = loss_label(experiment)
+    # Some layers have several filters side by side in one weight; only the model's modules tell which.
     slices = random_slices(
         experiment.weights,
         parameter_names(experiment),

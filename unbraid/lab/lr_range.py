@@ -258,6 +258,7 @@ def divergence_reason(losses: FloatArray, n_planned: int) -> str:
     n_baseline = n_baseline_steps(n_planned)
     if len(finite) <= n_baseline:
         return ""
+    # Running means over at least five steps: a single loss differs too much from mixture to mixture.
     means = running_mean(finite, max(5, n_planned // 20))[n_baseline - 1 :]
     start = finite[:n_baseline].mean()
     lowest = means.min()
@@ -291,6 +292,7 @@ def smooth_losses(losses: FloatArray, n_baseline: int) -> FloatArray:
         losses: ``(step,)``; values that are not finite have no weight, and become NaN.
         n_baseline: Number of baseline steps; see `n_baseline_steps`.
     """
+    # The cap is the highest loss of the baseline, which is the start of the descent.
     is_finite = np.isfinite(losses)
     cap = losses[is_finite][:n_baseline].max(initial=-np.inf)
     capped = np.where(is_finite, np.minimum(losses, cap), 0.0)
@@ -398,6 +400,7 @@ def lr_grid(
     fixed = experiment.fixed_batches(n_items)
     losses: list[float] = []
     for index, lr in enumerate(map(float, lrs)):
+        # A fresh state: every rate starts from the same weights with an empty optimizer.
         state = experiment.new_state()
         set_learning_rate(state, lr)
         for n_done, micro_batches in enumerate(islice(experiment.training_batches(), n_steps), start=1):
@@ -413,6 +416,7 @@ def lr_grid(
 
 def lrs_around(lr: float, *, decades: float = 1.5, per_decade: int = 2) -> FloatArray:
     """Return learning rates on a grid of ``per_decade`` a decade, up to ``decades`` below and above, ``(rate,)``."""
+    # Round in the logarithm, so that the grid holds round numbers such as 1e-3 and not multiples of the rate itself.
     middle = round(per_decade * np.log10(lr))
     reach = round(per_decade * decades)
     return 10.0 ** (np.arange(middle - reach, middle + reach + 1) / per_decade)

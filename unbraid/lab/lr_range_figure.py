@@ -73,6 +73,7 @@ def _grid_sentence(grid: LrGrid, suggestion: float | None) -> str:
         return f"{prefix}: none ended with a finite loss."
     if suggestion is None:
         return f"{prefix}: the best is {format_lr(best)}."
+    # The same factor whether the suggestion is too high or too low.
     error = max(best / suggestion, suggestion / best)
     loss = float(grid.losses[list(grid.lrs).index(best)])
     at_edge = best in (grid.lrs[0], grid.lrs[-1])
@@ -166,6 +167,7 @@ def _draw_norms(axes: "Axes", test: RangeTest) -> None:
     axes.loglog(test.lrs, _nan_unless_positive(test.grad_norms), color=NORM_COLOR, linewidth=1.0)
     axes.set_xlabel("learning rate")
     axes.set_ylabel("gradient norm", color=NORM_COLOR)
+    # Norms and ratios differ by orders of magnitude: each has an axis of its own.
     right = axes.twinx()
     right.loglog(test.lrs, _nan_unless_positive(test.update_ratios), color=RATIO_COLOR, linewidth=1.0)
     right.set_ylabel("update over weights", color=RATIO_COLOR)

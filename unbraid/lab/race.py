@@ -91,6 +91,7 @@ def summarise_arms(summaries: Sequence[RunSummary]) -> list[ArmSummary]:
         by_arm.setdefault(summary.arm, []).append(summary)
     arms = []
     for arm, runs in by_arm.items():
+        # Norms, skips and clipping are known of every run; a loss at the end only of those that finished.
         finished = [run for run in runs if run.ended.how == "finished"]
         arms.append(
             ArmSummary(
@@ -119,6 +120,7 @@ def verdict_sentence(summaries: Sequence[RunSummary]) -> str:
     The lead over the next arm is computed seed by seed, because both saw the same mixtures: a seed that is easy for
     one is easy for the other. An arm that did not finish with every seed ranks behind all that did.
     """
+    # Scores of each arm by seed; an arm is complete if it has one for every seed.
     scores: dict[str, dict[int, float]] = {}
     seeds = {run.seed for run in summaries}
     for run in summaries:
@@ -132,6 +134,7 @@ def verdict_sentence(summaries: Sequence[RunSummary]) -> str:
     if len(complete) == 1:
         return f"There is nothing to compare: only {next(iter(complete))} finished with every seed."
 
+    # Differences between paired values vary much less than the values themselves.
     first, second = sorted(complete, key=lambda arm: -sum(complete[arm].values()))[:2]
     lead = mean_interval([complete[first][seed] - complete[second][seed] for seed in sorted(seeds)])
     verdict = f"{first} is ahead, by {lead.mean:.2f} dB of validation SI-SDRi over {second}."

@@ -112,6 +112,7 @@ def filter_normalised_direction(
             continue
         noise = _normal_like(weight, generator(seed, "direction", index, position))
         layout = (filters or {}).get(name) or _default_layout(name, weight)
+        # A filter of zeros gets norm 0, so it does not move.
         noise *= layout.norms(weight) / layout.norms(noise)
         direction[name] = noise.to(weight.dtype)
     return direction
