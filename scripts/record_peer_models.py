@@ -195,7 +195,8 @@ def roformer(folder, sizes):
             lines.append(f"  {key}: {str(value).lower()}")
     lines.append("\ntraining:\n  instruments: ['vocals', 'other']\n  target_instrument: null\n")
     (folder / "config.yaml").write_text("\n".join(lines))
-    n_stems, n_channels = options["num_stems"], 2 if options["stereo"] else 1
+    n_stems = options["num_stems"]
+    n_channels = 2 if options["stereo"] else 1
 
     def separate(mixture):
         sources = model(mixture.view(-1, n_channels, mixture.shape[-1]))

@@ -145,10 +145,11 @@ def test_a_truncation_after_a_chunk_of_odd_length_is_noticed(tmp_path):
 @pytest.mark.parametrize("seed", range(5))
 def test_a_flac_with_200_damaged_bytes_is_an_error_that_names_it(tmp_path, seed):
     path = write_audio(tmp_path / "a.flac", noise(), 8000)
-    rotten, rng = bytearray(path.read_bytes()), np.random.default_rng(seed)
-    place = int(rng.integers(len(rotten) // 4, len(rotten) - 400))
-    rotten[place : place + 200] = rng.bytes(200)
-    path.write_bytes(rotten)
+    damaged = bytearray(path.read_bytes())
+    rng = np.random.default_rng(seed)
+    place = int(rng.integers(len(damaged) // 4, len(damaged) - 400))
+    damaged[place : place + 200] = rng.bytes(200)
+    path.write_bytes(damaged)
 
     with pytest.raises(AudioError, match=r"a\.flac"):
         read_audio(path)

@@ -174,7 +174,8 @@ in_lightning = pytest.mark.filterwarnings(  # warnings about these settings, and
 @pytest.mark.parametrize("module", [ByHand, ByHook])
 @pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
 def test_in_lightning_a_nan_batch_has_no_effect(module, optimizer, tmp_path):
-    with_fault, without = module(optimizer), module(optimizer)
+    with_fault = module(optimizer)
+    without = module(optimizer)
 
     fit(with_fault, with_nan_at(make_batches(), 4), tmp_path)
     fit(without, make_batches(), tmp_path)

@@ -39,7 +39,8 @@ def test_splits_without_overlap_share_nothing(tmp_path):
 def test_a_copy_under_another_name_is_found_and_another_recording_of_the_same_length_is_not(tmp_path):
     split(tmp_path, "train", 0)
     split(tmp_path, "valid", 3)
-    original, copy = tmp_path / "train" / "train-1" / "0.wav", tmp_path / "valid" / "valid-4" / "copied.wav"
+    original = tmp_path / "train" / "train-1" / "0.wav"
+    copy = tmp_path / "valid" / "valid-4" / "copied.wav"
     shutil.copy(original, copy)
 
     shared = compare_splits(*tracks_of(tmp_path))["shared"]

@@ -50,7 +50,8 @@ def noise_folder(tmp_path):
 
 def test_an_example_does_not_depend_on_the_order_of_making(speaker_folder):
     root = speaker_folder()
-    one, other = dataset_of(root), dataset_of(root)
+    one = dataset_of(root)
+    other = dataset_of(root)
     keys = [Key(epoch, index) for epoch in range(2) for index in range(4)]
 
     backwards = {key: other[key] for key in reversed(keys)}
@@ -119,7 +120,8 @@ def test_the_mixture_is_the_sum_of_its_sources_and_the_noise(speaker_folder, noi
 
 def test_levels_gains_and_snr_are_within_the_settings(speaker_folder, noise_folder):
     settings = replace(SETTINGS, level_db=-30.0, gains_db=(-6.0, -2.0), noise_snr_db=(3.0, 9.0))
-    gains, snrs = [], []
+    gains = []
+    snrs = []
     for example in examples_of(dataset_of(speaker_folder(), settings, noise=noise_folder), 40):
         first, second = (power_db(source) for source in example.audio.sources)
         assert first == pytest.approx(-30, abs=1e-3)
@@ -226,7 +228,8 @@ def test_a_flac_damaged_after_listing_is_skipped_like_an_excluded_one(speaker_fo
     path = wav.with_suffix(".flac")
     soundfile.write(path, soundfile.read(wav)[0], 8000)
     wav.unlink()
-    bad, excluded = dataset_of(root), dataset_of(root, replace(SETTINGS, exclude=(str(path),)))
+    bad = dataset_of(root)
+    excluded = dataset_of(root, replace(SETTINGS, exclude=(str(path),)))
     rotten = bytearray(path.read_bytes())
     rotten[6000:6200] = np.random.default_rng(0).bytes(200)
     path.write_bytes(rotten)
@@ -235,7 +238,8 @@ def test_a_flac_damaged_after_listing_is_skipped_like_an_excluded_one(speaker_fo
 
 
 def test_a_bad_noise_is_skipped_like_an_excluded_one(speaker_folder, noise_folder):
-    root, path = speaker_folder(), noise_folder / "1.wav"
+    root = speaker_folder()
+    path = noise_folder / "1.wav"
     damage(path, "nan at sample 100")
 
     excluded = dataset_of(root, replace(SETTINGS, exclude=(str(path),)), noise=noise_folder)

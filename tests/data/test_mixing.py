@@ -137,9 +137,11 @@ def test_a_resampled_recording_has_the_right_length_and_pitch(tmp_path, rate):
 @pytest.fixture
 def three_hours(tmp_path):
     """Zeros, in a sparse file, with sound in the last second."""
-    path, n_samples = tmp_path / "long.wav", 3 * 3600 * 8000
+    path = tmp_path / "long.wav"
+    n_samples = 3 * 3600 * 8000
     write_audio(path, make_noise(8000), 8000)
-    audio, header = path.read_bytes()[-32_000:], bytearray(path.read_bytes()[:-32_000])
+    audio = path.read_bytes()[-32_000:]
+    header = bytearray(path.read_bytes()[:-32_000])
     header[-4:] = np.uint32(4 * n_samples).tobytes()
     header[4:8] = np.uint32(len(header) - 8 + 4 * n_samples).tobytes()
     with path.open("wb") as file:

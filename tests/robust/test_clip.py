@@ -159,7 +159,9 @@ def test_nothing_is_clipped_during_warm_up(force, kind, window):
 
 
 def test_a_state_saved_right_after_loading_equals_the_loaded_one():
-    clipper, other, third = AutoClip(), AutoClip(), AutoClip()
+    clipper = AutoClip()
+    other = AutoClip()
+    third = AutoClip()
     limit_of(clipper, 3.0)
     other.load_state_dict(clipper.state_dict())
     third.load_state_dict(other.state_dict())
@@ -214,7 +216,8 @@ def zclip_as_published(norms, *, alpha=0.97, z_threshold=2.5, warmup_steps=25):
     for norm in norms:
         if len(first) < warmup_steps:
             first.append(norm)
-            mean, var = np.mean(first), np.var(first)
+            mean = np.mean(first)
+            var = np.var(first)
             limits.append(math.inf)
             continue
         z = (norm - mean) / (np.sqrt(var) + 1e-6 * mean)
@@ -293,7 +296,8 @@ def with_gradients(*gradients):
 
 @pytest.mark.parametrize("max_norm", [0.1, 5.0, 1e3])
 def test_clip_equals_torchs_clip_grad_norm(max_norm):
-    mine, theirs = with_gradients(3.0, None, -4.0), with_gradients(3.0, None, -4.0)
+    mine = with_gradients(3.0, None, -4.0)
+    theirs = with_gradients(3.0, None, -4.0)
 
     norm = clip_(iter(mine), FixedClip(max_norm=max_norm))
 

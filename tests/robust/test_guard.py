@@ -46,7 +46,8 @@ def equal_bits(a, b):
 
 @every_optimizer
 def test_a_good_step_equals_clip_grad_norm_and_step(name):
-    mine, theirs = parameter_with(30.0, -40.0), parameter_with(30.0, -40.0)
+    mine = parameter_with(30.0, -40.0)
+    theirs = parameter_with(30.0, -40.0)
     optimizers = [OPTIMIZERS[name]([p]) for p in (mine, theirs)]
 
     result = guarded_step(optimizers[0], FixedClip(max_norm=5.0), loss=torch.tensor(1.0))
@@ -63,7 +64,8 @@ def test_a_good_step_equals_clip_grad_norm_and_step(name):
 @pytest.mark.parametrize("where", ["gradient", "loss"])
 @pytest.mark.parametrize("first", [True, False])
 def test_a_bad_step_changes_nothing_whether_first_or_later(name, bad, where, first):
-    parameter, clipper = parameter_with(3.0, 4.0), AutoClip()
+    parameter = parameter_with(3.0, 4.0)
+    clipper = AutoClip()
     optimizer = OPTIMIZERS[name]([parameter])
     if not first:
         guarded_step(optimizer, clipper)
@@ -81,7 +83,8 @@ def test_a_bad_step_changes_nothing_whether_first_or_later(name, bad, where, fir
 
 @every_optimizer
 def test_a_skipped_first_step_does_not_change_the_next_ones(name):
-    with_fault, without = parameter_with(math.nan, 1.0), parameter_with(1.0, 2.0)
+    with_fault = parameter_with(math.nan, 1.0)
+    without = parameter_with(1.0, 2.0)
     optimizers = [OPTIMIZERS[name]([p]) for p in (with_fault, without)]
     guarded_step(optimizers[0], NoClip())
     for gradient in (1.0, -2.0):
@@ -95,7 +98,8 @@ def test_a_skipped_first_step_does_not_change_the_next_ones(name):
 
 @every_optimizer
 def test_a_scaled_loss_gives_the_same_step(name):
-    plain, scaled = parameter_with(3.0, 4.0), parameter_with(3.0 * 1024, 4.0 * 1024)
+    plain = parameter_with(3.0, 4.0)
+    scaled = parameter_with(3.0 * 1024, 4.0 * 1024)
 
     results = [
         guarded_step(OPTIMIZERS[name]([parameter]), FixedClip(max_norm=1.0), scale=scale)

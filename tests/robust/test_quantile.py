@@ -67,7 +67,8 @@ def test_it_is_numpys_percentile_at_every_step(kind, steps, window, percent):
 
 @given(STEPS, WINDOWS, PERCENTILES)
 def test_both_kinds_give_the_same_bits(steps, window, percent):
-    host, device = HostQuantile(window), DeviceQuantile(window)
+    host = HostQuantile(window)
+    device = DeviceQuantile(window)
 
     assert percentiles(host, steps, percent) == percentiles(device, steps, percent)
 
@@ -76,7 +77,8 @@ def test_both_kinds_give_the_same_bits(steps, window, percent):
 @pytest.mark.parametrize("loaded_kind", sorted(KINDS))
 @given(STEPS, STEPS, WINDOWS, PERCENTILES)
 def test_a_saved_state_continues_identically_in_either_kind(saved_kind, loaded_kind, before, after, window, percent):
-    original, resumed = KINDS[saved_kind](window), KINDS[loaded_kind](window)
+    original = KINDS[saved_kind](window)
+    resumed = KINDS[loaded_kind](window)
     percentiles(original, before, percent)
 
     resumed.load_state_dict(original.state_dict())
@@ -93,7 +95,8 @@ def test_a_saved_state_continues_identically_in_either_kind(saved_kind, loaded_k
 )
 def test_an_invalid_value_leaves_no_trace(kind, window, value, valid):
     quantile = filled(kind, window, [3.0, 1.0, 2.0, 5.0, 4.0])
-    before, percentile = saved(quantile), quantile.percentile(30).item()
+    before = saved(quantile)
+    percentile = quantile.percentile(30).item()
 
     add(quantile, value, valid)
 
@@ -215,7 +218,8 @@ def test_several_values_a_step_are_added_in_order(batches, window, percent):
 
 @given(BATCHES, BATCHES, st.integers(1, 9))
 def test_several_values_a_step_continue_identically_from_a_saved_state(before, after, window):
-    original, resumed = DeviceQuantile(window), DeviceQuantile(window)
+    original = DeviceQuantile(window)
+    resumed = DeviceQuantile(window)
     for batch in before:
         add_batch(original, batch)
 
@@ -230,7 +234,8 @@ def test_several_values_a_step_continue_identically_from_a_saved_state(before, a
 
 @given(BATCHES, st.sampled_from([None, 1, 2, 5, 9]))
 def test_the_division_of_values_into_steps_makes_no_difference(batches, window):
-    at_once, step_by_step = DeviceQuantile(window), DeviceQuantile(window)
+    at_once = DeviceQuantile(window)
+    step_by_step = DeviceQuantile(window)
 
     add_batch(at_once, [pair for batch in batches for pair in batch])
     for batch in batches:

@@ -96,7 +96,8 @@ def test_other_clippers_never_wait(waits, name):
 
 @pytest.mark.parametrize("name", sorted(FILTERS))
 def test_filters_never_wait(waits, name):
-    loss_filter, losses = FILTERS[name](), torch.linspace(-40, 10, 60)
+    loss_filter = FILTERS[name]()
+    losses = torch.linspace(-40, 10, 60)
     for _ in range(3):
         loss_filter(losses)
         if hasattr(loss_filter, "observe"):

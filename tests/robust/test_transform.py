@@ -45,7 +45,8 @@ def test_each_unit_is_clipped_by_its_own_weights():
 
 
 def test_a_convolutions_filter_is_one_unit():
-    weights, gradient = torch.ones(2, 3, 4), torch.ones(2, 3, 4)
+    weights = torch.ones(2, 3, 4)
+    gradient = torch.ones(2, 3, 4)
     gradient[1] = 1e-6
 
     AdaptiveClip(ratio=0.5)(weights, gradient)
@@ -56,7 +57,8 @@ def test_a_convolutions_filter_is_one_unit():
 
 @pytest.mark.parametrize("shape", [(), (4,)])
 def test_a_bias_is_one_unit_as_a_whole(shape):
-    bias, gradient = torch.full(shape, 2.0), torch.full(shape, 3.0)
+    bias = torch.full(shape, 2.0)
+    gradient = torch.full(shape, 3.0)
 
     AdaptiveClip(ratio=0.1)(bias, gradient)
 

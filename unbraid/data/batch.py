@@ -60,7 +60,7 @@ class Batch:
 
     def split(self, n_batches: int) -> list["Batch"]:
         """Split into at most ``n_batches`` batches of nearly equal size, keeping the order."""
-        size = -(-len(self.mixture) // n_batches)
+        size = -(-len(self.mixture) // n_batches)  # rounded up
         # Slices, unlike lists of indices, share the batch's memory.
         slices = [slice(start, start + size) for start in range(0, len(self.mixture), size)]
         return [

@@ -265,7 +265,7 @@ def _select_kinds(tracks: Sequence[Track], settings: DataSettings) -> tuple[Trac
         if kind not in kinds_found:
             listed = ", ".join(sorted(kinds_found - {""})) or "none"
             raise DataError(f"{settings.path} has no recordings of kind {kind!r} (kinds found: {listed}).")
-    # Somebody who speaks and sings is two groups, so that every group has one kind.
+    # A speaker with recordings of two kinds becomes two groups, so that every group has one kind.
     return tuple(replace(t, group=f"{t.kind}/{t.group}") for t in tracks if t.kind in settings.kinds)
 
 

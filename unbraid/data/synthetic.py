@@ -305,7 +305,8 @@ class ESpeak:
         callback_type = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
         self.callback = callback_type(self.receive)  # an attribute, because the library keeps only a pointer to it
         os.chdir(data.parent)  # eSpeak truncates paths over 159 characters; "." is short
-        synchronous, do_not_exit = 2, 0x8000
+        synchronous = 2  # AUDIO_OUTPUT_SYNCHRONOUS in speak_lib.h
+        do_not_exit = 0x8000  # espeakINITIALIZE_DONT_EXIT: report errors instead of ending the process
         if self.library.espeak_Initialize(synchronous, 0, b".", do_not_exit) != SYNTHESIS_RATE_HZ:
             raise SynthesisError(f"eSpeak NG did not start with the data in {data}.")
         self.library.espeak_SetSynthCallback(self.callback)
@@ -321,13 +322,13 @@ class ESpeak:
         if self.library.espeak_SetVoiceByName(talker.voice.encode()):
             raise SynthesisError(f"eSpeak NG has no voice {talker.voice}.")
         # Scaling the frequencies by resampling also speeds up the speech, so the rate is lowered by the same factor.
-        rate, volume, pitch, pitch_range = 1, 2, 3, 4  # espeak_PARAMETER in speak_lib.h
-        for parameter, value in (
-            (rate, round(talker.rate / talker.frequency_scale)),
-            (volume, VOLUME),
-            (pitch, talker.pitch),
-            (pitch_range, talker.pitch_range),
-        ):
+        values = {
+            1: round(talker.rate / talker.frequency_scale),  # espeakRATE in speak_lib.h
+            2: VOLUME,  # espeakVOLUME
+            3: talker.pitch,  # espeakPITCH
+            4: talker.pitch_range,  # espeakRANGE
+        }
+        for parameter, value in values.items():
             self.library.espeak_SetParameter(parameter, value, 0)
 
     def say(self, sentence: str) -> AudioArray:

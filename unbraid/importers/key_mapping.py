@@ -68,6 +68,7 @@ def rename_keys(settings: Settings, keys: Mapping[str, str]) -> Settings:
 
 def sample_rate_setting(value: Any) -> Settings:
     """Return ``{"sample_rate": value}``, or an empty dict if the value cannot be a sample rate in Hz."""
+    # True is an int in Python, but not a sample rate.
     if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1e7:
         return {"sample_rate": round(value)}
     return {}
@@ -79,6 +80,7 @@ def axis_size(weights: Tensors, name: str, axis: int) -> int:
     Raises:
         CheckpointError: If there is no such weight.
     """
+    # A file may contain anything under this name, even a scalar.
     if name not in weights or weights[name].dim() < 2:
         raise CheckpointError(f"There is no {name} to read a size from. The files are incomplete.")
     return weights[name].shape[axis]

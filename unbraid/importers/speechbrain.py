@@ -42,7 +42,7 @@ def read_speechbrain(files: Mapping[str, Path], settings: dict[str, Settings]) -
         for name, tensor in extract_state_dict(files[part], read_weights(files[part])).items()
     }
     data = sample_rate_setting(settings[""].get("sample_rate"))
-    # The key_map of the weights tell the models apart.
+    # The names of the weights tell the models apart.
     if "masknet.dual_mdl.0.intra_mdl.mdl.layers.0.self_att.att.in_proj_weight" in weights:
         return sepformer(weights, settings, data)
     if "masknet.dual_mdl.0.intra_mdl.mdl.rnn.weight_ih_l0" in weights:

@@ -78,6 +78,7 @@ class _RunningLimit:
         if not 0 <= warmup <= window:
             raise RecipeError(f"[[filter]] warmup = {warmup} must be from 0 to window = {window}; set both.")
         self.warmup = warmup
+        # On the CPU too: losses come in batches, and a window of tensors takes them all at once.
         self._losses = DeviceQuantile(window)
         self._limit: Tensor | None = None
 
@@ -127,6 +128,7 @@ class PercentileFilter(_RunningLimit):
 
     def __call__(self, losses: Tensor) -> Tensor:
         """Return 0 below the percentile, else 1."""
+        # A loss that equals the percentile stays: if all losses are equal, none is dropped.
         return (losses >= self._limit_on(losses.device)).to(losses.dtype)
 
     def _compute_limit(self) -> Tensor:

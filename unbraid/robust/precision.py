@@ -68,6 +68,7 @@ class Precision:
         """
         if not self.uses_loss_scale:
             return
+        # An overflow also restarts the count of good steps; both happen on the device of the scale.
         shrinks = overflowed & (self._scale > self.MIN_SCALE)
         n_good = torch.where(shrinks, 0, self._n_good + taken)
         grows = n_good >= self.growth_interval
