@@ -47,13 +47,13 @@ def test_the_regions_that_a_model_names_are_compiled_else_the_whole(all_there, k
     ("device", "settings", "there", "absent"),
     [
         (CPU, {}, ["g++", "Python.h"], ""),
-        (CPU, {}, ["clang++", "Python.h"], "g++ is not here"),
+        (CPU, {}, ["clang++", "Python.h"], "g++ is not installed"),
         (CPU, {"CXX": "clang++"}, ["clang++", "Python.h"], ""),
-        (CPU, {"CXX": "mine"}, ["g++", "Python.h"], "mine is not here"),
-        (CPU, {}, ["g++"], "Python's header Python.h (python3-dev) is not here"),
+        (CPU, {"CXX": "mine"}, ["g++", "Python.h"], "mine is not installed"),
+        (CPU, {}, ["g++"], "Python's header Python.h (python3-dev) is not installed"),
         (CUDA, {}, ["clang", "Python.h"], ""),
-        (CUDA, {}, ["g++", "Python.h"], "gcc or clang is not here"),
-        (CUDA, {"CC": "mine"}, ["gcc", "Python.h"], "mine is not here"),
+        (CUDA, {}, ["g++", "Python.h"], "gcc or clang is not installed"),
+        (CUDA, {"CC": "mine"}, ["gcc", "Python.h"], "mine is not installed"),
     ],
 )
 def test_what_the_compiler_would_not_find_is_named(monkeypatch, tmp_path, device, settings, there, absent):
@@ -71,7 +71,7 @@ def test_what_the_compiler_would_not_find_is_named(monkeypatch, tmp_path, device
 def test_without_what_compiling_needs_it_is_refused_in_a_sentence(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
 
-    with pytest.raises(UserError, match="no-such-compiler is not here, which compiling needs: install it, or set"):
+    with pytest.raises(UserError, match="no-such-compiler is not installed, but compiling needs it"):
         compile_model(Regions(), CPU)
 
 

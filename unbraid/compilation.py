@@ -1,4 +1,4 @@
-"""How a model is compiled: what that needs, and the regions that the model names, else the whole."""
+"""Compile a model: the regions that it names, or all of it, after checking for a C or C++ compiler."""
 
 import os
 import platform
@@ -14,45 +14,43 @@ from unbraid.errors import UserError
 
 
 def compile_model(model: nn.Module, device: torch.device) -> None:
-    """Compile what pays, in place: ``compile_regions`` of the model, or all of it.
+    """Compile a model in place, by its method ``compile_regions`` or, without one, as a whole.
 
-    Nothing is compiled yet when this returns: the first step is.
+    Compilation itself happens during the first step.
 
     Raises:
-        UserError: If something is absent that compiling needs.
+        UserError: If a compiler or header is missing.
     """
-    if absent := missing_build_tools(device):
-        raise UserError(f'{absent}, which compiling needs: install it, or set train.compile = "off".')
-    _take_the_processors_word()
+    if missing := missing_build_tools(device):
+        raise UserError(f'{missing}, but compiling needs it. Install it, or set train.compile = "off".')
+    _skip_vector_isa_probe()
     getattr(model, "compile_regions", model.compile)()
 
 
 def missing_build_tools(device: torch.device) -> str:
-    """What torch's compiler would look for on Linux and not find, in words; empty if all is there.
-
-    It makes C++ for a CPU, and for a GPU a launcher in C.
-    """
+    """Return a description of what torch's compiler would not find on Linux; empty if nothing is missing."""
     if sys.platform != "linux":
         return ""
-    asked, usual = ("CXX", ["g++"]) if device.type == "cpu" else ("CC", ["gcc", "clang"])
-    names = [os.environ[asked]] if asked in os.environ else usual
+    # For a CPU the compiler generates C++, and for a GPU a launcher in C.
+    variable, defaults = ("CXX", ["g++"]) if device.type == "cpu" else ("CC", ["gcc", "clang"])
+    names = [os.environ[variable]] if variable in os.environ else defaults
     if not any(shutil.which(name) for name in names):
-        return f"{' or '.join(names)} is not here"
+        return f"{' or '.join(names)} is not installed"
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
-        return "Python's header Python.h (python3-dev) is not here"
+        return "Python's header Python.h (python3-dev) is not installed"
     return ""
 
 
-def _take_the_processors_word() -> None:
-    """Whether a processor has AVX2 and AVX-512 is read from it, not tried out.
+def _skip_vector_isa_probe() -> None:
+    """Let torch's compiler read from the CPU's flags whether it has AVX2 and AVX-512, without compiling a test.
 
-    Else torch's compiler builds a library for each and loads it in another Python, some seconds each, before anything
-    of ours. A C++ compiler that can read torch's headers knows both; what comes on top, as bf16 and AMX, is tried out
-    still. ``TORCHINDUCTOR_VEC_ISA_OK`` goes before.
+    Otherwise it builds a library for each and loads it in another Python process, which takes some seconds each before
+    our own code is compiled. A C++ compiler that can compile torch's headers supports both. Extensions such as bf16 and
+    AMX are still tested. The environment variable ``TORCHINDUCTOR_VEC_ISA_OK`` takes precedence.
     """
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return
-    from torch._inductor import config  # takes a second, in runs that compile alone
+    from torch._inductor import config  # takes a second, so only runs that compile import it
 
     if getattr(config.cpp, "vec_isa_ok", True) is None:
         config.cpp.vec_isa_ok = True

@@ -1,4 +1,4 @@
-"""What a separator returns: its sources, and what else a loss may ask for."""
+"""The output of a separation model: sources, and further outputs for losses."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -7,16 +7,16 @@ from torch import Tensor
 
 
 class ModelOutput(NamedTuple):
-    """Sources, and beside them what a loss may want that no waveform shows.
+    """Sources with an embedding, for losses that need more than waveforms.
 
-    A model whose losses need nothing but sources returns the tensor alone.
+    A model without an embedding returns the tensor of sources alone.
 
     Attributes:
         sources: ``(batch, source, channel, time)``.
-        embedding: A vector of unit length for each bin of the mixture's spectrum, ``(batch, channel, frame, freq,
-            dim)``; None where the model has none.
-        n_fft: Of the spectrum that the embedding belongs to, in samples.
-        hop_length: Of the same, in samples.
+        embedding: A unit vector for each bin of the spectrum of the mixture, ``(batch, channel, frame, freq, dim)``;
+            None if the model has none.
+        n_fft: Samples in a frame of that spectrum.
+        hop_length: Samples from frame to frame of that spectrum.
     """
 
     sources: Tensor
@@ -26,12 +26,12 @@ class ModelOutput(NamedTuple):
 
 
 def get_sources(output: Tensor | ModelOutput) -> Tensor:
-    """The sources alone, ``(batch, source, channel, time)``."""
+    """Return the sources alone, ``(batch, source, channel, time)``."""
     return output.sources if isinstance(output, ModelOutput) else output
 
 
 def iter_tensors(output: Any) -> Iterator[Tensor]:
-    """All tensors that a module returns: itself one, or in tuples and lists."""
+    """Iterate over all tensors in the output of a module, in nested tuples and lists too."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, (tuple, list)):

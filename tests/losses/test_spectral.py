@@ -121,8 +121,8 @@ def test_the_gradients_are_the_slopes():
     ("wrong", "said"),
     [
         ({"n_ffts": (512,)}, "one number for each resolution"),
-        ({"n_ffts": (511,), "hop_lengths": (50,), "win_lengths": (100,)}, "511 samples must be even"),
-        ({"n_ffts": (64,), "hop_lengths": (16,), "win_lengths": (65,)}, "65 at most as long"),
+        ({"n_ffts": (511,), "hop_lengths": (50,), "win_lengths": (100,)}, "n_fft 511 must be even"),
+        ({"n_ffts": (64,), "hop_lengths": (16,), "win_lengths": (65,)}, "window of 65 samples at most as long"),
     ],
 )
 def test_resolutions_that_do_not_fit_are_refused(wrong, said):
@@ -354,7 +354,7 @@ def test_a_nan_stays_in_its_example(loss, weighting, part):
 def test_what_does_not_belong_together_is_refused(loss):
     embedding, sources, mixture = clustered()
 
-    with pytest.raises(ValueError, match="n_fft 16 and hop_length 4 must begin with"):
+    with pytest.raises(ValueError, match="With n_fft 16 and hop_length 4 the embedding must be"):
         loss(embedding, sources, mixture, n_fft=16, hop_length=4)
     with pytest.raises(ValueError, match="must be \\(batch, channel, frame, freq, dim\\)"):
         loss(embedding[0], sources, mixture, **SIZES)

@@ -1,4 +1,4 @@
-"""Losses on spectra: multi-resolution STFT, phase-sensitive magnitudes, deep clustering and whitened k-means."""
+"""Losses on spectra: multi-resolution STFT and L1, mask inference, deep clustering, whitened k-means."""
 
 from typing import Literal
 
@@ -19,18 +19,18 @@ def multi_resolution_stft(
     win_lengths: tuple[int, ...] = (1200, 600, 240),
     floor: float = 1e-8,
 ) -> Tensor:
-    """Distance of magnitudes at several resolutions: spectral convergence plus L1 of logarithms, averaged.
+    """Return spectral convergence plus L1 of log magnitudes, averaged over several resolutions; lower is better.
 
-    Phase does not count. What lies below the floor counts as equally silent, so that an estimate of digital silence has
-    no gradient. Spectral convergence is relative to the target and means nothing where that is silent: it is left out
-    there, and the logarithms alone push the estimate down.
+    Phase does not count. All powers below the floor count as the floor, so an estimate of digital silence has no
+    gradient. Spectral convergence is relative to the target and undefined for a silent one. It is omitted there, and
+    the log magnitudes alone push the estimate down.
 
     Args:
         estimate: Separated signals, ``(..., time)``, of any length from one sample up.
         target: Reference signals, ``(..., time)``.
         n_ffts: Samples in a frame, even, for each resolution.
         hop_lengths: Samples from frame to frame, for each resolution.
-        win_lengths: Samples under the Hann window, at most the frame, for each resolution.
+        win_lengths: Samples in the Hann window, at most the frame, for each resolution.
         floor: Smallest power of a bin.
 
     Returns:
@@ -46,19 +46,20 @@ def multi_resolution_stft(
     if not len(n_ffts) == len(hop_lengths) == len(win_lengths) >= 1:
         raise ValueError(
             f"n_ffts {list(n_ffts)}, hop_lengths {list(hop_lengths)} and win_lengths {list(win_lengths)} must be "
-            "equally long, one number for each resolution."
+            "equally long, with one number for each resolution."
         )
-    sounds = target.square().mean(-1) > SILENCE
+    not_silent = target.square().mean(-1) > SILENCE
     losses = []
     for n_fft, hop_length, win_length in zip(n_ffts, hop_lengths, win_lengths, strict=True):
         window = _hann(win_length, n_fft, target)
-        given, wanted = (
-            _power(_spectrum(signal, window, hop_length)).clamp_min(floor) for signal in (estimate, target)
-        )
-        distance = torch.linalg.vector_norm(given.sqrt() - wanted.sqrt(), dim=(-2, -1))  # its gradient at 0 is 0
-        convergence = distance / wanted.sum((-2, -1)).sqrt()
-        logarithms = 0.5 * (given.log() - wanted.log()).abs().mean((-2, -1))
-        losses.append(torch.where(sounds, convergence, 0.0) + logarithms)
+        # Powers, (..., freq, frame). The floor also keeps the gradients of square root and logarithm finite.
+        estimate_power = _power(_spectrum(estimate, window, hop_length)).clamp_min(floor)
+        target_power = _power(_spectrum(target, window, hop_length)).clamp_min(floor)
+        # vector_norm has a gradient of 0 at 0, for a perfect estimate.
+        distance = torch.linalg.vector_norm(estimate_power.sqrt() - target_power.sqrt(), dim=(-2, -1))
+        convergence = distance / target_power.sum((-2, -1)).sqrt()
+        log_distance = 0.5 * (estimate_power.log() - target_power.log()).abs().mean((-2, -1))  # 0.5: power to magnitude
+        losses.append(torch.where(not_silent, convergence, 0.0) + log_distance)
     return torch.stack(losses).mean(0)
 
 
@@ -71,15 +72,18 @@ def multi_resolution_l1(
     min_n_fft: int = 2048,
     spectral_weight: float = 1.0,
 ) -> Tensor:
-    """L1 of the waveforms plus that of complex spectra at several resolutions, summed; phase counts.
+    """Return L1 of the waveforms plus L1 of complex spectra, summed over several resolutions; lower is better.
+
+    Phase counts.
 
     Args:
         estimate: Separated signals, ``(..., time)``, of any length from one sample up.
         target: Reference signals, ``(..., time)``.
-        win_lengths: Samples under the Hann window, for each resolution.
-        hop_samples: From frame to frame, for all of them; a `hop_length` would be that of the model's own spectrum.
-        min_n_fft: Shorter windows are continued with zeros to a frame of so many samples, even.
-        spectral_weight: How much the spectra count; the waveforms count 1.
+        win_lengths: Samples in the Hann window, for each resolution.
+        hop_samples: Samples from frame to frame, for all resolutions. A ``hop_length`` would be set to that of the
+            model's spectrum.
+        min_n_fft: Samples in a frame, even; shorter windows are padded with zeros to this length.
+        spectral_weight: Weight of the spectra; the weight of the waveforms is 1.
 
     Returns:
         One value per signal, ``(...,)``.
@@ -91,7 +95,7 @@ def multi_resolution_l1(
         Lu et al., "Music source separation with band-split RoPE Transformer", ICASSP 2024, arXiv:2309.02612.
     """
     check_same_shape(estimate, target)
-    difference = estimate - target  # the transform is linear: one does for both
+    difference = estimate - target  # the transform is linear, so one spectrum suffices for both signals
     total = difference.abs().mean(-1)
     for win_length in win_lengths:
         window = _hann(win_length, max(win_length, min_n_fft), difference)
@@ -103,10 +107,11 @@ def multi_resolution_l1(
 def mask_inference(
     estimate: Tensor, target: Tensor, mixture: Tensor, *, n_fft: int = 256, hop_length: int = 64
 ) -> Tensor:
-    """L1 between the estimate's magnitudes and what a mask on the mixture's phase could best give of the target.
+    """Return L1 between the magnitudes of the estimate and those of the best real mask; lower is better.
 
-    That is the target's part in the mixture's phase, from 0 to the mixture's magnitude: the truncated phase-sensitive
-    approximation. The estimate's magnitudes are those of its waveform.
+    The truncated phase-sensitive approximation: a mask that keeps the phase of the mixture can at best give the
+    projection of the target on that phase, limited to the range from 0 to the magnitude of the mixture. The magnitudes
+    of the estimate are those of its waveform.
 
     Args:
         estimate: Separated signals, ``(batch, ..., channel, time)``.
@@ -126,18 +131,20 @@ def mask_inference(
         networks", ICASSP 2015; truncated as in Kolbaek et al., TASLP 2017, arXiv:1703.06284.
     """
     check_same_shape(estimate, target)
-    batch, *between, channel, time = target.shape
+    batch, *middle, channel, time = target.shape
     if mixture.shape != (batch, channel, time):
         raise ValueError(
             f"mixture {tuple(mixture.shape)} must be the (batch, channel, time) of target {tuple(target.shape)}."
         )
     window = _hann(n_fft, n_fft, target).sqrt()
     with torch.no_grad():
-        mixed = _spectrum(mixture.reshape(batch, *[1] * len(between), channel, time), window, hop_length)
-        ceiling = mixed.abs()
-        in_phase = (_spectrum(target, window, hop_length) * mixed.conj()).real / ceiling.clamp_min(SILENCE)
-        wanted = torch.minimum(in_phase.clamp_min(0), ceiling)
-    return (_spectrum(estimate, window, hop_length).abs() - wanted).abs().mean((-2, -1))
+        # (batch, 1, ..., 1, channel, freq, frame), which broadcasts over the sources
+        mixture_spectrum = _spectrum(mixture.reshape(batch, *[1] * len(middle), channel, time), window, hop_length)
+        mixture_magnitude = mixture_spectrum.abs()
+        projection = (_spectrum(target, window, hop_length) * mixture_spectrum.conj()).real
+        projection = projection / mixture_magnitude.clamp_min(SILENCE)
+        best_magnitude = torch.minimum(projection.clamp_min(0), mixture_magnitude)
+    return (_spectrum(estimate, window, hop_length).abs() - best_magnitude).abs().mean((-2, -1))
 
 
 @without_autocast
@@ -151,34 +158,38 @@ def deep_clustering(
     weighting: Literal["magnitude", "active"] = "magnitude",
     range_db: float = 40.0,
 ) -> Tensor:
-    """How far the similarity of two bins is from whether the same source is the loudest in both.
+    """Return the deep clustering loss: bins of the same source should have the same vector; 0 is perfect.
 
-    The weighted mean, over all pairs of bins, of the squared difference between the product of their vectors and 1 or
-    0: from 0, whatever the length and level. The order of the sources does not count. Silence gives 0.
+    For each pair of bins, the dot product of their vectors should be 1 if the same source is the loudest in both, and
+    else 0. The loss is the weighted mean of the squared difference over all pairs. It does not depend on length, level,
+    or the order of the sources. Silence gives 0.
 
     Args:
-        embedding: A vector of unit length for each bin, ``(batch, channel, frame, freq, dim)``.
+        embedding: A unit vector for each bin, ``(batch, channel, frame, freq, dim)``.
         target: The sources, ``(batch, source, channel, time)``.
         mixture: ``(batch, channel, time)``.
-        n_fft: Of the spectrum that the embedding belongs to.
-        hop_length: Of the same.
-        weighting: How much a bin counts: its share of the mixture's ``magnitude``; or ``active``, all the same above a
-            limit and nothing below.
-        range_db: How far below the loudest bin of the mixture that limit is.
+        n_fft: Samples in a frame of the spectrum of the embedding.
+        hop_length: Samples from frame to frame of that spectrum.
+        weighting: Weight of a bin: ``magnitude``, its share of the magnitude of the mixture; or ``active``, the same
+            for all bins above a threshold, and 0 below.
+        range_db: Threshold in dB below the loudest bin of the mixture, for ``active``.
 
     Returns:
         One value per example, ``(batch,)``, the mean of its channels.
 
     Raises:
-        ValueError: If the shapes do not belong to each other.
+        ValueError: If the shapes do not fit each other, or an option is out of range.
 
     References:
         Hershey et al., "Deep clustering", ICASSP 2016, arXiv:1508.04306. Weights: Wang, Le Roux and Hershey,
         "Alternative objective functions for deep clustering", ICASSP 2018.
     """
     vectors, sources = _weighted_bins(embedding, target, mixture, n_fft, hop_length, weighting, range_db)
-    own, across, theirs = vectors.mT @ vectors, vectors.mT @ sources, sources.mT @ sources
-    values = own.square().sum((1, 2)) - 2 * across.square().sum((1, 2)) + theirs.square().sum((1, 2))
+    # ||V V' - Y Y'||^2 from small Gram matrices, without the matrix of all pairs of bins.
+    vv = vectors.mT @ vectors
+    vy = vectors.mT @ sources
+    yy = sources.mT @ sources
+    values = vv.square().sum((1, 2)) - 2 * vy.square().sum((1, 2)) + yy.square().sum((1, 2))
     return values.unflatten(0, embedding.shape[:2]).mean(1)
 
 
@@ -194,28 +205,28 @@ def whitened_kmeans(
     range_db: float = 40.0,
     ridge: float = 1e-4,
 ) -> Tensor:
-    """How far the whitened vectors of each source's bins are from their mean, in squares.
+    """Return the squared distance of the whitened vectors of each source's bins from their mean; lower is better.
 
-    With D numbers in a vector and C sources that are somewhere the loudest it lies between D - C, where the vectors
-    tell the sources apart and nothing else, and D. Any invertible map of the vectors changes nothing, but for the
-    ridge. A source that is nowhere the loudest has no say; silence gives D, and no gradient.
+    With vectors of size D and C sources that are the loudest in at least one bin, it lies between D - C, where the
+    vectors separate the sources and nothing else, and D. Apart from the ridge, an invertible linear map of the vectors
+    changes nothing. A source that is nowhere the loudest has no effect. Silence gives D, without a gradient.
 
     Args:
         embedding: A vector for each bin, ``(batch, channel, frame, freq, dim)``.
         target: The sources, ``(batch, source, channel, time)``.
         mixture: ``(batch, channel, time)``.
-        n_fft: Of the spectrum that the embedding belongs to.
-        hop_length: Of the same.
-        weighting: As `deep_clustering` takes it.
-        range_db: As `deep_clustering` takes it.
-        ridge: Added to the mean power of every direction before whitening. Vectors that lie in few directions, as the
-            best ones do, have no other inverse.
+        n_fft: Samples in a frame of the spectrum of the embedding.
+        hop_length: Samples from frame to frame of that spectrum.
+        weighting: As in `deep_clustering`.
+        range_db: As in `deep_clustering`.
+        ridge: Added to the power in every direction before whitening. The best vectors span few directions, so their
+            covariance has no inverse without it.
 
     Returns:
         One value per example, ``(batch,)``, the mean of its channels.
 
     Raises:
-        ValueError: If the shapes do not belong to each other.
+        ValueError: If the shapes do not fit each other, or an option is out of range.
 
     Reference:
         Wang, Le Roux and Hershey, "Alternative objective functions for deep clustering", ICASSP 2018.
@@ -225,17 +236,19 @@ def whitened_kmeans(
     vectors, sources = _weighted_bins(embedding, target, mixture, n_fft, hop_length, weighting, range_db)
     n_dims = vectors.shape[-1]
     power = vectors.mT @ vectors + ridge * torch.eye(n_dims, dtype=vectors.dtype, device=vectors.device)
-    root = torch.linalg.cholesky_ex(power)[0]  # one that raises would wait for the device
+    # torch.linalg.cholesky would wait for the device to check for errors.
+    root = torch.linalg.cholesky_ex(power)[0]
+    # Whitened sums of the vectors of each source, (batch * channel, dim, source).
     whitened = torch.linalg.solve_triangular(root, vectors.mT @ sources, upper=False)
-    share = sources.square().sum(1)
-    told = whitened.square().sum(1) / share.clamp_min(SILENCE)
-    return (n_dims - told.sum(-1)).unflatten(0, embedding.shape[:2]).mean(1)
+    source_weight = sources.square().sum(1)
+    explained = whitened.square().sum(1) / source_weight.clamp_min(SILENCE)
+    return (n_dims - explained.sum(-1)).unflatten(0, embedding.shape[:2]).mean(1)
 
 
 def _weighted_bins(
     embedding: Tensor, target: Tensor, mixture: Tensor, n_fft: int, hop_length: int, weighting: str, range_db: float
 ) -> tuple[Tensor, Tensor]:
-    """Vectors and one-hot sources of all bins, times the root of the bin's weight; the weights sum to 1.
+    """Return vectors and one-hot sources of all bins, times the root of the bin's weight; the weights sum to 1.
 
     Returns:
         ``(batch * channel, bin, dim)`` and ``(batch * channel, bin, source)``, in float32 at least.
@@ -255,16 +268,17 @@ def _weighted_bins(
         magnitude = _spectrum(mixture, window, hop_length).abs().transpose(-1, -2)
         if embedding.shape[:-1] != magnitude.shape:
             raise ValueError(
-                f"An embedding of n_fft {n_fft} and hop_length {hop_length} must begin with "
-                f"{tuple(magnitude.shape)} here, (batch, channel, frame, freq), not {tuple(embedding.shape[:-1])}."
+                f"With n_fft {n_fft} and hop_length {hop_length} the embedding must be (batch, channel, frame, freq, "
+                f"dim) with {tuple(magnitude.shape)} before dim, not {tuple(embedding.shape[:-1])}."
             )
-        n_sources = torch.arange(target.shape[1], device=target.device)
-        loudest = rearrange(loudness.argmax(1), "b c l f -> (b c) (l f) 1") == n_sources
-        magnitude = magnitude + 0 * loudness.sum(1)  # what is NaN in a source must not get lost in the comparison
+        indices = torch.arange(target.shape[1], device=target.device)
+        loudest = rearrange(loudness.argmax(1), "b c l f -> (b c) (l f) 1") == indices
+        # argmax hides a NaN in a source; put it into the weights, so that the example has a NaN loss.
+        magnitude = magnitude + 0 * loudness.sum(1)
         weight = rearrange(magnitude, "b c l f -> (b c) (l f) 1")
         if weighting == "active":
-            limit = weight.amax(1, keepdim=True) * 10 ** (-range_db / 20)
-            weight = torch.where((weight >= limit) & (limit > 0), 1.0, 0 * weight)
+            threshold = weight.amax(1, keepdim=True) * 10 ** (-range_db / 20)
+            weight = torch.where((weight >= threshold) & (threshold > 0), 1.0, 0 * weight)  # 0 * weight keeps a NaN
         root = (weight / weight.sum(1, keepdim=True).clamp_min(SILENCE)).sqrt()
     vectors = rearrange(embedding, "b c l f d -> (b c) (l f) d").to(root.dtype)
     return vectors * root, loudest * root
@@ -275,9 +289,13 @@ def _spectrum(waveform: Tensor, window: Tensor, hop_length: int) -> Tensor:
 
 
 def _hann(win_length: int, n_fft: int, like: Tensor) -> Tensor:
-    """A Hann window in the middle of a frame, ``(n_fft,)``, where a signal is and as precise."""
+    """Return a Hann window centred in a frame, ``(n_fft,)``, on the device of a signal and at least as precise.
+
+    Raises:
+        ValueError: If the frame is odd, or the window longer than the frame.
+    """
     if n_fft % 2 or not 1 <= win_length <= n_fft:
-        raise ValueError(f"A frame of {n_fft} samples must be even, and its window of {win_length} at most as long.")
+        raise ValueError(f"n_fft {n_fft} must be even, and the window of {win_length} samples at most as long.")
     window = torch.hann_window(win_length, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
     missing = n_fft - win_length
     return F.pad(window, (missing // 2, missing - missing // 2))
