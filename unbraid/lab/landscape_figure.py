@@ -272,6 +272,7 @@ class LossSurface:
 
         axes: Any = figure.add_subplot(projection="3d", computed_zorder=False)  # matplotlib's 3-D axes are untyped
         across, up = np.meshgrid(self.x, self.y)
+        # plot_surface leaves NaN out, but infinity would stretch the axis.
         losses = np.where(np.isfinite(self.losses), self.losses, np.nan)
         mesh = {"rstride": 1, "cstride": 1, "linewidth": 0.15, "edgecolor": "#00000040"}
         axes.plot_surface(across, up, losses, cmap="viridis", zorder=1, **mesh)

@@ -89,6 +89,7 @@ def evaluate_points(
     seconds = time.monotonic() - start
     # A signal during the very last point stops nothing.
     signal = stop.signal if len(losses) < n_points else 0
+    # NaN for the points that are still missing.
     padded = np.full(n_points, math.nan)
     padded[: len(losses)] = losses
     return PointLosses(padded, len(losses), len(losses) - n_before, seconds, signal)

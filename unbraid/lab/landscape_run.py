@@ -107,6 +107,7 @@ def interpolation_view(
     checkpoint = read_checkpoint(find_checkpoint(other))
     model = build_model(experiment.recipe, trust=experiment.trusted)
     load_weights(model, checkpoint)
+    # Digests and not paths: last and step-000100 may be the same checkpoint.
     weights = model.state_dict()
     if weights_digest([weights]) == weights_digest([experiment.weights]):
         raise CheckpointError(f"{other} holds the same weights; give --to a checkpoint with other weights.")

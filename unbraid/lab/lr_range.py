@@ -36,9 +36,9 @@ rate of a grid."""
 DIVERGED_SHARE = 0.5
 """A loss has diverged once it has given back this share of its descent."""
 N_NONFINITE_STEPS = 5
-"""A loss has also diverged after so many steps in a row without a finite loss and gradient."""
+"""A loss has also diverged after this many steps in a row without a finite loss and gradient."""
 NOISE_FACTOR = 4.0
-"""A change below so many standard deviations of single losses, at rates that change nothing, counts as chance."""
+"""A change counts as chance below this many standard deviations of single losses at rates that change nothing."""
 
 
 @dataclass(frozen=True)
@@ -196,6 +196,7 @@ def measure_step(state: TrainState, micro_batches: Sequence[Batch], lr: float) -
         micro_batches: Micro-batches of the step.
         lr: Learning rate of the first parameter group; other groups keep their ratio to it.
     """
+    # detach shares memory: weights follow the step, the clones do not.
     weights = [p.detach() for p in state.unwrapped_model.parameters()]
     before = [weight.clone() for weight in weights]
     set_learning_rate(state, lr)
