@@ -22,7 +22,7 @@ node_modules: package.json package-lock.json
 
 # The variable silences an advertisement of the theme, which the build would print as a warning.
 docs: setup
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "The site is in site/. To read it with search: $(BIN)/python -m http.server --directory site"
 
 setup: .venv/.ready
