@@ -1,5 +1,3 @@
-"""What the terminal shows is true."""
-
 import pytest
 
 from unbraid.console import TrainingStatus, progress_bar, show_training
@@ -12,33 +10,33 @@ def step(n, loss, outcome="trained"):
     return StepRecord(n, 0, outcome, loss, 8.0, 5.0, 1e-3, 1.0, *counts, clipped=trained, seconds=1.0)
 
 
-def test_a_skipped_step_never_enters_the_mean():
-    ticker = TrainingStatus()
+def test_skipped_steps_are_not_in_the_mean():
+    status = TrainingStatus()
     for record in (step(1, 26.8), step(2, 30.1), step(3, float("nan"), "nonfinite_loss"), step(4, 0.0, "over_limit")):
-        ticker.add(record)
+        status.add(record)
 
-    assert "loss 28.45" in ticker.text()
-    assert "skipped 2" in ticker.text()
-
-
-def test_easy_batches_are_another_count_than_faults():
-    ticker = TrainingStatus()
-    ticker.add(step(1, -31.0, "all_filtered"))
-
-    assert "skipped 0" in ticker.text()
-    assert "all filtered 1" in ticker.text()
+    assert "loss 28.45" in status.text()
+    assert "skipped 2" in status.text()
 
 
-def test_the_share_clipped_and_the_improvement_are_shown():
-    ticker = TrainingStatus()
-    ticker.add(step(1, 1.0))
-    ticker.add(ValidationRecord(1, 2.0, 1.5, 3.25, 10, True, 1e-3))
+def test_filtered_batches_are_counted_apart_from_faults():
+    status = TrainingStatus()
+    status.add(step(1, -31.0, "all_filtered"))
 
-    assert "clipped 100%" in ticker.text()
-    assert "valid SI-SDRi +3.25 dB" in ticker.text()
+    assert "skipped 0" in status.text()
+    assert "all filtered 1" in status.text()
 
 
-def test_without_a_terminal_progress_is_plain_lines(capsys):
+def test_clipped_share_and_validation_are_shown():
+    status = TrainingStatus()
+    status.add(step(1, 1.0))
+    status.add(ValidationRecord(1, 2.0, 1.5, 3.25, 10, True, 1e-3))
+
+    assert "clipped 100%" in status.text()
+    assert "valid SI-SDRi +3.25 dB" in status.text()
+
+
+def test_without_a_terminal_progress_is_printed_in_plain_lines(capsys):
     with progress_bar("talkers", 4) as advance:
         for done in range(5):
             advance(done, f"{done} of 4")
@@ -49,22 +47,22 @@ def test_without_a_terminal_progress_is_plain_lines(capsys):
 
 
 @pytest.mark.parametrize(("rank", "shown"), [("0", True), ("1", False)])
-def test_one_process_of_several_tells(rank, shown, monkeypatch, capsys):
+def test_only_the_first_of_several_processes_prints(rank, shown, monkeypatch, capsys):
     monkeypatch.setenv("RANK", rank)
-    gone_through = []
+    consumed = []
 
     def records():
         for n in (1, 2):
-            gone_through.append(n)
+            consumed.append(n)
             yield step(n, 1.0)
 
     show_training(records(), max_steps=2, max_minutes=0)
 
-    assert gone_through == [1, 2]
+    assert consumed == [1, 2]
     assert bool(capsys.readouterr().out) is shown
 
 
-def test_a_validation_is_a_line_with_what_the_doctor_says(capsys):
+def test_a_validation_is_printed_with_the_line_of_the_doctor(capsys):
     records = [step(1, 1.0), ValidationRecord(1, 2.0, 1.5, 3.25, 10, True, 1e-3)]
 
     show_training(records, max_steps=2, max_minutes=0, doctor_line=lambda: "doctor: healthy")

@@ -1,5 +1,3 @@
-"""The picture of a run, and the figures of its curves."""
-
 import json
 import re
 import subprocess
@@ -16,7 +14,7 @@ from unbraid.plots import PLOTS, draw_plots, draw_run
 from unbraid.run_directory import RunDirectory
 
 
-def test_a_run_and_its_sound_become_a_png(recipe_file, tmp_path, capsys):
+def test_the_overview_of_a_run_is_a_png(recipe_file, tmp_path, capsys):
     run = tmp_path / "run"
     main(["train", str(recipe_file()), "--run", str(run)])
     main(["evaluate", str(run), "--n-items", "1", "--save-audio", "1"])
@@ -29,17 +27,19 @@ def test_a_run_and_its_sound_become_a_png(recipe_file, tmp_path, capsys):
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def written(folder, made):
-    """A run directory of made-up records, in which steps 100 to 109 were left out as NaN and step 7 as all filtered."""
+def written(folder, source):
+    """A run directory of source-up records, in which steps 100 to 109 were skipped because of NaN and step 7 as all filtered."""
     folder.mkdir()
     run = RunDirectory(folder)
-    for row in made.steps:
+    for row in source.steps:
         row["examples_per_second"] = 30.0
-    for row in made.steps[99:109]:
+    for row in source.steps[99:109]:
         row |= {"outcome": "nonfinite_loss", "loss": None, "loss_text": "nan", "grad_norm": 1e9, "clipped": False}
-    made.steps[6:7] = [row | {"outcome": "all_filtered", "loss": -500.0, "clipped": False} for row in made.steps[6:7]]
-    run.steps.write_text("".join(json.dumps(row) + "\n" for row in made.steps))
-    rows = [row | {"n_items": 5, "best": place == 1} for place, row in enumerate(made.validations)]
+    source.steps[6:7] = [
+        row | {"outcome": "all_filtered", "loss": -500.0, "clipped": False} for row in source.steps[6:7]
+    ]
+    run.steps.write_text("".join(json.dumps(row) + "\n" for row in source.steps))
+    rows = [row | {"n_items": 5, "best": place == 1} for place, row in enumerate(source.validations)]
     run.validation.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return run
 
@@ -52,7 +52,7 @@ def drawn(run, name):
     return lines, figure.axes
 
 
-def test_each_curve_of_a_run_becomes_a_png(tmp_path):
+def test_each_curve_of_a_run_is_drawn_as_a_png(tmp_path):
     run = written(tmp_path / "run", Run(600))
 
     files = draw_plots(run, tmp_path / "deep" / "plots")
@@ -62,7 +62,7 @@ def test_each_curve_of_a_run_becomes_a_png(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["loss", "gradient_norm"])
-def test_steps_that_were_left_out_are_marks_with_their_reason_and_no_values(tmp_path, name):
+def test_skipped_steps_are_marks_with_their_reason_and_not_in_a_curve(tmp_path, name):
     lines, (axes,) = drawn(written(tmp_path / "run", Run(600)), name)
 
     assert lines["skipped: nonfinite loss (10)"][:, 0].tolist() == list(range(100, 110))
@@ -73,17 +73,17 @@ def test_steps_that_were_left_out_are_marks_with_their_reason_and_no_values(tmp_
     assert axes.get_ylim()[1] < 1e4
 
 
-def test_validation_stands_beside_the_training_loss_and_the_best_is_marked(tmp_path):
-    made = Run(600)
-    run = written(tmp_path / "run", made)
+def test_validation_is_drawn_with_the_training_loss_and_the_best_is_marked(tmp_path):
+    source = Run(600)
+    run = written(tmp_path / "run", source)
 
-    assert drawn(run, "loss")[0]["validation"].tolist() == [[row["step"], row["loss"]] for row in made.validations]
-    best = made.validations[1]
+    assert drawn(run, "loss")[0]["validation"].tolist() == [[row["step"], row["loss"]] for row in source.validations]
+    best = source.validations[1]
     label = f"lowest loss: {best['si_sdri']:.2f} dB at step 400"
     assert drawn(run, "valid_si_sdri")[0][label].tolist() == [[400, best["si_sdri"]]]
 
 
-def test_shares_are_of_what_was_trained_or_of_all(tmp_path):
+def test_clipped_share_is_of_trained_steps_and_skipped_share_of_all(tmp_path):
     run = written(tmp_path / "run", Run(600))
 
     _, (axes,) = drawn(run, "clipped_and_skipped")
@@ -95,14 +95,14 @@ def test_shares_are_of_what_was_trained_or_of_all(tmp_path):
     assert shares["clipped, of the trained steps"][1] == pytest.approx(share)
 
 
-def test_every_block_has_its_curve_of_updates(tmp_path):
+def test_every_block_has_a_curve_of_update_ratios(tmp_path):
     lines, _ = drawn(written(tmp_path / "run", Run(600)), "update_ratio")
 
     assert [len(lines[block]) for block in BLOCKS] == [12] * len(BLOCKS)
 
 
 @pytest.mark.parametrize("n_steps", [1, 2, 7])
-def test_of_a_run_that_has_just_begun_there_is_drawn_what_there_is(tmp_path, n_steps):
+def test_a_run_of_few_steps_is_drawn_as_far_as_it_has_data(tmp_path, n_steps):
     run = written(tmp_path / "run", Run(n_steps))
 
     names = [file.stem for file in draw_plots(run, tmp_path / "plots")]
@@ -110,10 +110,10 @@ def test_of_a_run_that_has_just_begun_there_is_drawn_what_there_is(tmp_path, n_s
     assert names == ["loss", "gradient_norm", "clipped_and_skipped", "learning_rate", "throughput"]
 
 
-def test_a_run_whose_every_step_was_left_out_has_its_marks(tmp_path):
-    made = Run(30)
-    run = written(tmp_path / "run", made)
-    rows = [row | {"outcome": "nonfinite_loss", "loss": None, "loss_text": "nan"} for row in made.steps]
+def test_a_run_without_a_trained_step_still_has_its_marks(tmp_path):
+    source = Run(30)
+    run = written(tmp_path / "run", source)
+    rows = [row | {"outcome": "nonfinite_loss", "loss": None, "loss_text": "nan"} for row in source.steps]
     run.steps.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     names = [file.stem for file in draw_plots(run, tmp_path / "plots")]
@@ -121,7 +121,7 @@ def test_a_run_whose_every_step_was_left_out_has_its_marks(tmp_path):
     assert names == ["loss", "clipped_and_skipped", "learning_rate"]
 
 
-def test_a_run_without_a_step_is_one_sentence(tmp_path):
+def test_a_run_without_steps_is_an_error(tmp_path):
     run = written(tmp_path / "run", Run(1))
     run.steps.write_text("")
 
@@ -137,7 +137,7 @@ def test_drawing_imports_no_torch():
 
 
 @pytest.mark.slow
-def test_a_million_steps_take_no_gigabyte(tmp_path):
+def test_drawing_a_million_steps_takes_less_than_a_gigabyte(tmp_path):
     run = written(tmp_path / "run", Run(10_000))
     block = run.steps.read_bytes()
     with run.steps.open("ab") as file:

@@ -47,7 +47,7 @@ def same(one, other):
 
 
 @given(ANY_FLOAT, ANY_FLOAT, ANY_FLOAT)
-def test_a_step_comes_back_as_it_was_whatever_its_numbers(loss, grad_norm, limit):
+def test_a_step_reads_back_equal_whatever_its_numbers(loss, grad_norm, limit):
     record = replace(STEP, loss=loss, grad_norm=grad_norm, max_norm=limit)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "steps.jsonl"
@@ -57,7 +57,7 @@ def test_a_step_comes_back_as_it_was_whatever_its_numbers(loss, grad_norm, limit
     assert same(back, [record])
 
 
-def test_the_examples_behind_a_fault_come_back_as_they_were(tmp_path):
+def test_bad_items_read_back_equal(tmp_path):
     items = (ItemId("train", 3, 17, ("a.wav", "b.wav")), ItemId("train", 3, 18))
     record = replace(STEP, outcome="nonfinite_loss", n_bad=2, bad_items=items)
     append_record(tmp_path / "steps.jsonl", record)
@@ -65,14 +65,14 @@ def test_the_examples_behind_a_fault_come_back_as_they_were(tmp_path):
     assert read_steps(tmp_path / "steps.jsonl") == [record]
 
 
-def test_a_validation_comes_back_as_it_was(tmp_path):
+def test_a_validation_reads_back_equal(tmp_path):
     record = ValidationRecord(step=5, loss=math.nan, si_sdr=3.0, si_sdri=-math.inf, n_items=10, best=False, lr=1e-3)
     append_record(tmp_path / "validation.jsonl", record)
 
     assert same(read_validation(tmp_path / "validation.jsonl"), [record])
 
 
-def test_orders_and_items_of_a_validation_come_back_and_an_old_row_has_none(tmp_path):
+def test_orders_and_items_of_a_validation_read_back_equal_and_are_empty_in_an_old_row(tmp_path):
     record = ValidationRecord(
         step=5, loss=-3.0, si_sdr=3.0, si_sdri=2.0, n_items=2, best=True, lr=1e-3, orders=((1, 0), (0, 1)),
         item_si_sdri=(4.125, None),
@@ -87,7 +87,7 @@ def test_orders_and_items_of_a_validation_come_back_and_an_old_row_has_none(tmp_
 
 
 @pytest.mark.parametrize(("value", "text"), [(math.nan, "nan"), (math.inf, "inf"), (-math.inf, "-inf")])
-def test_a_number_that_is_not_finite_is_null_with_its_text_beside_it(tmp_path, value, text):
+def test_a_nonfinite_number_is_written_as_null_and_text(tmp_path, value, text):
     append_record(tmp_path / "steps.jsonl", replace(STEP, loss=value))
 
     row = strict_json((tmp_path / "steps.jsonl").read_text())
@@ -95,7 +95,7 @@ def test_a_number_that_is_not_finite_is_null_with_its_text_beside_it(tmp_path, v
     assert (row["loss"], row["loss_text"]) == (None, text)
 
 
-def test_evidence_that_is_not_finite_keeps_its_text_too(tmp_path):
+def test_nonfinite_evidence_is_written_as_null_and_text(tmp_path):
     evidence = {"loss": math.nan, "norms": [1.0, math.inf], "layer": {"max": -math.inf}}
     append_record(tmp_path / "events.jsonl", Event("STEP_SKIPPED_NONFINITE_LOSS", 1, 0, "left out", evidence=evidence))
 
@@ -106,7 +106,7 @@ def test_evidence_that_is_not_finite_keeps_its_text_too(tmp_path):
     }  # fmt: skip
 
 
-def test_each_record_is_one_line_whatever_its_text_says(tmp_path):
+def test_each_record_is_one_line_whatever_its_text_contains(tmp_path):
     path = tmp_path / "events.jsonl"
     for name in ("a\nb.wav", "\u2028\u00e9.wav", '<img src=x onerror=alert(1)>"'):
         append_record(path, Event("AUDIO_NONFINITE", 1, 0, name, (name,)))
@@ -119,7 +119,7 @@ def test_each_record_is_one_line_whatever_its_text_says(tmp_path):
 
 
 @given(st.data())
-def test_a_line_torn_anywhere_is_counted_and_costs_no_other(data):
+def test_a_torn_line_is_counted_and_the_others_are_read(data):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "steps.jsonl"
         for step in (1, 2, 3):

@@ -9,35 +9,20 @@ from unbraid.io import append_row, json_line_blocks, read_json_lines, to_json_ro
 from unbraid.type_aliases import Row
 
 SCHEMA_VERSION = 3
-"""Of the run directory. Version 2 had other names for some fields and outcomes; `upgrade_row` translates them."""
-
-_FIELDS_OF_VERSION_2 = {"limit": "max_norm", "norm_after": "clipped_grad_norm", "n_easy": "n_filtered"}
-_ITEM_FIELDS_OF_VERSION_2 = {
-    "levels_db": "estimate_levels_db",
-    "likeness": "similarity",
-    "beside_db": "source_residual_db",
-}
-_OUTCOMES_OF_VERSION_2 = {"all_easy": "all_filtered", "loss_scale": "fp16_overflow"}
-_CODES_OF_VERSION_2 = {
-    "STEP_SKIPPED_LOSS_SCALE": "STEP_SKIPPED_FP16_OVERFLOW",
-    "CHECKPOINT_PASSED_OVER": "CHECKPOINT_SKIPPED",
-    "CHOSEN": "AUTO_CHOSEN",
-    "RUN_BEGUN_AGAIN": "RUN_RESTARTED",
-}
+"""Version of the run directory. Version 2 had other names for some fields, outcomes and events; see `upgrade_row`."""
 
 Outcome = Literal[
     "trained", "all_filtered", "nonfinite_loss", "over_limit", "nonfinite_gradient", "fp16_overflow", "out_of_memory"
 ]
-"""What became of a step: ``trained``, or why it was skipped."""
+"""``trained`` if the step updated the weights, else the reason why it was skipped."""
 
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 
 SKIPPED_OUTCOMES: tuple[Outcome, ...] = tuple(outcome for outcome in OUTCOMES if outcome != "trained")
-"""Outcomes of steps that changed no weights."""
 
 FAULT_OUTCOMES: tuple[Outcome, ...] = ("nonfinite_loss", "over_limit", "nonfinite_gradient", "out_of_memory")
-"""Outcomes that mean something is wrong. A batch of filtered examples is no fault, nor is an fp16 overflow: the loss
-scale is found by overflowing now and then."""
+"""Outcomes that mean that something is wrong. A batch of filtered examples is not a fault, nor is an fp16 overflow:
+dynamic loss scaling finds its scale by overflowing now and then."""
 
 EventCode = Literal[
     # audio files
@@ -50,7 +35,6 @@ EventCode = Literal[
     "AUDIO_WRONG_RATE",
     "DATA_WORKER_LOST",
     # steps
-    "OUTPUT_DEAD",
     "OUT_OF_MEMORY",
     "RANKS_DIFFER",
     "SLOW_RANK",
@@ -95,18 +79,19 @@ TIMING_FIELDS = frozenset(
         "host_memory_bytes",
     }
 )
-"""What clock and system say: all else in ``steps.jsonl`` and ``validation.jsonl`` is the same in a resumed run."""
+"""Measurements of time and memory. Every other field of ``steps.jsonl`` and ``validation.jsonl`` is bit-identical in a
+resumed run."""
 
 
 @dataclass(frozen=True, slots=True)
 class ItemId:
-    """Where an example came from; with the recipe it is enough to make the same example again.
+    """Identity of an example; together with the recipe it is enough to make the same example again.
 
     Attributes:
         purpose: ``train``, ``valid`` or ``test``.
         epoch: Pass over the data, from 0.
-        index: Place in the pass, from 0.
-        files: The files it was mixed from, sources first, then noise.
+        index: Position in the pass, from 0.
+        files: The files that were mixed, sources first, then noise.
     """
 
     purpose: str
@@ -117,20 +102,20 @@ class ItemId:
 
 @dataclass(frozen=True, slots=True)
 class ItemRecord:
-    """One example of a sampled step, as the model left it.
+    """One example of a sampled step, with measurements of the model's output.
 
     Attributes:
-        item: Where it came from.
-        loss: Its loss.
-        weight: How much it counted; 0 where a filter took it out.
-        order: Which output belongs to each target; empty where the loss does not say.
-        estimate_levels_db: Mean power of each output, in dB of full scale.
-        similarity: The largest correlation, by absolute value, of two outputs; 1 where they are the same sound.
-        residual_db: Power of the mixture less the sum of the outputs over that of the mixture, in dB. A loss that
-            ignores level leaves it open.
-        source_levels_db: Mean power of each source, in dB of full scale.
-        source_residual_db: Power of the mixture minus its sources over that of the mixture, in dB: noise, or
-            a mistake.
+        item: Identity of the example.
+        loss: Loss of the example.
+        weight: Weight in the gradient; 0 if a filter dropped it.
+        order: Index of the output assigned to each target; empty if the loss has no assignment.
+        estimate_levels_db: Mean power of each output in dB of full scale.
+        similarity: Largest absolute correlation between two outputs; 1 if they contain the same sound.
+        residual_db: Power of the mixture minus the sum of the outputs, relative to the mixture, in dB. It means nothing
+            with a loss that ignores level.
+        source_levels_db: Mean power of each source in dB of full scale.
+        source_residual_db: Power of the mixture minus its sources, relative to the mixture, in dB. Noise, or an error
+            in the data, makes it large.
     """
 
     item: ItemId
@@ -149,8 +134,8 @@ class BlockRecord:
     """One block of the model in a sampled step.
 
     Attributes:
-        grad_norm: L2 norm of its share of the averaged, unscaled gradient, before clipping.
-        update_ratio: L2 norm of what the step added to its weights over that of the weights: around 1e-3 is usual.
+        grad_norm: L2 norm of the block's part of the averaged, unscaled gradient, before clipping.
+        update_ratio: L2 norm of the update of the block's weights over that of the weights; about 1e-3 is usual.
     """
 
     grad_norm: float | None
@@ -159,36 +144,34 @@ class BlockRecord:
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One optimizer step, or one that was left out.
+    """One optimizer step, taken or skipped.
 
     Attributes:
-        step: Number of the step, from 1; a step left out has a number too.
-        epoch: The pass over the data that the first example on the main rank belongs to, from 0.
-        outcome: ``trained``, or why it was left out: ``nonfinite_loss``, ``over_limit``, ``all_filtered``,
-            ``nonfinite_gradient``, ``loss_scale``, ``out_of_memory``.
-        loss: Weighted mean over the examples trained on; where none was, over all examples as they came out, which
-            may be NaN.
-        grad_norm: L2 norm of the averaged and unscaled gradient, before clipping; NaN or infinite as it came out.
-        max_norm:What the clipper allowed; infinite for no limit. None where it was not asked.
-        clipped: Whether the step was taken with a gradient longer than that.
-        clipped_grad_norm: The gradient's norm after transforms and clipping: what the optimizer got.
-        si_sdr: Mean SI-SDR of each source over the examples trained on, in dB; empty where the loss does not say
-            which output belongs to which.
+        step: Number of the step, from 1; skipped steps are numbered too.
+        epoch: Pass over the data, from 0, of the first example on the main rank.
+        outcome: ``trained``, or why the step was skipped; see `Outcome`.
+        loss: Weighted mean over the trained examples. If there are none, the mean over all examples, which may be NaN.
+        grad_norm: L2 norm of the averaged and unscaled gradient, before clipping; may be NaN or infinite.
+        max_norm: Threshold of the clipper; infinite for no limit, None if the clipper did not run.
         lr: Learning rate of the first parameter group in this step.
-        loss_scale: Factor on the loss under fp16; 1 elsewhere.
-        n_trained: Examples with weight in the gradient; 0 in a step that was left out.
-        n_filtered: Examples a filter took out.
-        n_bad: Examples whose loss was not finite or over the limit; where the step was rescued, those set aside.
-        bad_items: The examples behind a fault, on this rank: those whose loss or gradient is bad.
-        n_micro_batches: Pieces that this rank's examples went through the model in.
-        blocks: Each block of the model, in sampled steps.
+        loss_scale: Loss scale of fp16; 1 in other precisions.
+        n_trained: Examples with weight in the gradient; 0 in a skipped step.
+        n_filtered: Examples dropped by a filter.
+        n_bad: Examples whose loss was not finite or over the limit. In a rescued step, the excluded examples.
+        bad_items: The bad examples of this rank, by loss or by gradient.
+        clipped: True if the step was taken and its gradient was clipped.
+        clipped_grad_norm: Gradient norm after transforms and clipping, as the optimizer received it.
+        si_sdr: Mean SI-SDR of each source over the trained examples, in dB; empty if the loss has no assignment of
+            outputs to sources.
+        n_micro_batches: Micro-batches into which this rank's examples were divided.
+        blocks: Statistics of each block of the model, in sampled steps.
         items: Each example of this rank, in sampled steps.
         seconds: Wall time of the step, without waiting for data.
         data_seconds: Wall time spent waiting for the batch.
-        examples_per_second: Examples through the model in this step over all of its wall time.
-        elapsed_seconds: Wall time of the run so far, over all its resumptions.
-        peak_memory_bytes: The most memory held so far: on the accelerator, or by this process where there is none.
-        host_memory_bytes: The most memory held so far by this process, beside an accelerator too.
+        examples_per_second: Examples of this step over all of its wall time.
+        elapsed_seconds: Wall time of the run so far, over all resumes.
+        peak_memory_bytes: Peak memory so far of the accelerator, or of this process if there is none.
+        host_memory_bytes: Peak memory so far of this process, with or without an accelerator.
     """
 
     step: int
@@ -218,7 +201,7 @@ class StepRecord:
 
     @property
     def trained(self) -> bool:
-        """Whether the weights moved."""
+        """True if the step updated the weights."""
         return self.outcome == "trained"
 
 
@@ -227,17 +210,17 @@ class ValidationRecord:
     """One pass over the validation examples.
 
     Attributes:
-        step: The step after which it was made.
-        loss: Mean loss; None where it is not finite, and then never "best".
+        step: The step after which it ran.
+        loss: Mean loss. None if it is not finite; such a validation is never the best.
         si_sdr: Mean SI-SDR of the best-assigned estimates, in dB.
         si_sdri: Mean improvement over the mixture, in dB.
-        n_items: Mixtures separated.
-        best: Whether it is the best so far, by loss.
-        lr: Learning rate after this validation (a plateau schedule may have lowered it).
+        n_items: Number of mixtures.
+        best: True if its loss is the lowest so far.
+        lr: Learning rate after this validation; a plateau schedule may have lowered it.
         elapsed_seconds: Wall time of the run so far.
         seconds: Wall time of this validation.
-        orders: Which output was given to each source, for each item; empty where that is not searched for.
-        item_si_sdri: Improvement of each item over its mixture, in dB; None where it has no value.
+        orders: Index of the output assigned to each source, for each item; empty if the loss has no assignment.
+        item_si_sdri: Improvement of each item over its mixture in dB; None if it is undefined.
     """
 
     step: int
@@ -255,15 +238,15 @@ class ValidationRecord:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that happened outside of plain training.
+    """Something that happened outside of ordinary training.
 
     Attributes:
-        code: Stable code, such as ``AUDIO_NONFINITE`` or ``STEP_SKIPPED_NONFINITE_LOSS``.
+        code: One of `EVENT_CODES`.
         step: The step it belongs to.
-        rank: The process it happened in.
-        message: One sentence in plain words.
-        files: The files behind it, where they are known.
-        evidence: Figures and positions that show it.
+        rank: The rank of the process it happened in.
+        message: One sentence for the user.
+        files: The files involved, if they are known.
+        evidence: Numbers and positions that show it.
     """
 
     code: EventCode
@@ -295,36 +278,6 @@ def row_blocks(path: Path, *, size: int = 4096) -> Iterator[tuple[list[Row], int
     """Yield the rows of a log block by block under today's field names, as `unbraid.io.json_line_blocks` does."""
     for rows, n_torn in json_line_blocks(path, size=size):
         yield [upgrade_row(row) for row in rows], n_torn
-
-
-def upgrade_row(row: Row) -> Row:
-    """Return a row of ``steps.jsonl`` or ``events.jsonl`` under today's names, whichever version wrote it."""
-    if _is_version_2_step(row):
-        row = _rename(row, _FIELDS_OF_VERSION_2)
-        outcome = row.get("outcome")
-        row["outcome"] = _OUTCOMES_OF_VERSION_2.get(str(outcome), outcome)
-        if row.get("items"):
-            row["items"] = [_rename(item, _ITEM_FIELDS_OF_VERSION_2) for item in row["items"]]
-    elif row.get("code") in _CODES_OF_VERSION_2:
-        row["code"] = _CODES_OF_VERSION_2[row["code"]]
-    return row
-
-
-def _is_version_2_step(row: Row) -> bool:
-    # Rows carry no version number; every step of version 2 has this field, and no later one.
-    return "n_easy" in row
-
-
-def _rename(row: Row, names: Mapping[str, str]) -> Row:
-    # A non-finite value has its text in a second field, NAME_text, which is renamed with it.
-    all_names = {**names, **{f"{old}_text": f"{new}_text" for old, new in names.items()}}
-    return {all_names.get(name, name): value for name, value in row.items()}
-
-
-def steps_schema_version(path: Path) -> int:
-    """Return the schema version that wrote the first step of a log; the current one if there is none."""
-    rows, _ = read_json_lines(path, first=1)
-    return 2 if rows and _is_version_2_step(rows[0]) else SCHEMA_VERSION
 
 
 def read_steps(path: Path) -> list[StepRecord]:
@@ -362,3 +315,49 @@ def _item_id(row: Mapping[str, Any]) -> ItemId:
 def _item_record(row: dict[str, Any]) -> ItemRecord:
     tuples = {name: tuple(row.get(name, ())) for name in ("order", "estimate_levels_db", "source_levels_db")}
     return replace(_from_row(ItemRecord, row), item=_item_id(row["item"]), **tuples)
+
+
+# Names of version 2, and their names today.
+_FIELDS_OF_VERSION_2 = {"limit": "max_norm", "norm_after": "clipped_grad_norm", "n_easy": "n_filtered"}
+_ITEM_FIELDS_OF_VERSION_2 = {
+    "levels_db": "estimate_levels_db",
+    "likeness": "similarity",
+    "beside_db": "source_residual_db",
+}
+_OUTCOMES_OF_VERSION_2 = {"all_easy": "all_filtered", "loss_scale": "fp16_overflow"}
+_CODES_OF_VERSION_2 = {
+    "STEP_SKIPPED_LOSS_SCALE": "STEP_SKIPPED_FP16_OVERFLOW",
+    "CHECKPOINT_PASSED_OVER": "CHECKPOINT_SKIPPED",
+    "CHOSEN": "AUTO_CHOSEN",
+    "RUN_BEGUN_AGAIN": "RUN_RESTARTED",
+}
+
+
+def upgrade_row(row: Row) -> Row:
+    """Return a row of ``steps.jsonl`` or ``events.jsonl`` under today's names, whichever version wrote it."""
+    if _is_version_2_step(row):
+        row = _rename(row, _FIELDS_OF_VERSION_2)
+        outcome = row.get("outcome")
+        row["outcome"] = _OUTCOMES_OF_VERSION_2.get(str(outcome), outcome)
+        if row.get("items"):
+            row["items"] = [_rename(item, _ITEM_FIELDS_OF_VERSION_2) for item in row["items"]]
+    elif row.get("code") in _CODES_OF_VERSION_2:
+        row["code"] = _CODES_OF_VERSION_2[row["code"]]
+    return row
+
+
+def _is_version_2_step(row: Row) -> bool:
+    # Rows carry no version number; every step of version 2 has this field, and no later one.
+    return "n_easy" in row
+
+
+def _rename(row: Row, names: Mapping[str, str]) -> Row:
+    # A non-finite value has its text in a second field, NAME_text, which is renamed with it.
+    all_names = {**names, **{f"{old}_text": f"{new}_text" for old, new in names.items()}}
+    return {all_names.get(name, name): value for name, value in row.items()}
+
+
+def steps_schema_version(path: Path) -> int:
+    """Return the schema version that wrote the first step of a log; the current one if there is none."""
+    rows, _ = read_json_lines(path, first=1)
+    return 2 if rows and _is_version_2_step(rows[0]) else SCHEMA_VERSION

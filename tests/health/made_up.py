@@ -1,4 +1,4 @@
-"""Rows of a run directory as a healthy run writes them, to be made sick."""
+"""Made-up records of a healthy run, for tests to change."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Runs on real talkers in which nothing was wrong: the doctor finds nothing, not even a note.
+"""Healthy runs on real speech, in which the doctor must find nothing, not even a note.
 
 They were made by ``scripts/record_healthy_runs.py``, 2,000 steps each, each with another model, loss, optimizer,
 schedule or clipper.
@@ -29,7 +29,7 @@ def read(path):
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.name.removesuffix(".jsonl.gz"))
-def test_nothing_is_found_in_a_run_on_real_talkers_in_which_nothing_was_wrong(path):
+def test_a_healthy_run_on_real_speech_has_no_findings(path):
     series = read(path)
 
     assert series.covers_start
@@ -41,7 +41,7 @@ def test_nothing_is_found_in_a_run_on_real_talkers_in_which_nothing_was_wrong(pa
     assert run_rules(series) == []
 
 
-def test_they_are_of_all_sorts_and_small():
+def test_the_recorded_runs_are_varied_and_small():
     recipes = [read(path).recipe for path in RUNS]
 
     assert len({recipe["model"]["name"] for recipe in recipes}) >= 6
@@ -50,7 +50,7 @@ def test_they_are_of_all_sorts_and_small():
     assert sum(path.stat().st_size for path in RUNS) < 2_000_000
 
 
-def test_they_tell_nothing_of_the_machine_they_were_made_on():
+def test_the_recorded_runs_contain_no_absolute_paths():
     for path in RUNS:
         text = gzip.decompress(path.read_bytes()).decode()
         assert '"/' not in text  # no path from the root of any file system

@@ -1,4 +1,4 @@
-"""Gradients that vanish inside a recurrent stack are seen, layer by layer, on real models."""
+"""The rule on vanishing gradients, on real models."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from unbraid.train.step import train_step
 
 
 class Recurrent(nn.Module):
-    """An LSTM over frames of 8 samples, and nothing that leads around its layers."""
+    """An LSTM over frames of 8 samples, without residual connections."""
 
     def __init__(self, n_layers, scale):
         super().__init__()
@@ -33,7 +33,7 @@ class Recurrent(nn.Module):
         return outputs.movedim(2, 1).flatten(2)[:, :, None]
 
 
-def looked_at(model, n=5):
+def sampled_series(model, n=5):
     state = TrainState(model, SeparationLoss(neg_snr), torch.optim.Adam(model.parameters(), lr=1e-4))
     rows = []
     for sample in range(1, n + 1):
@@ -42,8 +42,8 @@ def looked_at(model, n=5):
     return series_from_rows(rows, [], [], {})
 
 
-def test_layers_of_an_lstm_whose_gradients_vanish_are_told():
-    series = looked_at(Recurrent(n_layers=6, scale=0.1))
+def test_vanishing_gradients_in_an_lstm_are_found():
+    series = sampled_series(Recurrent(n_layers=6, scale=0.1))
 
     finding = vanishing_or_exploding(series)
 
@@ -54,11 +54,11 @@ def test_layers_of_an_lstm_whose_gradients_vanish_are_told():
 
 
 @pytest.mark.parametrize("n_layers", [2, 3])
-def test_layers_of_a_usual_lstm_are_not(n_layers):
-    assert vanishing_or_exploding(looked_at(Recurrent(n_layers=n_layers, scale=1.0))) is None
+def test_an_ordinary_lstm_has_no_finding(n_layers):
+    assert vanishing_or_exploding(sampled_series(Recurrent(n_layers=n_layers, scale=1.0))) is None
 
 
-def test_stacks_are_held_together_at_every_depth():
+def test_nested_stacks_are_compared_at_every_depth():
     def blocks(*factors):
         return {
             f"dual.{outer}.intra.{inner}": {"grad_norm": outer_factor * inner_factor, "update_ratio": 1e-3}
@@ -66,10 +66,10 @@ def test_stacks_are_held_together_at_every_depth():
             for inner, inner_factor in enumerate((1.0, 1.0, 2.0))
         }
 
-    def told(*factors):
+    def finding_for(*factors):
         rows = [{"step": 50 * k, "outcome": "trained", "blocks": blocks(*factors)} for k in range(1, 6)]
         return vanishing_or_exploding(series_from_rows(rows, [], [], {}))
 
-    assert told(1.0, 1.0, 2.0) is None
-    assert "first blocks of dual." in told(1e-4, 1e-2, 1.0).problem
-    assert told(1e-4, 1.0) is None  # two are no stack
+    assert finding_for(1.0, 1.0, 2.0) is None
+    assert "first blocks of dual." in finding_for(1e-4, 1e-2, 1.0).problem
+    assert finding_for(1e-4, 1.0) is None  # two are no stack

@@ -1,4 +1,4 @@
-"""Each rule fires on a run made sick in its way, and none on healthy ones."""
+"""Each rule fires on made-up records with its problem, and no rule fires on healthy ones."""
 
 import math
 
@@ -40,7 +40,7 @@ def sick_spike(run):
     run.change(1000, 1010, loss=40.0)
 
 
-def sick_memory_of_adam(run):
+def sick_adam_second_moment(run):
     run.change(1990, 1990, grad_norm=3000.0, clipped_grad_norm=3000.0)
 
 
@@ -129,7 +129,7 @@ def healthy_silent_stem(run):
     run.change(si_sdr=lambda row: [row["si_sdr"][0], None])
 
 
-def healthy_stem_that_comes_late(run):
+def healthy_stem_that_starts_late(run):
     run.change(1, 200, si_sdr=lambda row: [row["si_sdr"][0], None])
 
 
@@ -138,7 +138,7 @@ def healthy_large_batches(run):
     run.change(loss=lambda row: float(1 - 4 * np.log10(1 + row["step"] / 100) + rng.normal(0, 0.2)))
 
 
-def healthy_loss_of_ones_own(run):
+def healthy_custom_loss(run):
     run.recipe["loss"]["name"] = "my_file:my_loss"
 
 
@@ -185,7 +185,7 @@ def healthy_but_unscored(run):
         row.update(loss=None, si_sdr=None, si_sdri=None)
 
 
-def sick_easy(run):
+def sick_filtered(run):
     run.change(n_filtered=3, n_trained=1)
 
 
@@ -213,7 +213,7 @@ def sick_output(run):
     run.change_items(estimate_levels_db=[-25.0, -200.0])
 
 
-def sick_likeness(run):
+def sick_similarity(run):
     run.change_items(similarity=0.9999)
 
 
@@ -274,7 +274,7 @@ def healthy_flips_at_the_end_of_a_schedule(run):
         row["lr"] = 1e-4
 
 
-def healthy_items_that_do_not_matter(run):
+def healthy_unseparated_items(run):
     sick_flips(run)
     for row in run.validations:
         row["item_si_sdri"] = [score if score > 3.5 else 0.4 for score in row["item_si_sdri"]]
@@ -288,13 +288,13 @@ def healthy_closed_set_of_speakers(run):
     run.data["shared"] |= {"n_speakers": 4, "speakers": ["a", "b", "c", "d"]}
 
 
-def healthy_run_before_such_was_written(run):
+def healthy_run_without_environment_and_data(run):
     run.environment, run.data = {}, {}
     for row in run.validations:
         del row["orders"], row["item_si_sdri"]
 
 
-def healthy_order_that_is_not_searched_for(run):
+def healthy_fixed_assignment(run):
     run.recipe["loss"]["assign"] = "fixed"
     for row in run.validations:
         row["orders"] = []
@@ -327,7 +327,7 @@ SICK = {
     "CONSECUTIVE_FAULTS": [sick_faults],
     "BAD_FILES": [sick_files, sick_file_behind_faults],
     "LOSS_SPIKE": [sick_spike],
-    "ADAM_SECOND_MOMENT": [sick_memory_of_adam],
+    "ADAM_SECOND_MOMENT": [sick_adam_second_moment],
     "NORM_SPIKES": [sick_norms],
     "MOST_STEPS_CLIPPED": [sick_clip],
     "CLIPPING_INACTIVE": [sick_idle_clip],
@@ -339,12 +339,12 @@ SICK = {
     "OSCILLATION": [sick_oscillation],
     "PLATEAU": [sick_plateau],
     "OVERFITTING": [sick_overfitting],
-    "MOSTLY_FILTERED": [sick_easy],
+    "MOSTLY_FILTERED": [sick_filtered],
     "LR_NEVER_REDUCED": [sick_schedule, sick_unvalidated],
     "WORSE_THAN_MIXTURE": [sick_validation],
     "NOT_SHUFFLED": [sick_order],
     "DEAD_OUTPUT": [sick_output],
-    "IDENTICAL_OUTPUTS": [sick_likeness],
+    "IDENTICAL_OUTPUTS": [sick_similarity],
     "OUTPUT_IS_MIXTURE": [sick_separation],
     "SOURCE_NOT_LEARNED": [sick_source],
     "TARGETS_UNRELATED": [sick_targets],
@@ -361,7 +361,7 @@ SICK = {
 }
 
 
-OF_WHOLE_RUNS = {
+NEEDS_FIRST_STEPS = {
     "TARGETS_UNRELATED",
     "MEMORY_GROWS",
     "OVERFITTING",
@@ -370,11 +370,11 @@ OF_WHOLE_RUNS = {
     "SLOWING_DOWN",
     "SOURCE_NOT_LEARNED",
 }
-"""What takes the beginning of a run to know."""
+"""Findings that need the first steps of a run."""
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_nothing_is_found_in_a_healthy_run(seed):
+def test_a_healthy_run_has_no_findings(seed):
     assert codes(Run(seed=seed)) == []
 
 
@@ -383,14 +383,14 @@ HEALTHY = [make for name, make in list(globals().items()) if name.startswith("he
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("make", HEALTHY)
-def test_nothing_is_found_in_a_healthy_run_that_is_not_the_usual_one(make, seed):
+def test_an_unusual_but_healthy_run_has_no_findings(make, seed):
     run = Run(seed=seed)
     make(run)
 
     assert codes(run) == []
 
 
-def test_of_the_end_of_a_long_run_nothing_is_said_that_takes_the_beginning_to_know():
+def test_rules_that_need_the_first_steps_are_silent_without_them():
     run = Run(6000, every=500)
     run.change(3001, None, seconds=0.3)
     run.steps = run.steps[-2000:]
@@ -400,7 +400,7 @@ def test_of_the_end_of_a_long_run_nothing_is_said_that_takes_the_beginning_to_kn
     assert codes(run) == []
 
 
-def test_faults_that_no_file_is_behind_are_the_learning_rates():
+def test_faults_without_a_file_are_blamed_on_the_learning_rate():
     weights, file = Run(300), Run(300)
     for run in (weights, file):
         nonfinite(run, 281, 300)
@@ -412,7 +412,7 @@ def test_faults_that_no_file_is_behind_are_the_learning_rates():
     assert keys == ["optim.lr", "data.exclude"]
 
 
-def test_odd_records_hide_nothing_and_break_nothing(monkeypatch):
+def test_damaged_records_neither_hide_findings_nor_raise(monkeypatch):
     run = Run()
     sick_output(run)
     run.events += [{"code": "SLOW_RANK", "step": None}, {"code": "STEP_RESCUED"}]
@@ -427,12 +427,12 @@ def test_odd_records_hide_nothing_and_break_nothing(monkeypatch):
 
 
 @pytest.mark.parametrize("n_steps", [1, 5, 30, 120, 500, 999])
-def test_nothing_is_found_in_the_first_steps_of_one(n_steps):
+def test_a_healthy_run_of_few_steps_has_no_findings(n_steps):
     assert codes(Run(n_steps)) == []
 
 
 @pytest.mark.parametrize(("code", "make_sick"), [(code, one) for code, several in SICK.items() for one in several])
-def test_what_is_wrong_is_called_by_its_name(code, make_sick):
+def test_each_problem_is_found(code, make_sick):
     run = Run()
     make_sick(run)
 
@@ -446,11 +446,11 @@ def test_what_is_wrong_is_called_by_its_name(code, make_sick):
     assert code not in codes(run, mute=[code])
 
 
-def test_every_code_that_can_be_muted_is_one_that_is_told():
+def test_every_finding_code_has_a_made_up_run():
     assert {*SICK, "RULE_FAILED"} == set(FINDING_CODES)
 
 
-TAKEN = {
+EXAMPLE_VALUES = {
     "clip.max_norm": "12",
     "clip.name": "autoclip",
     "data.excerpt_seconds": "2.0",
@@ -470,7 +470,7 @@ TAKEN = {
 
 
 @pytest.mark.parametrize(("code", "make_sick"), [(code, one) for code, several in SICK.items() for one in several])
-def test_the_key_that_a_finding_names_is_one_that_can_be_set(code, make_sick, tmp_path):
+def test_the_key_of_a_finding_can_be_set_in_a_recipe(code, make_sick, tmp_path):
     run = Run()
     make_sick(run)
     tables = {"data": {"path": "x"}, "train": {"max_steps": 9}, "model": {"name": "conv_tasnet"}}
@@ -482,10 +482,10 @@ def test_the_key_that_a_finding_names_is_one_that_can_be_set(code, make_sick, tm
 
     assert code in {finding.code for finding in findings}
     for key in {finding.key for finding in findings if finding.key} | {advice.key for advice in ADVICE.values()}:
-        load_recipe(tmp_path / "recipe.toml", [f"{key}={TAKEN[key]}"])
+        load_recipe(tmp_path / "recipe.toml", [f"{key}={EXAMPLE_VALUES[key]}"])
 
 
-def test_every_rule_has_a_run_in_which_it_fires():
+def test_every_rule_fires_on_a_made_up_run():
     fired = set()
     for several in SICK.values():
         for make_sick in several:
@@ -497,18 +497,18 @@ def test_every_rule_has_a_run_in_which_it_fires():
     assert fired == set(RULES)
 
 
-def test_a_run_that_has_just_begun_or_has_nothing_but_faults_is_looked_at_without_harm():
+def test_runs_that_are_empty_faulty_or_without_numbers_do_not_raise():
     empty, faulty = Run(0), Run(60)
     nonfinite(faulty, 1, 60)
-    bare = Run(1200)
-    bare.steps = [{"step": row["step"], "outcome": "trained"} for row in bare.steps]
+    without_numbers = Run(1200)
+    without_numbers.steps = [{"step": row["step"], "outcome": "trained"} for row in without_numbers.steps]
 
     assert codes(empty) == []
     assert codes(faulty) == ["CONSECUTIVE_FAULTS"]
-    assert codes(bare) == []
+    assert codes(without_numbers) == []
 
 
-def test_a_spike_is_said_to_have_come_back_or_not():
+def test_the_finding_says_if_a_spike_recovered():
     back, gone, open_end, past = Run(), Run(), Run(), Run(4000)
     back.change(1000, 1010, loss=40.0)
     gone.change(1000, None, loss=40.0)
@@ -524,7 +524,7 @@ def test_a_spike_is_said_to_have_come_back_or_not():
     assert "too early to tell" in spikes[2].problem
 
 
-def test_how_long_adam_remembers_is_what_its_mean_of_squares_does():
+def test_the_duration_for_adam_is_that_of_its_second_moment():
     run = Run(4000, seed=1)
     run.change(clipped_grad_norm=1.0)
     run.change(600, 600, clipped_grad_norm=100.0)
@@ -541,7 +541,7 @@ def test_how_long_adam_remembers_is_what_its_mean_of_squares_does():
     assert f"{math.sqrt(max(seen)):.1f} times as short" in finding.problem
 
 
-def test_the_worst_come_first_and_make_the_status():
+def test_findings_are_sorted_by_severity_and_the_worst_sets_the_exit_code():
     run = Run()
     sick_output(run)
     sick_loader(run)

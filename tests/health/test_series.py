@@ -1,4 +1,4 @@
-"""Records of a run directory become arrays, whatever is missing or torn."""
+"""Reading a run directory as arrays, and the doctor command."""
 
 import json
 import subprocess
@@ -34,7 +34,7 @@ def write(run, path):
     return path
 
 
-def test_what_is_read_is_what_was_written(tmp_path):
+def test_the_series_has_the_values_of_the_rows(tmp_path):
     run = Run(300)
     run.change(7, 7, outcome="nonfinite_loss", loss=None, loss_text="nan", si_sdr=[])
     run.change(8, 8, grad_norm=None, grad_norm_text="inf")
@@ -56,7 +56,7 @@ def test_what_is_read_is_what_was_written(tmp_path):
     assert series.recipe_value("clip.nothing", 3) == 3
 
 
-def test_a_torn_line_is_counted_and_the_end_of_a_long_run_can_be_read_alone(tmp_path):
+def test_torn_lines_are_counted_and_the_last_steps_can_be_read_alone(tmp_path):
     path = write(Run(1000), tmp_path / "run")
     with (path / "steps.jsonl").open("a") as file:
         file.write('{"step": 1001, "outc')
@@ -89,7 +89,7 @@ def test_the_doctor_says_that_records_of_an_older_version_are_read(tmp_path, cap
 
 @pytest.mark.parametrize("file", ["recipe.toml", "environment.json", "data.json"])
 @pytest.mark.parametrize("text", ["[data\n", "[]"])
-def test_a_file_that_is_torn_is_said_in_a_sentence(file, text, tmp_path, capsys):
+def test_a_damaged_file_is_a_one_line_error(file, text, tmp_path, capsys):
     path = write(Run(60), tmp_path / "run")
     (path / file).write_text(text)
 
@@ -99,7 +99,7 @@ def test_a_file_that_is_torn_is_said_in_a_sentence(file, text, tmp_path, capsys)
     assert said.count("\n") == 1
 
 
-def test_whether_a_loss_is_in_db_is_what_the_run_says_and_else_its_name(tmp_path):
+def test_the_run_records_if_its_loss_is_in_db_and_otherwise_the_name_decides(tmp_path):
     run = Run(60)
     run.recipe["loss"]["name"] = "my_file:my_loss"
     assert run.series().loss_in_db
@@ -111,7 +111,7 @@ def test_whether_a_loss_is_in_db_is_what_the_run_says_and_else_its_name(tmp_path
     assert not run.series().loss_in_db
 
 
-def test_what_is_kept_of_a_long_run_is_spread_over_it_and_holds_all_of_its_end(tmp_path, monkeypatch):
+def test_the_sample_of_a_long_run_is_evenly_spaced_and_has_all_of_the_last_steps(tmp_path, monkeypatch):
     monkeypatch.setattr("unbraid.columns._EvenSample.LIMIT", 8)
     monkeypatch.setattr("unbraid.columns._EvenSample.N_LAST", 3)
 
@@ -122,7 +122,7 @@ def test_what_is_kept_of_a_long_run_is_spread_over_it_and_holds_all_of_its_end(t
     assert np.isfinite(sampled.grad_norms).all()
 
 
-def test_rows_taken_up_in_blocks_are_what_they_are_together(tmp_path):
+def test_columns_collected_in_blocks_equal_those_collected_at_once(tmp_path):
     run = Run(1000)
     run.change(301, 310, si_sdr=[], outcome="nonfinite_gradient", grad_norm=None, grad_norm_text="inf")
     apart, together = StepColumns(), StepColumns()
@@ -139,7 +139,7 @@ def test_rows_taken_up_in_blocks_are_what_they_are_together(tmp_path):
 
 
 @pytest.mark.parametrize("make", [None, "empty"])
-def test_what_is_no_run_is_said_in_a_sentence(make, tmp_path, capsys):
+def test_a_folder_without_a_run_is_a_one_line_error(make, tmp_path, capsys):
     path = tmp_path / "run"
     if make:
         path.mkdir()
@@ -150,7 +150,7 @@ def test_what_is_no_run_is_said_in_a_sentence(make, tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_the_losses_in_db_are_those_of_the_library():
+def test_the_listed_losses_in_db_are_those_of_the_library():
     assert {LOSSES[name] for name in DB_LOSSES} == IN_DB
 
 
@@ -173,7 +173,7 @@ def sick(tmp_path):
     return write(run, tmp_path / "sick")
 
 
-def test_three_things_are_told_at_most_worst_first(tmp_path, capsys):
+def test_the_doctor_prints_at_most_three_findings_worst_first(tmp_path, capsys):
     path, healthy = sick(tmp_path), write(Run(), tmp_path / "healthy")
 
     assert main(["doctor", str(path)]) == 2
@@ -192,7 +192,7 @@ def test_three_things_are_told_at_most_worst_first(tmp_path, capsys):
     assert capsys.readouterr().out == f"{healthy}: 2000 steps, healthy.\n"
 
 
-def test_a_code_that_does_not_exist_cannot_be_muted(tmp_path, capsys):
+def test_muting_an_unknown_code_is_an_error(tmp_path, capsys):
     path = write(Run(60), tmp_path / "run")
 
     assert main(["doctor", str(path), "--mute", "dead_outputs"]) == 2
@@ -202,7 +202,7 @@ def test_a_code_that_does_not_exist_cannot_be_muted(tmp_path, capsys):
     assert said.endswith("Did you mean 'DEAD_OUTPUT'?\n")
 
 
-def test_for_scripts_there_is_json(tmp_path, capsys):
+def test_the_doctor_prints_json_for_scripts(tmp_path, capsys):
     path = sick(tmp_path)
 
     assert main(["doctor", str(path), "--json"]) == 2
@@ -212,7 +212,7 @@ def test_for_scripts_there_is_json(tmp_path, capsys):
     assert [one["code"] for one in found["findings"]] == [one.code for one in run_rules(read_series(path))]
 
 
-def test_a_bulletin_is_one_line_and_never_costs_the_run(tmp_path, monkeypatch):
+def test_the_doctor_line_is_one_line_and_never_raises(tmp_path, monkeypatch):
     path, healthy = sick(tmp_path), write(Run(), tmp_path / "healthy")
 
     assert doctor_line(healthy) == "doctor: healthy"
@@ -236,28 +236,28 @@ def test_a_bulletin_is_one_line_and_never_costs_the_run(tmp_path, monkeypatch):
         test_rules.sick_unvalidated,
     ],
 )
-def test_what_only_a_whole_run_can_show_is_seen_late_in_it_too(make_sick, tmp_path):
+def test_problems_that_need_the_first_steps_are_found_late_in_a_thinned_run(make_sick, tmp_path):
     run = Run(8000, every=800)
     make_sick(run)
     path = write(run, tmp_path / "run")
 
-    looked_at, all_of_it = (read_series(path, **how) for how in ({"last": 1500, "thinned": True}, {}))
+    thinned, complete = (read_series(path, **how) for how in ({"last": 1500, "thinned": True}, {}))
 
-    found = {finding.code for finding in run_rules(all_of_it)}
+    found = {finding.code for finding in run_rules(complete)}
     assert found
-    assert {finding.code for finding in run_rules(looked_at)} >= found & test_rules.OF_WHOLE_RUNS
-    assert found & test_rules.OF_WHOLE_RUNS
+    assert {finding.code for finding in run_rules(thinned)} >= found & test_rules.NEEDS_FIRST_STEPS
+    assert found & test_rules.NEEDS_FIRST_STEPS
 
 
 @pytest.mark.parametrize("make", [lambda _: None, *test_rules.HEALTHY])
-def test_nothing_is_found_in_some_steps_of_a_healthy_run(make, tmp_path):
+def test_a_thinned_healthy_run_has_no_findings(make, tmp_path):
     run = Run(4000, every=400)
     make(run)
 
     assert run_rules(read_series(write(run, tmp_path / "run"), last=1000, thinned=True)) == []
 
 
-def test_a_look_costs_no_more_late_in_a_run_than_early(tmp_path, monkeypatch):
+def test_the_doctor_line_reads_no_more_lines_late_in_a_run(tmp_path, monkeypatch):
     paths = [write(Run(n_steps, every=n_steps // 4), tmp_path / str(n_steps)) for n_steps in (4000, 16000)]
     monkeypatch.setattr("unbraid.health.rules.RECENT_STEPS", 500)
     parse, counts = io._parse_line, []
@@ -271,7 +271,7 @@ def test_a_look_costs_no_more_late_in_a_run_than_early(tmp_path, monkeypatch):
     assert counts[1] <= counts[0] < 4500
 
 
-def test_a_step_that_was_left_out_is_in_no_curve_of_what_was_trained():
+def test_skipped_steps_are_not_among_the_trained_values():
     made = Run(10)
     for place, outcome in ((3, "nonfinite_loss"), (4, "all_filtered")):
         made.steps[place].update(outcome=outcome, loss=-500.0)

@@ -1,4 +1,4 @@
-"""Runs that are sick for real: trained as users train, each with one thing wrong, and called by its name."""
+"""Real training runs, each with one deliberate problem that the doctor must find."""
 
 import shutil
 import time
@@ -34,7 +34,7 @@ class DeadOutput(nn.Module):
         return sources * torch.tensor([1.0, 0.0])[:, None, None]
 
 
-class AlikeOutputs(DeadOutput):
+class IdenticalOutputs(DeadOutput):
     def forward(self, mixture):
         return self.inner(mixture)[:, :1].expand(-1, 2, -1, -1) * torch.tensor([1.0, 0.5])[:, None, None]
 """
@@ -75,7 +75,7 @@ every_steps = 350
 
 
 @pytest.fixture
-def doctored(tmp_path, speaker_folder):
+def findings_of(tmp_path, speaker_folder):
     """A factory of runs: trains with changes to the recipe, and returns the codes of what the doctor finds."""
     folder = speaker_folder(n_speakers=12, n_files=3)
 
@@ -104,15 +104,15 @@ def manifest(folder, splits):
 
 
 @pytest.fixture
-def batches_become(monkeypatch):
+def transform_batches(monkeypatch):
     """A factory that puts a change between the data and training as well as validation."""
 
-    def change(mend):
+    def change(transform):
         collate = loader.collate
 
         def collated(*given):
             loaded = collate(*given)
-            return loaded._replace(batch=mend(loaded.batch))
+            return loaded._replace(batch=transform(loaded.batch))
 
         monkeypatch.setattr(loader, "collate", collated)
         monkeypatch.setattr(validate, "collate", collated)
@@ -121,50 +121,50 @@ def batches_become(monkeypatch):
 
 
 def worst(found):
-    """What is told first."""
+    """Return the code of the first finding, or None."""
     return next(iter(found), None)
 
 
 @pytest.mark.slow
-def test_a_run_with_nothing_wrong_is_healthy(doctored):
-    assert doctored("train.max_steps=600") == {}
+def test_a_healthy_run_has_no_findings(findings_of):
+    assert findings_of("train.max_steps=600") == {}
 
 
 @pytest.mark.slow
-def test_a_learning_rate_a_hundred_times_too_high(doctored):
-    assert worst(doctored("optim.lr=0.2")) == "LR_TOO_HIGH"
+def test_a_learning_rate_a_hundred_times_too_high(findings_of):
+    assert worst(findings_of("optim.lr=0.2")) == "LR_TOO_HIGH"
 
 
 @pytest.mark.slow
-def test_a_learning_rate_a_thousand_times_too_low(doctored):
-    assert worst(doctored("optim.lr=2e-6")) == "LR_TOO_LOW"
+def test_a_learning_rate_a_thousand_times_too_low(findings_of):
+    assert worst(findings_of("optim.lr=2e-6")) == "LR_TOO_LOW"
 
 
 @pytest.mark.slow
-def test_files_with_a_nan(doctored):
-    paths = sorted(doctored.folder.rglob("00.wav"))[:3]
+def test_files_with_a_nan(findings_of):
+    paths = sorted(findings_of.folder.rglob("00.wav"))[:3]
     for path in paths:
         audio, rate = soundfile.read(path, dtype="float32")
         audio[100] = np.nan
         soundfile.write(path, audio, rate, subtype="FLOAT")
 
-    found = doctored("train.max_steps=100")
+    found = findings_of("train.max_steps=100")
 
     assert any(str(path) in found["BAD_FILES"].problem for path in paths)
 
 
 @pytest.mark.slow
-def test_an_output_layer_that_is_dead(doctored):
-    assert list(doctored(model='name = "my_models:DeadOutput"')) == ["DEAD_OUTPUT"]
+def test_a_dead_output(findings_of):
+    assert list(findings_of(model='name = "my_models:DeadOutput"')) == ["DEAD_OUTPUT"]
 
 
 @pytest.mark.slow
-def test_outputs_that_are_the_same(doctored):
-    assert worst(doctored(model='name = "my_models:AlikeOutputs"')) == "IDENTICAL_OUTPUTS"
+def test_identical_outputs(findings_of):
+    assert worst(findings_of(model='name = "my_models:IdenticalOutputs"')) == "IDENTICAL_OUTPUTS"
 
 
 @pytest.mark.slow
-def test_a_loader_that_sleeps(doctored, monkeypatch):
+def test_a_loader_that_sleeps(findings_of, monkeypatch):
     read = dataset.read_excerpt
 
     def slowly(*given, **named):
@@ -173,39 +173,39 @@ def test_a_loader_that_sleeps(doctored, monkeypatch):
 
     monkeypatch.setattr(dataset, "read_excerpt", slowly)
 
-    assert worst(doctored("data.batch_size=1")) == "LOADER_BOUND"
+    assert worst(findings_of("data.batch_size=1")) == "LOADER_BOUND"
 
 
 @pytest.mark.slow
-def test_targets_of_another_mixture(doctored, batches_become):
-    batches_become(lambda batch: replace(batch, sources=batch.sources.roll(1, 0)))
+def test_targets_of_another_mixture(findings_of, transform_batches):
+    transform_batches(lambda batch: replace(batch, sources=batch.sources.roll(1, 0)))
 
-    assert worst(doctored()) == "TARGETS_UNRELATED"
-
-
-@pytest.mark.slow
-def test_sources_that_do_not_add_up_to_the_mixture(doctored, batches_become):
-    batches_become(lambda batch: replace(batch, mixture=0.8 * batch.mixture))
-
-    assert worst(doctored()) == "SOURCES_DO_NOT_SUM"
+    assert worst(findings_of()) == "TARGETS_UNRELATED"
 
 
 @pytest.mark.slow
-def test_one_silent_source_in_each_example(doctored, batches_become):
+def test_sources_that_do_not_add_up_to_the_mixture(findings_of, transform_batches):
+    transform_batches(lambda batch: replace(batch, mixture=0.8 * batch.mixture))
+
+    assert worst(findings_of()) == "SOURCES_DO_NOT_SUM"
+
+
+@pytest.mark.slow
+def test_one_silent_source_in_each_example(findings_of, transform_batches):
     def silenced(batch):
         batch.sources[:, 1] = 0
         return batch
 
-    batches_become(silenced)
+    transform_batches(silenced)
 
-    assert worst(doctored()) == "SILENT_SOURCES"
+    assert worst(findings_of()) == "SILENT_SOURCES"
 
 
 @pytest.mark.slow
-def test_files_that_are_trained_on_and_validated_on(doctored):
-    table = manifest(doctored.folder, lambda speaker, _: ("train", "valid") if speaker < 4 else ("train",))
+def test_files_in_training_and_validation(findings_of):
+    table = manifest(findings_of.folder, lambda speaker, _: ("train", "valid") if speaker < 4 else ("train",))
 
-    found = doctored(table)
+    found = findings_of(table)
 
     assert worst(found) == "VALIDATION_IN_TRAINING"
     assert found["VALIDATION_IN_TRAINING"].problem.startswith("12 of 12 validation recordings")
@@ -213,8 +213,8 @@ def test_files_that_are_trained_on_and_validated_on(doctored):
 
 
 @pytest.mark.slow
-def test_recordings_that_are_validated_on_under_another_name(doctored):
-    folder = doctored.folder
+def test_validation_recordings_copied_under_other_names(findings_of):
+    folder = findings_of.folder
     for speaker in range(4):
         for path in (folder / f"speaker-{speaker:02d}").glob("*.wav"):
             copy = folder / f"other-{speaker:02d}" / f"take-{path.name}"
@@ -222,17 +222,17 @@ def test_recordings_that_are_validated_on_under_another_name(doctored):
             shutil.copy(path, copy)
     table = manifest(folder, lambda _, path: ("valid",) if path.parent.name.startswith("other") else ("train",))
 
-    found = doctored(table)
+    found = findings_of(table)
 
     assert worst(found) == "VALIDATION_IN_TRAINING"
     assert "12 are copies under other names" in found["VALIDATION_IN_TRAINING"].evidence
 
 
 @pytest.mark.slow
-def test_data_that_are_not_shuffled(doctored, speaker_folder, monkeypatch):
+def test_data_that_is_not_shuffled(findings_of, speaker_folder, monkeypatch):
     """Pair by pair as they lie in their folders: many mixtures of the same two talkers follow each other."""
-    speaker_folder(n_speakers=14, n_files=24, root=doctored.folder)
-    table = manifest(doctored.folder, lambda speaker, _: ("valid",) if speaker in (0, 13) else ("train",))
+    speaker_folder(n_speakers=14, n_files=24, root=findings_of.folder)
+    table = manifest(findings_of.folder, lambda speaker, _: ("valid",) if speaker in (0, 13) else ("train",))
 
     def in_order(self, _rng, key, _attempt):
         place = key.index % len(self.tracks)
@@ -240,4 +240,4 @@ def test_data_that_are_not_shuffled(doctored, speaker_folder, monkeypatch):
 
     monkeypatch.setattr(dataset.MixtureDataset, "_draw_talkers", in_order)
 
-    assert worst(doctored(table, "train.max_steps=800")) == "NOT_SHUFFLED"
+    assert worst(findings_of(table, "train.max_steps=800")) == "NOT_SHUFFLED"
