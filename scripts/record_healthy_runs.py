@@ -1,9 +1,9 @@
-"""Healthy runs of 2,000 steps on real talkers, kept as small records that no rule of the doctor may find fault with.
+"""Train healthy runs of 2,000 steps on real speech, and save their records: no rule of the doctor may fire on them.
 
     OMP_NUM_THREADS=1 PYTHON scripts/record_healthy_runs.py SPEECH.csv tests/health/healthy [NAME ...]
 
 SPEECH.csv has the columns path, speaker and split; a file speakers.csv beside it, with speaker and gender, is needed by
-the run `stems`. Nothing of the recordings is kept but their names.
+the run `stems`. Of the recordings, only the file names are saved.
 """
 
 import argparse
@@ -100,86 +100,92 @@ OVERRIDES = {"stems": ["data.kinds=['f', 'm']", "train.ema=0.99"]}
 
 
 def main():
-    """Record again what is named, or all."""
+    """Record the named runs, or all of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("names", nargs="*")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "healthy-runs", help="(%(default)s)")
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--seconds", type=float, default=0.4, help="of an excerpt (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=0.4, help="length of an excerpt (%(default)s)")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    table = at_8_khz(args.table, args.work / "speech")
+    table = resample_recordings(args.table, args.work / "speech")
     for name in args.names or RUNS:
+        # Train from an empty folder.
         folder = args.work / name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        file = folder / "recipe.toml"
-        file.write_text(RECIPE.format(path=table.as_posix(), seconds=args.seconds) + RUNS[name])
-        began = time.perf_counter()
-        changes = [f"train.max_steps={args.steps}", *OVERRIDES.get(name, [])]
+        recipe = folder / "recipe.toml"
+        recipe.write_text(RECIPE.format(path=table.as_posix(), seconds=args.seconds) + RUNS[name])
+        overrides = [f"train.max_steps={args.steps}", *OVERRIDES.get(name, [])]
         run = RunDirectory(folder / "run")
-        for _ in train(load_recipe(file, changes), run):
+        start = time.perf_counter()
+        for _ in train(load_recipe(recipe, overrides), run):
             pass
-        seconds = (time.perf_counter() - began) / args.steps
-        path = write_small(run, args.out / f"{name}.jsonl.gz", leave_out=f"{table.parent.as_posix()}/")
-        told = [f"{one.severity} {one.code}: {one.problem} {one.evidence}" for one in run_rules(read_series(run.path))]
-        scores = [round(row["si_sdri"], 2) for row in read_rows(run.validation)[0]]
-        print(
-            f"{name}: {seconds:.3f} s a step, {path.stat().st_size / 1000:.0f} kB, SI-SDRi {scores}", *told, sep="\n  "
-        )
+        seconds = (time.perf_counter() - start) / args.steps
+
+        # Write the records, and print what the doctor finds: it should be nothing.
+        path = write_compact(run, args.out / f"{name}.jsonl.gz", folder_to_remove=f"{table.parent.as_posix()}/")
+        si_sdri = [round(row["si_sdri"], 2) for row in read_rows(run.validation)[0]]
+        size = path.stat().st_size / 1000
+        print(f"{name}: {seconds:.3f} s per step, {size:.0f} kB, SI-SDRi {si_sdri}")
+        for finding in run_rules(read_series(run.path)):
+            print(f"  {finding.severity} {finding.code}: {finding.problem} {finding.evidence}")
         sys.stdout.flush()
 
 
-def at_8_khz(table, folder):
-    """The recordings in the rate of training, so that reading them takes no time; the table of them."""
-    made = folder / "table.csv"
-    if made.exists():
-        return made
-    listed = table.parent / "speakers.csv"
-    rows = csv.DictReader(listed.open(encoding="utf-8")) if listed.exists() else []
+def resample_recordings(table, folder):
+    """Write the recordings at 8 kHz, so that training does not wait for resampling; return their table."""
+    new_table = folder / "table.csv"
+    if new_table.exists():
+        return new_table
+    speaker_table = table.parent / "speakers.csv"
+    rows = csv.DictReader(speaker_table.open(encoding="utf-8")) if speaker_table.exists() else []
     kinds = {row["speaker"]: row["gender"] for row in rows}
     lines = ["path,speaker,seconds,sample_rate,split,kind"]
-    for place, track in enumerate(list_speakers(table)):
-        audio, rate = read_audio(track.path)
-        audio, path = resample(audio, rate, 8000), folder / track.group / f"{place:04d}.wav"
+    for index, track in enumerate(list_speakers(table)):
+        audio, sample_rate = read_audio(track.path)
+        audio = resample(audio, sample_rate, 8000)
+        path = folder / track.group / f"{index:04d}.wav"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_audio(path, audio, 8000)
         row = (path.relative_to(folder).as_posix(), track.group, audio.shape[-1] / 8000, 8000, track.split)
         lines.append(",".join(map(str, (*row, kinds.get(track.group, "")))))
-    made.write_text("\n".join(lines) + "\n")
-    return made
+    new_table.write_text("\n".join(lines) + "\n")
+    return new_table
 
 
-KEPT = {*NUMBER_FIELDS, *(f"{name}_text" for name in NUMBER_FIELDS), "outcome", "si_sdr", "blocks", "items"}
-"""Of a step's row, what the doctor reads."""
+STEP_FIELDS = {*NUMBER_FIELDS, *(f"{name}_text" for name in NUMBER_FIELDS), "outcome", "si_sdr", "blocks", "items"}
+"""The fields of a step that the doctor reads."""
 
 
-def write_small(run, path, *, leave_out):
-    """A run's records in one packed file of ``[kind, row]`` a line: five figures of each number, and no folders."""
+def write_compact(run, path, *, folder_to_remove):
+    """Write a run's records as one compressed file of ``[kind, row]`` lines, with five digits and without folders."""
     environment = json.loads(run.environment.read_text())
     lines = [
         ["recipe", tomllib.loads(run.recipe.read_text())],
         ["environment", {"loss_in_db": environment["loss_in_db"]}],
         ["data", json.loads(run.data.read_text())],
-        *(["step", {name: value for name, value in row.items() if name in KEPT}] for row in read_rows(run.steps)[0]),
-        *(["validation", row] for row in read_rows(run.validation)[0]),
-        *(["event", row] for row in read_rows(run.events)[0]),
     ]
-    text = "".join(json.dumps(rounded(line), separators=(",", ":")) + "\n" for line in lines)
-    text = text.replace(leave_out, "").replace(leave_out.rstrip("/"), "speech")
+    for row in read_rows(run.steps)[0]:
+        lines.append(["step", {name: value for name, value in row.items() if name in STEP_FIELDS}])
+    lines += [["validation", row] for row in read_rows(run.validation)[0]]
+    lines += [["event", row] for row in read_rows(run.events)[0]]
+    text = "".join(json.dumps(round_numbers(line), separators=(",", ":")) + "\n" for line in lines)
+    text = text.replace(folder_to_remove, "").replace(folder_to_remove.rstrip("/"), "speech")
+    # Without a time stamp the same records give the same bytes.
     path.write_bytes(gzip.compress(text.encode(), 9, mtime=0))
     return path
 
 
-def rounded(value):
-    """The same with five figures of each number that is no whole one."""
+def round_numbers(value):
+    """Return a JSON value with floats rounded to five significant digits."""
     if isinstance(value, float):
         return float(f"{value:.5g}") if math.isfinite(value) else value
     if isinstance(value, dict):
-        return {name: rounded(part) for name, part in value.items()}
-    return [rounded(part) for part in value] if isinstance(value, list) else value
+        return {name: round_numbers(element) for name, element in value.items()}
+    return [round_numbers(element) for element in value] if isinstance(value, list) else value
 
 
 if __name__ == "__main__":

@@ -27,19 +27,17 @@ def test_the_overview_of_a_run_is_a_png(recipe_file, tmp_path, capsys):
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def written(folder, source):
-    """A run directory of source-up records, in which steps 100 to 109 were skipped because of NaN and step 7 as all filtered."""
+def written(folder, fake):
+    """A run directory of made-up records, with steps 100 to 109 skipped as NaN and step 7 as all filtered."""
     folder.mkdir()
     run = RunDirectory(folder)
-    for row in source.steps:
+    for row in fake.steps:
         row["examples_per_second"] = 30.0
-    for row in source.steps[99:109]:
+    for row in fake.steps[99:109]:
         row |= {"outcome": "nonfinite_loss", "loss": None, "loss_text": "nan", "grad_norm": 1e9, "clipped": False}
-    source.steps[6:7] = [
-        row | {"outcome": "all_filtered", "loss": -500.0, "clipped": False} for row in source.steps[6:7]
-    ]
-    run.steps.write_text("".join(json.dumps(row) + "\n" for row in source.steps))
-    rows = [row | {"n_items": 5, "best": place == 1} for place, row in enumerate(source.validations)]
+    fake.steps[6:7] = [row | {"outcome": "all_filtered", "loss": -500.0, "clipped": False} for row in fake.steps[6:7]]
+    run.steps.write_text("".join(json.dumps(row) + "\n" for row in fake.steps))
+    rows = [row | {"n_items": 5, "best": place == 1} for place, row in enumerate(fake.validations)]
     run.validation.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return run
 
@@ -74,11 +72,11 @@ def test_skipped_steps_are_marks_with_their_reason_and_not_in_a_curve(tmp_path, 
 
 
 def test_validation_is_drawn_with_the_training_loss_and_the_best_is_marked(tmp_path):
-    source = Run(600)
-    run = written(tmp_path / "run", source)
+    fake = Run(600)
+    run = written(tmp_path / "run", fake)
 
-    assert drawn(run, "loss")[0]["validation"].tolist() == [[row["step"], row["loss"]] for row in source.validations]
-    best = source.validations[1]
+    assert drawn(run, "loss")[0]["validation"].tolist() == [[row["step"], row["loss"]] for row in fake.validations]
+    best = fake.validations[1]
     label = f"lowest loss: {best['si_sdri']:.2f} dB at step 400"
     assert drawn(run, "valid_si_sdri")[0][label].tolist() == [[400, best["si_sdri"]]]
 
@@ -111,9 +109,9 @@ def test_a_run_of_few_steps_is_drawn_as_far_as_it_has_data(tmp_path, n_steps):
 
 
 def test_a_run_without_a_trained_step_still_has_its_marks(tmp_path):
-    source = Run(30)
-    run = written(tmp_path / "run", source)
-    rows = [row | {"outcome": "nonfinite_loss", "loss": None, "loss_text": "nan"} for row in source.steps]
+    fake = Run(30)
+    run = written(tmp_path / "run", fake)
+    rows = [row | {"outcome": "nonfinite_loss", "loss": None, "loss_text": "nan"} for row in fake.steps]
     run.steps.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     names = [file.stem for file in draw_plots(run, tmp_path / "plots")]

@@ -151,7 +151,7 @@ def test_every_event_code_is_written_somewhere_and_none_is_missing_from_the_list
         for path in sources
         for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(call, ast.Call) and call.args and isinstance(call.args[0], ast.Constant)
-        if getattr(call.func, "id", getattr(call.func, "attr", "")) in ("tell", "record_event", "Event", "AudioFault")
+        if getattr(call.func, "id", getattr(call.func, "attr", "")) in ("emit", "Event", "AudioFault")
     }
     written = {code for code in EVENT_CODES if not code.startswith("STEP_SKIPPED_")}
 

@@ -76,7 +76,7 @@ every_steps = 350
 
 @pytest.fixture
 def findings_of(tmp_path, speaker_folder):
-    """A factory of runs: trains with changes to the recipe, and returns the codes of what the doctor finds."""
+    """Return a function that trains with changes to the recipe and returns the findings of the doctor by code."""
     folder = speaker_folder(n_speakers=12, n_files=3)
 
     def make(*changes, model=CONV_TASNET):
@@ -93,7 +93,7 @@ def findings_of(tmp_path, speaker_folder):
 
 
 def manifest(folder, splits):
-    """A table of the folder's files, each in the splits that are named for its speaker."""
+    """Write a table of the folder's files, with the splits that a function gives for speaker and path."""
     rows = [
         f"{path.relative_to(folder).as_posix()},{path.parent.name},{split}"
         for path in sorted(folder.rglob("*.wav"))
@@ -105,7 +105,7 @@ def manifest(folder, splits):
 
 @pytest.fixture
 def transform_batches(monkeypatch):
-    """A factory that puts a change between the data and training as well as validation."""
+    """Return a function that makes training and validation transform each batch first."""
 
     def change(transform):
         collate = loader.collate
