@@ -168,8 +168,9 @@ def write_compact(run, path, *, folder_to_remove):
         ["environment", {"loss_in_db": environment["loss_in_db"]}],
         ["data", json.loads(run.data.read_text())],
     ]
-    for row in read_rows(run.steps)[0]:
-        lines.append(["step", {name: value for name, value in row.items() if name in STEP_FIELDS}])
+    lines += [
+        ["step", {name: value for name, value in row.items() if name in STEP_FIELDS}] for row in read_rows(run.steps)[0]
+    ]
     lines += [["validation", row] for row in read_rows(run.validation)[0]]
     lines += [["event", row] for row in read_rows(run.events)[0]]
     text = "".join(json.dumps(round_numbers(line), separators=(",", ":")) + "\n" for line in lines)
