@@ -10,7 +10,7 @@ from torch import nn
 
 from unbraid import dist
 from unbraid.config.recipe import Component, Recipe, recipe_from_table
-from unbraid.config.registry import build_component, build_loss, find_component
+from unbraid.config.registry import FROM_DATA, build_component, build_loss, find_component
 from unbraid.data import DATASETS
 from unbraid.data.dataset import MixtureDataset, make_dataset
 from unbraid.data.folders import list_noises
@@ -56,11 +56,11 @@ def build_model(recipe: Recipe, *, trust: bool = True) -> nn.Module:
     """
     folder = recipe.folder if trust else None
     options = {key: value for key, value in recipe.model.options.items() if key != "init"}
-    # The number of sources and the sample rate belong to the data; a model that needs them need not repeat them.
+    # A model that needs the number of sources or the sample rate takes them from the data, unless [model] sets them.
     parameters = inspect.signature(find_component("model", recipe.model, MODELS, folder)).parameters
-    for name, value in {"n_sources": recipe.data.n_sources, "sample_rate": recipe.data.sample_rate}.items():
+    for name in FROM_DATA:
         if name in parameters:
-            options.setdefault(name, value)
+            options.setdefault(name, getattr(recipe.data, name))
     with seeded_torch(recipe.data.seed, "initial weights"):
         return build_component("model", Component(recipe.model.name, options), MODELS, folder)
 

@@ -104,7 +104,7 @@ def test_a_race_prints_a_table_writes_figure_and_numbers_and_names_the_dashboard
     ("words", "message"),
     [
         (["--over", "optim.name"], "must look like optim.name=sgd,adam"),
-        (["--over", "optim.name=sgd,nadam"], "'nadam' is not one of"),
+        (["--over", "optim.name=sgd,nadam"], "'nadam' is unknown"),
         (["--over", "optim.name=sgd,sgd"], "twice"),
         (["--over", "clip.name=none,fixed", "--seeds", "0"], "--seeds 0 must be 1 or more"),
         (["--over", "optim.foo=1,2"], "has no key 'foo'"),

@@ -83,7 +83,7 @@ def test_bad_seeds_and_unknown_components_are_refused_before_anything_runs(recip
     out = tmp_path / "out"
     with pytest.raises(RecipeError, match="--seeds 0 must be 1 or more"):
         plan_runs(file, [PLAIN], seeds=0, out=out)
-    with pytest.raises(RecipeError, match=r"optim.name=sdg.*'sdg' is not one of.*Did you mean 'sgd'"):
+    with pytest.raises(RecipeError, match=r"optim.name=sdg.*'sdg' is unknown.*Did you mean 'sgd'"):
         plan_runs(file, [PLAIN, *arms_from_options(["optim.name=sdg"])], seeds=1, out=out)
     with pytest.raises(RecipeError, match="--seeds"):
         plan_runs(file, [PLAIN], seeds=1, out=out, overrides=["data.seed=3"])

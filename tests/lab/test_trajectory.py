@@ -185,7 +185,7 @@ def test_recipe_options_are_kept_for_its_own_clipper(make_experiment):
     assert recipe_with_clipper(recipe, "autoclip").clip.options == {"percentile": 50}
     assert recipe_with_clipper(recipe, "none").clip.options == {}
     assert recipe_with_clipper(recipe, "recipe") == recipe
-    with pytest.raises(RecipeError, match=r"'autoclop' is not one of .* Did you mean 'autoclip'"):
+    with pytest.raises(RecipeError, match=r"'autoclop' is unknown.*Did you mean 'autoclip'"):
         recipe_with_clipper(recipe, "autoclop")
 
 
@@ -263,7 +263,7 @@ def test_ctrl_c_draws_the_steps_so_far_and_the_same_command_resumes(recipe_file,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--clip", "autoclop"], "is not one of autoclip, fixed, none, zclip. Did you mean 'autoclip'?"),
+        (["--clip", "autoclop"], "is unknown. Choose one of autoclip, fixed, none, zclip. Did you mean 'autoclip'?"),
         (["--every", "9", "--steps", "8"], "--every 9 is more than --steps 8"),
         (["--steps", "0"], "argument --steps: 0 must be above 0"),
         (["--set", "optim.lr=fast"], "optim.lr"),

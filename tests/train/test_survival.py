@@ -277,7 +277,7 @@ def test_what_was_done_before_ones_own_model_raised_is_saved_and_gone_on_from(ne
 
 
 def test_what_cannot_be_called_is_no_model(nets, tmp_path):
-    with pytest.raises(RecipeError, match="is a dict, nothing that can be called"):
+    with pytest.raises(RecipeError, match="is a dict, not a class or function"):
         run_recipe(nets(), tmp_path / "run", "model.name=nets:a_dict")
 
 

@@ -1,4 +1,4 @@
-"""A recipe's names turned into objects: an entry of a registry, or one's own from a file beside the recipe."""
+"""Turn the names in a recipe into objects: an entry of a registry, or ``my_file:MyClass`` from a file of your own."""
 
 import importlib.util
 import inspect
@@ -12,53 +12,60 @@ import torch
 from torch import nn
 
 from unbraid.config.recipe import Component, Recipe
-from unbraid.config.schema import checked
+from unbraid.config.schema import check_table
 from unbraid.errors import RecipeError, nearest
 from unbraid.losses import LOSS_INPUTS, LOSSES, SignalLoss, loss_inputs
 from unbraid.losses.pairwise import Term
 from unbraid.losses.pit import SeparationLoss
 
+FROM_DATA = ("n_sources", "sample_rate")
+"""Keys of a model that default to the values in [data]."""
+
 MAY_BE_ZERO = frozenset({"skip"})
-"""Whole numbers of a model that mean something when they are 0; all others count something there must be."""
+"""Integer keys of models that may be 0; all others are counts or sizes of at least 1."""
 
 
 def find_component(
-    kind: str, part: Component, registry: dict[str, Callable[..., Any]], folder: Path | None
+    where: str, component: Component, registry: dict[str, Callable[..., Any]], folder: Path | None
 ) -> Callable[..., Any]:
-    """The object that a name stands for: an entry of the registry, or ``my_file:MyClass`` beside the recipe.
+    """Return the class or function that a component names.
 
     Args:
-        kind: Name of the table, for messages.
-        part: The name.
-        registry: Built-in entries.
-        folder: Where to look for one's own; None where one's own code must not run.
+        where: Name of the table, for messages.
+        component: Its name is an entry of the registry, or ``my_file:MyClass``.
+        registry: The built-in entries.
+        folder: Where ``my_file.py`` is looked for, before the current folder; None forbids code that is not built in.
 
     Raises:
-        RecipeError: If there is no such thing.
+        RecipeError: If there is no such entry, file or class, or it is not trusted.
     """
-    if part.name in registry:
-        return registry[part.name]
-    file, colon, attribute = part.name.partition(":")
+    name = component.name
+    if name in registry:
+        return registry[name]
+    file, colon, attribute = name.partition(":")
     if not colon:
         raise RecipeError(
-            f"[{kind}] name = {part.name!r} is not one of {', '.join(sorted(registry))}.{nearest(part.name, registry)} "
-            "For your own, write 'my_file:MyClass'."
+            f"[{where}] name = {name!r} is unknown. Choose one of {', '.join(sorted(registry))}."
+            f"{nearest(name, registry)} For your own, write 'my_file:MyClass'."
         )
     if folder is None:
-        raise RecipeError(f"[{kind}] name = {part.name!r} is code that came with the checkpoint; --trust lets it run.")
+        raise RecipeError(
+            f"[{where}] name = {name!r} is code that came with the checkpoint. If you trust it, add --trust."
+        )
     path = next((path for path in (folder / f"{file}.py", Path.cwd() / f"{file}.py") if path.is_file()), None)
     if path is None:
-        raise RecipeError(f"[{kind}] name = {part.name!r}: there is no {file}.py beside the recipe ({folder}).")
+        raise RecipeError(f"[{where}] name = {name!r}: there is no {file}.py next to the recipe ({folder}).")
     module = _load_module(path)
     if not hasattr(module, attribute):
-        raise RecipeError(f"[{kind}] name = {part.name!r}: {path} has no {attribute}.{nearest(attribute, dir(module))}")
-    found = getattr(module, attribute)
-    if not callable(found):
-        raise RecipeError(f"[{kind}] name = {part.name!r} is a {type(found).__name__}, nothing that can be called.")
-    return found
+        raise RecipeError(f"[{where}] name = {name!r}: {path} has no {attribute}.{nearest(attribute, dir(module))}")
+    component_type = getattr(module, attribute)
+    if not callable(component_type):
+        raise RecipeError(f"[{where}] name = {name!r} is a {type(component_type).__name__}, not a class or function.")
+    return component_type
 
 
 def _load_module(path: Path) -> Any:
+    # Cached in sys.modules, so that two components from one file share its classes, and worker processes can unpickle.
     name = f"unbraid_own_{path.stem}"
     if name in sys.modules and getattr(sys.modules[name], "__file__", None) == str(path):
         return sys.modules[name]
@@ -76,31 +83,36 @@ def _load_module(path: Path) -> Any:
 
 
 def build_component(
-    kind: str, part: Component, registry: dict[str, Callable[..., Any]], folder: Path | None, **given: Any
+    where: str, component: Component, registry: dict[str, Callable[..., Any]], folder: Path | None, **supplied: Any
 ) -> Any:
-    """Find a part and call it with the recipe's options, and with what the code supplies itself.
+    """Find a component and call it with the recipe's options.
+
+    Args:
+        where: Name of the table, for messages.
+        component: Name and options.
+        registry: The built-in entries.
+        folder: As in `find_component`.
+        **supplied: Arguments that the code passes itself; a recipe must not set them.
 
     Raises:
-        RecipeError: If a key is unknown, or a value of the wrong type or refused by the part.
+        RecipeError: If a key is unknown, a value has the wrong type, or the component refuses it.
     """
-    signature = find_component(kind, part, registry, folder)
-    if not callable(signature):
-        raise RecipeError(f"[{kind}] name = {part.name!r} is a {type(signature).__name__}, nothing that can be called.")
-    options = checked(kind, signature, part.options, given=tuple(given))
-    if kind == "model" and part.name in registry:
-        _check_sizes(part.name, options)
+    component_type = find_component(where, component, registry, folder)
+    options = check_table(where, component_type, component.options, supplied=tuple(supplied))
+    if where == "model" and component.name in registry:
+        _check_sizes(component.name, options)
     try:
-        return signature(**given, **options)
+        return component_type(**supplied, **options)
     except RecipeError:
         raise
     except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         raise RecipeError(
-            f"[{kind}] {part.name} cannot be made of these keys ({type(error).__name__}: {error})."
+            f"[{where}] {component.name} refuses these keys ({type(error).__name__}: {error})."
         ) from error
 
 
 def _check_sizes(name: str, options: Mapping[str, Any]) -> None:
-    """Refuse counts below 1 and shares beyond 1, which many a network would notice in its first step alone."""
+    """Raise RecipeError for sizes below 1 and shares above 1, which many networks would only notice in a step."""
     for key, value in options.items():
         least = 0 if key in MAY_BE_ZERO else 1
         if isinstance(value, int) and not isinstance(value, bool) and value < least:
@@ -110,39 +122,56 @@ def _check_sizes(name: str, options: Mapping[str, Any]) -> None:
 
 
 def build_loss(recipe: Recipe, *, trust: bool = True) -> SeparationLoss:
-    """The recipe's loss.
+    """Return the recipe's loss, with its assignment of outputs to targets.
 
     Raises:
-        RecipeError: If it is refused, or is somebody's own code and not trusted.
+        RecipeError: If a loss is unknown, not trusted, or refuses its keys.
     """
-    own = ("assign", "inactive_weight")
-    options = {key: value for key, value in recipe.loss.options.items() if key in own}
     folder = recipe.folder if trust else None
-    terms = [Term(_bound_loss(part, folder), weight) for part, weight in recipe.loss_terms]
-    given = checked("loss", SeparationLoss, options, given=("loss",))
+    terms = [Term(_build_loss_term(component, folder), weight) for component, weight in recipe.loss_terms]
+    options: dict[str, Any] = {
+        key: value for key, value in recipe.loss.options.items() if key in ("assign", "inactive_weight")
+    }
+    options = check_table("loss", SeparationLoss, options, supplied=("loss",))
     try:
-        return SeparationLoss(terms, **given)
+        return SeparationLoss(terms, **options)
     except ValueError as error:
         raise RecipeError(f"[loss] {error}") from error
 
 
-def _bound_loss(part: Component, folder: Path | None) -> SignalLoss:
-    """A loss with the recipe's options, tried on a moment of noise: what it refuses, it shall refuse before a run."""
-    loss = find_component("loss", part, LOSSES, folder)
-    asked = loss_inputs(loss)
-    # n_fft and hop_length belong to the embedding; without one they are options of the loss itself.
-    kept = LOSS_INPUTS if "embedding" in asked else LOSS_INPUTS[:3]
-    called = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss)
-    supplied = (*kept, *([*called.parameters][:2] if "estimate" in asked else []))
-    options = checked("loss", loss, part.options, given=supplied)
-    bound = partial(loss, **options) if options else loss
-    if options:
-        moment = torch.linspace(-0.1, 0.1, 64).reshape(1, 1, 1, 64)
-        known: dict[str, Any] = {"target": -moment, "mixture": moment[:, 0], "n_fft": 8, "hop_length": 4}
-        known["embedding"] = torch.full((1, 1, 17, 5, 2), 0.5**0.5)
-        signals = [moment, known.pop("target")] if "estimate" in asked else []
-        try:
-            bound(*signals, **{name: known[name] for name in asked if name in known and name in kept})
-        except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
-            raise RecipeError(f"[loss] {part.name} cannot be made of these keys: {error}") from error
+def loss_parameters_from_step(loss: SignalLoss) -> list[str]:
+    """Return the parameters of a loss that the training step passes, and that are therefore no keys of a recipe."""
+    inputs = loss_inputs(loss)
+    # n_fft and hop_length describe the embedding's spectrum; for other losses they are options of their own.
+    names = list(LOSS_INPUTS if "embedding" in inputs else LOSS_INPUTS[:3])
+    if "estimate" in inputs:  # the first two parameters, whatever they are called
+        signature = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss)
+        names += [*signature.parameters][:2]
+    return names
+
+
+def _build_loss_term(component: Component, folder: Path | None) -> SignalLoss:
+    loss = find_component("loss", component, LOSSES, folder)
+    from_step = loss_parameters_from_step(loss)
+    options = check_table("loss", loss, component.options, supplied=from_step)
+    if not options:
+        return loss
+    bound = partial(loss, **options)
+
+    # Call it once on a short signal: a loss checks its options when it is called, which would be in the first step.
+    signal = torch.linspace(-0.1, 0.1, 64).reshape(1, 1, 1, 64)
+    inputs = loss_inputs(loss)
+    signals = [signal, -signal] if "estimate" in inputs else []
+    keywords: dict[str, Any] = {
+        "mixture": signal[:, 0],
+        "n_fft": 8,
+        "hop_length": 4,
+        "embedding": torch.full((1, 1, 17, 5, 2), 0.5**0.5),  # batch, channel, frame, frequency, unit vector of two
+    }
+    if not signals:
+        keywords["target"] = -signal
+    try:
+        bound(*signals, **{name: keywords[name] for name in inputs if name in keywords and name in from_step})
+    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+        raise RecipeError(f"[loss] {component.name} refuses these keys: {error}") from error
     return bound

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from unbraid.build import build_model
 from unbraid.config.recipe import Recipe, recipe_from_table, recipe_table
-from unbraid.config.schema import assignment
+from unbraid.config.schema import parse_override
 from unbraid.errors import CheckpointError
 from unbraid.importers.asteroid import read_asteroid
 from unbraid.importers.key_mapping import ImportedModel
@@ -184,7 +184,7 @@ def _parse_overrides(overrides: Sequence[str]) -> Settings:
     settings: Settings = {}
     like = "model.n_heads=8"
     for text in overrides:
-        key, value = assignment(text, like=like)
+        key, value = parse_override(text, example=like)
         table, _, name = key.partition(".")
         if table != "model" or not name:
             raise CheckpointError(f"--set {text!r} must look like {like}.")

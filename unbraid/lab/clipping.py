@@ -13,7 +13,7 @@ from typing import Any
 
 from unbraid.build import list_tracks, load_model
 from unbraid.config.recipe import load_recipe
-from unbraid.config.schema import assignment
+from unbraid.config.schema import parse_override
 from unbraid.config.shipped_recipes import recipes_folder
 from unbraid.data.dataset import make_dataset
 from unbraid.errors import CheckpointError, RecipeError, nearest
@@ -85,7 +85,7 @@ def _applicable(overrides: Sequence[str], network: str) -> list[str]:
     # Arms have different networks, so one --set model.hidden=8 cannot be valid for all of them.
     own = _model_keys(network)
     any_network = set().union(*(_model_keys(arm["overrides"]["model"]["name"]) for arm in ARMS.values()))
-    keys = [assignment(text)[0] for text in overrides]
+    keys = [parse_override(text)[0] for text in overrides]
     return [text for text, key in zip(overrides, keys, strict=True) if key in own or key not in any_network]
 
 

@@ -18,7 +18,7 @@ from unbraid.build import (
     load_weights,
 )
 from unbraid.compilation import compile_model
-from unbraid.config.recipe import Recipe, recipe_with
+from unbraid.config.recipe import Recipe, recipe_with_overrides
 from unbraid.config.registry import build_loss
 from unbraid.data.batch import Batch
 from unbraid.data.dataset import Key
@@ -165,7 +165,7 @@ def experiment_from_checkpoint(path: Path, *, overrides: Sequence[str] = (), tru
     """
     # Overrides apply to the recipe saved in the checkpoint, not to a file that may have changed since.
     checkpoint = read_checkpoint(find_checkpoint(path))
-    recipe = recipe_with(checkpoint.recipe, overrides, Path.cwd(), source=str(checkpoint.path))
+    recipe = recipe_with_overrides(checkpoint.recipe, overrides, Path.cwd(), source=str(checkpoint.path))
     model = build_model(recipe, trust=trust)
     load_weights(model, checkpoint)
     step = int(checkpoint.state["progress"]["step"])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from unbraid.config.recipe import load_recipe
-from unbraid.config.schema import assignment
+from unbraid.config.schema import parse_override
 from unbraid.errors import RecipeError
 from unbraid.io import to_json_row
 from unbraid.lab.confidence import Interval, mean_interval
@@ -61,13 +61,13 @@ def plan_race(
 
 def _set_default_lrs(recipe: Path, arms: Sequence[Arm], overrides: Sequence[str]) -> tuple[list[Arm], str]:
     arm_overrides = itertools.chain.from_iterable(arm.overrides for arm in arms)
-    if any(assignment(text)[0] == "optim.lr" for text in (*overrides, *arm_overrides)):
+    if any(parse_override(text)[0] == "optim.lr" for text in (*overrides, *arm_overrides)):
         return list(arms), ""
     recipe_optimizer = load_recipe(recipe, overrides).optim.name
     lrs: dict[str, Any] = {}
     changed = []
     for arm in arms:
-        optimizer = dict(assignment(text) for text in arm.overrides).get("optim.name", recipe_optimizer)
+        optimizer = dict(parse_override(text) for text in arm.overrides).get("optim.name", recipe_optimizer)
         # Custom optimizers are not in the registry; they keep the recipe's learning rate.
         lr = inspect.signature(OPTIMIZERS[optimizer]).parameters["lr"].default if optimizer in OPTIMIZERS else None
         if optimizer == recipe_optimizer or lr is None:

@@ -18,7 +18,7 @@ import torch
 
 from unbraid.build import build_corpus, build_model, build_state
 from unbraid.config.recipe import Recipe, differences, load_recipe, recipe_table
-from unbraid.config.schema import assignment
+from unbraid.config.schema import parse_override
 from unbraid.console import TrainingStatus, command_name
 from unbraid.errors import CheckpointError, RecipeError, TrainingStopped, UserError
 from unbraid.io import write_json
@@ -136,7 +136,7 @@ def _parse_axis(option: str) -> tuple[str, list[str]]:
     if key == "data.seed":
         raise RecipeError("--over data.seed cannot be used: seeds count from 0; set their number with --seeds.")
     # Compare parsed values: 1e-3 and 0.001 are the same arm.
-    parsed = [repr(assignment(f"{key}={value}")[1]) for value in values]
+    parsed = [repr(parse_override(f"{key}={value}")[1]) for value in values]
     for index, value in enumerate(parsed):
         if value in parsed[:index]:
             raise RecipeError(f"--over {option!r} has the value {values[index]} twice; remove one.")
@@ -161,7 +161,7 @@ def plan_runs(
     """
     if seeds < 1:
         raise RecipeError(f"--seeds {seeds} must be 1 or more.")
-    if any(assignment(text)[0] == "data.seed" for text in overrides):
+    if any(parse_override(text)[0] == "data.seed" for text in overrides):
         raise RecipeError("--set data.seed cannot be used: seeds count from 0; set their number with --seeds.")
     folders = [re.sub(r"[^\w.,=+-]+", "_", arm.name) for arm in arms]
     if len(set(folders)) < len(folders):

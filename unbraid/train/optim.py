@@ -26,7 +26,15 @@ def adam(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
 ) -> Optimizer:
-    """Adam in one fused pass; the textbook recipe's learning rate."""
+    """Adam in one fused pass; the textbook recipe's learning rate.
+
+    Args:
+        parameters: Of the model.
+        lr: Learning rate.
+        betas: Decay of the running means of the gradient and of its square.
+        eps: Added to the denominator.
+        weight_decay: L2 penalty, added to the gradient.
+    """
     parameters = list(parameters)
     return torch.optim.Adam(parameters, lr, betas, eps, weight_decay, fused=_fused(parameters))
 
@@ -39,13 +47,28 @@ def adamw(
     eps: float = 1e-8,
     weight_decay: float = 1e-2,
 ) -> Optimizer:
-    """Adam with decoupled weight decay, in one fused pass."""
+    """Adam with decoupled weight decay, in one fused pass.
+
+    Args:
+        parameters: Of the model.
+        lr: Learning rate.
+        betas: Decay of the running means of the gradient and of its square.
+        eps: Added to the denominator.
+        weight_decay: Decoupled weight decay, in units of the learning rate.
+    """
     parameters = list(parameters)
     return torch.optim.AdamW(parameters, lr, betas, eps, weight_decay, fused=_fused(parameters))
 
 
 def sgd(parameters: Parameters, *, lr: float = 1e-2, momentum: float = 0.0, weight_decay: float = 0.0) -> Optimizer:
-    """Stochastic gradient descent, in one fused pass."""
+    """Stochastic gradient descent, in one fused pass.
+
+    Args:
+        parameters: Of the model.
+        lr: Learning rate.
+        momentum: Decay of the sum of past gradients; 0 for none.
+        weight_decay: L2 penalty, added to the gradient.
+    """
     parameters = list(parameters)
     return torch.optim.SGD(parameters, lr, momentum, weight_decay=weight_decay, fused=_fused(parameters))
 
@@ -63,6 +86,14 @@ def rmsprop(
 
     It cannot leave a step out by itself: there the host decides, which on an accelerator costs one synchronisation a
     step. So it is with `Muon` and `schedule_free`.
+
+    Args:
+        parameters: Of the model.
+        lr: Learning rate.
+        alpha: Decay of the running mean of the squared gradient.
+        eps: Added to the denominator.
+        momentum: Decay of the sum of past steps; 0 for none.
+        weight_decay: L2 penalty, added to the gradient.
     """
     if not 0 <= alpha < 1:
         raise RecipeError(f"optim.alpha = {alpha:g} must be at least 0 and below 1.")
@@ -82,6 +113,13 @@ def schedule_free(
     It wants the schedule ``constant``, and a warm-up there. What is good are the averaged weights, which its ``eval()``
     puts in the model, and ``train()`` takes out again, with a rounding: `evaluation_weights` does it without.
     It comes in training mode.
+
+    Args:
+        parameters: Of the model.
+        lr: Learning rate; larger than AdamW's.
+        betas: Interpolation between the averaged and the latest weights, and decay of the mean squared gradient.
+        eps: Added to the denominator.
+        weight_decay: Decoupled weight decay, in units of the learning rate.
 
     Raises:
         RecipeError: If the extra is not installed.
@@ -154,7 +192,7 @@ class Cosine(Constant):
     is not repeated bit for bit.
 
     Args:
-        warmup_steps: As in `Constant`.
+        warmup_steps: Steps in which the learning rate rises evenly from 0.
         min_factor: Where it ends.
     """
 
@@ -174,7 +212,7 @@ class Plateau(Constant):
     """Lowers the learning rate when the validation loss has stopped falling: the textbook recipe's schedule.
 
     Args:
-        warmup_steps: As in `Constant`.
+        warmup_steps: Steps in which the learning rate rises evenly from 0.
         reduce_by: Factor at each lowering.
         patience: Validations without a better loss that are let pass before.
         min_factor: Not below this.
