@@ -147,8 +147,8 @@ def test_a_flac_with_200_damaged_bytes_is_an_error_that_names_it(tmp_path, seed)
     path = write_audio(tmp_path / "a.flac", noise(), 8000)
     damaged = bytearray(path.read_bytes())
     rng = np.random.default_rng(seed)
-    place = int(rng.integers(len(damaged) // 4, len(damaged) - 400))
-    damaged[place : place + 200] = rng.bytes(200)
+    start = int(rng.integers(len(damaged) // 4, len(damaged) - 400))
+    damaged[start : start + 200] = rng.bytes(200)
     path.write_bytes(damaged)
 
     with pytest.raises(AudioError, match=r"a\.flac"):

@@ -11,15 +11,17 @@ from hypothesis import strategies as st
 from unbraid.seeding import generator, seeded_torch
 
 PURPOSES = st.sampled_from(["train", "valid", "test", "train-order", "initial weights"])
-PLACES = st.tuples(st.integers(0, 2**31), PURPOSES, st.integers(0, 10**6), st.integers(0, 10**9), st.integers(0, 100))
+POSITIONS = st.tuples(
+    st.integers(0, 2**31), PURPOSES, st.integers(0, 10**6), st.integers(0, 10**9), st.integers(0, 100)
+)
 
 
-@given(PLACES)
-def test_the_same_position_draws_the_same_numbers(place):
-    assert np.array_equal(generator(*place).random(4), generator(*place).random(4))
+@given(POSITIONS)
+def test_the_same_position_draws_the_same_numbers(position):
+    assert np.array_equal(generator(*position).random(4), generator(*position).random(4))
 
 
-@given(PLACES, PLACES)
+@given(POSITIONS, POSITIONS)
 def test_another_position_draws_other_numbers(one, other):
     assume(one != other)
 
@@ -48,8 +50,8 @@ def test_neighbouring_positions_are_uncorrelated():
 
 def test_torch_draws_the_same_numbers_at_the_same_position():
     drawn = []
-    for place in ((0, "step", 5, 0), (0, "step", 5, 0), (0, "step", 5, 1)):
-        with seeded_torch(*place):
+    for position in ((0, "step", 5, 0), (0, "step", 5, 0), (0, "step", 5, 1)):
+        with seeded_torch(*position):
             drawn.append(torch.rand(4))
 
     assert torch.equal(drawn[0], drawn[1])

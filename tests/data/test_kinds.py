@@ -14,9 +14,9 @@ SETTINGS = DataSettings(excerpt_seconds=0.5, kinds=("low", "high"))
 
 @pytest.fixture
 def tracks(speaker_folder):
-    found = list_speakers(speaker_folder(n_speakers=6))
+    tracks = list_speakers(speaker_folder(n_speakers=6))
     kinds = ("high", "low", "other")
-    return [replace(track, split="train", kind=kinds[int(track.group[-2:]) % 3]) for track in found]
+    return [replace(track, split="train", kind=kinds[int(track.group[-2:]) % 3]) for track in tracks]
 
 
 def kind_of(tracks, file):

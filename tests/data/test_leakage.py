@@ -1,4 +1,4 @@
-"""What is trained on and validated on at once is found, whatever it is called."""
+"""Recordings in both splits are result, under any name."""
 
 import shutil
 from dataclasses import replace
@@ -28,15 +28,15 @@ def test_splits_without_overlap_share_nothing(tmp_path):
     split(tmp_path, "train", 0)
     split(tmp_path, "valid", 3)
 
-    found = compare_splits(*tracks_of(tmp_path))
+    result = compare_splits(*tracks_of(tmp_path))
 
-    assert found["splits"] == {"train": {"files": 6, "speakers": 3}, "valid": {"files": 6, "speakers": 3}}
-    assert found["shared"] == {
+    assert result["splits"] == {"train": {"files": 6, "speakers": 3}, "valid": {"files": 6, "speakers": 3}}
+    assert result["shared"] == {
         "n_files": 0, "files": [], "n_speakers": 0, "speakers": [], "n_copies": 0, "copies": [],
     }  # fmt: skip
 
 
-def test_a_copy_under_another_name_is_found_and_another_recording_of_the_same_length_is_not(tmp_path):
+def test_a_copy_under_another_name_is_result_and_another_recording_of_the_same_length_is_not(tmp_path):
     split(tmp_path, "train", 0)
     split(tmp_path, "valid", 3)
     original = tmp_path / "train" / "train-1" / "0.wav"

@@ -181,7 +181,7 @@ def damage(path, kind):
 
 
 def assert_skipped_like_excluded(bad, excluded, path, code):
-    """Both draw the same examples, never the file; and it struck."""
+    """Check that both runs draw the same examples, never the file, and that the file was drawn and rejected."""
     examples = list(zip(examples_of(bad, 24), examples_of(excluded, 24), strict=True))
     for one, other in examples:
         assert one.item == other.item
@@ -217,7 +217,7 @@ def test_a_file_that_contradicts_its_manifest_is_skipped_like_an_excluded_one(sp
     path = dataset_of(root / "all.csv").tracks[3].path
     damage(path, kind)
 
-    code = "AUDIO_EMPTY" if kind == "no samples" else code  # found when it is drawn
+    code = "AUDIO_EMPTY" if kind == "no samples" else code  # noticed when it is drawn
     excluded = dataset_of(root / "all.csv", replace(SETTINGS, exclude=(str(path),)))
     assert_skipped_like_excluded(dataset_of(root / "all.csv"), excluded, path, code)
 

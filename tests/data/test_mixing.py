@@ -136,7 +136,7 @@ def test_a_resampled_recording_has_the_right_length_and_pitch(tmp_path, rate):
 
 @pytest.fixture
 def three_hours(tmp_path):
-    """Zeros, in a sparse file, with sound in the last second."""
+    """Three hours of zeros, in a sparse file, with noise in the last second."""
     path = tmp_path / "long.wav"
     n_samples = 3 * 3600 * 8000
     write_audio(path, make_noise(8000), 8000)

@@ -71,7 +71,7 @@ def test_other_columns_their_order_and_a_byte_order_mark_do_not_matter(tmp_path)
 
 
 def test_an_index_column_without_a_name_is_another_column(tmp_path):
-    """As pandas writes it unless told not to."""
+    """pandas writes such a column by default."""
     (track,) = read_manifest(manifest(tmp_path, ",path,speaker,seconds,sample_rate\n0,a.wav,anna,2,8000\n"))
 
     assert track.group == "anna"

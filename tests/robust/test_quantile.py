@@ -45,7 +45,7 @@ def valid_values(steps, window):
 
 
 def expected(steps, window, percent):
-    """What the definition gives after each step."""
+    """numpy's percentile after each step."""
     results = []
     for n_steps in range(1, len(steps) + 1):
         values = valid_values(steps[:n_steps], window)

@@ -169,8 +169,8 @@ class MixtureDataset(Dataset[Example]):
         gains_db = [0.0, *rng.uniform(*settings.gains_db, len(talkers) - 1)]
         snr_db = rng.uniform(*settings.noise_snr_db)
 
-        # Rejecting an excluded file like a bad one gives the same next draws in a run that excludes it as in the run
-        # that found it bad.
+        # An excluded file is rejected like a bad one, so that a run that excludes it and the run that rejected it make
+        # the same next draws.
         for track in drawn:
             if str(track.path) in settings.exclude:
                 raise ExcerptError(AudioFault("AUDIO_EXCLUDED", str(track.path), "", in_excerpt_only=True))
