@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 PYTHON scripts/record_healthy_runs.py SPEECH.csv tests/health/healthy [NAME ...]
 
-SPEECH.csv has the columns path, speaker and split; a file speakers.csv beside it, with speaker and gender, is needed by
+SPEECH.csv has the columns path, speaker and split; speakers.csv next to it, with speaker and gender, is needed by
 the run `stems`. Of the recordings, only the file names are saved.
 """
 

@@ -20,7 +20,7 @@ EXAMPLE_EVENTS = (
 """Events whose files are those of the bad examples."""
 
 SPIKE_STEPS = 9
-"""A spike is judged by the median of this many steps: a single batch may just be hard."""
+"""A spike must show in the median of this many steps: a single batch may just be hard."""
 
 ADAM_BETA2 = {"adam": 0.999, "adamw": 0.999, "schedule_free": 0.999}
 """Default decay rate of the second moment, by the recipe's name of the optimizer."""

@@ -19,6 +19,7 @@ def oscillation(series: Series) -> Finding | None:
     changes = np.diff(loss_db)
     if len(changes) < 5 or not np.isfinite(changes).all():
         return None
+    # Pure noise changes direction two times in three, so the size of the swing has to decide as well.
     n_turns = int(np.sum(np.sign(changes[1:]) != np.sign(changes[:-1])))
     swing_db = float(np.median(np.abs(changes)))
     trend_db = abs(loss_db[-1] - loss_db[0]) / len(changes)
@@ -102,11 +103,13 @@ def _measure_overfitting(series: Series) -> tuple[int, float, float] | None:
     steps = overview.validation["step"]
     if len(validation_db) < 7 or not series.covers_start:
         return None
+    # 1. Find the best validation; three later ones at least must show that the loss rises.
     smooth = np.array([finite_median(validation_db[first : first + 3]) for first in range(len(validation_db) - 2)])
     best = finite_argmin(smooth)
     if best is None or best + 3 > len(smooth) - 1:
         return None
     best_step = steps[best + 1]  # the middle of the three
+    # 2. Compare the training loss before it with that of the end, each over a tenth of the run.
     training_db = overview.loss_to_db()[overview.trained]
     training_steps = overview.steps["step"][overview.trained]
     n_steps = max(50, overview.last_step // 10)
@@ -123,6 +126,7 @@ def _measure_overfitting(series: Series) -> tuple[int, float, float] | None:
 
 def mostly_filtered(series: Series) -> Finding | None:
     """Find filters that drop more than half of the examples."""
+    # A single batch may be filtered as a whole, so this counts examples over a thousand steps.
     n_filtered = np.nansum(series.steps["n_filtered"][-1000:])
     n_trained = np.nansum(series.steps["n_trained"][-1000:])
     if len(series) < 100 or n_filtered <= n_trained:

@@ -22,6 +22,7 @@ def rolling_median(values: FloatArray, *, window: int = 100, min_count: int = 30
     """
     medians = np.full(len(values), np.nan)
     deviations = np.full(len(values), np.nan)
+    # Padding in front gives the first steps a window as well; window i ends just before step i.
     padded = np.concatenate([np.full(window, np.nan), np.where(np.isfinite(values), values, np.nan)])
     windows = sliding_window_view(padded, window)[: len(values)]
     for start in range(0, len(values), CHUNK_STEPS):

@@ -22,7 +22,7 @@ DB_LOSSES = ("neg_sa_sdr", "neg_si_sdr", "neg_snr", "neg_thresholded_snr")
 VALIDATION_FIELDS = ("step", "loss", "si_sdri", "lr", "best")
 
 N_VALIDATION_ROWS = 20
-"""Latest validations whose rows are kept, with their items."""
+"""Number of latest validations whose rows are stored with their items."""
 
 N_FIRST_STEPS = 600
 N_WINDOWS = 100
@@ -76,6 +76,7 @@ class Series:
     @property
     def skipped(self) -> dict[str, BoolArray]:
         """A mask ``(step,)`` for each outcome of skipped steps, in the order in which the outcomes first occurred."""
+        # np.unique sorts by name; the order of first occurrence keeps the colours of a plot the same as a run grows.
         outcomes, first_index = np.unique(self.outcomes, return_index=True)
         in_order = [str(outcomes[index]) for index in first_index.argsort()]
         return {outcome: self.outcomes == outcome for outcome in in_order if outcome != "trained"}
@@ -112,6 +113,7 @@ class Series:
     @property
     def peak_lr(self) -> float:
         """The recipe's learning rate, or the highest recorded one if the recipe has none."""
+        # A record read from its end may not include the peak, so the recipe comes first.
         lr = self.steps["lr"]
         return float(self.recipe_value("optim.lr") or (np.nanmax(lr) if np.isfinite(lr).any() else np.nan))
 
@@ -152,6 +154,7 @@ class Series:
 
         A loss that is not in dB becomes ten times its logarithm. If it is ever 0 or below, it is returned unchanged.
         """
+        # The decision depends on the losses of the steps, also for validation losses: both must use one scale.
         step_loss = self.steps["loss"]
         loss = step_loss if loss is None else loss
         if self.loss_in_db or (step_loss <= 0).any():
@@ -170,6 +173,7 @@ def read_series(path: Path, *, last: int | None = None, thinned: bool = False) -
     Raises:
         CheckpointError: If the path is not a run directory, or one of its files cannot be read.
     """
+    # 1. The small files, and the logs that have few lines.
     run = RunDirectory(path)
     if not path.is_dir():
         raise CheckpointError(f"There is no run directory {path}.")
@@ -184,6 +188,7 @@ def read_series(path: Path, *, last: int | None = None, thinned: bool = False) -
         _read_table(run.environment, json.loads),
         _read_table(run.data, json.loads),
     )
+    # 2. The steps: all of them, block by block, or only the end of the file.
     recent = None if last is None else read_rows(run.steps, last)
     blocks = row_blocks(run.steps) if recent is None else [recent]
     series = _make_series(
@@ -194,6 +199,7 @@ def read_series(path: Path, *, last: int | None = None, thinned: bool = False) -
     )
     if recent is None or not thinned or series.covers_start:
         return series
+    # 3. A sample of all steps, for rules that compare early with late.
     sample = _sample_steps(run.steps, recent[0])
     return replace(series, thinned=_make_series([(sample, 0)], *others))
 
