@@ -27,7 +27,7 @@ TINY = {
     },
     "tf_locoformer": {"n_fft": 16, "hop_length": 8, "n_layers": 1, "d_model": 16, "d_hidden": 16, "d_attention": 16},
 }
-"""Just enough of each to have all its parts."""
+"""The smallest sizes with all parts of each model."""
 
 SMALL = {
     "blstm": {"hidden": 64, "n_layers": 3, "n_fft": 64, "hop_length": 16},
@@ -55,17 +55,19 @@ SMALL = {
 """Wide and deep enough for roundings to behave as in the published sizes."""
 
 
-def make_model(name, *, seed=0, sizes=TINY, **others):
-    """A model that returns what it returns."""
+def make_model(name, *, seed=0, sizes=TINY, **options):
+    """Build a model from a seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return MODELS[name](**sizes[name] | others)
+        return MODELS[name](**sizes[name] | options)
 
 
-def tiny(name, *, whole=False, **others):
-    """One that returns its sources alone; or, whole, all that it returns as one row of numbers."""
-    model = make_model(name, **others)
-    model.register_forward_hook(lambda _model, _given, output: flat(output) if whole else get_sources(output))
+def tiny(name, *, all_outputs=False, **options):
+    """Build a model that returns its sources alone, or with ``all_outputs`` all tensors flattened into one."""
+    model = make_model(name, **options)
+    model.register_forward_hook(
+        lambda _model, _inputs, output: flatten_outputs(output) if all_outputs else get_sources(output)
+    )
     return model
 
 
@@ -73,5 +75,5 @@ def small(name, *, seed=0):
     return tiny(name, seed=seed, sizes=SMALL)
 
 
-def flat(output):
+def flatten_outputs(output):
     return torch.cat([tensor.float().flatten() for tensor in iter_tensors(output)])

@@ -14,7 +14,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.fixture
-def all_there(monkeypatch):
+def compiler_available(monkeypatch):
     """As if this machine had a compiler."""
     monkeypatch.setattr("unbraid.compilation.missing_build_tools", lambda _device: "")
 
@@ -36,7 +36,7 @@ class Named(Regions):
 
 
 @pytest.mark.parametrize(("kind", "expected"), [(Regions, "whole"), (Named, "regions")])
-def test_the_regions_that_a_model_names_are_compiled_else_the_whole(all_there, kind, expected):
+def test_the_named_regions_or_the_whole_model_are_compiled(compiler_available, kind, expected):
     model = kind()
     compile_model(model, CPU)
 
@@ -44,7 +44,7 @@ def test_the_regions_that_a_model_names_are_compiled_else_the_whole(all_there, k
 
 
 @pytest.mark.parametrize(
-    ("device", "settings", "there", "absent"),
+    ("device", "settings", "installed", "missing"),
     [
         (CPU, {}, ["g++", "Python.h"], ""),
         (CPU, {}, ["clang++", "Python.h"], "g++ is not installed"),
@@ -56,19 +56,19 @@ def test_the_regions_that_a_model_names_are_compiled_else_the_whole(all_there, k
         (CUDA, {"CC": "mine"}, ["gcc", "Python.h"], "mine is not installed"),
     ],
 )
-def test_what_the_compiler_would_not_find_is_named(monkeypatch, tmp_path, device, settings, there, absent):
+def test_missing_build_tools_are_named(monkeypatch, tmp_path, device, settings, installed, missing):
     for name in ("CXX", "CC"):
         monkeypatch.delenv(name, raising=False)
     for name, value in (settings | {"PATH": str(tmp_path)}).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("sysconfig.get_path", lambda kind: str(tmp_path))
-    for name in there:
+    for name in installed:
         (tmp_path / name).touch(mode=0o755)
 
-    assert missing_build_tools(device) == absent
+    assert missing_build_tools(device) == missing
 
 
-def test_without_what_compiling_needs_it_is_refused_in_a_sentence(monkeypatch):
+def test_a_missing_compiler_raises_an_error(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
 
     with pytest.raises(UserError, match="no-such-compiler is not installed, but compiling needs it"):
@@ -80,7 +80,7 @@ def test_without_what_compiling_needs_it_is_refused_in_a_sentence(monkeypatch):
     ("machine", "before", "after"),
     [("x86_64", None, True), ("x86_64", False, False), ("x86_64", True, True), ("aarch64", None, None)],
 )
-def test_the_processor_is_taken_at_its_word_unless_told_otherwise(monkeypatch, all_there, machine, before, after):
+def test_the_isa_probe_is_skipped_unless_configured(monkeypatch, compiler_available, machine, before, after):
     monkeypatch.setattr("platform.machine", lambda: machine)
     with config.patch({"cpp.vec_isa_ok": before}):
         compile_model(Regions(), CPU)
@@ -89,13 +89,13 @@ def test_the_processor_is_taken_at_its_word_unless_told_otherwise(monkeypatch, a
 
 
 @pytest.mark.slow
-def test_what_the_processor_says_is_what_trying_out_finds():
-    asked = "from torch._inductor.cpu_vec_isa import pick_vec_isa as pick; print(pick(), pick().build_arch_flags())"
+def test_skipping_the_isa_probe_finds_the_same_isa():
+    script = "from torch._inductor.cpu_vec_isa import pick_vec_isa as pick; print(pick(), pick().build_arch_flags())"
     found = []
     for word in ("", "1"):  # in a process each, as what was found is kept
         settings = os.environ | {"TORCHINDUCTOR_VEC_ISA_OK": word}
         found.append(
-            subprocess.run([sys.executable, "-c", asked], env=settings, capture_output=True, check=True).stdout
+            subprocess.run([sys.executable, "-c", script], env=settings, capture_output=True, check=True).stdout
         )
 
     assert found[0] == found[1]

@@ -24,12 +24,12 @@ def test_a_tone_is_the_same_tone_at_the_other_rate(from_rate, to_rate):
     np.testing.assert_allclose(middle(resampled), middle(sine(1000, to_rate, 0.6)[:, : resampled.shape[1]]), atol=1e-3)
 
 
-def test_a_tone_above_the_new_rates_half_is_gone():
+def test_a_tone_above_the_new_nyquist_frequency_is_removed():
     assert power_db(middle(resample(sine(6000, 16000), 16000, 8000))) < -80
 
 
 @given(st.integers(1, 3000), st.sampled_from([8000, 16000, 44100, 48000]), st.sampled_from([8000, 16000, 22050]))
-def test_the_duration_is_kept_to_the_sample_above(n_samples, from_rate, to_rate):
+def test_the_duration_is_rounded_up_to_a_whole_sample(n_samples, from_rate, to_rate):
     resampled = resample(np.ones((2, n_samples), np.float32), from_rate, to_rate)
 
     assert resampled.shape[0] == 2
@@ -43,26 +43,26 @@ def test_the_same_rate_changes_nothing():
     assert np.array_equal(resample(audio, 8000, 8000), audio)
 
 
-def test_channels_are_resampled_apart():
+def test_channels_are_resampled_independently():
     pair = np.concatenate([sine(300, 16000), sine(700, 16000)])
 
     np.testing.assert_array_equal(resample(pair, 16000, 8000)[1:], resample(pair[1:], 16000, 8000))
 
 
-def test_nothing_is_resampled_to_nothing():
+def test_empty_audio_is_resampled_to_empty_audio():
     assert resample(np.zeros((1, 0), np.float32), 16000, 8000).shape == (1, 0)
 
 
 @given(st.integers(0, 20), st.integers(0, 20))
-def test_fitting_keeps_what_there_is_and_adds_only_zeros(n_samples, wanted):
+def test_fit_length_trims_or_appends_zeros(n_samples, n_wanted):
     audio = np.arange(1, 2 * n_samples + 1, dtype=np.float32).reshape(2, n_samples)
-    kept = min(n_samples, wanted)
+    n_kept = min(n_samples, n_wanted)
 
-    fitted = fit_length(audio, wanted)
+    fitted = fit_length(audio, n_wanted)
 
-    assert fitted.shape == (2, wanted)
-    assert np.array_equal(fitted[:, :kept], audio[:, :kept])
-    assert not fitted[:, kept:].any()
+    assert fitted.shape == (2, n_wanted)
+    assert np.array_equal(fitted[:, :n_kept], audio[:, :n_kept])
+    assert not fitted[:, n_kept:].any()
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_fitting_keeps_what_there_is_and_adds_only_zeros(n_samples, wanted):
     ],
     ids=["square wave", "sine", "tenth", "silence", "very quiet", "long"],
 )
-def test_power_is_known_for_simple_signals(audio, expected):
+def test_power_of_simple_signals(audio, expected):
     assert power_db(audio) == pytest.approx(expected, abs=1e-4)
 
 
@@ -93,7 +93,7 @@ def test_twenty_db_are_a_factor_of_ten():
 
 
 @pytest.mark.parametrize("shape", [(1, 8), (8,), (2, 1), (2, 9)])
-def test_shapes_that_would_only_broadcast_are_refused(shape):
+def test_shapes_that_only_broadcast_raise_an_error(shape):
     with pytest.raises(ValueError, match="same shape"):
         check_same_shape(torch.zeros(2, 8), torch.zeros(shape))
 
@@ -103,7 +103,7 @@ SPECTRA = [(64, 16), (64, 32), (200, 50), (2048, 441), (64, 24)]
 
 @pytest.mark.parametrize(("n_fft", "hop_length"), SPECTRA)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_spectrum_is_that_of_torch(n_fft, hop_length, dtype):
+def test_stft_equals_torch_stft(n_fft, hop_length, dtype):
     waveform, window = torch.randn(2, 3, 5000, dtype=dtype), torch.hann_window(n_fft)
     expected = torch.stft(waveform.flatten(0, 1), n_fft, hop_length, window=window.to(dtype), return_complex=True)
 
@@ -113,7 +113,7 @@ def test_the_spectrum_is_that_of_torch(n_fft, hop_length, dtype):
 
 
 @pytest.mark.parametrize(("n_fft", "hop_length"), SPECTRA)
-def test_a_changed_spectrum_becomes_the_waveform_that_torch_makes_of_it(n_fft, hop_length):
+def test_istft_of_a_modified_spectrum_equals_torch_istft(n_fft, hop_length):
     window, sizes = torch.hann_window(n_fft), {"n_fft": n_fft, "hop_length": hop_length}
     spectrum = stft(torch.randn(2, 5000), **sizes, window=window)
     spectrum = spectrum * torch.rand(spectrum.shape)
@@ -123,14 +123,14 @@ def test_a_changed_spectrum_becomes_the_waveform_that_torch_makes_of_it(n_fft, h
 
 
 @given(st.integers(1, 600))
-def test_every_length_survives_the_way_to_the_spectrum_and_back(time):
+def test_stft_and_istft_round_trip_at_every_length(time):
     waveform, window = torch.randn(2, time), torch.hann_window(128)
     sizes = {"n_fft": 128, "hop_length": 32, "window": window}
 
     torch.testing.assert_close(istft(stft(waveform, **sizes), **sizes, time=time), waveform, rtol=1e-4, atol=1e-5)
 
 
-def test_frames_are_added_where_they_lie():
+def test_overlap_add_of_two_frames():
     frames = torch.tensor([[[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]]])
 
     assert overlap_add(frames, 2).tolist() == [[1.0, 2.0, 13.0, 20.0, 30.0, 0.0]]

@@ -31,7 +31,7 @@ def noisy(target, ratio_db, seed=1):
 
 @pytest.mark.parametrize("ratio_db", [-20, 0, 10, 50, 100])
 @pytest.mark.parametrize("metric", [si_sdr, snr])
-def test_noise_at_right_angles_has_the_ratio_it_was_made_with(metric, ratio_db):
+def test_orthogonal_noise_has_the_ratio_it_was_scaled_to(metric, ratio_db):
     target = signals(3, 4000)
 
     ratios = metric(noisy(target, ratio_db), target - target.mean(-1, keepdim=True))
@@ -42,7 +42,7 @@ def test_noise_at_right_angles_has_the_ratio_it_was_made_with(metric, ratio_db):
 @pytest.mark.parametrize("ratio_db", [-30, 0, 30, 60, 100])
 @pytest.mark.parametrize("n_samples", [800, 24_000])
 @pytest.mark.parametrize("metric", [si_sdr, snr])
-def test_float32_is_right_to_a_hundredth_of_a_db(metric, n_samples, ratio_db):
+def test_float32_is_accurate_to_a_hundredth_of_a_db(metric, n_samples, ratio_db):
     target = signals(16, n_samples)
     estimate, target = noisy(target, ratio_db).float(), (target - target.mean(-1, keepdim=True)).float()
 
@@ -53,7 +53,7 @@ def test_float32_is_right_to_a_hundredth_of_a_db(metric, n_samples, ratio_db):
 
 
 @given(st.floats(1e-4, 300), st.floats(1e-4, 300))
-def test_si_sdr_hears_no_gain_on_either_side(estimate_gain, target_gain):
+def test_si_sdr_is_invariant_to_gain(estimate_gain, target_gain):
     target = signals(2, 2000).float()
     estimate = noisy(target.double(), 40).float()
 
@@ -63,21 +63,21 @@ def test_si_sdr_hears_no_gain_on_either_side(estimate_gain, target_gain):
 
 
 @pytest.mark.parametrize("ratio_db", [0, 40])
-def test_si_sdr_hears_no_offset_and_no_polarity(ratio_db):
+def test_si_sdr_is_invariant_to_offset_and_polarity(ratio_db):
     target = signals(2, 2000)
     estimate = noisy(target, ratio_db)
 
     torch.testing.assert_close(si_sdr(0.3 - estimate, target + 0.5), si_sdr(estimate, target), atol=1e-6, rtol=0)
 
 
-def test_snr_hears_a_gain_of_a_half_as_6_db():
+def test_a_gain_of_a_half_has_an_snr_of_6_db():
     target = signals(2, 2000)
 
     torch.testing.assert_close(snr(target / 2, target), torch.full((2,), 6.0206).double(), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("metric", [si_sdr, snr])
-def test_a_perfect_estimate_has_a_finite_ratio_above_any_other(metric):
+def test_a_perfect_estimate_has_a_finite_and_high_ratio(metric):
     target = signals(1, 2000, dtype=torch.float32)
 
     assert 120 < metric(target, target).item() < 140
@@ -98,7 +98,7 @@ def test_shapes_are_never_broadcast(metric):
 
 
 @pytest.mark.parametrize("metric", [si_sdr, snr, sdr])
-def test_each_signal_is_scored_by_itself(metric):
+def test_each_signal_has_its_own_value(metric):
     target = signals(2, 3, 1, 1500)
     estimate = target + signals(2, 3, 1, 1500, seed=1)
 
@@ -109,7 +109,7 @@ def test_each_signal_is_scored_by_itself(metric):
 
 
 @pytest.mark.filterwarnings("ignore:mir_eval.separation:FutureWarning")
-def test_sdr_is_the_one_of_mir_eval():
+def test_sdr_equals_mir_eval():
     target = signals(2, 4000, seed=2)
     filtered = torch.from_numpy(np.stack([np.convolve(row, [1, 0.5, -0.2])[:4000] for row in target.numpy()]))
     estimate = filtered + torch.tensor([[0.3], [0.01]]) * signals(2, 4000, seed=3)
@@ -119,14 +119,14 @@ def test_sdr_is_the_one_of_mir_eval():
     torch.testing.assert_close(sdr(estimate, target), torch.from_numpy(expected), atol=0.01, rtol=0)
 
 
-def test_sdr_of_float32_is_the_one_of_float64():
+def test_sdr_of_float32_equals_that_of_float64():
     target = signals(3, 2000)
     estimate = target + 0.1 * signals(3, 2000, seed=1)
 
     torch.testing.assert_close(sdr(estimate.float(), target.float()).double(), sdr(estimate, target), atol=0.01, rtol=0)
 
 
-def test_sdr_says_nothing_of_silence_and_the_others_do_not_notice():
+def test_sdr_of_silence_is_nan_and_does_not_affect_the_others():
     target = signals(3, 2000)
     estimate = target + signals(3, 2000, seed=1)
     whole = sdr(estimate, target)
@@ -139,7 +139,7 @@ def test_sdr_says_nothing_of_silence_and_the_others_do_not_notice():
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.floats(-30, 40), st.integers(0, 99))
-def test_the_pairwise_form_is_si_sdr_of_every_pair(n_estimates, n_targets, ratio_db, seed):
+def test_pairwise_si_sdr_equals_si_sdr_of_every_pair(n_estimates, n_targets, ratio_db, seed):
     target = signals(2, n_targets, 1000, seed=seed)
     estimate = noisy(target[:, torch.arange(n_estimates) % n_targets], ratio_db, seed=seed + 1).float()
     target = target.float()
@@ -156,7 +156,7 @@ def test_the_pairwise_form_is_si_sdr_of_every_pair(n_estimates, n_targets, ratio
 
 @pytest.mark.parametrize("ratio_db", [-10, 20, 60, 100])
 @pytest.mark.parametrize("n_sources", [2, 3, 6])
-def test_the_pairwise_form_finds_the_order_at_any_quality(n_sources, ratio_db):
+def test_pairwise_si_sdr_finds_the_order_at_any_quality(n_sources, ratio_db):
     target = signals(8, n_sources, 2000)
     orders = torch.stack([torch.randperm(n_sources, generator=torch.Generator().manual_seed(i)) for i in range(8)])
     estimate = reorder(noisy(target, ratio_db), orders).float()
@@ -186,7 +186,7 @@ def test_the_assignment_is_one_to_one_and_no_other_is_better(n_targets, n_spare,
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("n_sources", [3, 5])
-def test_a_sick_example_has_an_order_and_its_neighbours_keep_theirs(n_sources, value):
+def test_a_nonfinite_example_has_an_order_and_does_not_affect_the_others(n_sources, value):
     scores = torch.randn(2, n_sources, n_sources, generator=torch.Generator().manual_seed(0))
     healthy = best_assignment(scores)
     scores[0] = value
@@ -198,14 +198,14 @@ def test_a_sick_example_has_an_order_and_its_neighbours_keep_theirs(n_sources, v
 
 
 @pytest.mark.parametrize("n_sources", [3, 5])
-def test_one_score_that_is_nan_is_not_chosen_where_another_can_be(n_sources):
+def test_a_nan_score_is_not_chosen_if_another_is_possible(n_sources):
     scores = torch.zeros(1, n_sources, n_sources)
     scores[0, 0, 0] = torch.nan
 
     assert best_assignment(scores)[0, 0] != 0
 
 
-def test_reordering_moves_whole_estimates_and_drops_those_nobody_asked_for():
+def test_reordering_moves_whole_estimates_and_drops_unassigned_ones():
     estimate = torch.arange(2 * 3 * 2 * 4.0).reshape(2, 3, 2, 4)
 
     ordered = reorder(estimate, torch.tensor([[2, 0], [1, 2]]))
@@ -214,7 +214,7 @@ def test_reordering_moves_whole_estimates_and_drops_those_nobody_asked_for():
     assert torch.equal(ordered[1], estimate[1, [1, 2]])
 
 
-def test_sdr_comes_back_after_the_number_of_threads_was_set():
+def test_sdr_does_not_hang_after_the_number_of_threads_was_set():
     script = (
         "import torch\n"
         "from unbraid.metrics import sdr\n"
@@ -241,7 +241,7 @@ def at_ratio(ratio_db, *, offset=0.0, gain=3.0):
 
 @pytest.mark.parametrize("ratio_db", [-30, 0, 20, 50, 60, 70, 80, 90, 100])
 @pytest.mark.parametrize("offset", [0.0, 0.05, 1.0])
-def test_si_sdr_is_right_to_a_hundredth_of_a_db_up_to_100_db(ratio_db, offset):
+def test_si_sdr_is_accurate_to_a_hundredth_of_a_db_up_to_100_db(ratio_db, offset):
     estimate, target = at_ratio(ratio_db, offset=offset)
 
     exact = _si_sdr_definition(estimate.double(), target.double(), 1e-13)
@@ -252,7 +252,7 @@ def test_si_sdr_is_right_to_a_hundredth_of_a_db_up_to_100_db(ratio_db, offset):
 
 
 @pytest.mark.parametrize("ratio_db", [0, 40, 80])
-def test_the_gradient_of_si_sdr_is_that_of_its_definition_in_float64(ratio_db):
+def test_the_gradient_of_si_sdr_equals_that_of_its_definition_in_float64(ratio_db):
     estimate, target = at_ratio(ratio_db)
     short, exact = estimate.clone().requires_grad_(), estimate.double().requires_grad_()
 
@@ -279,7 +279,7 @@ def test_si_sdr_has_a_gradient_for_the_target_too():
 
 
 @pytest.mark.parametrize("n_sources", [2, 3, 5])
-def test_the_pit_loss_is_that_of_fast_bss_eval(n_sources):
+def test_the_pit_loss_equals_fast_bss_eval(n_sources):
     import fast_bss_eval
 
     rng = torch.Generator().manual_seed(0)

@@ -9,7 +9,7 @@ every_clipper = pytest.mark.parametrize("name", sorted(CLIPPERS))
 NORMS = [3.0, 0.5, 7.0, 0.5, 100.0, 2.0]
 
 
-def limits_of(clipper, norms, *, finite=True):
+def max_norms(clipper, norms, *, finite=True):
     return [clipper(torch.tensor(norm), torch.tensor(finite)).item() for norm in norms]
 
 
@@ -25,18 +25,18 @@ def saved(clipper, *, raw=False):
 
 @every_clipper
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_limit_is_0_d_and_where_and_what_the_norm_is(name, dtype):
+def test_max_norm_is_a_0_d_tensor_with_the_dtype_and_device_of_the_norm(name, dtype):
     norm = torch.tensor(3.0, dtype=dtype)
 
-    limit = CLIPPERS[name]()(norm, torch.tensor(True))
+    max_norm = CLIPPERS[name]()(norm, torch.tensor(True))
 
-    assert (limit.shape, limit.dtype, limit.device) == (norm.shape, norm.dtype, norm.device)
+    assert (max_norm.shape, max_norm.dtype, max_norm.device) == (norm.shape, norm.dtype, norm.device)
 
 
 @every_clipper
 @pytest.mark.parametrize("norm", [*NORMS, 0.0, math.nan, math.inf])
-def test_the_limit_is_a_positive_number_or_infinity_from_the_first_step_on(name, norm):
-    assert limits_of(CLIPPERS[name](), [norm], finite=math.isfinite(norm))[0] > 0
+def test_max_norm_is_always_positive(name, norm):
+    assert max_norms(CLIPPERS[name](), [norm], finite=math.isfinite(norm))[0] > 0
 
 
 @every_clipper
@@ -49,51 +49,51 @@ def test_the_norm_is_not_changed(name):
 
 @every_clipper
 @pytest.mark.parametrize("norm", [math.nan, math.inf, 12.5, 0.0])
-def test_a_step_that_is_left_out_teaches_nothing(name, norm):
-    taught, untaught = CLIPPERS[name](), CLIPPERS[name]()
-    limits_of(taught, NORMS)
-    limits_of(untaught, NORMS)
+def test_a_skipped_step_does_not_change_later_thresholds(name, norm):
+    trained, untouched = CLIPPERS[name](), CLIPPERS[name]()
+    max_norms(trained, NORMS)
+    max_norms(untouched, NORMS)
 
-    limits_of(taught, [norm], finite=False)
+    max_norms(trained, [norm], finite=False)
 
-    assert limits_of(taught, NORMS) == limits_of(untaught, NORMS)
+    assert max_norms(trained, NORMS) == max_norms(untouched, NORMS)
 
 
 @every_clipper
 @pytest.mark.parametrize("norm", [math.nan, math.inf, 0.0])
-def test_a_norm_that_means_nothing_is_not_learned_even_if_called_finite(name, norm):
-    taught, untaught = CLIPPERS[name](), CLIPPERS[name]()
-    limits_of(taught, [norm])
+def test_a_nonfinite_or_zero_norm_is_never_learned(name, norm):
+    trained, untouched = CLIPPERS[name](), CLIPPERS[name]()
+    max_norms(trained, [norm])
 
-    assert limits_of(taught, NORMS) == limits_of(untaught, NORMS)
+    assert max_norms(trained, NORMS) == max_norms(untouched, NORMS)
 
 
 @every_clipper
 @pytest.mark.parametrize("norm", [math.nan, math.inf, 12.5, 0.0])
-def test_a_step_that_is_left_out_leaves_its_state_bit_for_bit(name, norm):
+def test_a_skipped_step_does_not_change_the_state(name, norm):
     clipper = CLIPPERS[name]()
-    limits_of(clipper, NORMS)
+    max_norms(clipper, NORMS)
     before = saved(clipper)
 
-    limits_of(clipper, [norm], finite=False)
+    max_norms(clipper, [norm], finite=False)
 
     assert saved(clipper) == before
 
 
 @every_clipper
-def test_what_it_saves_is_tensors_and_numbers(name):
+def test_the_state_dict_holds_tensors_numbers_and_strings(name):
     clipper = CLIPPERS[name]()
-    limits_of(clipper, NORMS)
+    max_norms(clipper, NORMS)
 
     assert all(isinstance(value, (torch.Tensor, int, float, str)) for value in saved(clipper, raw=True).values())
 
 
 @every_clipper
 @pytest.mark.parametrize("n_before", [0, 1, 4])
-def test_one_that_remembers_goes_on_identically_from_its_state(name, n_before):
-    going_on, resumed = CLIPPERS[name](), CLIPPERS[name]()
-    limits_of(going_on, NORMS[:n_before])
-    if hasattr(going_on, "state_dict"):
-        resumed.load_state_dict(going_on.state_dict())
+def test_a_stateful_component_resumes_identically_from_its_state_dict(name, n_before):
+    original, resumed = CLIPPERS[name](), CLIPPERS[name]()
+    max_norms(original, NORMS[:n_before])
+    if hasattr(original, "state_dict"):
+        resumed.load_state_dict(original.state_dict())
 
-    assert limits_of(resumed, NORMS[n_before:]) == limits_of(going_on, NORMS[n_before:])
+    assert max_norms(resumed, NORMS[n_before:]) == max_norms(original, NORMS[n_before:])

@@ -14,12 +14,12 @@ EARLIER = torch.linspace(-30, 30, 150)
 every_filter = pytest.mark.parametrize("name", sorted(FILTERS))
 
 
-def taught(name, losses=EARLIER):
-    """The filter after some steps, where it remembers."""
+def trained_filter(name, losses=EARLIER):
+    """The filter after batch steps, where it remembers."""
     loss_filter = FILTERS[name]()
     if hasattr(loss_filter, "observe"):
-        for some in losses.split(16):
-            loss_filter.observe(some, torch.ones(len(some), dtype=torch.bool))
+        for batch in losses.split(16):
+            loss_filter.observe(batch, torch.ones(len(batch), dtype=torch.bool))
     return loss_filter
 
 
@@ -31,8 +31,8 @@ def saved(loss_filter):
 
 @every_filter
 @given(LOSSES)
-def test_a_weight_hangs_on_its_own_loss_alone(name, losses):
-    losses, loss_filter = torch.tensor(losses), taught(name)
+def test_a_weight_depends_on_its_own_loss_alone(name, losses):
+    losses, loss_filter = torch.tensor(losses), trained_filter(name)
 
     alone = torch.cat([loss_filter(loss[None]) for loss in losses])
 
@@ -42,7 +42,7 @@ def test_a_weight_hangs_on_its_own_loss_alone(name, losses):
 @every_filter
 @given(LOSSES)
 def test_weights_are_finite_and_never_negative(name, losses):
-    for loss_filter in (FILTERS[name](), taught(name)):
+    for loss_filter in (FILTERS[name](), trained_filter(name)):
         weights = loss_filter(torch.tensor(losses))
 
         assert weights.isfinite().all()
@@ -54,7 +54,7 @@ def test_weights_are_finite_and_never_negative(name, losses):
 def test_weights_have_no_gradient_and_the_dtype_of_the_losses(name, dtype):
     losses = torch.tensor([-50.0, 1.0], dtype=dtype, requires_grad=True)
 
-    for loss_filter in (FILTERS[name](), taught(name)):
+    for loss_filter in (FILTERS[name](), trained_filter(name)):
         weights = loss_filter(losses)
 
         assert not weights.requires_grad
@@ -62,8 +62,8 @@ def test_weights_have_no_gradient_and_the_dtype_of_the_losses(name, dtype):
 
 
 @every_filter
-def test_asking_teaches_nothing_and_changes_no_loss(name):
-    loss_filter, losses = taught(name), torch.tensor([-200.0, 0.0, 200.0])
+def test_computing_weights_changes_neither_state_nor_losses(name):
+    loss_filter, losses = trained_filter(name), torch.tensor([-200.0, 0.0, 200.0])
     before = saved(loss_filter)
 
     first, second = loss_filter(losses), loss_filter(losses)
@@ -74,19 +74,19 @@ def test_asking_teaches_nothing_and_changes_no_loss(name):
 
 
 @every_filter
-def test_what_is_not_sound_or_not_finite_teaches_nothing(name):
-    loss_filter = taught(name)
+def test_bad_and_nonfinite_losses_are_not_learned(name):
+    loss_filter = trained_filter(name)
     before = saved(loss_filter)
     if hasattr(loss_filter, "observe"):
         loss_filter.observe(torch.tensor([7.0, math.nan, math.inf]), torch.tensor([False, True, True]))
 
     assert saved(loss_filter) == before
-    assert torch.equal(loss_filter(EARLIER), taught(name)(EARLIER))
+    assert torch.equal(loss_filter(EARLIER), trained_filter(name)(EARLIER))
 
 
 @every_filter
-def test_an_empty_batch_is_no_trouble(name):
-    loss_filter, nothing = taught(name), torch.empty(0)
+def test_an_empty_batch_is_allowed(name):
+    loss_filter, nothing = trained_filter(name), torch.empty(0)
     if hasattr(loss_filter, "observe"):
         loss_filter.observe(nothing, nothing > 0)
 
@@ -95,21 +95,21 @@ def test_an_empty_batch_is_no_trouble(name):
 
 @every_filter
 @pytest.mark.parametrize("n_before", [0, 5, 150])
-def test_one_that_remembers_goes_on_identically_from_its_state(name, n_before):
-    going_on, resumed = taught(name, EARLIER[:n_before]), FILTERS[name]()
-    if hasattr(going_on, "state_dict"):
-        resumed.load_state_dict(going_on.state_dict())
+def test_a_stateful_component_resumes_identically_from_its_state_dict(name, n_before):
+    original, resumed = trained_filter(name, EARLIER[:n_before]), FILTERS[name]()
+    if hasattr(original, "state_dict"):
+        resumed.load_state_dict(original.state_dict())
 
     for losses in EARLIER.flip(0).split(40):
-        assert torch.equal(resumed(losses), going_on(losses))
-        for loss_filter in (resumed, going_on):
+        assert torch.equal(resumed(losses), original(losses))
+        for loss_filter in (resumed, original):
             if hasattr(loss_filter, "observe"):
                 loss_filter.observe(losses, losses > -25)
-        assert saved(resumed) == saved(going_on)
+        assert saved(resumed) == saved(original)
 
 
 @every_filter
-def test_one_that_remembers_is_whole(name):
+def test_a_stateful_filter_has_the_whole_interface(name):
     loss_filter = FILTERS[name]()
 
     assert isinstance(loss_filter.needs_db, bool)

@@ -34,7 +34,7 @@ def test_the_closer_estimate_has_the_smaller_loss(name):
 
 
 @every_loss
-def test_a_step_against_the_gradient_makes_the_loss_smaller(name):
+def test_a_gradient_step_reduces_the_loss(name):
     target = signals(4, 500)
     estimate = (target + signals(4, 500, seed=1)).requires_grad_()
     before = LOSSES[name](estimate, target)
@@ -45,7 +45,7 @@ def test_a_step_against_the_gradient_makes_the_loss_smaller(name):
 
 
 @every_loss
-def test_each_signal_has_its_own_value_whatever_its_neighbours(name):
+def test_the_value_of_a_signal_does_not_depend_on_the_others(name):
     estimate, target = signals(5, 2, 500), signals(5, 2, 500, seed=1)
     alone = torch.stack([LOSSES[name](one, other) for one, other in zip(estimate, target, strict=True)])
     estimate[2] = torch.nan
@@ -62,13 +62,13 @@ def test_autocast_changes_neither_value_nor_gradient(name):
     estimate, target = signals(4, 500), signals(4, 500, seed=1)
     estimate = (target + 1e-2 * estimate).requires_grad_()
 
-    def judged():
+    def value_and_gradient():
         losses = LOSSES[name](estimate, target)
         return losses.detach(), torch.autograd.grad(losses.sum(), estimate)[0]
 
-    plain = judged()
+    plain = value_and_gradient()
     with torch.autocast("cpu", torch.bfloat16):
-        under_autocast = judged()
+        under_autocast = value_and_gradient()
 
     assert all(map(torch.equal, plain, under_autocast))
 

@@ -20,7 +20,7 @@ def noise(*shape, seed=0):
 @every_model
 @pytest.mark.parametrize("n_sources", [1, 2, 3])
 @pytest.mark.parametrize("n_channels", [1, 2])
-def test_a_mixture_becomes_so_many_sources_with_its_channels(name, n_sources, n_channels):
+def test_the_output_has_the_sources_channels_and_time_asked_for(name, n_sources, n_channels):
     sources = tiny(name, n_sources=n_sources)(noise(2, n_channels, 300))
 
     assert sources.shape == (2, n_sources, n_channels, 300)
@@ -52,20 +52,20 @@ def test_every_length_up_to_4000_sampled_comes_back_finite(name):
 
 @every_model
 @pytest.mark.parametrize("gain", [0.1, 100.0])
-def test_one_that_claims_to_follow_gain_does(name, gain):
+def test_scale_equivariant_says_whether_the_output_follows_the_gain(name, gain):
     model, mixture = tiny(name).eval(), noise(2, 1, 1500)
     assert isinstance(model.scale_equivariant, bool)
 
     with torch.no_grad():
         plain, other = model(mixture), model(gain * mixture)
 
-    followed = torch.allclose(other / gain, plain, rtol=1e-3, atol=1e-3 * plain.abs().max().item())
-    assert followed == model.scale_equivariant
+    follows_gain = torch.allclose(other / gain, plain, rtol=1e-3, atol=1e-3 * plain.abs().max().item())
+    assert follows_gain == model.scale_equivariant
 
 
 @every_model
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
         (torch.zeros(300), "must be \\(batch, channel, time\\)"),
         (torch.zeros(2, 300), "must be \\(batch, channel, time\\)"),
@@ -76,11 +76,11 @@ def test_one_that_claims_to_follow_gain_does(name, gain):
         (torch.zeros(1, 1, 300, dtype=torch.bfloat16), "bfloat16 cannot be separated by a model in torch.float32"),
     ],
 )
-def test_what_is_no_mixture_is_refused_in_one_sentence(name, wrong, said):
-    with pytest.raises(ValueError, match=said) as refused:
+def test_an_invalid_mixture_raises_an_error_of_one_line(name, wrong, message):
+    with pytest.raises(ValueError, match=message) as error:
         tiny(name)(wrong)
 
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(error.value)
 
 
 @every_model
@@ -106,7 +106,7 @@ def test_each_channel_is_separated_as_if_it_were_alone(name):
 
 @every_model
 def test_silence_gives_finite_sources_and_finite_gradients(name):
-    model = tiny(name, whole=True)
+    model = tiny(name, all_outputs=True)
     returned = model(torch.zeros(2, 1, 300))
     returned.square().sum().backward()
 
@@ -116,7 +116,7 @@ def test_silence_gives_finite_sources_and_finite_gradients(name):
 
 @every_model
 def test_the_gradient_reaches_every_parameter(name):
-    model = tiny(name, whole=True)
+    model = tiny(name, all_outputs=True)
     returned = model(noise(2, 1, 500))
     (returned - noise(len(returned), seed=1)).square().mean().backward()
 
@@ -135,7 +135,7 @@ def test_the_gradient_reaches_every_sample_of_the_mixture(name):
 @every_model
 @pytest.mark.parametrize("gain", [1e-4, 1.0, 300.0])
 def test_forward_and_backward_are_finite_at_any_gain(name, gain):
-    model = tiny(name, whole=True)
+    model = tiny(name, all_outputs=True)
     returned = model(gain * noise(2, 1, 500))
     returned.square().mean().sqrt().backward()
 
@@ -181,7 +181,7 @@ def test_the_mixture_is_not_changed(name):
 
 
 @every_model
-def test_a_low_and_a_high_tone_are_told_apart_after_a_few_steps(name):
+def test_a_few_training_steps_separate_a_low_and_a_high_tone(name):
     model, time = tiny(name), torch.arange(500)
     tones = torch.stack([(0.1 * time).sin(), (2.0 * time).sin()])[None, :, None]
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
@@ -197,9 +197,9 @@ def test_a_low_and_a_high_tone_are_told_apart_after_a_few_steps(name):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the compiler of torch sets off warnings of torch
 @pytest.mark.parametrize("name", COMPILED)
-def test_compiled_it_is_the_same_in_names_output_and_gradient(name, two_threads):
+def test_compiling_changes_neither_names_nor_output_nor_gradient(name, two_threads):
     torch._dynamo.reset()
-    plain, compiled = tiny(name, whole=True), tiny(name, whole=True)
+    plain, compiled = tiny(name, all_outputs=True), tiny(name, all_outputs=True)
     names = list(plain.state_dict())
 
     compiled.compile_regions()
@@ -211,9 +211,9 @@ def test_compiled_it_is_the_same_in_names_output_and_gradient(name, two_threads)
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the compiler of torch sets off warnings of torch
 @pytest.mark.parametrize("name", ["conv_tasnet", "sepformer"])
-def test_compiled_in_bf16_it_is_as_near_to_fp32_as_it_is_uncompiled(name):
+def test_compiled_bf16_is_as_close_to_fp32_as_uncompiled_bf16(name):
     torch._dynamo.reset()
-    exact, plain, compiled = (tiny(name, whole=True) for _ in range(3))
+    exact, plain, compiled = (tiny(name, all_outputs=True) for _ in range(3))
     compiled.compile_regions()
     mixture = noise(2, 1, 3000)
 
@@ -228,11 +228,14 @@ def test_compiled_in_bf16_it_is_as_near_to_fp32_as_it_is_uncompiled(name):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the compiler of torch sets off warnings of torch
 @pytest.mark.parametrize("name", COMPILED)
-def test_its_graphs_serve_every_length_and_go_with_computing_activations_again(name, monkeypatch):
+def test_compiled_graphs_work_for_every_length_and_with_checkpointing(name, monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))  # no code is made
-    offered = "checkpoint" in inspect.signature(MODELS[name]).parameters
-    plain, compiled = tiny(name, whole=True), tiny(name, whole=True, **({"checkpoint": True} if offered else {}))
+    has_checkpoint = "checkpoint" in inspect.signature(MODELS[name]).parameters
+    plain, compiled = (
+        tiny(name, all_outputs=True),
+        tiny(name, all_outputs=True, **({"checkpoint": True} if has_checkpoint else {})),
+    )
 
     compiled.compile_regions()
 

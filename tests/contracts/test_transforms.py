@@ -9,7 +9,7 @@ every_transform = pytest.mark.parametrize("name", sorted(TRANSFORMS))
 every_shape = pytest.mark.parametrize("shape", [(), (1,), (5,), (3, 4), (3, 2, 5), (2, 3, 2, 2)])
 
 
-def drawn(shape, *, seed=0, dtype=torch.float32):
+def random_pair(shape, *, seed=0, dtype=torch.float32):
     rng = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=rng).to(dtype), 100 * torch.randn(shape, generator=rng).to(dtype)
 
@@ -18,19 +18,19 @@ def drawn(shape, *, seed=0, dtype=torch.float32):
 @every_shape
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_the_gradient_is_changed_in_place_and_the_parameter_is_not(name, shape, dtype):
-    parameter, gradient = drawn(shape, dtype=dtype)
-    before, where = parameter.clone(), gradient.data_ptr()
+    parameter, gradient = random_pair(shape, dtype=dtype)
+    before, address = parameter.clone(), gradient.data_ptr()
 
     assert TRANSFORMS[name]()(parameter, gradient) is None
 
     assert torch.equal(parameter, before)
-    assert (gradient.data_ptr(), gradient.dtype, gradient.shape) == (where, dtype, torch.Size(shape))
+    assert (gradient.data_ptr(), gradient.dtype, gradient.shape) == (address, dtype, torch.Size(shape))
 
 
 @every_transform
 @every_shape
-def test_no_element_grows_or_turns_round(name, shape):
-    parameter, gradient = drawn(shape)
+def test_no_element_grows_or_changes_sign(name, shape):
+    parameter, gradient = random_pair(shape)
     before = gradient.clone()
 
     TRANSFORMS[name]()(parameter, gradient)
@@ -42,8 +42,8 @@ def test_no_element_grows_or_turns_round(name, shape):
 @every_transform
 @every_shape
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_does_not_become_finite(name, shape, bad):
-    parameter, gradient = drawn(shape)
+def test_a_nonfinite_gradient_stays_nonfinite(name, shape, bad):
+    parameter, gradient = random_pair(shape)
     gradient.view(-1)[-1] = bad
 
     TRANSFORMS[name]()(parameter, gradient)
@@ -61,7 +61,7 @@ def test_zeros_stay_zeros(name):
 
 
 @every_transform
-def test_a_parameter_that_is_being_trained_can_be_given(name):
+def test_a_trainable_parameter_is_allowed(name):
     parameter = torch.nn.Parameter(torch.ones(3, 4))
     parameter.square().sum().backward()
 

@@ -21,7 +21,7 @@ def signals(*shape, seed=0):
 
 
 def estimates_of(target, *, seed=1, shuffle=True):
-    """Each target with a little of every other one and some noise, in another order for each example."""
+    """Return each target with some of another one and noise, in a different order for each example."""
     estimate = target + 0.4 * target.roll(1, 1) + 0.3 * signals(*target.shape, seed=seed)
     rng = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(target.shape[1], generator=rng) if shuffle else slice(None) for _ in target]
@@ -29,12 +29,12 @@ def estimates_of(target, *, seed=1, shuffle=True):
 
 
 def smallest_over_orders(name, estimate, target, *, count=None):
-    """The definition: the mean over the sources that count, in the order that makes it smallest, example by example."""
+    """Return the smallest mean over the sources ``count``, over all orders, for each example: the definition of PIT."""
     n_targets = target.shape[1]
     count = list(range(n_targets) if count is None else count)
     smallest = []
-    for item, wanted in zip(estimate, target, strict=True):
-        pairs = [[LOSSES[name](one, other).mean().item() for other in wanted] for one in item]
+    for item, reference in zip(estimate, target, strict=True):
+        pairs = [[LOSSES[name](one, other).mean().item() for other in reference] for one in item]
         orders = permutations(range(len(item)), n_targets)
         smallest.append(min(sum(pairs[order[t]][t] for t in count) / len(count) for order in orders))
     return torch.tensor(smallest)
@@ -52,7 +52,7 @@ def test_no_order_of_the_outputs_has_a_smaller_loss(name, n_sources):
 
 
 @given(st.sampled_from(SIGNAL_LOSSES), st.integers(1, 4), st.integers(1, 2), st.integers(0, 999))
-def test_no_order_is_better_for_estimates_that_have_nothing_to_do_with_the_targets(name, n_sources, n_channels, seed):
+def test_no_order_is_better_for_estimates_unrelated_to_the_targets(name, n_sources, n_channels, seed):
     target, estimate = (signals(2, n_sources, n_channels, 50, seed=seed + k) for k in (0, 1000))
 
     losses = SeparationLoss(LOSSES[name])(estimate, target)
@@ -61,17 +61,17 @@ def test_no_order_is_better_for_estimates_that_have_nothing_to_do_with_the_targe
 
 
 @every_loss
-def test_the_order_of_outputs_and_of_sources_changes_nothing(name):
+def test_the_loss_does_not_depend_on_the_order_of_outputs_and_sources(name):
     target = signals(4, 3, 1, 400)
     estimate, loss = estimates_of(target), SeparationLoss(LOSSES[name])
 
-    turned = loss(estimate[:, [2, 0, 1]], target[:, [1, 0, 2]])
+    permuted = loss(estimate[:, [2, 0, 1]], target[:, [1, 0, 2]])
 
-    torch.testing.assert_close(turned, loss(estimate, target))
+    torch.testing.assert_close(permuted, loss(estimate, target))
 
 
 @every_loss
-def test_fixed_order_holds_each_output_against_its_own_source(name):
+def test_fixed_order_compares_each_output_with_its_own_source(name):
     target = signals(2, 3, 1, 400)
     estimate, loss = estimates_of(target, shuffle=False), SeparationLoss(LOSSES[name], assign="fixed")
 
@@ -81,7 +81,7 @@ def test_fixed_order_holds_each_output_against_its_own_source(name):
 
 @every_loss
 @pytest.mark.parametrize("n_outputs", [3, 6])
-def test_spare_outputs_are_left_to_themselves(name, n_outputs):
+def test_outputs_without_a_target_do_not_count(name, n_outputs):
     target = signals(2, 2, 1, 400)
     spare = signals(2, n_outputs - 2, 1, 400, seed=9)
     estimate = torch.cat([spare, estimates_of(target)], 1)
@@ -97,18 +97,19 @@ def test_the_gradient_is_that_of_the_chosen_order_alone(name):
     estimate = estimates_of(target)
     order = find_order(estimate, target, LOSSES[name])
 
-    one, other = estimate.clone().requires_grad_(), estimate.clone().requires_grad_()
-    SeparationLoss(LOSSES[name])(one, target).sum().backward()
-    chosen = torch.stack([item[places] for item, places in zip(other, order, strict=True)])
+    first = estimate.clone().requires_grad_()
+    second = estimate.clone().requires_grad_()
+    SeparationLoss(LOSSES[name])(first, target).sum().backward()
+    chosen = torch.stack([item[indices] for item, indices in zip(second, order, strict=True)])
     LOSSES[name](chosen, target).mean((1, 2)).sum().backward()
 
-    torch.testing.assert_close(one.grad, other.grad)
+    torch.testing.assert_close(first.grad, second.grad)
 
 
 @every_loss
 @pytest.mark.parametrize("assign", ["permutation", "fixed"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_bad_example_has_a_bad_loss_and_its_neighbours_their_own(name, assign, value):
+def test_a_nonfinite_example_does_not_change_the_losses_of_the_others(name, assign, value):
     target = signals(3, 2, 1, 400)
     estimate, loss = estimates_of(target), SeparationLoss(LOSSES[name], assign=assign)
     alone = loss(estimate, target)
@@ -122,7 +123,7 @@ def test_a_bad_example_has_a_bad_loss_and_its_neighbours_their_own(name, assign,
 
 @every_loss
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_loss_of_low_precision_outputs_is_taken_in_float32(name, dtype):
+def test_the_loss_of_low_precision_outputs_is_computed_in_float32(name, dtype):
     target = signals(2, 2, 1, 400)
     estimate = estimates_of(target).to(dtype)
 
@@ -159,7 +160,7 @@ def test_the_channels_of_a_source_stay_together(name):
 
 
 @pytest.mark.parametrize("assign", ["permutation", "fixed"])
-def test_a_silent_target_is_left_out_of_si_sdr(assign):
+def test_a_silent_target_does_not_count_in_si_sdr(assign):
     target = signals(2, 3, 1, 400)
     estimate = estimates_of(target, shuffle=False)
     target[0, 2] = 0
@@ -172,7 +173,7 @@ def test_a_silent_target_is_left_out_of_si_sdr(assign):
 
 @pytest.mark.parametrize("n_sources", [2, 3, 5])
 @pytest.mark.parametrize("loudness", [0.01, 1.0, 100.0])
-def test_a_silent_target_has_no_say_in_the_order_of_the_others(n_sources, loudness):
+def test_a_silent_target_does_not_influence_the_order_of_the_others(n_sources, loudness):
     target = signals(4, n_sources, 1, 400)
     target[:, 0] = 0
     estimate = estimates_of(target)
@@ -184,7 +185,7 @@ def test_a_silent_target_has_no_say_in_the_order_of_the_others(n_sources, loudne
     torch.testing.assert_close(losses, expected, atol=1e-4, rtol=1e-5)
 
 
-def test_one_silent_channel_is_left_out_and_the_other_counts():
+def test_a_silent_channel_does_not_count_and_the_other_does():
     target = signals(1, 2, 2, 400)
     estimate = estimates_of(target, shuffle=False)
     target[0, 0, 1] = 0
@@ -195,7 +196,7 @@ def test_one_silent_channel_is_left_out_and_the_other_counts():
     torch.testing.assert_close(losses[0], (pairs[0, 0, 0] + pairs[0, 1, 0] + pairs[0, 1, 1]) / 3)
 
 
-def test_an_example_of_nothing_but_silence_is_finite_and_stands_out():
+def test_the_loss_of_a_silent_example_is_finite_and_large():
     estimate = signals(1, 2, 1, 400).requires_grad_()
 
     losses = SeparationLoss(neg_si_sdr)(estimate, torch.zeros(1, 2, 1, 400))
@@ -207,7 +208,7 @@ def test_an_example_of_nothing_but_silence_is_finite_and_stands_out():
 
 @every_loss
 @pytest.mark.parametrize("assign", ["permutation", "fixed"])
-def test_an_example_does_not_notice_its_neighbours(name, assign):
+def test_losses_do_not_depend_on_the_other_examples(name, assign):
     target = signals(4, 3, 1, 400)
     estimate, loss = estimates_of(target), SeparationLoss(LOSSES[name], assign=assign)
 
@@ -217,7 +218,7 @@ def test_an_example_does_not_notice_its_neighbours(name, assign):
 
 
 @given(st.integers(2, 5), st.integers(0, 99))
-def test_sa_sdr_takes_the_order_with_the_least_error_of_all_sources_together(n_sources, seed):
+def test_sa_sdr_chooses_the_order_with_the_smallest_total_error(n_sources, seed):
     target, estimate = (signals(2, n_sources, 1, 60, seed=seed + k) for k in (0, 1000))
 
     losses = SeparationLoss(neg_sa_sdr)(estimate, target)
@@ -241,12 +242,12 @@ def test_a_silent_target_pushes_its_output_down(loss):
     assert ((gradient * estimate)[:, 1].sum(-1) > 0).all()
 
 
-@pytest.mark.parametrize("given_mixture", [True, False])
-def test_inactive_outputs_are_driven_to_silence_and_the_others_are_not(given_mixture):
+@pytest.mark.parametrize("with_mixture", [True, False])
+def test_only_inactive_outputs_are_driven_to_silence(with_mixture):
     target = signals(2, 2, 1, 400)
     target[0, 1] = 0  # one example with a silent source; in both the third output is to spare
     estimate = torch.cat([estimates_of(target, shuffle=False), signals(2, 1, 1, 400, seed=7)], 1).requires_grad_()
-    extras = {"mixture": target.sum(1)} if given_mixture else {}
+    extras = {"mixture": target.sum(1)} if with_mixture else {}
 
     plain = SeparationLoss(neg_si_sdr)(estimate, target, **extras)
     driven = SeparationLoss(neg_si_sdr, inactive_weight=0.5)(estimate, target, **extras)
@@ -262,7 +263,7 @@ def test_inactive_outputs_are_driven_to_silence_and_the_others_are_not(given_mix
     assert gradient.abs().sum((-1, -2)).gt(0).tolist() == [[False, True, True], [False, False, True]]
 
 
-def test_silent_outputs_cost_nothing_where_nothing_sounds():
+def test_silent_outputs_without_a_target_have_no_penalty():
     target = signals(1, 1, 1, 400)
     estimate = torch.cat([target, torch.zeros_like(target)], 1)
 
@@ -283,7 +284,7 @@ def test_a_sum_of_losses_is_their_weighted_sum_in_one_order(assign):
     torch.testing.assert_close(losses(estimate, target), parts + 0.1 * neg_sa_sdr(ordered, target))
 
 
-def test_the_order_of_a_sum_is_the_best_of_the_sum():
+def test_the_order_minimises_the_sum_of_losses():
     target, estimate = signals(6, 3, 1, 50), signals(6, 3, 1, 50, seed=1)
     losses = SeparationLoss([Term(neg_snr, 0.05), Term(l1, 50.0)])
 
@@ -296,38 +297,38 @@ def test_the_order_of_a_sum_is_the_best_of_the_sum():
 
 @pytest.mark.parametrize("name", ["neg_snr", "neg_thresholded_snr", "neg_sa_sdr", "l1"])
 @pytest.mark.parametrize(("n_outputs", "n_mixtures"), [(4, 2), (3, 3), (5, 2), (2, 1)])
-def test_mixit_finds_the_best_of_all_ways_to_deal_the_outputs_out(name, n_outputs, n_mixtures):
+def test_mixit_finds_the_best_mixing_matrix(name, n_outputs, n_mixtures):
     estimate, target = signals(3, n_outputs, 1, 40), signals(3, n_mixtures, 1, 40, seed=1)
     loss = LOSSES[name]
 
     losses = SeparationLoss(loss, assign="mixit")(estimate, target)
 
     smallest = []
-    for dealt in product(range(n_mixtures), repeat=n_outputs):
-        sums = torch.stack([estimate[:, [d == n for d in dealt]].sum(1) for n in range(n_mixtures)], 1)
+    for target_of_output in product(range(n_mixtures), repeat=n_outputs):
+        sums = torch.stack([estimate[:, [d == n for d in target_of_output]].sum(1) for n in range(n_mixtures)], 1)
         values = loss(sums, target)
         smallest.append(values.mean((1, 2)) if values.dim() == 3 else values)
     torch.testing.assert_close(losses, torch.stack(smallest).amin(0), atol=1e-4, rtol=1e-5)
 
 
-def test_mixit_knows_sources_that_make_up_two_mixtures():
+def test_mixit_assigns_true_sources_to_their_mixtures():
     sources = signals(2, 4, 1, 4000)
     mixtures = torch.stack([sources[:, [0, 2]].sum(1), sources[:, [1, 3]].sum(1)], 1)
     estimate = sources.requires_grad_()
 
-    found = SeparationLoss(neg_snr, assign="mixit").with_order(estimate, mixtures)
-    (gradient,) = torch.autograd.grad(found.losses.sum(), estimate)
+    result = SeparationLoss(neg_snr, assign="mixit").with_order(estimate, mixtures)
+    (gradient,) = torch.autograd.grad(result.losses.sum(), estimate)
 
-    assert (found.losses < -90).all()
+    assert (result.losses < -90).all()
     assert best_mixing_matrix([Term(neg_snr)], estimate, mixtures, {})[0].tolist() == [
         [True, False, True, False],
         [False, True, False, True],
     ]
-    assert all(order[0] in (0, 2) and order[1] in (1, 3) for order in found.order.tolist())
+    assert all(order[0] in (0, 2) and order[1] in (1, 3) for order in result.order.tolist())
     assert gradient.isfinite().all()
 
 
-def test_more_ways_than_can_be_tried_are_refused_in_one_sentence():
+def test_too_many_mixing_matrices_raise_an_error():
     with pytest.raises(UserError, match="Reduce the number of outputs"):
         SeparationLoss(neg_snr, assign="mixit")(signals(1, 17, 1, 10), signals(1, 2, 1, 10))
     with pytest.raises(UserError, match="the limit is 256 for this loss and 65536 for neg_snr"):
@@ -335,20 +336,20 @@ def test_more_ways_than_can_be_tried_are_refused_in_one_sentence():
     assert SeparationLoss(neg_snr, assign="mixit")(signals(1, 9, 1, 10), signals(1, 2, 1, 10)).isfinite()
 
 
-def asks_for_the_mixture(estimate, target, mixture, *, share=1.0):
+def mixture_loss(estimate, target, mixture, *, share=1.0):
     return share * (estimate - mixture[:, None]).abs().mean(-1) + 0 * target.mean(-1)
 
 
-def asks_for_an_embedding(embedding, target):
+def embedding_loss(embedding, target):
     return embedding.mean((1, 2)) + 0 * target.mean((1, 2, 3))
 
 
-def test_a_loss_is_given_what_its_parameters_name():
+def test_a_loss_receives_the_inputs_that_its_parameters_name():
     target, mixture = signals(2, 2, 1, 100), signals(2, 1, 100, seed=5)
     estimate = estimates_of(target)
 
-    by_mixture = SeparationLoss(asks_for_the_mixture)(estimate, target, mixture=mixture)
-    by_embedding = SeparationLoss([Term(asks_for_an_embedding, 2.0), Term(neg_snr)])(
+    by_mixture = SeparationLoss(mixture_loss)(estimate, target, mixture=mixture)
+    by_embedding = SeparationLoss([Term(embedding_loss, 2.0), Term(neg_snr)])(
         estimate, target, mixture=mixture, embedding=torch.full((2, 3, 4), 7.0)
     )
 
@@ -356,13 +357,13 @@ def test_a_loss_is_given_what_its_parameters_name():
     torch.testing.assert_close(by_embedding, 14 + SeparationLoss(neg_snr)(estimate, target))
 
 
-def test_what_a_loss_asks_for_and_is_not_there_is_told_in_one_sentence():
+def test_a_missing_input_of_a_loss_raises_an_error():
     with pytest.raises(UserError, match="asks for embedding, which the model does not return"):
-        SeparationLoss(asks_for_an_embedding)(signals(2, 2, 1, 100), signals(2, 2, 1, 100))
+        SeparationLoss(embedding_loss)(signals(2, 2, 1, 100), signals(2, 2, 1, 100))
 
 
 @pytest.mark.parametrize(
-    ("made", "said"),
+    ("make", "message"),
     [
         (lambda: SeparationLoss(neg_snr, assign="any"), "not one of"),
         (lambda: SeparationLoss([]), "one or more terms"),
@@ -372,45 +373,47 @@ def test_what_a_loss_asks_for_and_is_not_there_is_told_in_one_sentence():
         (lambda: SeparationLoss(neg_snr, assign="mixit", inactive_weight=1.0), "Omit inactive_weight"),
     ],
 )
-def test_what_makes_no_loss_is_refused(made, said):
-    with pytest.raises(ValueError, match=said):
-        made()
+def test_invalid_options_raise_an_error(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 @pytest.mark.parametrize("n_sources", [2, 3, 5, 8])
-def test_si_sdr_of_each_target_is_told_in_the_order_of_the_targets(n_sources):
+def test_si_sdr_is_returned_in_the_order_of_the_targets(n_sources):
     target = signals(3, n_sources, 1, 400)
     estimate = estimates_of(target)
 
-    found = SeparationLoss(neg_si_sdr).with_order(estimate, target)
+    result = SeparationLoss(neg_si_sdr).with_order(estimate, target)
 
-    chosen = torch.stack([item[order] for item, order in zip(estimate, found.order, strict=True)])
-    torch.testing.assert_close(found.si_sdr, -neg_si_sdr(chosen, target)[..., 0])
-    torch.testing.assert_close(SeparationLoss(l1).with_order(estimate, target).si_sdr, found.si_sdr)
-
-
-def mine(heard, wanted):
-    return (heard - wanted).square().mean(-1)
+    chosen = torch.stack([item[order] for item, order in zip(estimate, result.order, strict=True)])
+    torch.testing.assert_close(result.si_sdr, -neg_si_sdr(chosen, target)[..., 0])
+    torch.testing.assert_close(SeparationLoss(l1).with_order(estimate, target).si_sdr, result.si_sdr)
 
 
-class Mine(torch.nn.Module):
+def custom_loss(prediction, reference):
+    return (prediction - reference).square().mean(-1)
+
+
+class CustomLoss(torch.nn.Module):
     def forward(self, prediction, target):
         return (prediction - target).square().mean(-1)
 
 
-@pytest.mark.parametrize("loss", [mine, Mine(), lambda estimate, source: (estimate - source).square().mean(-1)])
-def test_a_loss_of_ones_own_may_call_its_signals_as_it_likes(loss):
+@pytest.mark.parametrize(
+    "loss", [custom_loss, CustomLoss(), lambda estimate, source: (estimate - source).square().mean(-1)]
+)
+def test_a_custom_loss_may_use_any_parameter_names(loss):
     target = signals(3, 2, 1, 100)
 
-    found = SeparationLoss(loss).with_order(target.flip(1), target)
+    result = SeparationLoss(loss).with_order(target.flip(1), target)
 
-    assert found.order.tolist() == [[1, 0]] * 3
-    assert not found.losses.any()
+    assert result.order.tolist() == [[1, 0]] * 3
+    assert not result.losses.any()
 
 
 @pytest.mark.parametrize("weights", [(0.1, 1.0), (1.0, 1.0)])
 @pytest.mark.parametrize("n_sources", [2, 3, 4])
-def test_sa_sdr_in_a_sum_has_the_best_order_of_the_sum(weights, n_sources):
+def test_sa_sdr_in_a_sum_uses_the_best_order_of_the_sum(weights, n_sources):
     target, estimate = signals(20, n_sources, 1, 50), signals(20, n_sources, 1, 50, seed=1)
     target *= torch.logspace(0, -1.5, n_sources)[:, None, None]
     terms = [Term(neg_snr, weights[0]), Term(neg_sa_sdr, weights[1])]
@@ -421,22 +424,22 @@ def test_sa_sdr_in_a_sum_has_the_best_order_of_the_sum(weights, n_sources):
     torch.testing.assert_close(SeparationLoss(terms)(estimate, target), smallest, atol=1e-4, rtol=1e-5)
 
 
-def test_sa_sdr_in_a_sum_deals_outputs_out_by_the_sum():
+def test_mixit_with_sa_sdr_in_a_sum_minimises_the_sum():
     target, estimate = signals(20, 2, 1, 50), signals(20, 3, 1, 50, seed=1)
     target[:, 1] *= 0.03
     terms = [Term(neg_snr, 0.1), Term(neg_sa_sdr, 1.0)]
 
     fixed, smallest = SeparationLoss(terms, assign="fixed"), []
-    for dealt in product(range(2), repeat=3):
-        sums = torch.stack([estimate[:, [d == n for d in dealt]].sum(1) for n in range(2)], 1)
+    for target_of_output in product(range(2), repeat=3):
+        sums = torch.stack([estimate[:, [d == n for d in target_of_output]].sum(1) for n in range(2)], 1)
         smallest.append(fixed(sums, target))
 
-    found = SeparationLoss(terms, assign="mixit")(estimate, target)
-    torch.testing.assert_close(found, torch.stack(smallest).amin(0), atol=1e-4, rtol=1e-5)
+    result = SeparationLoss(terms, assign="mixit")(estimate, target)
+    torch.testing.assert_close(result, torch.stack(smallest).amin(0), atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("loss", [neg_snr, neg_si_sdr])
-def test_the_order_counts_what_inactive_outputs_cost(loss):
+def test_the_order_accounts_for_the_penalty_of_inactive_outputs(loss):
     target, estimate = signals(50, 2, 1, 50), signals(50, 3, 1, 50, seed=1)
     estimate *= torch.logspace(-1.5, 0.5, 3)[:, None, None]
     target[:10, 1] = 0
@@ -444,11 +447,11 @@ def test_the_order_counts_what_inactive_outputs_cost(loss):
     fixed = SeparationLoss(loss, assign="fixed", inactive_weight=1.0)
     smallest = torch.stack([fixed(estimate[:, list(o)], target) for o in permutations(range(3))]).amin(0)
 
-    found = SeparationLoss(loss, inactive_weight=1.0)(estimate, target)
-    torch.testing.assert_close(found, smallest, atol=1e-3, rtol=1e-4)
+    result = SeparationLoss(loss, inactive_weight=1.0)(estimate, target)
+    torch.testing.assert_close(result, smallest, atol=1e-3, rtol=1e-4)
 
 
-def test_a_source_in_one_channel_alone_is_active():
+def test_a_source_in_a_single_channel_is_active():
     target = signals(1, 2, 2, 400)
     target[0, 0, 1] = 0
 

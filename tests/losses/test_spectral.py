@@ -44,14 +44,14 @@ def test_magnitudes_at_three_resolutions_are_those_of_torch():
 
 
 @pytest.mark.parametrize("gain", [0.5, 2.0])
-def test_an_estimate_of_another_level_is_off_by_its_gain_and_its_logarithm(gain):
+def test_a_wrong_gain_costs_its_deviation_and_its_logarithm(gain):
     target = signals(2, 8000)
 
     expected = torch.full((2,), abs(gain - 1) + abs(math.log(gain)))
     torch.testing.assert_close(multi_resolution_stft(gain * target, target), expected, atol=1e-3, rtol=0)
 
 
-def test_magnitudes_do_not_hear_the_polarity_and_complex_spectra_do():
+def test_polarity_changes_complex_spectra_and_not_magnitudes():
     target = signals(2, 1000)
 
     assert not multi_resolution_stft(-target, target).any()
@@ -107,7 +107,7 @@ def test_a_silent_target_pushes_its_output_down(loss):
     assert (gradient * estimate).sum() > 0
 
 
-def test_the_gradients_are_the_slopes():
+def test_gradients_match_finite_differences():
     estimate, target = signals(2, 40).double().requires_grad_(), signals(2, 40, seed=1).double()
     small = {"n_ffts": (16, 8), "hop_lengths": (5, 3), "win_lengths": (12, 8)}
 
@@ -118,22 +118,22 @@ def test_the_gradients_are_the_slopes():
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
         ({"n_ffts": (512,)}, "one number for each resolution"),
         ({"n_ffts": (511,), "hop_lengths": (50,), "win_lengths": (100,)}, "n_fft 511 must be even"),
         ({"n_ffts": (64,), "hop_lengths": (16,), "win_lengths": (65,)}, "window of 65 samples at most as long"),
     ],
 )
-def test_resolutions_that_do_not_fit_are_refused(wrong, said):
-    with pytest.raises(ValueError, match=said):
+def test_resolutions_that_do_not_fit_raise_an_error(wrong, message):
+    with pytest.raises(ValueError, match=message):
         multi_resolution_stft(signals(2, 500), signals(2, 500), **wrong)
 
 
 # Mask inference
 
 
-def test_the_target_of_a_mask_is_its_part_in_the_mixtures_phase():
+def test_mask_inference_compares_with_the_truncated_phase_sensitive_magnitude():
     sources = signals(2, 2, 1, 600).double()
     estimate, mixture = signals(2, 2, 1, 600, seed=1).double(), sources.sum(1)
     window = torch.hann_window(64).double().sqrt()
@@ -147,7 +147,7 @@ def test_the_target_of_a_mask_is_its_part_in_the_mixtures_phase():
     torch.testing.assert_close(values, expected, atol=1e-7, rtol=1e-5)
 
 
-def test_a_source_alone_is_its_own_mask_and_nothing_else_is_wanted():
+def test_a_single_source_and_silence_have_a_loss_of_zero():
     sources = torch.stack([signals(1, 1, 800)[0], torch.zeros(1, 800)])[None]
 
     assert mask_inference(sources, sources, sources.sum(1)).abs().max() < 1e-6
@@ -173,7 +173,7 @@ def test_masks_of_silence_have_finite_values_and_gradients(case):
     assert estimate.grad.isfinite().all()
 
 
-def test_a_mixture_of_another_shape_is_refused():
+def test_a_mixture_of_another_shape_raises_an_error():
     with pytest.raises(ValueError, match="must be the \\(batch, channel, time\\)"):
         mask_inference(signals(2, 2, 1, 300), signals(2, 2, 1, 300), signals(2, 2, 1, 300))
 
@@ -203,7 +203,7 @@ def bins(sources, mixture, weighting, range_db=40):
     return one_hot, weight / weight.sum(1, keepdim=True)
 
 
-def turn(n_dims):
+def random_rotation(n_dims):
     """A random rotation or reflection."""
     rng = torch.Generator().manual_seed(0)
     return torch.linalg.qr(torch.randn(n_dims, n_dims, generator=rng, dtype=torch.float64))[0]
@@ -212,7 +212,7 @@ def turn(n_dims):
 def perfect(sources, mixture, *, n_dims=5):
     """The vector of each bin is that of its loudest source; those of two sources are at right angles."""
     one_hot = bins(sources, mixture, "magnitude")[0]
-    directions = turn(n_dims)[: one_hot.shape[-1]]
+    directions = random_rotation(n_dims)[: one_hot.shape[-1]]
     return (one_hot @ directions).view(*mixture.shape[:2], -1, 9, n_dims)
 
 
@@ -230,7 +230,7 @@ def test_deep_clustering_is_the_distance_of_all_pairs_of_bins(weighting):
 
 
 @clustering
-def test_autocast_does_not_touch_the_products_of_vectors(loss):
+def test_autocast_does_not_change_the_clustering_losses(loss):
     embedding, sources, mixture = (part.float() for part in clustered())
 
     plain = loss(embedding, sources, mixture, **SIZES)
@@ -250,14 +250,14 @@ def test_whitened_kmeans_is_the_distance_of_whitened_vectors_from_their_sources_
     means = one_hot @ torch.linalg.pinv(one_hot) @ white
     expected = (white - means).square().sum((1, 2)).view(2, 2).mean(1)
 
-    found = whitened_kmeans(embedding, sources, mixture, **SIZES, weighting=weighting, ridge=1e-12)
+    result = whitened_kmeans(embedding, sources, mixture, **SIZES, weighting=weighting, ridge=1e-12)
 
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
 
 
 @both_weightings
 @clustering
-def test_vectors_that_tell_the_sources_apart_reach_the_lowest_value(loss, weighting):
+def test_vectors_that_separate_the_sources_reach_the_minimum(loss, weighting):
     _, sources, mixture = clustered()
     lowest = {deep_clustering: 0.0, whitened_kmeans: 5.0 - 3.0}[loss]
     best = loss(perfect(sources, mixture), sources, mixture, **SIZES, weighting=weighting)
@@ -268,17 +268,17 @@ def test_vectors_that_tell_the_sources_apart_reach_the_lowest_value(loss, weight
 
 @both_weightings
 @clustering
-def test_the_order_of_sources_and_a_turn_of_the_vectors_change_nothing(loss, weighting):
+def test_the_loss_is_invariant_to_source_order_and_rotation(loss, weighting):
     embedding, sources, mixture = clustered()
 
-    turned = loss(embedding @ turn(5), sources[:, [2, 0, 1]], mixture, **SIZES, weighting=weighting)
+    turned = loss(embedding @ random_rotation(5), sources[:, [2, 0, 1]], mixture, **SIZES, weighting=weighting)
 
     torch.testing.assert_close(turned, loss(embedding, sources, mixture, **SIZES, weighting=weighting))
 
 
 @clustering
 @pytest.mark.parametrize("gain", [1e-6, 1e4])
-def test_the_level_of_a_recording_changes_nothing(loss, gain):
+def test_the_loss_is_invariant_to_level(loss, gain):
     embedding, sources, mixture = clustered()
 
     torch.testing.assert_close(
@@ -297,7 +297,7 @@ def test_half_of_a_recording_has_about_the_same_value(loss):
 
 @both_weightings
 @clustering
-def test_the_gradient_of_clustering_is_the_slope(loss, weighting):
+def test_the_clustering_gradient_matches_finite_differences(loss, weighting):
     embedding, sources, mixture = clustered(time=24, batch=1, channels=1, n_dims=3)
     embedding.requires_grad_()
 
@@ -307,7 +307,7 @@ def test_the_gradient_of_clustering_is_the_slope(loss, weighting):
 @both_weightings
 @clustering
 @pytest.mark.parametrize("case", ["silence", "one click", "one source never the loudest", "all vectors alike"])
-def test_clustering_stays_finite_where_there_is_little_to_cluster(loss, weighting, case):
+def test_clustering_stays_finite_in_degenerate_cases(loss, weighting, case):
     embedding, sources = (part.float() for part in clustered()[:2])
     if case == "silence":
         sources = 0 * sources
@@ -327,7 +327,7 @@ def test_clustering_stays_finite_where_there_is_little_to_cluster(loss, weightin
 
 
 @clustering
-def test_float32_clusters_as_float64_does(loss):
+def test_float32_agrees_with_float64(loss):
     embedding, sources, mixture = clustered(time=4000, n_dims=20)
     narrow = [part.float() for part in (embedding, sources, mixture)]
 
@@ -351,7 +351,7 @@ def test_a_nan_stays_in_its_example(loss, weighting, part):
 
 
 @clustering
-def test_what_does_not_belong_together_is_refused(loss):
+def test_shapes_that_do_not_fit_raise_an_error(loss):
     embedding, sources, mixture = clustered()
 
     with pytest.raises(ValueError, match="With n_fft 16 and hop_length 4 the embedding must be"):

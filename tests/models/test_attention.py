@@ -11,7 +11,7 @@ def heads(dtype=torch.float32, seed=0):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_is_that_of_torch(dtype):
+def test_attention_equals_torch(dtype):
     exact = F.scaled_dot_product_attention(*heads())
 
     torch.testing.assert_close(
@@ -20,7 +20,7 @@ def test_attention_is_that_of_torch(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_dropout_drops_and_keeps_the_mean(dtype):
+def test_dropout_preserves_the_mean(dtype):
     query, key, _ = heads(dtype)
     ones = torch.ones(2, 3, 17, 4000, dtype=dtype)
     dropped = attend(query, key, ones, dropout=0.5).float()
@@ -29,7 +29,7 @@ def test_dropout_drops_and_keeps_the_mean(dtype):
     assert dropped.mean().item() == pytest.approx(1, abs=0.2)
 
 
-def test_a_dot_product_of_rotated_vectors_sees_their_distance_alone():
+def test_dot_products_of_rotated_vectors_depend_on_their_distance_alone():
     angles = rotary_angles(50, 8, torch.device("cpu"))
     query, key = (part[0, 0, 0].expand(50, 8) for part in heads()[:2])
     products = apply_rotary(query, angles) @ apply_rotary(key, angles).T
@@ -40,7 +40,7 @@ def test_a_dot_product_of_rotated_vectors_sees_their_distance_alone():
     assert (products.diagonal(0)[0] - products.diagonal(7)[0]).abs() > 1e-3
 
 
-def test_rotation_keeps_lengths_and_the_first_frame():
+def test_rotation_preserves_lengths_and_the_first_frame():
     features = heads()[0]
     turned = apply_rotary(features, rotary_angles(17, 8, torch.device("cpu")))
 

@@ -53,14 +53,14 @@ def test_every_length_comes_back_exactly(name, time, sizes):
     assert get_sources(output).isfinite().all()
 
 
-def test_softmax_masks_deal_the_whole_mixture_out():
+def test_softmax_masks_sum_to_the_mixture():
     mixture = noise(2, 1, 700)
 
     torch.testing.assert_close(make_model("blstm", mask="softmax")(mixture).sum(1), mixture, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("bias", "share"), [(-100.0, 0.0), (0.0, 0.5), (100.0, 1.0)])
-def test_a_mask_of_the_same_number_everywhere_is_a_gain(bias, share):
+def test_a_constant_mask_is_a_gain(bias, share):
     model, mixture = make_model("blstm"), noise(1, 2, 300)
     with torch.no_grad():
         model.masks.weight.zero_()
@@ -80,13 +80,13 @@ def test_masks_and_embedding_do_not_depend_on_the_level(name, gain):
         torch.testing.assert_close(changed.embedding, plain.embedding, atol=1e-5, rtol=1e-4)
 
 
-def test_a_flat_spectrum_is_as_far_above_the_floor_as_the_floor_says():
+def test_a_flat_spectrum_has_the_logarithm_of_the_inverse_floor():
     flat = torch.full((1, 4, 9), 3 + 4j, dtype=torch.complex64)
 
     torch.testing.assert_close(log_magnitude(flat), torch.full((1, 4, 9), math.log(1e8)))
 
 
-def test_silence_has_features_of_zero_and_a_finite_slope():
+def test_silence_has_features_of_zero_and_a_finite_gradient():
     silence = torch.zeros(1, 4, 9, dtype=torch.complex64, requires_grad=True)
     features = log_magnitude(silence)
     features.sum().backward()
@@ -95,7 +95,7 @@ def test_silence_has_features_of_zero_and_a_finite_slope():
     assert silence.grad.isfinite().all()
 
 
-def test_there_is_a_vector_of_unit_length_for_each_bin_of_the_spectrum():
+def test_the_embedding_has_a_unit_vector_for_each_bin():
     mixture = noise(2, 3, 205)
     output = Chimera(**SIZES, embedding_dim=5)(mixture)
     spectrum = stft(mixture, n_fft=output.n_fft, hop_length=output.hop_length, window=torch.ones(16))
@@ -105,7 +105,7 @@ def test_there_is_a_vector_of_unit_length_for_each_bin_of_the_spectrum():
     torch.testing.assert_close(output.embedding.norm(dim=-1), torch.ones(spectrum.mT.shape))
 
 
-def test_chimeras_sources_are_those_of_its_masks_alone():
+def test_the_sources_of_chimera_depend_on_the_masks_alone():
     model, mixture = Chimera(**SIZES), noise(2, 1, 300)
     alone = BLSTM(**SIZES)
     alone.load_state_dict(model.masker.state_dict())
@@ -113,7 +113,7 @@ def test_chimeras_sources_are_those_of_its_masks_alone():
     assert torch.equal(model(mixture).sources, alone(mixture))
 
 
-def test_both_of_chimeras_heads_and_what_they_share_get_a_gradient():
+def test_both_heads_of_chimera_and_the_lstm_get_a_gradient():
     model, sources = make_model("chimera"), noise(2, 2, 1, 400)
     output = model(sources.sum(1))
     clustering = deep_clustering(output.embedding, sources, sources.sum(1), n_fft=16, hop_length=8)
@@ -132,7 +132,7 @@ def test_silence_gives_finite_gradients(name):
     assert all(tensor.grad.isfinite().all() for tensor in (silence, *model.parameters()) if tensor.grad is not None)
 
 
-def test_deep_clustering_tells_a_low_and_a_high_tone_apart_after_a_few_steps():
+def test_deep_clustering_separates_two_tones_in_a_few_steps():
     model, sources = make_model("chimera"), tones()
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-2)
     losses = []
@@ -149,7 +149,7 @@ def test_deep_clustering_tells_a_low_and_a_high_tone_apart_after_a_few_steps():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_gradient_under_autocast_is_that_of_float32(dtype):
+def test_the_gradient_under_autocast_equals_that_of_float32(dtype):
     gradients = []
     for enabled in (False, True):
         model, mixture = make_model("chimera", hidden=32), noise(2, 1, 500)
@@ -162,7 +162,7 @@ def test_the_gradient_under_autocast_is_that_of_float32(dtype):
 
 
 @pytest.mark.parametrize("n_layers", [1, 2])
-def test_dropout_is_for_training_alone(n_layers):
+def test_dropout_is_only_active_in_training(n_layers):
     model, mixture = make_model("blstm", dropout=0.3, n_layers=n_layers), noise(1, 1, 300)
     torch.manual_seed(0)
 
@@ -173,6 +173,6 @@ def test_dropout_is_for_training_alone(n_layers):
 
 @pytest.mark.parametrize("model", [BLSTM, Chimera])
 @pytest.mark.parametrize("wrong", [{"n_fft": 255}, {"hop_length": 129}, {"hop_length": 0}, {"mask": "tanh"}])
-def test_sizes_that_do_not_fit_are_refused_with_what_was_given(model, wrong):
+def test_sizes_that_do_not_fit_raise_an_error_with_their_value(model, wrong):
     with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
         model(hidden=4, n_layers=1, **wrong)

@@ -96,7 +96,7 @@ def test_mel_bands_cover_every_bin(n_bands, n_fft, rate):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "said"),
+    ("sizes", "message"),
     [
         ({"n_fft": 33}, "must be even"),
         ({"d_head": 7}, "must be even"),
@@ -110,14 +110,14 @@ def test_mel_bands_cover_every_bin(n_bands, n_fft, rate):
         ({"n_mask_layers": 0}, "at least 1"),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused_in_one_sentence(sizes, said):
-    with pytest.raises(ValueError, match=said) as refused:
+def test_sizes_that_do_not_fit_raise_an_error_of_one_line(sizes, message):
+    with pytest.raises(ValueError, match=message) as error:
         tiny(**sizes)
 
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(error.value)
 
 
-def test_bands_are_split_as_by_one_layer_for_each():
+def test_the_band_split_equals_one_linear_layer_per_band():
     widths, numbers = [2, 2, 4, 4, 4, 2, 6], noise(2, 5, 24)
     split = BandSplit(widths=widths, d_model=8)
     torch.nn.init.normal_(split.scale)
@@ -133,7 +133,7 @@ def test_bands_are_split_as_by_one_layer_for_each():
 
 @pytest.mark.parametrize("n_layers", [1, 2, 3])
 @pytest.mark.parametrize("n_sources", [1, 2])
-def test_masks_are_as_by_one_network_for_each_band_and_source(n_layers, n_sources):
+def test_masks_equal_one_network_per_band_and_source(n_layers, n_sources):
     widths, features = [2, 2, 4, 4, 4, 2, 6], noise(7, 2, 5, 8)
     network = BandMasks(widths=widths, n_sources=n_sources, d_model=8, d_hidden=16, n_layers=n_layers)
 
@@ -180,7 +180,7 @@ def test_masks_of_one_give_the_mixture_and_masks_of_a_half_give_half(bands, n_ch
     torch.testing.assert_close(with_masks(model, 0.5)(mixture)[:, 1], mixture / 2, atol=1e-5, rtol=0)
 
 
-def test_where_bands_overlap_a_bin_has_the_mean_of_their_masks():
+def test_masks_are_averaged_where_bands_overlap():
     model = with_masks(tiny(n_fft=64, sample_rate=8000, bands="mel", n_bands=2, n_channels=1), 1.0, 3.0)
     first, last = mel_bands(2, 64, 8000)
 
@@ -191,7 +191,7 @@ def test_where_bands_overlap_a_bin_has_the_mean_of_their_masks():
     assert set(expected) == {1.0, 2.0, 3.0}
 
 
-def test_without_the_bin_of_frequency_0_a_third_of_a_constant_is_left():
+def test_zero_dc_leaves_a_third_of_a_constant():
     """Hann's window puts half of it in bin 0 and a quarter on either side; weighed by the window that is 1/8 of 3/8."""
     mixture = torch.ones(1, 1, 400)
     model, without = (with_masks(tiny(n_channels=1, zero_dc=zero_dc), 1.0) for zero_dc in (False, True))
@@ -200,7 +200,7 @@ def test_without_the_bin_of_frequency_0_a_third_of_a_constant_is_left():
     torch.testing.assert_close(without(mixture)[0, ..., 50:-50], mixture[..., 50:-50] / 3)
 
 
-def test_stereo_is_separated_jointly_and_mono_is_then_refused():
+def test_a_stereo_model_separates_channels_jointly_and_rejects_mono():
     model, mixture = tiny().eval(), noise(1, 2, 300)
     other = mixture.clone()
     other[:, 1] = noise(1, 300, seed=1)
@@ -211,7 +211,7 @@ def test_stereo_is_separated_jointly_and_mono_is_then_refused():
         model(mixture[:, :1])
 
 
-def test_every_frame_and_band_is_heard_everywhere():
+def test_every_frame_and_band_affects_all_others():
     """One frame of noise in one band, elsewhere silence: attention along time, then across bands, spreads it."""
     model = tiny(n_channels=1, n_blocks=1).eval()
     silent = torch.zeros(1, 20, 17, 1, dtype=torch.complex64)
@@ -230,7 +230,7 @@ def test_silence_gives_the_mixture_a_finite_gradient():
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_computing_blocks_again_in_the_backward_changes_no_gradient(dropout):
+def test_checkpointing_does_not_change_the_gradients(dropout):
     gradients = []
     for checkpoint in (False, True):
         model = tiny(dropout=dropout, checkpoint=checkpoint)
@@ -242,18 +242,18 @@ def test_computing_blocks_again_in_the_backward_changes_no_gradient(dropout):
     torch.testing.assert_close(*gradients)
 
 
-def test_computing_blocks_again_keeps_less_for_the_backward():
-    kept = {}
+def test_checkpointing_stores_fewer_activations():
+    stored = {}
     for checkpoint in (False, True):
         model, sizes = tiny(checkpoint=checkpoint, n_blocks=4), []
         with torch.autograd.graph.saved_tensors_hooks(lambda saved, to=sizes: to.append(saved.numel()), lambda x: x):
             model(noise(1, 2, 300))
-        kept[checkpoint] = sum(sizes)
+        stored[checkpoint] = sum(sizes)
 
-    assert kept[True] < 0.6 * kept[False]
+    assert stored[True] < 0.6 * stored[False]
 
 
-def test_dropout_drops_in_training_and_not_elsewhere():
+def test_dropout_is_only_active_in_training():
     model, mixture = tiny(dropout=0.5), noise(1, 2, 200)
 
     assert not torch.equal(model(mixture), model(mixture))

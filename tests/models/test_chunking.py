@@ -6,7 +6,7 @@ from unbraid.models.chunking import merge_chunks, split_into_chunks
 
 
 @given(st.integers(1, 60), st.sampled_from([2, 6, 10]))
-def test_chunks_that_are_cut_and_joined_are_twice_what_they_were(n_frames, chunk_size):
+def test_splitting_and_merging_chunks_doubles_the_frames(n_frames, chunk_size):
     """Chunks overlap by half: every frame is in exactly two of them."""
     frames = torch.arange(1.0, 2 * n_frames * 3 + 1).reshape(2, n_frames, 3)
 
@@ -17,7 +17,7 @@ def test_chunks_that_are_cut_and_joined_are_twice_what_they_were(n_frames, chunk
 
 
 @given(st.integers(1, 40))
-def test_a_chunk_holds_frames_that_follow_each_other(n_frames):
+def test_chunks_contain_consecutive_frames(n_frames):
     chunks = split_into_chunks(torch.arange(1.0, n_frames + 1).reshape(1, n_frames, 1), 6)[0, :, :, 0]
 
     for start, chunk in enumerate(chunks):

@@ -25,19 +25,19 @@ def test_every_length_comes_back_exactly(time, sizes):
 
 
 @pytest.mark.parametrize("mask", ["sigmoid", "relu", "softmax"])
-def test_channels_are_separated_one_by_one(mask):
+def test_channels_are_separated_independently(mask):
     model = tiny(mask=mask)
     stereo = torch.randn(2, 2, 200)
     alone = torch.cat([model(stereo[:, :1]), model(stereo[:, 1:])], dim=2)
     torch.testing.assert_close(model(stereo), alone)
 
 
-def test_examples_do_not_see_each_other():
+def test_examples_are_independent():
     model, batch = tiny(), torch.randn(3, 1, 300)
     torch.testing.assert_close(model(batch)[1:2], model(batch[1:2]))
 
 
-def test_silence_is_silent_and_has_finite_gradients():
+def test_silence_stays_silent_with_finite_gradients():
     model = tiny()
     silence = torch.zeros(1, 1, 100, requires_grad=True)
     estimate = model(silence)
@@ -53,7 +53,7 @@ def test_every_weight_gets_a_gradient():
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
-def test_bfloat16_stays_near_float32():
+def test_bfloat16_is_close_to_float32():
     model, mixture = tiny(), torch.randn(2, 1, 800)
     with torch.autocast("cpu", torch.bfloat16):
         rough = model(mixture)
@@ -75,16 +75,16 @@ def test_encoder_and_decoder_are_strided_convolutions():
 
 
 @pytest.fixture(params=["plain", "compiled"])
-def _form(request, monkeypatch):
+def _mode(request, monkeypatch):
     """What runs as it is, and what a compiler would be given, run as it is."""
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: request.param == "compiled")
 
 
-@pytest.mark.usefixtures("_form")
+@pytest.mark.usefixtures("_mode")
 @pytest.mark.parametrize("n_frames", [1, 7, 20])
 @pytest.mark.parametrize("dilation", [1, 4, 8])
 @pytest.mark.parametrize("kernel_size", [3, 4, 5])
-def test_a_dilated_depthwise_convolution_in_either_form(kernel_size, dilation, n_frames):
+def test_the_depthwise_convolution_equals_torch_eager_and_compiled(kernel_size, dilation, n_frames):
     block = ConvBlock(bottleneck=4, hidden=6, skip=4, kernel_size=kernel_size, dilation=dilation, norm="gln")
     hidden = torch.randn(2, n_frames, 6)
     expected = F.conv1d(
@@ -97,8 +97,8 @@ def test_a_dilated_depthwise_convolution_in_either_form(kernel_size, dilation, n
     torch.testing.assert_close(block.depthwise(hidden, dilation), expected.transpose(1, 2)[:, :n_frames])
 
 
-@pytest.mark.usefixtures("_form")
-def test_a_prelu_in_either_form():
+@pytest.mark.usefixtures("_mode")
+def test_prelu_equals_its_definition_eager_and_compiled():
     slope, features = torch.tensor(0.3, requires_grad=True), torch.randn(2, 9, 4)
 
     outputs = prelu(features, slope)
@@ -108,8 +108,8 @@ def test_a_prelu_in_either_form():
     torch.testing.assert_close(gradient, features.clamp(max=0).sum())
 
 
-@pytest.mark.usefixtures("_form")
-def test_global_layer_norm_is_group_norm_with_one_group_in_either_form():
+@pytest.mark.usefixtures("_mode")
+def test_global_layer_norm_equals_group_norm_with_one_group():
     norm, features = GlobalLayerNorm(5), 3 + 2 * torch.randn(2, 30, 5)
     torch.nn.init.normal_(norm.weight)
     torch.nn.init.normal_(norm.bias)
@@ -117,7 +117,7 @@ def test_global_layer_norm_is_group_norm_with_one_group_in_either_form():
     torch.testing.assert_close(norm(features), expected.transpose(1, 2))
 
 
-def test_global_layer_norm_keeps_its_precision_in_bfloat16():
+def test_global_layer_norm_is_precise_in_bfloat16():
     features = (10 + torch.randn(1, 4000, 16)).bfloat16()
     normalised = GlobalLayerNorm(16)(features)
 
@@ -126,7 +126,7 @@ def test_global_layer_norm_keeps_its_precision_in_bfloat16():
 
 
 @pytest.mark.parametrize(("n_filters", "kernel_size"), [(256, 64), (64, 16), (128, 32)])
-def test_fourier_filters_give_the_waveform_back_through_a_relu(n_filters, kernel_size):
+def test_fourier_filters_reconstruct_the_waveform_after_a_relu(n_filters, kernel_size):
     sizes = {"n_filters": n_filters, "kernel_size": kernel_size, "stride": kernel_size // 2}
     encoder, decoder = LearnedEncoder(**sizes), LearnedDecoder(**sizes)
     filters = fourier_filters(n_filters, kernel_size)
@@ -141,7 +141,7 @@ def test_fourier_filters_give_the_waveform_back_through_a_relu(n_filters, kernel
     torch.testing.assert_close(back, gain * waveform[:, inside], rtol=1e-4, atol=1e-4)
 
 
-def test_unknown_words_are_refused():
+def test_invalid_options_raise_an_error():
     with pytest.raises(ValueError, match="gln"):
         ConvTasNet(norm="batch")
     with pytest.raises(ValueError, match="multiple of stride"):

@@ -5,10 +5,10 @@ import torch.nn.functional as F
 from unbraid.models.depthwise_conv import LongConv, ShortConv
 
 
-def seeded(made, *args, **sizes):
+def seeded(make, *args, **sizes):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return made(*args, **sizes)
+        return make(*args, **sizes)
 
 
 def noise(*shape, seed=0):
@@ -17,7 +17,7 @@ def noise(*shape, seed=0):
 
 @pytest.mark.parametrize("kernel_size", [1, 6, 64, 65, 67])
 @pytest.mark.parametrize("n_frames", [1, 5, 64, 129])
-def test_products_with_banded_matrices_are_a_depthwise_convolution(kernel_size, n_frames):
+def test_long_conv_equals_a_depthwise_convolution(kernel_size, n_frames):
     convolution = seeded(LongConv, 3, kernel_size=kernel_size).double()
     features = noise(2, n_frames, 3).double()
     reach = kernel_size - 1
@@ -29,19 +29,19 @@ def test_products_with_banded_matrices_are_a_depthwise_convolution(kernel_size, 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the compiler of torch sets off warnings of torch
-def test_compiled_for_two_threads_the_long_convolution_has_the_same_gradient(two_threads):
+def test_long_conv_compiled_for_two_threads_has_the_same_gradient(two_threads):
     plain, compiled = (seeded(LongConv, 8, kernel_size=5) for _ in range(2))
     compiled.compile()
     features = [noise(2, 300, 8).requires_grad_() for _ in range(2)]
-    for convolution, given in zip((plain, compiled), features, strict=True):
-        convolution(given).square().sum().backward()
+    for convolution, inputs in zip((plain, compiled), features, strict=True):
+        convolution(inputs).square().sum().backward()
 
     torch.testing.assert_close(features[1].grad, features[0].grad)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("kernel_size", [3, 5])
-def test_shifted_products_are_a_depthwise_convolution(kernel_size, stride):
+def test_short_conv_equals_a_depthwise_convolution(kernel_size, stride):
     convolution = seeded(ShortConv, 4, kernel_size=kernel_size, stride=stride)
     features = noise(2, 12, 4)
     expected = F.conv1d(

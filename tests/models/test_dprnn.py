@@ -30,7 +30,7 @@ SPEECHBRAIN = {"n_filters": 256, "bottleneck": 256, "hidden": 256, "chunk_size":
         (SPEECHBRAIN, 14_617_089 + 256),  # its recipe; the bias before the chunks is ours
     ],
 )
-def test_the_sizes_are_the_published_ones(sizes, published):
+def test_the_sizes_have_the_published_numbers_of_parameters(sizes, published):
     with torch.device("meta"):
         model = DPRNN(**sizes)
 
@@ -85,7 +85,7 @@ def lstm(layer, rows):
 
 
 @pytest.mark.parametrize("n_frames", [1, 10, 19, 20, 33])
-def test_it_is_the_published_network(n_frames):
+def test_dprnn_equals_the_published_network(n_frames):
     """Lengths that fill whole frames: elsewhere the published front end leaves the last samples out."""
     model = tiny()
     with torch.no_grad():
@@ -97,7 +97,7 @@ def test_it_is_the_published_network(n_frames):
 
 
 @given(st.integers(1, 60), st.sampled_from([2, 6, 10]))
-def test_chunks_up_to_a_whole_chunk_beyond_the_frames_are_those_of_unfold(n_frames, chunk_size):
+def test_chunk_padding_gives_the_chunks_of_unfold(n_frames, chunk_size):
     frames = noise(2, n_frames, 3)
     before, after = published_padding(n_frames, chunk_size, "chunk")
 
@@ -110,7 +110,7 @@ def test_chunks_up_to_a_whole_chunk_beyond_the_frames_are_those_of_unfold(n_fram
 
 
 @given(st.integers(1, 60), st.sampled_from([2, 6, 10]))
-def test_chunks_in_pairs_are_even_and_as_few_as_leave_a_frame_of_zeros(n_frames, chunk_size):
+def test_pairs_padding_gives_an_even_number_of_chunks(n_frames, chunk_size):
     before, after = published_padding(n_frames, chunk_size, "pairs")
     chunks = split_into_chunks(F.pad(noise(1, n_frames, 1), (0, 0, before, after)), chunk_size)
 
@@ -119,7 +119,7 @@ def test_chunks_in_pairs_are_even_and_as_few_as_leave_a_frame_of_zeros(n_frames,
     assert chunks.shape[1] % 2 == 0
 
 
-def test_where_chunks_end_and_what_rectifies_changes_the_output():
+def test_padding_and_activations_change_the_output():
     mixture, plain = noise(1, 1, 400), tiny()
 
     for other in (tiny(ends="pairs"), tiny(rectify=True), tiny(mask="relu")):
@@ -128,9 +128,9 @@ def test_where_chunks_end_and_what_rectifies_changes_the_output():
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [({"mask": "tanh"}, "sigmoid"), ({"ends": "half"}, "pairs"), ({"chunk_size": 9}, "must be even")],
 )
-def test_what_does_not_fit_is_refused(wrong, said):
-    with pytest.raises(ValueError, match=said):
+def test_invalid_options_raise_an_error(wrong, message):
+    with pytest.raises(ValueError, match=message):
         tiny(**wrong)

@@ -25,7 +25,7 @@ PUBLISHED = [
 
 
 @pytest.mark.parametrize(("name", "sizes", "millions", "exactly", "_source"), PUBLISHED)
-def test_there_are_as_many_parameters_as_published(name, sizes, millions, exactly, _source):
+def test_the_number_of_parameters_is_the_published_one(name, sizes, millions, exactly, _source):
     with torch.device("meta"):
         model = MODELS[name](**sizes)
 
@@ -35,5 +35,5 @@ def test_there_are_as_many_parameters_as_published(name, sizes, millions, exactl
     assert count == pytest.approx(millions * 1e6, rel=0.01)
 
 
-def test_no_model_is_left_out():
+def test_every_model_has_a_published_size():
     assert {row[0] for row in PUBLISHED} == set(MODELS)

@@ -34,7 +34,7 @@ def test_the_defaults_have_the_published_size(model_class, published):
 
 
 @pytest.mark.parametrize("n_frames", [1, 3, 6, 20])
-def test_joining_before_the_sources_are_split_is_the_published_sum(n_frames):
+def test_merging_chunks_before_splitting_sources_gives_the_published_masks(n_frames):
     model, encoded = tiny(n_blocks=0), noise(2, n_frames, 8)
     features = model.enter(model.norm(encoded))
     chunks = split_into_chunks(F.pad(features, (0, 0, *published_padding(n_frames, 6, "pairs"))), 6)
@@ -45,7 +45,7 @@ def test_joining_before_the_sources_are_split_is_the_published_sum(n_frames):
     torch.testing.assert_close(model.masks(encoded), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_chunk_of_re_sepformer_hears_of_the_others_through_their_means_alone():
+def test_re_sepformer_chunks_interact_only_across_chunks():
     """Six frames a chunk: with nothing across, what comes later cannot be heard; with it, it can."""
     encoded, later = noise(2, 24, 8).split(1)
     later = torch.cat([encoded[:, :18], later[:, 18:]], 1)
@@ -60,7 +60,7 @@ def test_a_chunk_of_re_sepformer_hears_of_the_others_through_their_means_alone()
     assert not torch.allclose(*together, atol=1e-3)
 
 
-def test_what_goes_across_re_sepformer_is_added_to_every_frame_of_its_chunk():
+def test_re_sepformer_adds_the_output_across_chunks_to_every_frame():
     model, encoded, seen = tiny(RESepFormer, n_blocks=2), noise(2, 20, 8), []
     model.within[1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     model.within[0].register_forward_hook(lambda *args: seen.append(args[2]))
@@ -82,35 +82,35 @@ def gradients(model, mixture):
 @both
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_activations_computed_again_give_the_same_gradients(model_class, dropout, precision):
+def test_checkpointing_gives_the_same_gradients(model_class, dropout, precision):
     sizes = {"n_blocks": 2, "n_layers": 2, "dropout": dropout}
     with torch.autocast("cpu", precision, enabled=precision != torch.float32):
-        kept = gradients(tiny(model_class, **sizes), noise(2, 1, 300))
+        stored = gradients(tiny(model_class, **sizes), noise(2, 1, 300))
         again = gradients(tiny(model_class, **sizes, checkpoint=True), noise(2, 1, 300))
 
-    assert all(torch.equal(one, other) for one, other in zip(kept, again, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(stored, again, strict=True))
 
 
 @both
-def test_activations_computed_again_need_not_be_kept(model_class):
-    def bytes_kept(model):
-        kept = {}  # by address, as several operations keep the same tensor
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
+def test_checkpointing_stores_fewer_activations(model_class):
+    def bytes_stored(model):
+        stored = {}  # by address, as several operations keep the same tensor
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: stored.setdefault(t.data_ptr(), t), lambda t: t):
             model(noise(1, 1, 2000))
-        return sum(tensor.nbytes for tensor in kept.values())
+        return sum(tensor.nbytes for tensor in stored.values())
 
     sizes = {"n_blocks": 2, "n_layers": 4, "d_hidden": 32}
-    once, again = (bytes_kept(tiny(model_class, **sizes, checkpoint=checkpoint)) for checkpoint in (False, True))
+    once, again = (bytes_stored(tiny(model_class, **sizes, checkpoint=checkpoint)) for checkpoint in (False, True))
 
     assert again < 0.5 * once
 
 
-def test_positions_are_sines_and_cosines_of_falling_rates():
+def test_positions_are_sines_and_cosines_of_decreasing_rates():
     positions = sinusoidal_positions(50, 8, torch.device("cpu"))
 
-    place, rate = 7, 10_000 ** (-4 / 8)  # channels 4 and 5 have the third of four rates
-    assert positions[place, 4].item() == pytest.approx(torch.sin(torch.tensor(place * rate)).item(), abs=1e-5)
-    assert positions[place, 5].item() == pytest.approx(torch.cos(torch.tensor(place * rate)).item(), abs=1e-5)
+    index, rate = 7, 10_000 ** (-4 / 8)  # channels 4 and 5 have the third of four rates
+    assert positions[index, 4].item() == pytest.approx(torch.sin(torch.tensor(index * rate)).item(), abs=1e-5)
+    assert positions[index, 5].item() == pytest.approx(torch.cos(torch.tensor(index * rate)).item(), abs=1e-5)
     assert positions[0].tolist() == [0, 1] * 4
 
 
@@ -118,12 +118,12 @@ def test_positions_are_sines_and_cosines_of_falling_rates():
     "sizes", [{"n_heads": 3}, {"n_filters": 9, "n_heads": 3}, {"chunk_size": 5}, {"kernel_size": 15}]
 )
 @both
-def test_sizes_that_do_not_fit_are_refused(model_class, sizes):
+def test_sizes_that_do_not_fit_raise_an_error(model_class, sizes):
     with pytest.raises(ValueError, match="must be even"):
         tiny(model_class, **sizes)
 
 
-def test_dropout_drops_in_training_and_not_elsewhere():
+def test_dropout_is_only_active_in_training():
     model, mixture = tiny(dropout=0.5), torch.ones(1, 1, 200)
 
     assert not torch.equal(model(mixture), model(mixture))

@@ -30,10 +30,10 @@ def tiny(**changes):
     return seeded(SepReformer, **(TINY | changes))
 
 
-def seeded(made, *args, **sizes):
+def seeded(make, *args, **sizes):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return made(*args, **sizes)
+        return make(*args, **sizes)
 
 
 def noise(*shape, seed=0):
@@ -52,7 +52,7 @@ def test_the_published_sizes_have_the_parameters_of_the_published_code(size, cou
     assert sum(weight.numel() for weight in model.parameters()) == count
 
 
-def test_a_size_can_be_changed_in_part():
+def test_arguments_override_the_published_size():
     with torch.device("meta"):
         model = SepReformer(size="T", n_stages=2, stride=8)
 
@@ -61,7 +61,7 @@ def test_a_size_can_be_changed_in_part():
 
 
 @pytest.mark.parametrize("time", [1, 2, 15, 16, 17, 20, 44, 45, 77, 301])
-def test_every_length_comes_back_whatever_the_halving_asks_for(time):
+def test_every_length_comes_back_whatever_the_number_of_stages(time):
     """Three halvings want a multiple of 8 frames; 44 samples have exactly 8 of them."""
     sources = tiny()(noise(1, 1, time))
 
@@ -76,7 +76,7 @@ def test_the_output_follows_the_gain(gain):
     torch.testing.assert_close(model(gain * mixture), gain * model(mixture), rtol=1e-4, atol=1e-5 * gain)
 
 
-def test_levels_are_root_mean_squares_and_that_of_silence_is_0():
+def test_normalize_rms_returns_the_rms_and_0_for_silence():
     waveform = torch.tensor([[3.0, -3.0, 3.0, -3.0], [0.0, 0.0, 0.0, 0.0], [0.0, 2e-5, 0.0, 0.0]], requires_grad=True)
 
     plain, levels = normalize_rms(waveform)
@@ -88,14 +88,14 @@ def test_levels_are_root_mean_squares_and_that_of_silence_is_0():
 
 
 @pytest.mark.parametrize("n_frames", [1, 2, 7])
-def test_columns_for_distances_become_columns_for_frames(n_frames):
+def test_relative_scores_become_absolute_scores(n_frames):
     distances = torch.arange(n_frames - 1, -n_frames - 1, -1).float().expand(2, n_frames, -1)
     frames = torch.arange(float(n_frames))
 
     assert torch.equal(relative_to_absolute(distances), (frames[:, None] - frames).expand(2, -1, -1))
 
 
-def test_attention_over_frames_is_softmax_of_products_with_keys_and_with_distances():
+def test_global_attention_equals_attention_with_relative_positions():
     model = tiny().double()
     attention, features, n_frames = model.separating[0].layers[0].globally, noise(1, 9, 8).double(), 9
     query, key, value = (
@@ -113,7 +113,7 @@ def test_attention_over_frames_is_softmax_of_products_with_keys_and_with_distanc
     torch.testing.assert_close(attended[0], attention.merge(expected))
 
 
-def test_at_a_higher_rate_the_mean_of_frames_attends_and_a_gate_lets_it_in():
+def test_global_attention_averages_frames_and_gates_its_output():
     attention = seeded(GlobalAttention, d_model=8, n_heads=2, layer_scale=1.0, dropout=0.0)
     positions, low = noise(2, 5, 4), noise(1, 5, 8)
     swing = noise(1, 5, 4, 8, seed=1)
@@ -128,7 +128,7 @@ def test_at_a_higher_rate_the_mean_of_frames_attends_and_a_gate_lets_it_in():
 
 
 @pytest.mark.parametrize("n_sources", [1, 2, 3])
-def test_attention_over_sources_is_that_of_torch_at_each_frame(n_sources):
+def test_attention_over_sources_equals_torch_at_each_frame(n_sources):
     attention = seeded(SourceAttention, d_model=8, n_sources=n_sources, n_heads=2, layer_scale=0.5, dropout=0.0)
     features = noise(2 * n_sources, 11, 8)
     split = attention.query_key_value(attention.norm(features)).unflatten(0, (2, n_sources))
@@ -140,7 +140,7 @@ def test_attention_over_sources_is_that_of_torch_at_each_frame(n_sources):
     torch.testing.assert_close(attention(features), features + 0.5 * merged)
 
 
-def test_a_layer_treats_all_sources_alike():
+def test_a_layer_is_equivariant_to_the_order_of_sources():
     """Swapped in, swapped out: which source is the first only the split decides."""
     sizes = {"d_model": 8, "n_heads": 2, "local_kernel": 5, "norm": "gln", "layer_scale": 1.0, "dropout": 0.0}
     layer, features, positions = seeded(Layer, n_sources=2, **sizes), noise(2, 12, 8), noise(2, 3, 4)
@@ -152,7 +152,7 @@ def test_a_layer_treats_all_sources_alike():
     assert not torch.allclose(alone[0], layer(features, positions)[0], atol=1e-3)
 
 
-def test_doubling_is_a_product_with_both_rates_side_by_side():
+def test_upsampling_equals_a_projection_of_both_rates_concatenated():
     double, low, high = seeded(Upsample, d_model=4), noise(2, 3, 4), noise(2, 6, 4, seed=1)
     both = torch.cat([low.repeat_interleave(2, 1), high], -1)
     expected = F.linear(both, torch.cat([double.low.weight, double.high.weight], 1), double.low.bias)
@@ -161,7 +161,7 @@ def test_doubling_is_a_product_with_both_rates_side_by_side():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_batch_norm_is_that_of_torch(training):
+def test_batch_norm_equals_torch(training):
     ours, theirs = ChannelsLastBatchNorm(5).train(training), torch.nn.BatchNorm1d(5).train(training)
     features = 3 + noise(2, 30, 5)
 
@@ -169,17 +169,17 @@ def test_batch_norm_is_that_of_torch(training):
     torch.testing.assert_close(ours.running_var, theirs.running_var)
 
 
-@pytest.mark.parametrize(("norm", "tied"), [("gln", False), ("cln", False), ("batch", True)])
-def test_batch_norm_alone_ties_the_examples_of_a_batch(norm, tied):
+@pytest.mark.parametrize(("norm", "dependent"), [("gln", False), ("cln", False), ("batch", True)])
+def test_only_batch_norm_makes_examples_depend_on_each_other(norm, dependent):
     model, mixture = tiny(norm=norm), noise(2, 1, 120)
 
     with torch.no_grad():
         together, alone = model(mixture)[:1], model(mixture[:1])
 
-    assert torch.allclose(together, alone, atol=1e-4) != tied
+    assert torch.allclose(together, alone, atol=1e-4) != dependent
 
 
-def test_dropout_drops_in_training_and_not_elsewhere():
+def test_dropout_is_only_active_in_training():
     model, mixture = tiny(dropout=0.5), noise(1, 1, 200)
 
     assert not torch.equal(model(mixture), model(mixture))
@@ -188,7 +188,7 @@ def test_dropout_drops_in_training_and_not_elsewhere():
 
 
 @pytest.mark.parametrize(
-    ("sizes", "said"),
+    ("sizes", "message"),
     [
         ({"size": "L"}, "'L' is not one of T, S, B, M"),
         ({"norm": "layer"}, "'layer' is not one of gln, cln, batch"),
@@ -196,6 +196,6 @@ def test_dropout_drops_in_training_and_not_elsewhere():
         ({"stride": 5}, "must be a multiple of stride"),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused(sizes, said):
-    with pytest.raises(ValueError, match=said):
+def test_sizes_that_do_not_fit_raise_an_error(sizes, message):
+    with pytest.raises(ValueError, match=message):
         tiny(**sizes)

@@ -39,14 +39,14 @@ def gradients(model, mixture):
         (MEDIUM | {"n_layers": 9}, 22.5e6),
     ],
 )
-def test_the_sizes_are_those_of_the_published_code_and_in_millions_those_of_the_paper(sizes, published):
+def test_the_sizes_have_the_published_numbers_of_parameters(sizes, published):
     with torch.device("meta"):
         n_weights = sum(weight.numel() for weight in TFLocoformer(**sizes).parameters())
 
     assert n_weights == published if isinstance(published, int) else abs(n_weights - published) < 0.05e6
 
 
-def test_a_group_of_channels_is_divided_by_its_root_mean_square_and_each_channel_then_scaled():
+def test_rms_group_norm_of_known_values():
     norm = RMSGroupNorm(4, n_groups=2)
     with torch.no_grad():
         norm.weight.copy_(torch.tensor([1.0, 1.0, 1.0, 10.0]))
@@ -56,7 +56,7 @@ def test_a_group_of_channels_is_divided_by_its_root_mean_square_and_each_channel
 
 
 @pytest.mark.parametrize("kernel_size", [1, 3, 4])
-def test_the_feed_forward_network_is_a_convolution_with_a_gate_and_a_transposed_convolution(kernel_size):
+def test_conv_swiglu_equals_a_convolution_and_a_transposed_convolution(kernel_size):
     network = seeded(ConvSwiGLU, d_model=6, d_hidden=5, kernel_size=kernel_size, n_groups=2).double()
     features = noise(2, 9, 6).double()
     reach = kernel_size - 1
@@ -70,7 +70,7 @@ def test_the_feed_forward_network_is_a_convolution_with_a_gate_and_a_transposed_
     torch.testing.assert_close(network(features), expected)
 
 
-def test_attention_sees_the_distance_of_frames_and_not_their_places():
+def test_attention_depends_on_the_distance_of_frames_alone():
     attention = seeded(RotaryAttention, d_model=8, d_attention=8, n_heads=2, n_groups=2)
     features, angles = noise(1, 5, 8), torch.arange(5)[:, None] * torch.tensor([1.0, 0.1])
 
@@ -82,7 +82,7 @@ def test_attention_sees_the_distance_of_frames_and_not_their_places():
     assert (closer - plain).abs().max() > 1e-3
 
 
-def test_layers_along_frequency_never_mix_frames_and_those_along_time_never_frequencies():
+def test_each_layer_mixes_only_its_own_axis():
     model = tiny(n_layers=1)
     features = noise(1, 6, 9, 8)
     changed = features.clone()
@@ -93,15 +93,15 @@ def test_layers_along_frequency_never_mix_frames_and_those_along_time_never_freq
             along = torch.stack([layers(features), layers(changed)])
         return (along[0] != along[1]).any(-1)[0]
 
-    for kept, other, dim in (("along_freq", "along_time", 1), ("along_time", "along_freq", 0)):
+    for stored, other, dim in (("along_freq", "along_time", 1), ("along_time", "along_freq", 0)):
         model = tiny(n_layers=1)
         for weight in getattr(model, other).parameters():
             torch.nn.init.zeros_(weight)
         touched = differing(model.layers).any(dim).nonzero().flatten().tolist()
-        assert touched == [2 if kept == "along_freq" else 4]
+        assert touched == [2 if stored == "along_freq" else 4]
 
 
-def test_the_deviation_is_that_of_torch_and_its_gradient_in_silence_is_0():
+def test_std_over_time_equals_torch_with_a_gradient_of_0_for_silence():
     waveform, silence = noise(3, 50) + 1, torch.full((1, 50), 0.0, requires_grad=True)
     std_over_time(silence).sum().backward()
 
@@ -112,7 +112,7 @@ def test_the_deviation_is_that_of_torch_and_its_gradient_in_silence_is_0():
 
 
 @pytest.mark.parametrize("time", range(160, 168))
-def test_what_an_untrained_network_makes_of_the_last_samples_is_no_louder_than_the_rest(time):
+def test_the_last_samples_of_an_untrained_network_are_not_louder_than_the_rest(time):
     with torch.no_grad():
         powers = tiny()(noise(50, 1, time)).square().mean((0, 1, 2))
 
@@ -120,23 +120,23 @@ def test_what_an_untrained_network_makes_of_the_last_samples_is_no_louder_than_t
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_activations_computed_again_give_the_same_gradients_and_need_not_be_kept(precision):
-    def bytes_kept(model):
-        kept = {}  # by address, as several operations keep the same tensor
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
+def test_checkpointing_gives_the_same_gradients_from_less_memory(precision):
+    def bytes_stored(model):
+        stored = {}  # by address, as several operations keep the same tensor
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: stored.setdefault(t.data_ptr(), t), lambda t: t):
             model(noise(1, 1, 800))
-        return sum(tensor.nbytes for tensor in kept.values())
+        return sum(tensor.nbytes for tensor in stored.values())
 
     once, again = tiny(), tiny(checkpoint=True)
     with torch.autocast("cpu", precision, enabled=precision != torch.float32):
-        assert bytes_kept(again) < 0.3 * bytes_kept(once)
+        assert bytes_stored(again) < 0.3 * bytes_stored(once)
         pairs = zip(gradients(once, noise(2, 1, 300)), gradients(again, noise(2, 1, 300)), strict=True)
 
     assert all(torch.equal(one, other) for one, other in pairs)
 
 
 @pytest.mark.parametrize(
-    ("sizes", "said"),
+    ("sizes", "message"),
     [
         ({"n_fft": 15}, "n_fft 15 must be even"),
         ({"hop_length": 9}, "hop_length 9 must be from 1 to half of it"),
@@ -145,6 +145,6 @@ def test_activations_computed_again_give_the_same_gradients_and_need_not_be_kept
         ({"d_model": 9}, "d_model 9 must be a multiple of n_groups 2"),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused(sizes, said):
-    with pytest.raises(ValueError, match=said):
+def test_sizes_that_do_not_fit_raise_an_error(sizes, message):
+    with pytest.raises(ValueError, match=message):
         tiny(**sizes)
