@@ -13,6 +13,7 @@ from mkdocs.structure.files import File
 
 import unbraid
 from unbraid.cli.main import parser
+from unbraid.config.reference import recipe_keys
 from unbraid.losses import LOSSES
 from unbraid.models import MODELS
 from unbraid.robust import CLIPPERS, FILTERS, TRANSFORMS
@@ -133,4 +134,26 @@ def api_page():
 
 def keys_page():
     """Return the page of all recipe keys, with type, default and meaning, from the signatures and docstrings."""
-    return "# Recipe keys\n"
+    keys = recipe_keys()
+    lines = [
+        "# Recipe keys",
+        "",
+        "Every key with its default, generated from the code. A key without a default must be",
+    ]
+    lines += ["set, or is optional where the meaning says so. [Recipes](recipes.md) shows how they fit together.", ""]
+    for table in dict.fromkeys(key.table for key in keys):
+        heading = f"[[{table}]]" if table in ("filter", "transform", "loss.terms") else f"[{table}]"
+        # The anchor is given, because that of "[[filter]]" and "[filter]" would be the same word.
+        lines += [f"## {heading} {{: #{table.replace('.', '-')} }}", ""]
+        in_table = [key for key in keys if key.table == table]
+        for component in dict.fromkeys(key.component for key in in_table):
+            if component:
+                lines += [f'### {table} name = "{component}"', ""]
+            lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
+            for key in in_table:
+                if key.component == component:
+                    default = f"`{key.default}`" if key.default else ""
+                    cells = (f"`{key.key}`", key.type, default, key.meaning)
+                    lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+            lines.append("")
+    return "\n".join(lines)

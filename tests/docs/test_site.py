@@ -1,12 +1,13 @@
 """The documentation site builds without a warning, and all of its links lead somewhere."""
 
 import ast
+import html
 import json
 import os
 import re
 import subprocess
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from urllib.parse import unquote, urldefrag, urlsplit
@@ -15,6 +16,7 @@ import pytest
 from documents import DOCUMENTS, ROOT
 
 import unbraid
+from unbraid.config.reference import recipe_keys
 from unbraid.health.finding import FINDING_CODES, SEVERITIES
 
 
@@ -117,6 +119,15 @@ def test_every_public_name_is_on_the_page_of_the_api(pages, site):
     ends = {anchor.rsplit(".", 1)[-1] for anchor in anchors}
 
     assert [name for name in unbraid.__all__ if not name.startswith("_") and name not in ends] == []
+
+
+def test_every_recipe_key_is_on_its_page_with_its_default(site):
+    text = (site / "keys.html").read_text(encoding="utf-8")
+    rows = re.findall(r"<tr>\n<td><code>(.*?)</code></td>\n<td>.*?</td>\n<td>(.*?)</td>\n<td>(.*?)</td>", text)
+    shown = Counter((key, html.unescape(re.sub(r"</?code>", "", default))) for key, default, _ in rows)
+
+    assert shown == Counter((key.key, key.default) for key in recipe_keys())
+    assert [key for key, _, meaning in rows if not meaning] == []
 
 
 def test_every_finding_of_the_doctor_is_explained():
