@@ -37,7 +37,7 @@ def written(folder, fake):
         row |= {"outcome": "nonfinite_loss", "loss": None, "loss_text": "nan", "grad_norm": 1e9, "clipped": False}
     fake.steps[6:7] = [row | {"outcome": "all_filtered", "loss": -500.0, "clipped": False} for row in fake.steps[6:7]]
     run.steps.write_text("".join(json.dumps(row) + "\n" for row in fake.steps))
-    rows = [row | {"n_items": 5, "best": place == 1} for place, row in enumerate(fake.validations)]
+    rows = [row | {"n_items": 5, "best": index == 1} for index, row in enumerate(fake.validations)]
     run.validation.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return run
 
@@ -149,7 +149,7 @@ def test_drawing_a_million_steps_takes_less_than_a_gigabyte(tmp_path):
     )
 
     command = [sys.executable, "-c", script, str(run.path), str(tmp_path / "plots")]
-    told = subprocess.run(command, check=True, timeout=600, capture_output=True, text=True).stdout
+    output = subprocess.run(command, check=True, timeout=600, capture_output=True, text=True).stdout
 
-    peak = re.search(r"VmHWM:\s+(\d+) kB", told)  # what getrusage tells is this process's too, which started it
+    peak = re.search(r"VmHWM:\s+(\d+) kB", output)  # getrusage would include the process that started it
     assert int(peak[1]) < 1_000_000

@@ -71,15 +71,15 @@ def sick_rate_low(run):
 def sick_vanishing(run):
     for row in run.steps:
         if "blocks" in row:
-            for place in range(4):
-                row["blocks"][f"blocks.{place}"]["grad_norm"] *= 10.0 ** (1.5 * place - 6)
+            for index in range(4):
+                row["blocks"][f"blocks.{index}"]["grad_norm"] *= 10.0 ** (1.5 * index - 6)
 
 
 def sick_exploding(run):
     for row in run.steps:
         if "blocks" in row:
-            for place in range(4):
-                row["blocks"][f"blocks.{place}"]["grad_norm"] *= 10.0 ** (3 - 1.5 * place)
+            for index in range(4):
+                row["blocks"][f"blocks.{index}"]["grad_norm"] *= 10.0 ** (3 - 1.5 * index)
 
 
 def sick_scale(run):
@@ -91,8 +91,8 @@ def sick_scale(run):
 
 
 def sick_oscillation(run):
-    for place, row in enumerate(run.validations):
-        row["loss"] = -3.0 + 2.0 * (-1) ** place
+    for index, row in enumerate(run.validations):
+        row["loss"] = -3.0 + 2.0 * (-1) ** index
 
 
 def sick_plateau(run):
@@ -103,8 +103,8 @@ def sick_plateau(run):
 
 
 def sick_overfitting(run):
-    for place, row in enumerate(run.validations[4:]):
-        row["loss"] = run.validations[3]["loss"] + 0.4 * (place + 1)
+    for index, row in enumerate(run.validations[4:]):
+        row["loss"] = run.validations[3]["loss"] + 0.4 * (index + 1)
 
 
 def healthy_hard_examples(run):
@@ -431,10 +431,10 @@ def test_a_healthy_run_of_few_steps_has_no_findings(n_steps):
     assert codes(Run(n_steps)) == []
 
 
-@pytest.mark.parametrize(("code", "make_sick"), [(code, one) for code, several in SICK.items() for one in several])
-def test_each_problem_is_found(code, make_sick):
+@pytest.mark.parametrize(("code", "damage"), [(code, one) for code, several in SICK.items() for one in several])
+def test_each_problem_is_found(code, damage):
     run = Run()
-    make_sick(run)
+    damage(run)
 
     found = {finding.code: finding for finding in run_rules(run.series())}
 
@@ -469,10 +469,10 @@ EXAMPLE_VALUES = {
 }
 
 
-@pytest.mark.parametrize(("code", "make_sick"), [(code, one) for code, several in SICK.items() for one in several])
-def test_the_key_of_a_finding_can_be_set_in_a_recipe(code, make_sick, tmp_path):
+@pytest.mark.parametrize(("code", "damage"), [(code, one) for code, several in SICK.items() for one in several])
+def test_the_key_of_a_finding_can_be_set_in_a_recipe(code, damage, tmp_path):
     run = Run()
-    make_sick(run)
+    damage(run)
     tables = {"data": {"path": "x"}, "train": {"max_steps": 9}, "model": {"name": "conv_tasnet"}}
     for name, table in run.recipe.items():
         tables[name] = tables.get(name, {}) | table
@@ -488,9 +488,9 @@ def test_the_key_of_a_finding_can_be_set_in_a_recipe(code, make_sick, tmp_path):
 def test_every_rule_fires_on_a_made_up_run():
     fired = set()
     for several in SICK.values():
-        for make_sick in several:
+        for damage in several:
             run = Run()
-            make_sick(run)
+            damage(run)
             series = run.series()
             fired |= {name for name, rule in RULES.items() if rule(series) is not None}
 

@@ -94,9 +94,9 @@ def test_a_damaged_file_is_a_one_line_error(file, text, tmp_path, capsys):
     (path / file).write_text(text)
 
     assert main(["doctor", str(path)]) == 2
-    said = capsys.readouterr().err
-    assert f"{file} cannot be read" in said
-    assert said.count("\n") == 1
+    output = capsys.readouterr().err
+    assert f"{file} cannot be read" in output
+    assert output.count("\n") == 1
 
 
 def test_the_run_records_if_its_loss_is_in_db_and_otherwise_the_name_decides(tmp_path):
@@ -130,11 +130,11 @@ def test_columns_collected_in_blocks_equal_those_collected_at_once(tmp_path):
         apart.add(run.steps[first : first + 70], 1)
     together.add(run.steps)
 
-    for one, other in zip(apart.finish()[:3], together.finish()[:3], strict=True):
-        if isinstance(one, dict):
-            assert all(np.array_equal(one[name], other[name], equal_nan=True) for name in other)
+    for actual, expected in zip(apart.finish()[:3], together.finish()[:3], strict=True):
+        if isinstance(actual, dict):
+            assert all(np.array_equal(actual[name], expected[name], equal_nan=True) for name in expected)
         else:
-            assert np.array_equal(one, other, equal_nan=one.dtype.kind == "f")
+            assert np.array_equal(actual, expected, equal_nan=actual.dtype.kind == "f")
     assert apart.n_torn == 15
 
 
@@ -158,9 +158,11 @@ def test_the_doctor_needs_no_torch(tmp_path):
     path = write(Run(1200), tmp_path / "run")
     code = "import sys; from unbraid.cli.main import main; main(sys.argv[1:]); print('torch' in sys.modules)"
 
-    said = subprocess.run([sys.executable, "-c", code, "doctor", str(path)], capture_output=True, text=True, check=True)
+    output = subprocess.run(
+        [sys.executable, "-c", code, "doctor", str(path)], capture_output=True, text=True, check=True
+    )
 
-    assert said.stdout.splitlines()[-1] == "False"
+    assert output.stdout.splitlines()[-1] == "False"
 
 
 def sick(tmp_path):
@@ -177,15 +179,15 @@ def test_the_doctor_prints_at_most_three_findings_worst_first(tmp_path, capsys):
     path, healthy = sick(tmp_path), write(Run(), tmp_path / "healthy")
 
     assert main(["doctor", str(path)]) == 2
-    told = capsys.readouterr().out
-    assert told.startswith(f"{path}: 2000 steps, 1 critical finding, 2 warnings, 1 note.")
-    assert [line.split()[1] for line in told.splitlines() if line[:1].isupper()] == [
+    output = capsys.readouterr().out
+    assert output.startswith(f"{path}: 2000 steps, 1 critical finding, 2 warnings, 1 note.")
+    assert [line.split()[1] for line in output.splitlines() if line[:1].isupper()] == [
         "DEAD_OUTPUT,",
         "LOADER_BOUND,",
         "LR_TOO_LOW,",
     ]
-    assert "[data.workers]" in told
-    assert "1 more with --all." in told
+    assert "[data.workers]" in output
+    assert "1 more with --all." in output
     assert main(["doctor", str(path), "--all", "--mute", "DEAD_OUTPUT"]) == 1
     assert "CLIPPING_INACTIVE" in capsys.readouterr().out
     assert main(["doctor", str(healthy)]) == 0
@@ -197,9 +199,9 @@ def test_muting_an_unknown_code_is_an_error(tmp_path, capsys):
 
     assert main(["doctor", str(path), "--mute", "dead_outputs"]) == 2
 
-    said = capsys.readouterr().err
-    assert said.startswith("unbraid: 'dead_outputs' cannot be muted")
-    assert said.endswith("Did you mean 'DEAD_OUTPUT'?\n")
+    output = capsys.readouterr().err
+    assert output.startswith("unbraid: 'dead_outputs' cannot be muted")
+    assert output.endswith("Did you mean 'DEAD_OUTPUT'?\n")
 
 
 def test_the_doctor_prints_json_for_scripts(tmp_path, capsys):
@@ -225,7 +227,7 @@ def test_the_doctor_line_is_one_line_and_never_raises(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "make_sick",
+    "damage",
     [
         test_rules.sick_overfitting,
         test_rules.sick_plateau,
@@ -236,9 +238,9 @@ def test_the_doctor_line_is_one_line_and_never_raises(tmp_path, monkeypatch):
         test_rules.sick_unvalidated,
     ],
 )
-def test_problems_that_need_the_first_steps_are_found_late_in_a_thinned_run(make_sick, tmp_path):
+def test_problems_that_need_the_first_steps_are_found_late_in_a_thinned_run(damage, tmp_path):
     run = Run(8000, every=800)
-    make_sick(run)
+    damage(run)
     path = write(run, tmp_path / "run")
 
     thinned, complete = (read_series(path, **how) for how in ({"last": 1500, "thinned": True}, {}))
@@ -273,8 +275,8 @@ def test_the_doctor_line_reads_no_more_lines_late_in_a_run(tmp_path, monkeypatch
 
 def test_skipped_steps_are_not_among_the_trained_values():
     made = Run(10)
-    for place, outcome in ((3, "nonfinite_loss"), (4, "all_filtered")):
-        made.steps[place].update(outcome=outcome, loss=-500.0)
+    for index, outcome in ((3, "nonfinite_loss"), (4, "all_filtered")):
+        made.steps[index].update(outcome=outcome, loss=-500.0)
 
     series = made.series()
 

@@ -235,8 +235,8 @@ def test_data_that_is_not_shuffled(findings_of, speaker_folder, monkeypatch):
     table = manifest(findings_of.folder, lambda speaker, _: ("valid",) if speaker in (0, 13) else ("train",))
 
     def in_order(self, _rng, key, _attempt):
-        place = key.index % len(self.tracks)
-        return [self.tracks[place], self.tracks[-1 - place]]
+        index = key.index % len(self.tracks)
+        return [self.tracks[index], self.tracks[-1 - index]]
 
     monkeypatch.setattr(dataset.MixtureDataset, "_draw_talkers", in_order)
 
