@@ -30,7 +30,7 @@ from unbraid.errors import UserError
 from unbraid.models import MODELS
 from unbraid.records import FAULT_OUTCOMES, StepRecord
 from unbraid.robust.precision import best_precision
-from unbraid.train.block_stats import peak_memory
+from unbraid.train.memory import peak_memory
 from unbraid.train.state import TrainState
 from unbraid.train.step import LaunchedStep, finish, launch
 

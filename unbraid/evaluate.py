@@ -183,7 +183,7 @@ def _scores(ordered: Tensor, batch: Batch) -> Row:
 
 
 def _save_audio(folder: Path, ordered: Tensor, batch: Batch, recipe: Recipe) -> None:
-    sound = recipe.audio_options.sound(batch.items[0].index, batch.mixture[0], batch.sources[0], ordered[0])
+    sound = recipe.audio_options.make_example(batch.items[0].index, batch.mixture[0], batch.sources[0], ordered[0])
     write_mixture_and_references(folder, sound)
     write_estimates(folder, sound)
 

@@ -333,6 +333,11 @@ _CODES_OF_VERSION_2 = {
 }
 
 
+def upgrade_outcome(outcome: str) -> str:
+    """Return an outcome under today's name, whichever version wrote it."""
+    return _OUTCOMES_OF_VERSION_2.get(outcome, outcome)
+
+
 def upgrade_row(row: Row) -> Row:
     """Return a row of ``steps.jsonl`` or ``events.jsonl`` under today's names, whichever version wrote it."""
     if _is_version_2_step(row):

@@ -33,7 +33,7 @@ def replay(path: Path, *, trust: bool = False) -> Iterator[str]:
     became = "done without its bad examples" if outcome == "trained" else f"left out ({outcome})"
     yield (
         f"Step {about['step']} was {became}; process {about['rank']} had {len(incident.batch.mixture)} examples, in "
-        f"{recorded}. It was noted: {about['verdict']}"
+        f"{recorded}. It was noted: {about['diagnosis']}"
     )
     others = [name for name in PRECISIONS if name != recorded]
     folder = _folder_of_own_code(path, incident)

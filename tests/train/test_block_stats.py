@@ -14,14 +14,8 @@ from unbraid.metrics import si_sdr
 from unbraid.models import MODELS
 from unbraid.records import append_record, read_steps
 from unbraid.robust.clip import FixedClip, NoClip
-from unbraid.train.block_stats import (
-    MAX_BLOCKS,
-    SAMPLE_EVERY_STEPS,
-    is_sampled_step,
-    output_stats,
-    parameters_by_block,
-    source_stats,
-)
+from unbraid.train.block_stats import MAX_BLOCKS, SAMPLE_EVERY_STEPS, is_sampled_step, parameters_by_block
+from unbraid.train.example_stats import output_stats, source_stats
 from unbraid.train.step import train_step
 
 
@@ -218,7 +212,7 @@ def test_memory_is_recorded():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system tells a process's own peak, or none")
 def test_the_memory_recorded_is_not_that_of_the_process_that_started_this_one():
-    tell = "from unbraid.train.block_stats import host_memory; print(host_memory())"
+    tell = "from unbraid.train.memory import host_memory; print(host_memory())"
     hold = f"import subprocess, sys; held = b'.' * 1_500_000_000; subprocess.run([sys.executable, '-c', {tell!r}])"
     told = subprocess.run([sys.executable, "-c", hold], capture_output=True, text=True, check=True).stdout
 

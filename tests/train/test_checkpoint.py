@@ -1,5 +1,6 @@
 """Checkpoints: whole or not at all, verified before use, nothing of a pickle."""
 
+import hashlib
 import json
 import math
 import sys
@@ -13,6 +14,7 @@ from unbraid.robust.clip import AutoClip
 from unbraid.robust.precision import Precision
 from unbraid.run_directory import RunDirectory
 from unbraid.train.checkpoint import find_checkpoint, newest_checkpoint, read_checkpoint, save_checkpoint
+from unbraid.train.ema import EMA
 from unbraid.train.optim import OPTIMIZERS, Plateau
 from unbraid.train.state import TrainState
 
@@ -197,3 +199,26 @@ def test_no_file_of_a_checkpoint_is_a_pickle(run):
     for path in save(run, make_state()).iterdir():
         assert path.suffix in (".json", ".safetensors")
         assert path.read_bytes()[:1] != b"\x80"
+
+
+def test_a_checkpoint_of_schema_2_is_read_with_its_moving_average(run):
+    state = make_state()
+    state.ema = EMA(state.model, 0.9)
+    state.ema.update(state.model, torch.tensor(True))
+    path = save(run, state)
+    about = json.loads((path / "state.json").read_text())
+    about["schema"] = 2
+    for entry in about["state"]["dict"]:
+        entry[0] = "average" if entry[0] == "ema" else entry[0]
+    (path / "state.json").write_text(json.dumps(about))
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["schema"] = 2
+    manifest["sha256"]["state.json"] = hashlib.sha256((path / "state.json").read_bytes()).hexdigest()
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+    resumed = make_state(1)
+    resumed.ema = EMA(resumed.model, 0.9)
+    resumed.load_state_dict(read_checkpoint(path).state)
+
+    assert int(resumed.ema.n_steps) == 1
+    assert all(map(torch.equal, resumed.ema.weights, state.ema.weights))

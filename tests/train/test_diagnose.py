@@ -63,7 +63,7 @@ def test_where_nothing_is_wrong_nothing_is_found_and_the_model_is_left_as_it_was
 def test_nan_in_the_audio_is_found_with_its_place_and_files():
     verdict = look(make_model(), with_nan(make_batch(3), 2))
 
-    assert (verdict.kind, verdict.place, verdict.position) == ("mixture", 2, (0, 0, 7))
+    assert (verdict.kind, verdict.index, verdict.position) == ("mixture", 2, (0, 0, 7))
     assert "a2.wav + b2.wav" in verdict.sentence()
 
 
@@ -73,7 +73,7 @@ def test_nan_in_a_source_alone_is_found():
 
     verdict = look(make_model(), batch)
 
-    assert (verdict.kind, verdict.place, verdict.position, verdict.value) == ("sources", 1, (0, 1, 0, 5), math.inf)
+    assert (verdict.kind, verdict.index, verdict.position, verdict.value) == ("sources", 1, (0, 1, 0, 5), math.inf)
 
 
 def test_a_weight_that_is_not_finite_is_named_before_any_example():
@@ -83,13 +83,13 @@ def test_a_weight_that_is_not_finite_is_named_before_any_example():
 
     verdict = look(model, make_batch())
 
-    assert (verdict.kind, verdict.place, verdict.layer, verdict.position) == ("weights", None, "last.weight", (1, 2, 0))
+    assert (verdict.kind, verdict.index, verdict.layer, verdict.position) == ("weights", None, "last.weight", (1, 2, 0))
 
 
 def test_the_first_layer_whose_output_is_not_finite_is_named():
     verdict = look(make_model(Logarithm()), make_batch())
 
-    assert (verdict.kind, verdict.place, verdict.layer) == ("forward", 0, "middle")
+    assert (verdict.kind, verdict.index, verdict.layer) == ("forward", 0, "middle")
 
 
 def test_the_layer_in_whose_backward_the_gradient_breaks_is_named_and_the_example():
@@ -98,14 +98,14 @@ def test_the_layer_in_whose_backward_the_gradient_breaks_is_named_and_the_exampl
 
     verdict = look(make_model(Root()), batch)
 
-    assert (verdict.kind, verdict.place) == ("backward", 1)
+    assert (verdict.kind, verdict.index) == ("backward", 1)
     assert verdict.layer.startswith("middle")
 
 
 def test_a_loss_whose_gradient_breaks_is_named():
     verdict = look(TwoFilters(), marked(make_batch(), KINKED, 1), loss=marks)
 
-    assert (verdict.kind, verdict.place) == ("backward", 1)
+    assert (verdict.kind, verdict.index) == ("backward", 1)
     assert verdict.layer.startswith("the loss")
 
 

@@ -14,7 +14,7 @@ from unbraid.config.recipe import load_recipe
 from unbraid.records import Event, StepRecord, ValidationRecord, read_rows
 from unbraid.run import train
 from unbraid.run_directory import RunDirectory
-from unbraid.train.loggers import LOGGERS, numbers_of
+from unbraid.train.loggers import LOGGERS, scalars
 
 STEP = StepRecord(
     step=7, epoch=0, outcome="trained", loss=-3.5, grad_norm=8.0, max_norm=5.0, lr=1e-3, loss_scale=1.0, n_trained=2,
@@ -82,7 +82,7 @@ def heard_in(folder):
 
 
 def test_of_a_trained_step_loss_norms_rate_and_speed_are_told():
-    assert numbers_of(STEP) == {
+    assert scalars(STEP) == {
         "train/loss": -3.5,
         "train/grad_norm": 8.0,
         "train/max_norm": 5.0,
@@ -96,18 +96,18 @@ def test_of_a_trained_step_loss_norms_rate_and_speed_are_told():
 def test_a_step_that_was_left_out_is_a_mark_with_its_reason_and_no_loss():
     left_out = replace(STEP, outcome="nonfinite_loss", loss=float("nan"), clipped_grad_norm=None)
 
-    assert numbers_of(left_out) == {
-        "left_out/nonfinite_loss": 1.0,
+    assert scalars(left_out) == {
+        "skipped/nonfinite_loss": 1.0,
         "train/lr": 1e-3,
         "train/examples_per_second": 12.0,
     }
 
 
 def test_what_is_not_finite_or_not_known_is_left_out():
-    assert "train/max_norm" not in numbers_of(replace(STEP, max_norm=float("inf")))
-    assert "train/si_sdr" not in numbers_of(replace(STEP, si_sdr=()))
+    assert "train/max_norm" not in scalars(replace(STEP, max_norm=float("inf")))
+    assert "train/si_sdr" not in scalars(replace(STEP, si_sdr=()))
     validation = ValidationRecord(5, loss=None, si_sdr=float("nan"), si_sdri=2.0, n_items=3, best=False, lr=1e-3)
-    assert numbers_of(validation) == {"valid/si_sdri": 2.0}
+    assert scalars(validation) == {"valid/si_sdri": 2.0}
 
 
 def test_a_logger_of_ones_own_hears_all_that_is_told_and_is_closed(own, tmp_path):
@@ -168,7 +168,7 @@ def test_a_package_that_is_not_there_is_said_before_anything_is_written(
     ("name", "words"),
     [
         ("tensorbord", "Did you mean 'tensorboard'?"),
-        ("own:refuses", "own:refuses could not begin (ValueError: no account)"),
+        ("own:refuses", "own:refuses could not start (ValueError: no account)"),
     ],
 )
 def test_a_logger_that_cannot_be_made_is_one_line(own, tmp_path, capsys, name, words):
@@ -208,7 +208,7 @@ def test_tensorboard_reads_what_the_records_say(own, tmp_path):
     trained = [row for row in rows if row["outcome"] == "trained"]
     assert values["train/loss"] == [(row["step"], pytest.approx(row["loss"])) for row in trained]
     assert values["train/grad_norm"] == [(row["step"], pytest.approx(row["grad_norm"])) for row in trained]
-    assert values["left_out/nonfinite_loss"] == [(3, 1.0)]
+    assert values["skipped/nonfinite_loss"] == [(3, 1.0)]
     assert [step for step, _ in values["train/lr"]] == [1, 2, 3, 4, 5, 6]
     valid = read_rows(run.validation)[0]
     assert values["valid/si_sdri"] == [(row["step"], pytest.approx(row["si_sdri"])) for row in valid]
@@ -268,8 +268,8 @@ def test_what_is_logged_elsewhere_is_what_the_records_say(own, tmp_path, monkeyp
         if isinstance(record, Event):
             assert data["event"] == f"{record.code}: {record.message}"
         else:
-            assert data.items() >= numbers_of(record).items()
-    assert any("left_out/nonfinite_loss" in data for data, _ in logged)
+            assert data.items() >= scalars(record).items()
+    assert any("skipped/nonfinite_loss" in data for data, _ in logged)
 
 
 def test_every_logger_of_ours_names_its_extra():

@@ -14,7 +14,7 @@ from unbraid.losses.waveform import neg_si_sdr
 from unbraid.models import MODELS
 from unbraid.robust.guard import apply_update, initialise_optimizer_state
 from unbraid.train import muon
-from unbraid.train.muon import Muon, as_matrix, orthogonalised
+from unbraid.train.muon import Muon, as_matrix, orthogonalise
 from unbraid.train.optim import OPTIMIZERS
 from unbraid.train.state import TrainState, evaluation_weights
 
@@ -173,7 +173,7 @@ def test_orthogonalising_applies_the_published_quintic_to_the_singular_values_an
     values = values.clamp_min(0.02 * values.amax(-1, keepdim=True))
     matrices = 1e-6 * u @ torch.diag_embed(values) @ vh
 
-    result = orthogonalised(matrices)
+    result = orthogonalise(matrices)
 
     expected = quintic(values / values.norm(dim=-1, keepdim=True))
     torch.testing.assert_close(result, u @ torch.diag_embed(expected) @ vh, atol=1e-9, rtol=0)
@@ -181,7 +181,7 @@ def test_orthogonalising_applies_the_published_quintic_to_the_singular_values_an
 
 
 def test_orthogonalising_zero_gives_zero():
-    assert not orthogonalised(torch.zeros(2, 3, 4)).any()
+    assert not orthogonalise(torch.zeros(2, 3, 4)).any()
 
 
 def published_muon(weight, gradients, *, lr, momentum, weight_decay):

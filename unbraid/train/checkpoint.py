@@ -1,4 +1,4 @@
-"""Write to a temporary name and rename; hashes; keep last and best; resume. No pickle anywhere."""
+"""Write and read checkpoints: atomic, hashed, verified before use; pointers to last and best. No pickle anywhere."""
 
 import contextlib
 import hashlib
@@ -26,13 +26,13 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was read whole and verified.
+    """A checkpoint, read completely and verified.
 
     Attributes:
         path: Its folder.
-        state: What `TrainState.state_dict` gave.
+        state: From `TrainState.state_dict`.
         recipe: The resolved recipe, as plain dicts.
-        log_bytes: How long each file of JSON lines was.
+        log_bytes: Length of each file of JSON lines at that step.
         choices: What "auto" chose.
     """
 
@@ -46,26 +46,29 @@ class Checkpoint:
 def save_checkpoint(
     run: RunDirectory, state: dict[str, Any], *, recipe: dict[str, Any], choices: dict[str, Any], best: bool, keep: int
 ) -> Path:
-    """Write the state as ``checkpoints/step-NNNNNN``, so that at any instant either all of it or nothing is there.
+    """Write the state as ``checkpoints/step-NNNNNN``. At any instant either all of it or nothing is there.
 
     Order: a temporary folder, each file fsynced, the manifest with every file's SHA-256 last, rename, fsync of the
     parent; then the pointers ``last`` and ``best``; then old ones are removed.
 
     Args:
-        run: Where.
-        state: What `TrainState.state_dict` gives.
+        run: The run directory.
+        state: From `TrainState.state_dict`.
         recipe: The resolved recipe, so that the folder alone is enough to load the model.
         choices: What "auto" chose.
-        best: Whether ``best`` shall lead here.
-        keep: How many to keep; the best is kept beside them.
+        best: Whether ``best`` is to point here.
+        keep: How many of the newest to keep; the best is kept as well.
 
     Raises:
         CheckpointError: If the model is not finite.
-        OSError: If the disk refuses; what was there before is whole.
+        OSError: If the disk refuses; older checkpoints are intact.
     """
     step = int(state["progress"]["step"])
-    if (name := first_nan_tensor(state["model"] | state.get("training_weights", {}))) is not None:
-        raise CheckpointError(f"The model is not finite at step {step} (first in {name}); it was not saved.")
+    name = first_nan_tensor(state["model"] | state.get("training_weights", {}))
+    if name is not None:
+        raise CheckpointError(f"The model is not finite at step {step} (first in {name}). It was not saved.")
+
+    # 1. Everything goes into a temporary folder, each file fsynced, the manifest last.
     final = run.checkpoints / f"step-{step:06d}"
     temporary = run.checkpoints / f".{final.name}.{os.getpid()}.tmp"
     replaced = run.checkpoints / f".{final.name}.{os.getpid()}.old.tmp"
@@ -85,7 +88,9 @@ def save_checkpoint(
         manifest = {"schema": SCHEMA_VERSION, "step": step, "torch": torch.__version__, "sha256": hashes}
         _write(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
         _sync(temporary)
-        if final.exists():  # written when the run was stopped here, and now again with the last validation
+
+        # 2. Rename. The folder exists already if the run was stopped here, and is now saved again after a validation.
+        if final.exists():
             final.rename(replaced)
         try:
             temporary.rename(final)
@@ -98,6 +103,8 @@ def save_checkpoint(
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+    # 3. Pointers are text files, not links, which some file systems do not have.
     write_atomically(run.checkpoints / "last", final.name + "\n")
     if best:
         write_atomically(run.checkpoints / "best", final.name + "\n")
@@ -109,101 +116,104 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint folder into memory and verify every byte of it.
 
     Raises:
-        CheckpointError: If a file is missing, or is not what was written.
+        CheckpointError: If a file is missing or damaged.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
-        if manifest["schema"] != SCHEMA_VERSION:
-            raise CheckpointError(
-                f"{path} was written with schema {manifest['schema']}; this version reads {SCHEMA_VERSION}."
-            )
+        schema = manifest["schema"]
+        if schema not in (2, SCHEMA_VERSION):
+            raise CheckpointError(f"{path} has schema {schema}. This version reads 2 and {SCHEMA_VERSION}.")
         files = {name: read_verified(path / name, digest) for name, digest in manifest["sha256"].items()}
         about = json.loads(files["state.json"])
         model = safetensors.torch.load(files["model.safetensors"])
         state = _unpack(about["state"], safetensors.torch.load(files["optimizer.safetensors"])) | {"model": model}
+        if schema == 2 and "average" in state:
+            state["ema"] = state.pop("average")
         return Checkpoint(path, state, about["recipe"], about["log_bytes"], about["choices"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{path} is not a whole checkpoint ({type(error).__name__}: {error}).") from error
+        raise CheckpointError(f"{path} is not a complete checkpoint ({type(error).__name__}: {error}).") from error
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint folder that a path stands for.
+    """Return the checkpoint folder that a path leads to.
 
     Args:
         path: A checkpoint folder, one of the files ``best`` and ``last``, or a run directory (its best, else its last).
 
     Raises:
-        CheckpointError: If it leads to none.
+        CheckpointError: If it leads to no checkpoint.
     """
     candidates = [path, path / "checkpoints" / "best", path / "checkpoints" / "last", path / "best", path / "last"]
     for candidate in candidates:
         if (candidate / MANIFEST).is_file():
             return candidate
         if candidate.is_file() and candidate.stat().st_size < 200:
-            named = candidate.parent / candidate.read_text(encoding="utf-8", errors="replace").strip()
-            if named.parent == candidate.parent and (named / MANIFEST).is_file():
-                return named
+            target = candidate.parent / candidate.read_text(encoding="utf-8", errors="replace").strip()
+            # a pointer leads to its own folder only: one that was sent by others must not lead elsewhere
+            if target.parent == candidate.parent and (target / MANIFEST).is_file():
+                return target
     raise CheckpointError(
-        f"{path} is no checkpoint: give a run directory, its checkpoints/best or /last, or a folder step-NNNNNN."
+        f"{path} is no checkpoint. Give a run directory, its checkpoints/best or checkpoints/last, or a folder "
+        "step-NNNNNN."
     )
 
 
 def newest_checkpoint(run: RunDirectory) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that verifies.
+    """Return the newest checkpoint that verifies, or None.
 
     Returns:
-        It, or None; and a sentence for each newer or partial one that was passed over.
+        The checkpoint; and a sentence for each newer or partial one that was skipped.
     """
-    _give_back_replaced(run)
-    passed_over = [f"{path} is a partial checkpoint, left by a run that was killed." for path in _partial(run)]
+    _undo_interrupted_replacement(run)
+    skipped = [f"{path} is a partial checkpoint of a run that was killed." for path in _partial(run)]
     for path in reversed(complete_checkpoints(run)):
         try:
-            return read_checkpoint(path), passed_over
+            return read_checkpoint(path), skipped
         except CheckpointError as error:
-            passed_over.append(str(error))
-    return None, passed_over
+            skipped.append(str(error))
+    return None, skipped
 
 
-def _give_back_replaced(run: RunDirectory) -> None:
-    """Undo a replacement that was killed between its two renames."""
+def _undo_interrupted_replacement(run: RunDirectory) -> None:
+    """Restore a checkpoint whose replacement was killed between its two renames."""
     for path in run.checkpoints.glob(".step-*.old.tmp"):
         final = run.checkpoints / path.name[1:].split(".")[0]
         if not final.exists():
             path.rename(final)
 
 
-def remove_partial_checkpoints(run: RunDirectory, taken: Checkpoint | None) -> None:
-    """Make room before a resumed run writes: remove what was left half-written, set damaged checkpoints aside.
+def remove_partial_checkpoints(run: RunDirectory, resumed: Checkpoint | None) -> None:
+    """Remove partial checkpoints before a resumed run writes, and rename damaged ones to ``*.damaged``.
 
     Args:
-        run: Where.
-        taken: The checkpoint to go on from; whatever is newer than it did not verify.
+        run: The run directory.
+        resumed: The checkpoint to resume from; newer ones did not verify.
     """
     for path in (*_partial(run), *run.incidents.glob(".step-*.tmp")):
         shutil.rmtree(path, ignore_errors=True)
     for path in complete_checkpoints(run):
-        if taken is not None and _step_of(path) > _step_of(taken.path):
+        if resumed is not None and _step_of(path) > _step_of(resumed.path):
             path.rename(path.with_name(f"{path.name}.damaged"))
 
 
 def truncate_logs(run: RunDirectory, log_bytes: dict[str, int]) -> None:
-    """Cut the files of JSON lines back to where a checkpoint stands; what came after will be written again."""
+    """Truncate the files of JSON lines to their length at a checkpoint: the steps after it will be done again."""
     for log in run.logs:
         if log.exists() and log.stat().st_size > log_bytes.get(log.name, 0):
             os.truncate(log, log_bytes.get(log.name, 0))
 
 
 def first_nan_tensor(model: Mapping[str, Tensor]) -> str | None:
-    """Name of the first tensor with NaN; infinity may be meant, as in a mask."""
+    """Return the name of the first tensor with NaN, or None. Infinity may be intended, as in a mask."""
     return next((name for name, tensor in model.items() if bool(tensor.isnan().any())), None)
 
 
 def complete_checkpoints(run: RunDirectory) -> list[Path]:
-    """The checkpoint folders of a run, the oldest first; none is read, nor verified."""
-    found = [path for path in run.checkpoints.glob("step-*") if path.is_dir() and path.name[5:].isdigit()]
-    return sorted(found, key=_step_of)
+    """Return the checkpoint folders of a run, the oldest first, without reading them."""
+    folders = [path for path in run.checkpoints.glob("step-*") if path.is_dir() and path.name[5:].isdigit()]
+    return sorted(folders, key=_step_of)
 
 
 def _step_of(path: Path) -> int:
@@ -216,9 +226,9 @@ def _partial(run: RunDirectory) -> Iterator[Path]:
 
 def _remove_old(run: RunDirectory, keep: int) -> None:
     best = run.checkpoints / "best"
-    kept = {best.read_text(encoding="utf-8").strip()} if best.exists() else set()
+    best_name = best.read_text(encoding="utf-8").strip() if best.exists() else ""
     for path in complete_checkpoints(run)[: -max(1, keep)]:
-        if path.name not in kept:
+        if path.name != best_name:
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -237,15 +247,15 @@ def _write(path: Path, content: bytes) -> str:
 
 
 def read_verified(path: Path, digest: str) -> bytes:
-    """The bytes of a file whose SHA-256 is known.
+    """Return the bytes of a file after comparing their SHA-256.
 
     Raises:
-        CheckpointError: If it is another one.
+        CheckpointError: If it differs.
         OSError: If the file cannot be read.
     """
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != digest:
-        raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one that was written down.")
+        raise CheckpointError(f"{path} is damaged: its SHA-256 differs from the recorded one.")
     return content
 
 
@@ -259,14 +269,14 @@ def _sync(path: Path) -> None:
 
 
 def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """Nested state as JSON; tensors are put aside under their path."""
+    """Return nested state as JSON. Tensors go into ``tensors`` under their path."""
     if isinstance(value, Tensor):
         tensors[name] = value
         return {"tensor": name}
     if isinstance(value, dict):
         return {"dict": [[key, _pack(part, f"{name}/{key}", tensors)] for key, part in value.items()]}
     if isinstance(value, (list, tuple)):
-        return [_pack(part, f"{name}/{place}", tensors) for place, part in enumerate(value)]
+        return [_pack(part, f"{name}/{index}", tensors) for index, part in enumerate(value)]
     if isinstance(value, float) and not math.isfinite(value):
         return {"float": str(value)}
     return value

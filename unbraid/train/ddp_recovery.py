@@ -1,4 +1,4 @@
-"""The exchange of gradients between processes, also by one whose memory ran out in the middle of it."""
+"""Complete DDP's exchange of gradients on a process that ran out of memory in the middle of it."""
 
 import torch
 from torch import nn
@@ -8,42 +8,50 @@ from unbraid.model_output import iter_tensors
 
 
 class GradientExchange:
-    """Knows which gradients have been handed over in a backward, and hands over the others where it broke off.
+    """Track which gradients a backward has exchanged, and exchange zeros for the others if it broke off.
 
-    Every process has to bring a gradient for each parameter, or the others wait for ever. One that ran out of memory
-    brings what it has, and nothing for the rest: the step is left out or done again anyway.
+    DDP waits for a gradient of every parameter from every process. A process that ran out of memory contributes the
+    gradients it has, and zeros for the rest: the step is skipped or repeated anyway.
 
     Args:
-        model: As it is wrapped for several processes.
+        model: Wrapped for several processes.
     """
 
     def __init__(self, model: DistributedDataParallel) -> None:
         self.model = model
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.brought: set[nn.Parameter] = set()
+        self.exchanged: set[nn.Parameter] = set()
         self.under_way = False
         for parameter in self.parameters:
-            parameter.register_post_accumulate_grad_hook(self.brought.add)
+            parameter.register_post_accumulate_grad_hook(self.exchanged.add)
 
     def begin(self) -> None:
-        """Before the backward that exchanges."""
-        self.brought.clear()
+        """Note that the backward with the exchange begins."""
+        self.exchanged.clear()
         self.under_way = True
 
     def complete(self) -> None:
-        """After that backward broke off: bring nothing for every parameter that is still missing."""
-        missing = [parameter for parameter in self.parameters if parameter not in self.brought]
+        """Exchange zeros for every parameter that the broken-off backward did not reach."""
+        missing = [parameter for parameter in self.parameters if parameter not in self.exchanged]
         if missing:
+            # a product with zero, not a constant: the hooks of DDP need a graph that reaches each parameter
             torch.stack([parameter.flatten()[0] * 0.0 for parameter in missing]).sum().backward()
 
     def take_part(self, mixture: torch.Tensor) -> bool:
-        """Bring nothing at all, by a forward on as little as it takes; False where memory does not suffice for that."""
-        for shorter in (1, 4, 16):
-            excerpt = mixture[:1, :, : -(-mixture.shape[-1] // shorter)]
+        """Exchange zeros for all parameters, by a forward and backward on one example as short as it takes.
+
+        Args:
+            mixture: ``(batch, channel, time)``.
+
+        Returns:
+            False if there is not enough memory even for that.
+        """
+        for n_parts in (1, 4, 16):
+            excerpt = mixture[:1, :, : -(-mixture.shape[-1] // n_parts)]
             try:
-                nothing = sum(part.float().sum() for part in iter_tensors(self.model(excerpt))) * 0.0
+                zero = sum(tensor.float().sum() for tensor in iter_tensors(self.model(excerpt))) * 0.0
             except torch.OutOfMemoryError:
                 continue
-            torch.as_tensor(nothing).backward()
+            torch.as_tensor(zero).backward()
             return True
         return False

@@ -1,4 +1,4 @@
-"""The example and the layer to blame for a bad step."""
+"""Find the example and the layer that made a step go wrong."""
 
 import math
 from collections.abc import Iterator
@@ -20,35 +20,35 @@ from unbraid.train.forward import ExampleLoss, compute_losses
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Where in a step the first value that must not be appeared.
+    """Where in a step the first bad value appeared.
 
     Attributes:
         kind: ``weights``, ``mixture``, ``sources``, ``forward``, ``loss``, ``over_limit``, ``backward``, ``memory``;
-            ``unclear`` where the model refuses an example alone; ``none`` where nothing is wrong.
-        precision: In which it was looked for.
-        place: Of the example in its batch; None where no single one is to blame.
-        item: Where that example came from; None where nobody said.
-        layer: The module, or for ``weights`` the tensor; empty where there is none.
-        position: Of the first bad value in the tensor.
+            ``unclear`` if the model refuses an example alone; ``none`` if nothing is wrong.
+        precision: The number format in which the step was repeated.
+        index: Index of the example in its batch; None if no single example is the cause.
+        item: Where that example came from; None if unknown.
+        layer: The module, or for ``weights`` the tensor; empty if there is none.
+        position: Index of the first bad value in its tensor.
         value: That value.
     """
 
     kind: str
     precision: str
-    place: int | None = None
+    index: int | None = None
     item: ItemId | None = None
     layer: str = ""
     position: tuple[int, ...] = ()
     value: float = 0.0
 
     def sentence(self) -> str:
-        """The verdict in words."""
+        """Return the diagnosis as a sentence."""
         if self.kind == "none":
             return f"In {self.precision} nothing is wrong."
         where = f"at {list(self.position)}" if self.position else ""
-        words = {
+        cause = {
             "memory": "memory runs out with a single example",
-            "unclear": f"it cannot be told: the model refuses an example alone ({self.layer})",
+            "unclear": f"the cause is unclear, because the model refuses an example alone ({self.layer})",
             "weights": f"the weight {self.layer} is {self.value} {where}",
             "mixture": f"the mixture is {self.value} {where}",
             "sources": f"a source is {self.value} {where}",
@@ -58,10 +58,18 @@ class Diagnosis:
             "backward": f"the loss is finite, but the gradient turns {self.value} in the backward of {self.layer}",
         }[self.kind].rstrip(", ")
         files = " + ".join(self.item.files) if self.item else ""
-        which = f"example {self.place}{f' ({files})' if files else ''}: "
-        if self.place is None:
-            which = "" if self.kind in ("weights", "memory", "unclear") else "the examples together: "
-        return f"In {self.precision}, {which}{words}."
+        if self.index is not None:
+            subject = f"example {self.index}{f' ({files})' if files else ''}: "
+        else:
+            subject = "" if self.kind in ("weights", "memory", "unclear") else "the examples together: "
+        return f"In {self.precision}, {subject}{cause}."
+
+
+BadValue = tuple[str, str, tuple[int, ...], float]
+"""Kind, layer, position and value of a `Diagnosis`."""
+
+_MODEL_REFUSES = (RuntimeError, ValueError)
+"""What a model raises that cannot take an example alone, such as BatchNorm over a single value; or without memory."""
 
 
 def diagnose(
@@ -75,62 +83,69 @@ def diagnose(
     rank: int = 0,
     loss_upper_limit: float = math.inf,
 ) -> Diagnosis:
-    """Find the first example with which a step goes wrong, and where in the model that begins.
+    """Find the first example that makes a step go wrong, and where in the model that begins.
 
-    The losses of all examples are looked at before the gradient of any; where none is to blame alone, all together.
-    Not compiled, the weights as they are; it leaves no trace in the model.
+    The losses of all examples are checked before the gradient of any. If no single example is the cause, all of them
+    are run together. Nothing is compiled, and model and weights are unchanged afterwards.
 
     Args:
         model: Not wrapped for several processes.
-        loss: Per-example loss.
+        loss: One loss per example.
         precision: Number format, and the loss scale.
         batch: The examples of one rank.
-        seed: With step and rank, of what the model draws.
+        seed: With step and rank, seeds the model's own random draws.
         step: Number of the step.
         rank: Number of the process.
-        loss_upper_limit: As the step has it.
+        loss_upper_limit: As in the step.
     """
     for name, tensor in model.named_parameters():
-        if (bad := _first_bad(tensor)) is not None:
-            return Diagnosis("weights", precision.name, None, None, name, *bad)
-    alone = [batch.select([place]) for place in range(len(batch.mixture))]
-    unclear = Diagnosis("none", precision.name)
-    looks = [(*one, backward) for backward in (False, True) for one in enumerate(alone)]
-    for place, some, backward in [*looks, (None, batch, True)]:
+        bad_value = _first_nonfinite(tensor)
+        if bad_value is not None:
+            return Diagnosis("weights", precision.name, None, None, name, *bad_value)
+
+    # Forward passes are cheap and find most causes, so all of them come before the first backward.
+    single_examples = [(index, batch.select([index])) for index in range(len(batch.mixture))]
+    attempts: list[tuple[int | None, Batch, bool]] = []
+    for backward in (False, True):
+        attempts += [(index, example, backward) for index, example in single_examples]
+    attempts.append((None, batch, True))
+
+    fallback = Diagnosis("none", precision.name)
+    for index, examples, backward in attempts:
         try:
-            with _undisturbed(model, seed, step, rank):
-                found = _trace(model, loss, precision, some, loss_upper_limit, backward=backward)
-        except _CANNOT_BE_TOLD as error:
-            memory = isinstance(error, torch.OutOfMemoryError)
-            unclear = Diagnosis("memory" if memory else "unclear", precision.name, layer=str(error).split("\n")[0])
+            with _repeated_step(model, seed, step, rank):
+                bad = _trace(model, loss, precision, examples, loss_upper_limit, backward=backward)
+        except _MODEL_REFUSES as error:
+            kind = "memory" if isinstance(error, torch.OutOfMemoryError) else "unclear"
+            fallback = Diagnosis(kind, precision.name, layer=str(error).split("\n")[0])
             continue
-        if found is not None:
-            kind, layer, position, value = found
-            item = some.items[0] if some.items and place is not None else None
-            return Diagnosis(kind, precision.name, place, item, layer, position, value)
-    return unclear
+        if bad is not None:
+            kind, layer, position, value = bad
+            item = examples.items[0] if examples.items and index is not None else None
+            return Diagnosis(kind, precision.name, index, item, layer, position, value)
+    return fallback
 
 
 def bad_by_gradient(
     model: nn.Module, loss: ExampleLoss, precision: Precision, batch: Batch, *, seed: int, step: int, rank: int
 ) -> list[int]:
-    """Places of the examples whose own gradient is not finite: one forward and backward each.
+    """Return the indices of the examples whose own gradient is not finite, by one forward and backward each.
 
-    None, where the model refuses an example alone, or has not the memory for it.
+    The list is empty if the model refuses an example alone, or memory does not suffice for it.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     bad = []
-    for place in range(len(batch.mixture)):
+    for index in range(len(batch.mixture)):
         try:
-            with _undisturbed(model, seed, step, rank):
-                value = compute_losses(model, loss, precision, batch.select([place]))[1].sum()
+            with _repeated_step(model, seed, step, rank):
+                value = compute_losses(model, loss, precision, batch.select([index]))[1].sum()
                 scaled = value * precision.scale_on(value.device)
                 gradients = torch.autograd.grad(scaled, parameters, allow_unused=True)
-        except _CANNOT_BE_TOLD:
+        except _MODEL_REFUSES:
             return []
         norm = nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
         if not bool(norm.isfinite()):
-            bad.append(place)
+            bad.append(index)
     return bad
 
 
@@ -145,39 +160,31 @@ def bad_by_loss(
     step: int,
     rank: int,
 ) -> list[int]:
-    """Places of the examples whose loss is not finite, or over the limit, if each is alone: one forward each.
+    """Return the indices of the examples whose loss, computed alone, is not finite or over the limit.
 
-    None, as in `bad_by_gradient`.
+    The list is empty if the model refuses an example alone, or memory does not suffice for it.
     """
     bad = []
-    for place in range(len(batch.mixture)):
+    for index in range(len(batch.mixture)):
         try:
-            with _undisturbed(model, seed, step, rank), torch.no_grad():
-                value = compute_losses(model, loss, precision, batch.select([place]))[1]
-        except _CANNOT_BE_TOLD:
+            with _repeated_step(model, seed, step, rank), torch.no_grad():
+                value = compute_losses(model, loss, precision, batch.select([index]))[1]
+        except _MODEL_REFUSES:
             return []
         if not bool(value.isfinite().all() & (value.abs() <= limit).all()):
-            bad.append(place)
+            bad.append(index)
     return bad
 
 
-_CANNOT_BE_TOLD = (RuntimeError, ValueError)
-"""What a model raises that cannot take an example alone, such as BatchNorm over a single value; memory among it."""
-
-
 @contextmanager
-def _undisturbed(model: nn.Module, seed: int, step: int, rank: int) -> Iterator[None]:
-    """The step's own random draws, nothing compiled, and buffers as they were afterwards."""
-    kept = BufferSnapshot(buffer_locations(model))
+def _repeated_step(model: nn.Module, seed: int, step: int, rank: int) -> Iterator[None]:
+    """Repeat the step's own random draws, without compiled code, and restore the buffers afterwards."""
+    buffers = BufferSnapshot(buffer_locations(model))
     try:
         with seeded_torch(seed, "step", step, rank), torch.compiler.set_stance("force_eager"), torch.enable_grad():
             yield
     finally:
-        kept.restore()
-
-
-Found = tuple[str, str, tuple[int, ...], float]
-"""Kind, layer, position and value of a `Diagnosis`."""
+        buffers.restore()
 
 
 def _trace(
@@ -188,65 +195,78 @@ def _trace(
     loss_upper_limit: float,
     *,
     backward: bool,
-) -> Found | None:
+) -> BadValue | None:
+    """Run the batch with hooks on every innermost module, and return the first bad value."""
     for kind, tensor in (("mixture", batch.mixture), ("sources", batch.sources)):
-        if (bad := _first_bad(tensor)) is not None:
-            return kind, "", *bad
-    forward: list[Found] = []
-    gone: dict[int, tuple[tuple[int, ...], float]] = {}
-    order: list[str] = []
+        bad_value = _first_nonfinite(tensor)
+        if bad_value is not None:
+            return kind, "", *bad_value
+
+    # 1. Hooks note the first bad output, and the bad gradient of each output by the order of execution.
+    bad_outputs: list[BadValue] = []
+    bad_gradients: dict[int, tuple[tuple[int, ...], float]] = {}
+    executed: list[str] = []
     names = {module: name or type(model).__name__ for name, module in model.named_modules()}
 
-    def watch(module: nn.Module, _inputs: Any, output: Any) -> None:
-        place = len(order)
-        order.append(names[module])
+    def check_output(module: nn.Module, _inputs: Any, output: Any) -> None:
+        index = len(executed)
+        executed.append(names[module])
         for tensor in iter_tensors(output):
-            if not forward and (bad := _first_bad(tensor)) is not None:
-                forward.append(("forward", names[module], *bad))
+            bad_value = _first_nonfinite(tensor)
+            if not bad_outputs and bad_value is not None:
+                bad_outputs.append(("forward", names[module], *bad_value))
             if tensor.requires_grad:
-                tensor.register_hook(lambda gradient, place=place: hear(place, gradient))
+                tensor.register_hook(lambda gradient, index=index: check_gradient(index, gradient))
 
-    def hear(place: int, gradient: Tensor) -> None:
-        if (bad := _first_bad(gradient)) is not None:
-            gone[place] = bad
+    def check_gradient(index: int, gradient: Tensor) -> None:
+        bad_value = _first_nonfinite(gradient)
+        if bad_value is not None:
+            bad_gradients[index] = bad_value
 
-    leaves = [module for module in model.modules() if not any(True for _ in module.children())]
-    hooks = [module.register_forward_hook(watch) for module in leaves]
+    innermost = [module for module in model.modules() if not any(True for _ in module.children())]
+    hooks = [module.register_forward_hook(check_output) for module in innermost]
     try:
+        # 2. Forward and loss.
         estimate, losses, _ = compute_losses(model, loss, precision, batch)
-        value = losses.sum()
-        loss_here = float(value.detach())
-        if not forward and (bad := _first_bad(estimate)) is not None:
-            forward.append(("forward", f"what follows {order[-1]}" if order else names[model], *bad))
-        if forward:
-            return forward[0]
-        if not math.isfinite(loss_here):
-            return "loss", "", (), loss_here
-        if abs(loss_here) > loss_upper_limit:
-            return "over_limit", "", (), loss_here
+        total = losses.sum()
+        loss_value = float(total.detach())
+        bad_value = _first_nonfinite(estimate)
+        if not bad_outputs and bad_value is not None:  # computed outside of any module
+            layer = f"what follows {executed[-1]}" if executed else names[model]
+            bad_outputs.append(("forward", layer, *bad_value))
+        if bad_outputs:
+            return bad_outputs[0]
+        if not math.isfinite(loss_value):
+            return "loss", "", (), loss_value
+        if abs(loss_value) > loss_upper_limit:
+            return "over_limit", "", (), loss_value
         if not backward:
             return None
+
+        # 3. Backward.
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        scaled = value * precision.scale_on(value.device)
+        scaled = total * precision.scale_on(total.device)
         gradients = torch.autograd.grad(scaled, list(parameters.values()), allow_unused=True)
     finally:
         for hook in hooks:
             hook.remove()
-    if gone:
-        last = max(gone)  # the gradient comes from behind: what was run after this module made it so
-        after = order[last + 1] if last + 1 < len(order) else "the loss"
-        return "backward", f"{after}, or between it and {order[last]}", *gone[last]
+    if bad_gradients:
+        # Backward runs from the end: the module executed after the last bad output made its gradient bad.
+        last = max(bad_gradients)
+        after = executed[last + 1] if last + 1 < len(executed) else "the loss"
+        return "backward", f"{after}, or between it and {executed[last]}", *bad_gradients[last]
     for name, gradient in zip(parameters, gradients, strict=True):
-        if gradient is not None and (bad := _first_bad(gradient)) is not None:
-            return "backward", name, *bad
+        bad_value = None if gradient is None else _first_nonfinite(gradient)
+        if bad_value is not None:
+            return "backward", name, *bad_value
     return None
 
 
-def _first_bad(tensor: Tensor) -> tuple[tuple[int, ...], float] | None:
-    """Position and value of the first entry that is not finite."""
+def _first_nonfinite(tensor: Tensor) -> tuple[tuple[int, ...], float] | None:
+    """Return index and value of the first entry that is not finite, or None."""
     if not tensor.is_floating_point() or bool(tensor.isfinite().all()):
         return None
     flat = tensor.detach().reshape(-1)
-    first = int((~flat.isfinite()).to(torch.uint8).argmax())
-    position = [int(place) for place in torch.unravel_index(torch.tensor(first), tensor.shape)]
+    first = int((~flat.isfinite()).to(torch.uint8).argmax())  # argmax does not take booleans
+    position = [int(index) for index in torch.unravel_index(torch.tensor(first), tensor.shape)]
     return tuple(position), float(flat[first])

@@ -14,7 +14,8 @@ from unbraid.data.batch import Batch
 from unbraid.errors import UserError
 from unbraid.records import ItemId
 from unbraid.seeding import seeded_torch
-from unbraid.train.block_stats import is_sampled_step, output_stats, source_stats
+from unbraid.train.block_stats import is_sampled_step
+from unbraid.train.example_stats import output_stats, source_stats
 from unbraid.train.forward import compute_losses
 from unbraid.train.host_transfer import sum_over_ranks
 from unbraid.train.state import TrainState

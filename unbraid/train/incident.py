@@ -1,4 +1,4 @@
-"""The replay bundle: all that is needed to run a bad step again, on another machine too."""
+"""Incidents: bundles with everything needed to repeat a bad step, on another machine too."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from unbraid import dist
 from unbraid.data.batch import Batch
 from unbraid.errors import CheckpointError
 from unbraid.io import to_json_row, write_json
-from unbraid.records import SCHEMA_VERSION, ItemId, StepRecord
+from unbraid.records import SCHEMA_VERSION, ItemId, StepRecord, upgrade_outcome
 from unbraid.robust.precision import Precision
 from unbraid.train.checkpoint import read_verified, write_tensors
 from unbraid.train.diagnose import Diagnosis, diagnose
@@ -29,7 +29,7 @@ class Incident:
     """A bad step of one process, as a replay needs it.
 
     Attributes:
-        about: Step, rank, seed, precision, loss scale, limit, outcome, verdict and versions.
+        about: Step, rank, seed, precision, loss scale, limit, outcome, diagnosis and versions.
         recipe: The resolved recipe, as plain dicts.
         weights: Of the model.
         batch: The examples of the process.
@@ -44,16 +44,16 @@ class Incident:
 def make_incident(
     state: TrainState, record: StepRecord, batch: Batch, recipe: Mapping[str, Any]
 ) -> tuple[Incident, Diagnosis]:
-    """What a replay needs of a step that went wrong, and what is to blame for it.
+    """Return the incident of a step that went wrong, and its diagnosis.
 
     Args:
-        state: As the step left it.
+        state: After the step.
         record: Of the step.
-        batch: All that this process had in it.
+        batch: All examples of this process.
         recipe: The resolved recipe, as plain dicts.
     """
     precision = Precision(state.precision.name, scale=record.loss_scale)
-    verdict = diagnose(
+    diagnosis = diagnose(
         state.unwrapped_model,
         state.loss,
         precision,
@@ -63,10 +63,13 @@ def make_incident(
         rank=dist.rank(),
         loss_upper_limit=state.loss_upper_limit,
     )
-    batch, noted = _without_folders(batch), verdict
-    if verdict.item is not None and verdict.place is not None:
-        noted = replace(verdict, item=batch.items[verdict.place])
-    moved_on = record.trained or state.step > record.step
+    # A bundle is sent to others: it keeps a file's name and its speaker's folder, but no paths of this machine.
+    batch = _without_folders(batch)
+    sent_diagnosis = diagnosis
+    if diagnosis.item is not None and diagnosis.index is not None:
+        sent_diagnosis = replace(diagnosis, item=batch.items[diagnosis.index])
+    # A later step may have been launched meanwhile, and have changed the weights.
+    weights_moved_on = record.trained or state.step > record.step
     about = {
         "step": record.step,
         "rank": dist.rank(),
@@ -78,23 +81,23 @@ def make_incident(
         "precision": precision.name,
         "loss_scale": record.loss_scale,
         "loss_upper_limit": state.loss_upper_limit,
-        "weights_after_step": state.step if moved_on else record.step - 1,
-        "verdict": noted.sentence(),
+        "weights_after_step": state.step if weights_moved_on else record.step - 1,
+        "diagnosis": sent_diagnosis.sentence(),
         "torch": torch.__version__,
         "device": state.device.type,
     }
-    return Incident(about, _without_paths(recipe), state.unwrapped_model.state_dict(), batch), verdict
+    return Incident(about, _without_paths(recipe), state.unwrapped_model.state_dict(), batch), diagnosis
 
 
 def has_custom_code(recipe: Mapping[str, Any]) -> list[str]:
-    """Names such as ``my_file:MyModel`` of what a replay would build, in a recipe given as plain dicts."""
+    """Return the names such as ``my_file:MyModel`` that a replay would import, of a recipe given as plain dicts."""
     loss = recipe.get("loss", {})
-    parts = [recipe.get("model", {}), loss, *loss.get("terms", [])]
-    return [name for part in parts if ":" in (name := str(part.get("name")))]
+    tables = [recipe.get("model", {}), loss, *loss.get("terms", [])]
+    names = [str(table.get("name")) for table in tables]
+    return [name for name in names if ":" in name]
 
 
 def _without_paths(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe without what only means something on this machine."""
     tables = {name: dict(table) if isinstance(table, Mapping) else table for name, table in recipe.items()}
     for name, key in (("data", "path"), ("data", "noise"), ("data", "exclude"), ("model", "init")):
         if name in tables:
@@ -103,35 +106,38 @@ def _without_paths(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_folders(batch: Batch) -> Batch:
-    """The batch with each file by its name and the folder that it lies in, which is its speaker's."""
     items = [replace(item, files=tuple("/".join(Path(file).parts[-2:]) for file in item.files)) for item in batch.items]
     return replace(batch, items=tuple(items))
 
 
-_NEEDED = ("step", "rank", "seed", "outcome", "precision", "loss_scale", "loss_upper_limit", "verdict")
-"""What a replay asks of `Incident.about`."""
+ABOUT = "incident.json"
+
+_REQUIRED = ("step", "rank", "seed", "outcome", "precision", "loss_scale", "loss_upper_limit", "diagnosis")
+"""The keys of `Incident.about` that a replay reads."""
 
 
 def write_incident(folder: Path, incident: Incident) -> Path:
-    """Write a replay bundle, to a temporary name first, with the SHA-256 of each file; nothing where it is already.
+    """Write a replay bundle with the SHA-256 of each file, unless it exists; return its folder.
+
+    It is written under a temporary name and renamed, so an incomplete bundle never has its final name.
 
     Raises:
-        OSError: If the disk refuses; of the bundle nothing stays.
+        OSError: If the disk refuses; then nothing of the bundle stays.
     """
-    step, rank = incident.about["step"], incident.about["rank"]
-    final = folder / f"step-{step:06d}-rank-{rank}"
+    about = incident.about
+    final = folder / f"step-{about['step']:06d}-rank-{about['rank']}"
     if final.exists():
         return final
     batch = incident.batch
     audio = {"mixture": batch.mixture, "sources": batch.sources, "weight": batch.weight}
     audio |= {} if batch.noise is None else {"noise": batch.noise}
     items = [asdict(item) for item in batch.items]
-    about = {"schema": SCHEMA_VERSION, **incident.about, "items": items, "recipe": incident.recipe}
+    about = {"schema": SCHEMA_VERSION, **about, "items": items, "recipe": incident.recipe}
     temporary = folder / f".{final.name}.{os.getpid()}.tmp"
     try:
         temporary.mkdir(parents=True)
         tensors = {"model.safetensors": incident.weights, "batch.safetensors": audio}
-        about["sha256"] = {name: write_tensors(temporary / name, some) for name, some in tensors.items()}
+        about["sha256"] = {name: write_tensors(temporary / name, parts) for name, parts in tensors.items()}
         write_json(temporary / ABOUT, to_json_row(about))
         temporary.rename(final)
     except OSError:
@@ -140,23 +146,24 @@ def write_incident(folder: Path, incident: Incident) -> Path:
     return final
 
 
-ABOUT = "incident.json"
-
-
 def read_incident(path: Path) -> Incident:
     """Read a replay bundle and verify it.
 
     Raises:
-        CheckpointError: If it is none, or is damaged.
+        CheckpointError: If it is not a replay bundle, or damaged.
     """
     if not (path / ABOUT).is_file():
-        raise CheckpointError(f"{path} is no incident: give one of the folders in the incidents of a run directory.")
+        raise CheckpointError(f"{path} is no incident. Give one of the folders in the incidents of a run directory.")
     try:
         about = json.loads((path / ABOUT).read_bytes())
-        if about["schema"] != SCHEMA_VERSION:
-            raise CheckpointError(f"{path} has schema {about['schema']}; this version reads {SCHEMA_VERSION}.")
-        if missing := [name for name in _NEEDED if name not in about]:
-            raise CheckpointError(f"{path} is not a whole incident: {ABOUT} does not say {missing[0]}.")
+        if about["schema"] not in (2, SCHEMA_VERSION):
+            raise CheckpointError(f"{path} has schema {about['schema']}. This version reads 2 and {SCHEMA_VERSION}.")
+        if about["schema"] == 2:
+            about["diagnosis"] = about.pop("verdict", None)
+            about["outcome"] = upgrade_outcome(about["outcome"])
+        missing = [name for name in _REQUIRED if name not in about]
+        if missing:
+            raise CheckpointError(f"{path} is not a complete incident: {ABOUT} lacks {missing[0]}.")
         files = {name: read_verified(path / name, digest) for name, digest in about["sha256"].items()}
         audio = safetensors.torch.load(files["batch.safetensors"])
         items = [ItemId(**item | {"files": tuple(item["files"])}) for item in about["items"]]
@@ -165,14 +172,18 @@ def read_incident(path: Path) -> Incident:
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{path} is not a whole incident ({type(error).__name__}: {error}).") from error
+        raise CheckpointError(f"{path} is not a complete incident ({type(error).__name__}: {error}).") from error
 
 
-def join_batches(parts: Sequence[Batch]) -> Batch:
-    """Micro-batches as one batch; noise stays only where all have it."""
-    if len(parts) == 1:
-        return parts[0]
-    tensors = [torch.cat([getattr(part, name) for part in parts]) for name in ("mixture", "sources", "weight")]
-    noises = [part.noise for part in parts if part.noise is not None]
-    noise = torch.cat(noises) if len(noises) == len(parts) else None
-    return Batch(tensors[0], tensors[1], tensors[2], noise, tuple(item for part in parts for item in part.items))
+def join_batches(batches: Sequence[Batch]) -> Batch:
+    """Join micro-batches to one batch; its noise is None unless all of them have noise."""
+    if len(batches) == 1:
+        return batches[0]
+    noises = [batch.noise for batch in batches if batch.noise is not None]
+    return Batch(
+        mixture=torch.cat([batch.mixture for batch in batches]),
+        sources=torch.cat([batch.sources for batch in batches]),
+        weight=torch.cat([batch.weight for batch in batches]),
+        noise=torch.cat(noises) if len(noises) == len(batches) else None,
+        items=tuple(item for batch in batches for item in batch.items),
+    )

@@ -1,4 +1,4 @@
-"""What a run says, passed on to other people's loggers: TensorBoard, Weights & Biases, trackio, or one's own."""
+"""Pass a run's records on to TensorBoard, Weights & Biases, trackio, or a logger of your own."""
 
 import contextlib
 import importlib
@@ -14,27 +14,27 @@ from unbraid.train.event_log import EventLog, Record
 
 
 class Logger(Protocol):
-    """Hears every record, on the main process; where it has ``close``, that is called at the end.
+    """Receives every record, on the main process; ``close`` is called at the end, if there is one.
 
-    It is made from the run directory and the resolved recipe, as plain dicts, before the first step.
+    It is constructed from the run directory and the resolved recipe, as plain dicts, before the first step.
     """
 
     def __call__(self, record: Record) -> None:
-        """Hear of a step, a validation or an event."""
+        """Log a step, a validation or an event."""
         ...
 
 
-def numbers_of(record: StepRecord | ValidationRecord) -> dict[str, float]:
-    """What is drawn of a record, by name: only what is known and finite.
+def scalars(record: StepRecord | ValidationRecord) -> dict[str, float]:
+    """Return the curves' values of a record, by name: only those that are known and finite.
 
-    A step that was left out has no loss and no norm, but a 1 under ``left_out/`` and the reason.
+    A skipped step has no loss and no norm, but a 1 under ``skipped/`` and its reason.
     """
     if isinstance(record, ValidationRecord):
         named = {"valid/loss": record.loss, "valid/si_sdr": record.si_sdr, "valid/si_sdri": record.si_sdri}
         return _finite(named)
     always = {"train/lr": record.lr, "train/examples_per_second": record.examples_per_second}
     if not record.trained:
-        return _finite({f"left_out/{record.outcome}": 1.0} | always)
+        return _finite({f"skipped/{record.outcome}": 1.0} | always)
     known = [value for value in record.si_sdr if value is not None]
     named = {
         "train/loss": record.loss,
@@ -54,20 +54,22 @@ class TensorBoard:
     """Event files in the folder ``tensorboard`` of the run directory.
 
     Args:
-        run: Where.
+        run: The run directory.
         recipe: Written as text.
     """
 
     def __init__(self, run: RunDirectory, recipe: Mapping[str, Any]) -> None:
         self.package = _package("tensorboard", "torch.utils.tensorboard", "tensorboardX")
-        self.folder, self.recipe = run.path / "tensorboard", recipe
+        self.folder = run.path / "tensorboard"
+        self.recipe = recipe
         self.writer: Any = None
-        self.last = 0
+        self.last_step = 0
 
     def __call__(self, record: Record) -> None:
-        """Write a record; what an earlier way past its step left is taken back."""
-        again = isinstance(record, StepRecord) and record.step <= self.last
-        if self.writer is None or again:
+        """Write a record."""
+        # A run that went back to a checkpoint repeats steps: purge_step hides what was logged of them before.
+        is_repeated = isinstance(record, StepRecord) and record.step <= self.last_step
+        if self.writer is None or is_repeated:
             self.close()
             first = max(1, record.step) if isinstance(record, StepRecord) else record.step + 1
             self.writer = self.package.SummaryWriter(str(self.folder), purge_step=first, flush_secs=30)
@@ -75,18 +77,18 @@ class TensorBoard:
         if isinstance(record, Event):
             self.writer.add_text("events", f"{record.code}: {record.message}", record.step)
             return
-        self.last = record.step
-        for name, value in numbers_of(record).items():
+        self.last_step = record.step
+        for name, value in scalars(record).items():
             self.writer.add_scalar(name, value, record.step)
 
     def close(self) -> None:
-        """Write out what is still held."""
+        """Flush and close."""
         if self.writer is not None:
             self.writer.close()
 
 
 def _lines(table: Mapping[str, Any], where: str = "") -> Iterator[str]:
-    """A recipe's keys and values, a line each."""
+    """Yield a recipe's keys and values, one line each."""
     for key, value in table.items():
         if isinstance(value, Mapping):
             yield from _lines(value, f"{where}{key}.")
@@ -95,29 +97,29 @@ def _lines(table: Mapping[str, Any], where: str = "") -> Iterator[str]:
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases, in the project ``unbraid`` or that of ``WANDB_PROJECT``; ``WANDB_MODE`` counts.
+    """A run of Weights & Biases, in the project ``unbraid`` or that of ``WANDB_PROJECT``; ``WANDB_MODE`` is respected.
 
-    Steps are its own number ``step``: what is resumed is another run there, and goes on at the step it begins with.
+    The x-axis is our ``step``, because a resumed run is a new run there and would otherwise start from 0.
 
     Args:
-        run: Where what is not sent lies.
-        recipe: Its config.
+        run: The run directory; files that are not uploaded yet are kept there.
+        recipe: The config.
     """
 
     def __init__(self, run: RunDirectory, recipe: Mapping[str, Any]) -> None:
         project = os.environ.get("WANDB_PROJECT", "unbraid")
-        name, folder = run.path.absolute().name, str(run.path.absolute())
-        self.run = _package("wandb", "wandb").init(project=project, name=name, dir=folder, config=dict(recipe))
+        folder = run.path.absolute()
+        wandb = _package("wandb", "wandb")
+        self.run = wandb.init(project=project, name=folder.name, dir=str(folder), config=dict(recipe))
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
 
     def __call__(self, record: Record) -> None:
         """Log a record; an event as text."""
-        said = {"event": f"{record.code}: {record.message}"} if isinstance(record, Event) else numbers_of(record)
-        self.run.log({"step": record.step} | said)
+        self.run.log({"step": record.step} | _as_dict(record))
 
     def close(self) -> None:
-        """Send what is still held."""
+        """Finish the upload."""
         self.run.finish()
 
 
@@ -125,8 +127,8 @@ class Trackio:
     """A run of trackio, on this machine, in the project ``unbraid`` or that of ``TRACKIO_PROJECT``.
 
     Args:
-        run: What its name is taken from.
-        recipe: Its config.
+        run: The run directory, which gives the name.
+        recipe: The config.
     """
 
     def __init__(self, run: RunDirectory, recipe: Mapping[str, Any]) -> None:
@@ -135,12 +137,17 @@ class Trackio:
 
     def __call__(self, record: Record) -> None:
         """Log a record; an event as text."""
-        said = {"event": f"{record.code}: {record.message}"} if isinstance(record, Event) else numbers_of(record)
-        self.run.log(said, step=record.step)
+        self.run.log(_as_dict(record), step=record.step)
 
     def close(self) -> None:
-        """Write out what is still held."""
+        """Flush and close."""
         self.run.finish()
+
+
+def _as_dict(record: Record) -> dict[str, Any]:
+    if isinstance(record, Event):
+        return {"event": f"{record.code}: {record.message}"}
+    return {**scalars(record)}
 
 
 LOGGERS: dict[str, Callable[..., Logger]] = {
@@ -151,7 +158,7 @@ LOGGERS: dict[str, Callable[..., Logger]] = {
 
 
 def _package(extra: str, *names: str) -> Any:
-    """The first of some modules that is there.
+    """Import the first of several modules that is installed.
 
     Raises:
         UserError: If none is.
@@ -159,21 +166,21 @@ def _package(extra: str, *names: str) -> Any:
     for name in names:
         with contextlib.suppress(ImportError):
             return importlib.import_module(name)
-    raise UserError(f'train.also_log names {extra}, which is not installed: pip install "unbraid[{extra}]".')
+    raise UserError(f'train.also_log names {extra}, which is not installed. Run: pip install "unbraid[{extra}]".')
 
 
 def open_loggers(
     makers: Mapping[str, Callable[..., Logger]], run: RunDirectory, recipe: Mapping[str, Any]
 ) -> dict[str, Logger]:
-    """The loggers that a recipe names, before the first step.
+    """Construct the loggers that a recipe names.
 
     Args:
-        makers: What makes each of them.
+        makers: Constructors, by name.
         run: The run directory.
         recipe: The resolved recipe, as plain dicts.
 
     Raises:
-        UserError: If one cannot be made; those made before it are closed.
+        UserError: If one cannot be constructed; the earlier ones are closed.
     """
     opened: dict[str, Logger] = {}
     try:
@@ -184,43 +191,44 @@ def open_loggers(
             _close(logger)
         if isinstance(error, UserError):
             raise
-        raise UserError(f"train.also_log: {name} could not begin ({type(error).__name__}: {error}).") from error
+        raise UserError(f"train.also_log: {name} could not start ({type(error).__name__}: {error}).") from error
     return opened
 
 
 def forward_to_loggers(
     records: Generator[Record, None, None], loggers: Mapping[str, Logger], log: EventLog
 ) -> Generator[Record, None, None]:
-    """A run's records, each after every logger has heard it; one that raises is told of once, and then left out.
+    """Yield a run's records, each after every logger has received it. A logger that raises is dropped, with an event.
 
     Args:
-        records: The run.
+        records: Of the run.
         loggers: By name.
-        log: Where it is told.
+        log: Where the event goes.
     """
-    audio_options = dict(loggers)
+    active = dict(loggers)
     step = 0
     try:
         with contextlib.closing(records):
             for record in records:
                 step = record.step
-                for name, logger in [*audio_options.items()]:
+                for name, logger in list(active.items()):
                     try:
                         logger(record)
                     except Exception as error:  # noqa: BLE001
-                        del audio_options[name]
+                        del active[name]
                         _close(logger)
                         log.emit("LOGGER_FAILED", step, _failed(name, error))
                 yield record
                 yield from log.drain()
     finally:
-        for name, logger in audio_options.items():
-            if (refused := _close(logger)) is not None:
-                log.emit("LOGGER_FAILED", step, _failed(name, refused))
+        for name, logger in active.items():
+            close_error = _close(logger)
+            if close_error is not None:
+                log.emit("LOGGER_FAILED", step, _failed(name, close_error))
 
 
 def _close(logger: Logger) -> Exception | None:
-    """Close it, where it can be; what it raised."""
+    """Close a logger, if it can be closed, and return what it raised."""
     try:
         if hasattr(logger, "close"):
             logger.close()
@@ -230,5 +238,5 @@ def _close(logger: Logger) -> Exception | None:
 
 
 def _failed(name: str, error: Exception) -> str:
-    said = str(error).splitlines()[0] if str(error) else "no reason given"
-    return f"The logger {name} raised {type(error).__name__}: {said}. It hears no more; the run goes on."
+    reason = str(error).splitlines()[0] if str(error) else "no reason given"
+    return f"The logger {name} raised {type(error).__name__}: {reason}. It is dropped, and the run continues."

@@ -1,4 +1,4 @@
-"""Muon: momentum made orthogonal for weights that are matrices, AdamW for all others, in one optimizer."""
+"""Muon: orthogonalised momentum for weights that are matrices, AdamW for all others, in one optimizer."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -12,29 +12,29 @@ from torch.optim.adamw import adamw
 from unbraid.robust.precision import best_precision
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the published quintic: it lifts small singular values fastest, and the rest end near 1."""
+"""Of the published quintic polynomial: small singular values grow fastest, and all end near 1."""
 
 
 class Muon(Optimizer):
-    """Give every direction of a weight matrix the same step, whatever its gradients have been.
+    """Step every direction of a weight matrix equally far, however large its gradients were.
 
     A weight of two axes or more is a matrix once it is flattened to (first axis, all others): a linear layer, a 1x1
     convolution of shape (out, in, 1), a convolution of shape (out, in, taps). If its smaller side is at least
-    ``min_side`` it is stepped by Muon. Biases, norms, slopes, depthwise convolutions (a side as short as the kernel)
-    and short encoder and decoder filters are not, and go by AdamW.
+    ``min_side``, Muon updates it. AdamW updates biases, norms, slopes, depthwise convolutions (one side is as short as
+    the kernel) and short encoder and decoder filters.
 
-    One learning rate suits both: steps of matrices are scaled to the size that AdamW's usually have, so start from
-    AdamW's. There is a parameter group for either kind, matrices first. Matrices of the same shape go through
-    together, in bfloat16 where the hardware multiplies it natively, else in float32; float64 stays float64.
+    One learning rate suits both: updates of matrices are scaled to the usual size of AdamW's, so start from AdamW's
+    learning rate. Each kind has its own parameter group, matrices first. Matrices of the same shape are processed
+    together, in bfloat16 if the hardware multiplies it natively, else in float32; float64 stays float64.
 
     Args:
         parameters: Of the model.
-        lr: Learning rate of either kind.
-        momentum: Share of the past in a matrix's momentum, taken with Nesterov's look ahead.
+        lr: Learning rate of both kinds.
+        momentum: Share of the past in a matrix's momentum, with Nesterov's look-ahead.
         betas: Of AdamW.
         eps: Of AdamW.
-        weight_decay: Decoupled, of either kind.
-        min_side: The shortest side that makes a matrix.
+        weight_decay: Decoupled, of both kinds.
+        min_side: Shortest side that Muon takes for a matrix.
 
     Reference:
         Jordan et al., "Muon", 2024, https://kellerjordan.github.io/posts/muon; the size of a step from Liu et al.,
@@ -67,7 +67,11 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update every weight that has a gradient."""
+        """Update every weight that has a gradient.
+
+        Args:
+            closure: Computes the loss again, as in `torch.optim.Optimizer.step`.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -82,26 +86,30 @@ class Muon(Optimizer):
 
     def _step_matrices(self, weights: list[nn.Parameter], group: dict[str, Any]) -> None:
         gradients = [p.grad for p in weights if p.grad is not None]
-        momenta = [self._remembered(p, "momentum_buffer") for p in weights]
+        # 1. Momentum with Nesterov's look-ahead, then decoupled weight decay, all tensors in one call.
+        momenta = [self._buffer(p, "momentum_buffer") for p in weights]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-        ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])
+        nesterov = torch._foreach_lerp(gradients, momenta, group["momentum"])
         torch._foreach_mul_(list[Tensor](weights), 1 - group["lr"] * group["weight_decay"])
-        alike = defaultdict[tuple[torch.Size, torch.device, torch.dtype], list[int]](list)
-        for place, p in enumerate(weights):
-            alike[as_matrix(p).shape, p.device, p.dtype].append(place)
-        for (shape, device, dtype), places in alike.items():
-            stacked = torch.stack([as_matrix(ahead[place]) for place in places])
-            updates = orthogonalised(stacked.to(_working_dtype(dtype, device))).to(dtype)
-            for place, update in zip(places, updates, strict=True):
-                size = 0.2 * max(shape) ** 0.5
-                weights[place].add_(update.view_as(weights[place]), alpha=-group["lr"] * size)
+
+        # 2. Orthogonalise matrices of the same shape as one batch: most models repeat the same few shapes.
+        by_shape = defaultdict[tuple[torch.Size, torch.device, torch.dtype], list[int]](list)
+        for index, p in enumerate(weights):
+            by_shape[as_matrix(p).shape, p.device, p.dtype].append(index)
+        for (shape, device, dtype), indices in by_shape.items():
+            stacked = torch.stack([as_matrix(nesterov[index]) for index in indices])
+            updates = orthogonalise(stacked.to(_working_dtype(dtype, device))).to(dtype)
+            # An orthogonal matrix has an RMS of 1 / sqrt(longer side); 0.2 is the usual RMS of an AdamW update.
+            scale = 0.2 * max(shape) ** 0.5
+            for index, update in zip(indices, updates, strict=True):
+                weights[index].add_(update.view_as(weights[index]), alpha=-group["lr"] * scale)
 
     def _step_others(self, weights: list[nn.Parameter], group: dict[str, Any]) -> None:
         adamw(
             list[Tensor](weights),
             [p.grad for p in weights if p.grad is not None],
-            [self._remembered(p, "exp_avg") for p in weights],
-            [self._remembered(p, "exp_avg_sq") for p in weights],
+            [self._buffer(p, "exp_avg") for p in weights],
+            [self._buffer(p, "exp_avg_sq") for p in weights],
             [],
             [self.state[p].setdefault("step", torch.zeros((), dtype=torch.float32)) for p in weights],
             foreach=True,
@@ -114,39 +122,40 @@ class Muon(Optimizer):
             maximize=False,
         )
 
-    def _remembered(self, weight: nn.Parameter, name: str) -> Tensor:
+    def _buffer(self, weight: nn.Parameter, name: str) -> Tensor:
         if name not in self.state[weight]:
             self.state[weight][name] = torch.zeros_like(weight, memory_format=torch.preserve_format)
         return self.state[weight][name]
 
 
 def _working_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What matrices of a dtype are made orthogonal in; whoever takes float64 wants the same on every machine."""
-    if dtype == torch.float64:
+    """Return the dtype to orthogonalise in."""
+    if dtype == torch.float64:  # chosen for exact results, which must not depend on the machine
         return dtype
     return torch.bfloat16 if best_precision(device) == "bf16" else torch.float32
 
 
 def as_matrix(weight: Tensor) -> Tensor:
-    """``(out, ...)`` as ``(out, rest)``."""
+    """Return ``(out, ...)`` as ``(out, rest)``."""
     return weight.flatten(1)
 
 
-def orthogonalised(matrices: Tensor, *, n_iterations: int = 5) -> Tensor:
-    """The nearest matrices with orthonormal rows or columns, nearly: singular values become about 1.
+def orthogonalise(matrices: Tensor, *, n_iterations: int = 5) -> Tensor:
+    """Approximate the nearest matrices with orthonormal rows or columns: singular values become about 1.
 
-    Newton-Schulz iterations need products alone. Singular values above a five-hundredth of the matrix's norm end
-    between 0.68 and 1.21, smaller ones are lifted; singular vectors stay. Zero stays zero.
+    Newton-Schulz iterations need only matrix products. Singular values above 1/500 of the matrix's norm end between
+    0.68 and 1.21, smaller ones grow; singular vectors stay. Zero stays zero.
 
     Args:
         matrices: ``(batch, row, column)``, in the dtype to work in.
-        n_iterations: As published.
+        n_iterations: 5 as published.
     """
-    tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.mT if tall else matrices
+    # work on wide matrices, whose Gram matrix is the smaller one
+    is_tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if is_tall else matrices
     x = x / x.flatten(1).norm(dim=1).clamp_min(1e-7)[:, None, None]
-    a, b, c = COEFFICIENTS
+    a, b, c = COEFFICIENTS  # x <- a x + b (x x^T) x + c (x x^T)^2 x
     for _ in range(n_iterations):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+    return x.mT if is_tall else x

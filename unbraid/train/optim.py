@@ -14,7 +14,8 @@ from unbraid.train.muon import Muon
 Parameters = Iterable[nn.Parameter]
 
 
-def _fused(parameters: list[nn.Parameter]) -> bool:
+def _can_fuse(parameters: list[nn.Parameter]) -> bool:
+    # a fused optimizer updates all tensors in one pass, and can skip a step on the device through found_inf
     return {p.device.type for p in parameters} <= {"cpu", "cuda"} and all(p.is_floating_point() for p in parameters)
 
 
@@ -26,7 +27,7 @@ def adam(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
 ) -> Optimizer:
-    """Adam in one fused pass; the textbook recipe's learning rate.
+    """Adam, fused. The default learning rate is that of the SepFormer recipe.
 
     Args:
         parameters: Of the model.
@@ -36,7 +37,7 @@ def adam(
         weight_decay: L2 penalty, added to the gradient.
     """
     parameters = list(parameters)
-    return torch.optim.Adam(parameters, lr, betas, eps, weight_decay, fused=_fused(parameters))
+    return torch.optim.Adam(parameters, lr, betas, eps, weight_decay, fused=_can_fuse(parameters))
 
 
 def adamw(
@@ -47,7 +48,7 @@ def adamw(
     eps: float = 1e-8,
     weight_decay: float = 1e-2,
 ) -> Optimizer:
-    """Adam with decoupled weight decay, in one fused pass.
+    """AdamW: Adam with decoupled weight decay, fused.
 
     Args:
         parameters: Of the model.
@@ -57,11 +58,11 @@ def adamw(
         weight_decay: Decoupled weight decay, in units of the learning rate.
     """
     parameters = list(parameters)
-    return torch.optim.AdamW(parameters, lr, betas, eps, weight_decay, fused=_fused(parameters))
+    return torch.optim.AdamW(parameters, lr, betas, eps, weight_decay, fused=_can_fuse(parameters))
 
 
 def sgd(parameters: Parameters, *, lr: float = 1e-2, momentum: float = 0.0, weight_decay: float = 0.0) -> Optimizer:
-    """Stochastic gradient descent, in one fused pass.
+    """Stochastic gradient descent with momentum, fused.
 
     Args:
         parameters: Of the model.
@@ -70,7 +71,7 @@ def sgd(parameters: Parameters, *, lr: float = 1e-2, momentum: float = 0.0, weig
         weight_decay: L2 penalty, added to the gradient.
     """
     parameters = list(parameters)
-    return torch.optim.SGD(parameters, lr, momentum, weight_decay=weight_decay, fused=_fused(parameters))
+    return torch.optim.SGD(parameters, lr, momentum, weight_decay=weight_decay, fused=_can_fuse(parameters))
 
 
 def rmsprop(
@@ -108,11 +109,11 @@ def schedule_free(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
 ) -> Optimizer:
-    """AdamW that averages its weights instead of lowering the learning rate, from the extra ``schedule_free``.
+    """Schedule-free AdamW: it averages its weights instead of lowering the learning rate. Needs extra ``schedule_free``.
 
-    It wants the schedule ``constant``, and a warm-up there. What is good are the averaged weights, which its ``eval()``
-    puts in the model, and ``train()`` takes out again, with a rounding: `evaluation_weights` does it without.
-    It comes in training mode.
+    Use the schedule ``constant`` with a warm-up. The averaged weights are the ones to evaluate: its ``eval()`` puts them
+    into the model, and its ``train()`` takes them out again, up to rounding; `evaluation_weights` does it exactly. The
+    optimizer is returned in training mode.
 
     Args:
         parameters: Of the model.
@@ -154,22 +155,22 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
 
 
 class Schedule(Protocol):
-    """What the learning rate is multiplied by. One that remembers has ``state_dict`` and ``load_state_dict``."""
+    """A factor on the learning rate. A schedule with a memory has ``state_dict`` and ``load_state_dict``."""
 
     def factor(self, step: int, progress: float) -> float:
-        """The factor for a step, from 1, at a share of the run's budget, from 0 to 1."""
+        """Return the factor for a step (counted from 1) at a share of the run's budget (0 to 1)."""
         ...
 
     def observe(self, validation_loss: float) -> None:
-        """Hear of a validation whose loss is finite."""
+        """Take note of a finite validation loss."""
         ...
 
 
 class Constant:
-    """No change after warm-up.
+    """Constant learning rate after a linear warm-up.
 
     Args:
-        warmup_steps: Steps in which the learning rate rises evenly from 0.
+        warmup_steps: Number of steps in which the learning rate rises linearly from 0.
     """
 
     def __init__(self, *, warmup_steps: int = 0) -> None:
@@ -178,15 +179,15 @@ class Constant:
         self.warmup_steps = warmup_steps
 
     def factor(self, step: int, progress: float) -> float:
-        """The share of the warm-up that is done."""
+        """Return the share of the warm-up that is done."""
         return min(1.0, step / (self.warmup_steps + 1)) if self.warmup_steps else 1.0
 
     def observe(self, validation_loss: float) -> None:
-        """Nothing to learn."""
+        """Do nothing."""
 
 
 class Cosine(Constant):
-    """Falls along half a cosine over the run's budget of steps or minutes.
+    """Half a cosine over the run's budget of steps or minutes.
 
     With a budget of minutes the learning rate follows the clock: such a run ends well trained on any machine, but
     is not repeated bit for bit.
@@ -203,13 +204,13 @@ class Cosine(Constant):
         self.min_factor = min_factor
 
     def factor(self, step: int, progress: float) -> float:
-        """Warm-up times the cosine."""
+        """Return warm-up times cosine."""
         cosine = (1 + math.cos(math.pi * min(1.0, progress))) / 2
         return super().factor(step, progress) * (self.min_factor + (1 - self.min_factor) * cosine)
 
 
 class Plateau(Constant):
-    """Lowers the learning rate when the validation loss has stopped falling: the textbook recipe's schedule.
+    """Lower the learning rate when the validation loss has stopped falling: the schedule of the SepFormer recipe.
 
     Args:
         warmup_steps: Steps in which the learning rate rises evenly from 0.
@@ -227,29 +228,37 @@ class Plateau(Constant):
                 f"[schedule] reduce_by = {reduce_by:g} must be between 0 and 1, patience = {patience} 0 or more, and "
                 f"min_factor = {min_factor:g} from 0 to 1."
             )
-        self.reduce_by, self.patience, self.min_factor = reduce_by, patience, min_factor
-        self.current, self.best, self.n_worse = 1.0, math.inf, 0
+        self.reduce_by = reduce_by
+        self.patience = patience
+        self.min_factor = min_factor
+        self.current = 1.0
+        self.best = math.inf
+        self.n_worse = 0
 
     def factor(self, step: int, progress: float) -> float:
-        """Warm-up times all lowerings so far."""
+        """Return warm-up times all reductions so far."""
         return super().factor(step, progress) * self.current
 
     def observe(self, validation_loss: float) -> None:
-        """Count, and lower where patience is at its end."""
+        """Count validations without a better loss, and reduce the learning rate when patience runs out."""
         if validation_loss < self.best:
-            self.best, self.n_worse = validation_loss, 0
+            self.best = validation_loss
+            self.n_worse = 0
             return
         self.n_worse += 1
         if self.n_worse > self.patience:
-            self.current, self.n_worse = max(self.min_factor, self.current * self.reduce_by), 0
+            self.current = max(self.min_factor, self.current * self.reduce_by)
+            self.n_worse = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Factor, best loss, and count of validations without a better one."""
+        """Return factor, best loss, and the number of validations without a better one."""
         return {"current": self.current, "best": self.best, "n_worse": self.n_worse}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up where another run stood."""
-        self.current, self.best, self.n_worse = float(state["current"]), float(state["best"]), int(state["n_worse"])
+        """Load the state of another run."""
+        self.current = float(state["current"])
+        self.best = float(state["best"])
+        self.n_worse = int(state["n_worse"])
 
 
 SCHEDULES: dict[str, Callable[..., Schedule]] = {"constant": Constant, "cosine": Cosine, "plateau": Plateau}

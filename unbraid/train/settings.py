@@ -1,4 +1,4 @@
-"""How long a run trains, by which rules, and how often it is validated and saved."""
+"""The recipe's tables [train], [validate] and [save], and Job, which hands them to the loop."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,19 +11,19 @@ class TrainSettings:
     """The table ``[train]`` of a recipe.
 
     Attributes:
-        max_steps: Ends the run; 0 for no such end.
-        max_minutes: Ends the run, over all its resumptions; 0 for no such end.
-        precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
-        compile: ``auto``, ``on`` or ``off``.
-        accumulate: Micro-batches that a step's examples are split into, to save memory; the result is the same.
-        ema: Share that stays in each step of the moving average of the weights, such as 0.999, which is then validated
-            and saved as the model; 0 for none.
-        on_bad_example: ``skip`` leaves the step out; ``rescue`` repeats it on its clean examples, for which an
-            accelerator waits for the host in each step; ``stop`` ends the run.
-        loss_upper_limit: A loss beyond this, by absolute value, is a fault as NaN is.
-        compare_every_steps: How often several processes make sure that they hold the same weights, beside each
-            checkpoint; 0 only there.
-        also_log: Who else is told of every step: ``tensorboard``, ``wandb``, ``trackio``, or ``my_file:MyLogger``.
+        max_steps: Number of steps after which the run ends; 0 for no limit.
+        max_minutes: Wall time after which the run ends, over all its resumptions; 0 for no limit.
+        precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``; ``auto`` chooses what the hardware multiplies natively.
+        compile: ``auto``, ``on`` or ``off``; ``auto`` compiles if the budget is long enough to repay it.
+        accumulate: Number of micro-batches in a step: more need less memory, and the result is the same.
+        ema: Decay of a moving average of the weights, such as 0.999. The average is then validated and saved as the
+            model; 0 for none.
+        on_bad_example: What to do with a step that has a bad example. ``skip`` skips the step; ``rescue`` repeats it on
+            its clean examples, at the price of one synchronisation with the accelerator per step; ``stop`` ends the run.
+        loss_upper_limit: A loss above this, by absolute value, is a fault just as NaN is.
+        compare_every_steps: How often several processes check that they hold the same weights, besides at each
+            checkpoint; 0 for only at checkpoints.
+        also_log: Further loggers: ``tensorboard``, ``wandb``, ``trackio``, or your own, ``my_file:MyLogger``.
     """
 
     max_steps: int = 0
@@ -43,10 +43,10 @@ class ValidateSettings:
     """The table ``[validate]`` of a recipe.
 
     Attributes:
-        every_steps: How often; 0 only at the end.
-        n_items: How many mixtures.
-        save_audio: Of how many of them the sound is kept, the first ones; 0 for none. An estimate of 3 s at 8 kHz takes
-            0.1 MB, and that of up to 24 validations stays.
+        every_steps: How often to validate; 0 for only at the end.
+        n_items: Number of validation mixtures.
+        save_audio: How many of the first validation mixtures to save as audio; 0 for none. An estimate of 3 s at 8 kHz
+            takes 0.1 MB, and the estimates of up to 24 validations are kept.
     """
 
     every_steps: int = 1000
@@ -59,9 +59,9 @@ class SaveSettings:
     """The table ``[save]`` of a recipe.
 
     Attributes:
-        every_steps: How often; 0 only at the end.
-        keep: How many of the newest checkpoints stay; the best stays beside them.
-        incidents: How many bad steps are kept for `unbraid replay`, each with the model's weights.
+        every_steps: How often to save a checkpoint; 0 for only at the end.
+        keep: How many of the newest checkpoints to keep; the best one is kept as well.
+        incidents: How many bad steps to save for `unbraid replay`, each with the model's weights.
     """
 
     every_steps: int = 1000
@@ -71,16 +71,16 @@ class SaveSettings:
 
 @dataclass(frozen=True)
 class Job:
-    """What `fit` needs beside the state: where to write, how often, and what a checkpoint says of the run.
+    """What `fit` needs besides the state: where to write, how often, and what a checkpoint records of the run.
 
     Attributes:
         run: The run directory.
         train: Budget and rules.
-        validate: How often.
-        save: How often, how many.
+        validate: How often to validate.
+        save: How often to save, and what to keep.
         recipe: The resolved recipe, for the checkpoint.
         choices: What "auto" chose, for the checkpoint.
-        n_files: Files in the training split, which the budget for bad ones is a share of.
+        n_files: Files in the training split; the number of bad files that a run tolerates is a share of it.
     """
 
     run: RunDirectory

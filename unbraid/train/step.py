@@ -13,18 +13,12 @@ from unbraid.data.batch import Batch
 from unbraid.records import FAULT_OUTCOMES, ItemId, ItemRecord, Outcome, StepRecord
 from unbraid.robust.clip import as_max_norm
 from unbraid.robust.guard import apply_update, supports_found_inf
-from unbraid.train.block_stats import (
-    BlockStats,
-    block_records,
-    host_memory,
-    is_sampled_step,
-    item_record,
-    parameters_by_block,
-    peak_memory,
-)
+from unbraid.train.block_stats import BlockStats, block_records, is_sampled_step, parameters_by_block
 from unbraid.train.buffer_snapshot import BufferSnapshot
+from unbraid.train.example_stats import item_record
 from unbraid.train.forward_backward import BackwardResult, MicroBatchResult, Totals, forward_backward
 from unbraid.train.host_transfer import HostTransfer
+from unbraid.train.memory import host_memory, peak_memory
 from unbraid.train.rescue import find_bad_examples, loss_scale_can_shrink, rescue
 from unbraid.train.state import TrainState
 

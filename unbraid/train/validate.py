@@ -30,60 +30,73 @@ def make_validator(
     audio_options: AudioOptions | None = None,
     save_audio: int = 0,
 ) -> Validate:
-    """A function that scores a state's model on the first ``n_items`` mixtures, shared out over the ranks.
+    """Return a function that evaluates a state's model on the first ``n_items`` mixtures, shared among the ranks.
 
     Args:
-        dataset: Mixtures of sources not trained on.
-        n_items: How many.
-        batch_size: How many go through the model together.
-        assign: Whether SI-SDR is taken in the best order (``"permutation"``), in the model's own (``"fixed"``), or of
-            the sums of outputs that make up each target (``"mixit"``).
-        audio_options: How outputs become sound; None where nobody listens.
-        save_audio: Of how many mixtures, the first ones, the sound is handed over.
+        dataset: Mixtures of sources that are not trained on.
+        n_items: Number of mixtures.
+        batch_size: How many of them go through the model together.
+        assign: How outputs are compared with targets for SI-SDR: in the best order (``"permutation"``), in the model's
+            own (``"fixed"``), or as the sums of outputs that approximate each target (``"mixit"``).
+        audio_options: How outputs become audio; None for no audio.
+        save_audio: How many of the first mixtures to return as audio.
     """
 
     @torch.no_grad()
     def validate(state: TrainState) -> ValidationScores:
-        sums, faults, sounds = torch.zeros(4, dtype=torch.float64), list[AudioFault](), list[AudioExample]()
-        of_items = torch.zeros(n_items, 1 + dataset.settings.n_sources, dtype=torch.float64)
+        sums = torch.zeros(4, dtype=torch.float64)  # loss, SI-SDR, SI-SDRi, number of examples
+        item_rows = torch.zeros(n_items, 1 + dataset.settings.n_sources, dtype=torch.float64)  # SI-SDRi, order
+        faults: list[AudioFault] = []
+        audio: list[AudioExample] = []
         for keys in ValidationSampler(n_items, batch_size, rank=dist.rank(), world_size=dist.world_size()):
+            # 1. Losses, as in training.
             loaded = collate([dataset[key] for key in keys])
             faults.extend(loaded.faults)
             batch = loaded.batch.to(state.device)
             output = _separate(state, batch)
             losses, _ = example_losses(state.loss, output, batch)
+
+            # 2. SI-SDR of the estimates, and of the mixture taken as the estimate of every source.
             estimate, order = _ordered(get_sources(output), batch.sources, assign)
-            ratios = si_sdr(estimate, batch.sources)
-            after = mean_over_active(ratios, batch.sources)
+            source_si_sdr = si_sdr(estimate, batch.sources)
+            estimate_si_sdr = mean_over_active(source_si_sdr, batch.sources)
             unprocessed = batch.mixture[:, None].expand_as(batch.sources)
-            before = mean_over_active(si_sdr(unprocessed, batch.sources), batch.sources)
-            sums[:3] += torch.stack([losses.sum(), after.sum(), (after - before).sum()]).double().cpu()
+            mixture_si_sdr = mean_over_active(si_sdr(unprocessed, batch.sources), batch.sources)
+            si_sdri = estimate_si_sdr - mixture_si_sdr
+
+            # 3. Sums, rows by item, and audio.
+            sums[:3] += torch.stack([losses.sum(), estimate_si_sdr.sum(), si_sdri.sum()]).double().cpu()
             sums[3] += len(losses)
-            places = [key.index for key in keys]
-            of_items[places, 0], of_items[places, 1:] = (after - before).double().cpu(), order.double().cpu()
+            indices = [key.index for key in keys]
+            item_rows[indices, 0] = si_sdri.double().cpu()
+            item_rows[indices, 1:] = order.double().cpu()
             if audio_options is not None:
-                heard = [place for place, key in enumerate(keys) if key.index < save_audio]
-                sounds += audio_examples(audio_options, batch, estimate, heard, scores=(ratios, after - before))
-        loss, total, improvement, count = dist.sum_over_ranks(sums.to(state.device)).tolist()
-        improvements, *orders = dist.sum_over_ranks(of_items.to(state.device)).T.tolist()
-        searched = assign == "permutation"
+                audible = [row for row, key in enumerate(keys) if key.index < save_audio]
+                audio += audio_examples(audio_options, batch, estimate, audible, scores=(source_si_sdr, si_sdri))
+
+        # Each item belongs to one rank, so summing over the ranks puts the rows together.
+        loss, total_si_sdr, total_si_sdri, count = dist.sum_over_ranks(sums.to(state.device)).tolist()
+        item_si_sdri, *order_columns = dist.sum_over_ranks(item_rows.to(state.device)).T.tolist()
+        orders: tuple[tuple[int, ...], ...] = ()
+        if assign == "permutation":
+            orders = tuple(tuple(map(int, order)) for order in zip(*order_columns, strict=True))
         return ValidationScores(
-            loss / count,
-            total / count,
-            improvement / count,
-            round(count),
+            loss=loss / count,
+            si_sdr=total_si_sdr / count,
+            si_sdri=total_si_sdri / count,
+            n_items=round(count),
             faults=tuple(faults),
-            audio=tuple(sounds),
-            orders=tuple(tuple(map(int, order)) for order in zip(*orders, strict=True)) if searched else (),
-            item_si_sdri=tuple(round(value, 3) if math.isfinite(value) else None for value in improvements),
+            audio=tuple(audio),
+            orders=orders,
+            item_si_sdri=tuple(round(value, 3) if math.isfinite(value) else None for value in item_si_sdri),
         )
 
     return validate
 
 
 def _ordered(estimate: Tensor, target: Tensor, assign: str) -> tuple[Tensor, Tensor]:
-    """Estimates as they are held against the targets, and which each target was given, ``(batch, source)``."""
-    if assign == "mixit":  # a target is given a sum of them
+    """Return the estimates in the order of the targets, and the output given to each target, ``(batch, source)``."""
+    if assign == "mixit":  # a target is given a sum of outputs, not one of them
         summed = match_to_targets(estimate, target, evaluation_loss(assign), assign=assign)
         return summed, torch.zeros(target.shape[:2])
     order = find_order(estimate, target, evaluation_loss(assign), assign=assign)
@@ -91,25 +104,26 @@ def _ordered(estimate: Tensor, target: Tensor, assign: str) -> tuple[Tensor, Ten
 
 
 def _separate(state: TrainState, batch: Batch) -> Tensor | ModelOutput:
-    """The model's outputs, in as many pieces as memory asks for.
+    """Run the model, in as many pieces as memory requires.
 
     Raises:
-        torch.OutOfMemoryError: If it does not suffice for a single example.
+        torch.OutOfMemoryError: If memory does not suffice for a single example.
     """
     n_pieces = state.n_pieces
     while True:
         try:
             with state.precision.autocast(state.device):
-                return _joined([infer(state.unwrapped_model, piece.mixture) for piece in batch.split(n_pieces)])
+                return _concatenate([infer(state.unwrapped_model, piece.mixture) for piece in batch.split(n_pieces)])
         except torch.OutOfMemoryError:
             if n_pieces >= len(batch.mixture):
                 raise
         n_pieces *= 2
 
 
-def _joined(outputs: Sequence[Tensor | ModelOutput]) -> Tensor | ModelOutput:
-    """Batches that went through the model one after the other, as if they had gone together."""
-    first, sources = outputs[0], torch.cat([get_sources(output) for output in outputs])
+def _concatenate(outputs: Sequence[Tensor | ModelOutput]) -> Tensor | ModelOutput:
+    """Join the outputs of several batches as if they had gone through the model together."""
+    first = outputs[0]
+    sources = torch.cat([get_sources(output) for output in outputs])
     if not isinstance(first, ModelOutput):
         return sources
     embeddings = [o.embedding for o in outputs if isinstance(o, ModelOutput) and o.embedding is not None]

@@ -1,4 +1,4 @@
-"""Examples to hear: mixture, references and estimates as files; those of each validation beside their scores."""
+"""Save validation examples as audio: mixture and references once, the estimates of each validation with its scores."""
 
 import math
 import shutil
@@ -19,23 +19,23 @@ from unbraid.metrics import is_active
 from unbraid.type_aliases import AudioArray
 
 MAX_FOLDERS = 24
-"""Of so many validations the sound stays: the first, the newest, and others evenly between."""
+"""How many validations keep their audio: the first, the newest, and others evenly between them."""
 
 SCORES = "scores.json"
-"""Written last: a folder that has it is whole."""
+"""Written last: a folder that has it is complete."""
 
 
 @dataclass(frozen=True)
 class AudioExample:
-    """One example to hear.
+    """One validation example as audio.
 
     Attributes:
-        index: Its place among the examples.
+        index: Index of the example in the validation set.
         sample_rate: In Hz.
         mixture: ``(channel, time)``.
-        references: What it was mixed from, ``(source, channel, time)``.
+        references: The sources it was mixed from, ``(source, channel, time)``.
         estimates: In the order of the references, ``(source, channel, time)``.
-        si_sdr: Of each estimate, in dB; NaN where the reference is silent.
+        si_sdr: Of each estimate, in dB; NaN if the reference is silent.
         si_sdri: Mean improvement over the mixture, in dB.
         files: The recordings it was mixed from.
     """
@@ -51,175 +51,192 @@ class AudioExample:
 
     @property
     def finite(self) -> bool:
-        """Whether there is nothing in the estimates that no file can hold."""
+        """Whether all estimates are finite: no audio file can hold NaN."""
         return bool(np.isfinite(self.estimates).all())
 
 
 @dataclass(frozen=True)
 class AudioOptions:
-    """How a model's outputs become sound.
+    """How a model's outputs become audio.
 
     Attributes:
         sample_rate: In Hz.
-        match_level: Whether the loss leaves their level open, so that it is taken from the mixture.
-        silent_below_db: As `unbraid.inference.at_mixture_level` takes it.
+        match_level: Whether to set the level of the estimates by the mixture, because the loss ignores level.
+        silent_below_db: As in `unbraid.inference.at_mixture_level`.
     """
 
     sample_rate: int
     match_level: bool = False
     silent_below_db: float | None = None
 
-    def sound(self, index: int, mixture: Tensor, references: Tensor, estimates: Tensor) -> AudioExample:
-        """One example, from ``(channel, time)`` and twice ``(source, channel, time)``, on any device."""
-        given, wanted, found = (tensor.detach().float().cpu().numpy() for tensor in (mixture, references, estimates))
-        if self.match_level and np.isfinite(found).all():
-            found = at_mixture_level(found, given, silent_below_db=self.silent_below_db)
-        return AudioExample(index, self.sample_rate, given, wanted, found)
+    def make_example(self, index: int, mixture: Tensor, references: Tensor, estimates: Tensor) -> AudioExample:
+        """Return one example without scores.
+
+        Args:
+            index: Of the example.
+            mixture: ``(channel, time)``, on any device.
+            references: ``(source, channel, time)``.
+            estimates: ``(source, channel, time)``.
+        """
+        mixture_array = _to_numpy(mixture)
+        estimate_array = _to_numpy(estimates)
+        if self.match_level and np.isfinite(estimate_array).all():
+            estimate_array = at_mixture_level(estimate_array, mixture_array, silent_below_db=self.silent_below_db)
+        return AudioExample(index, self.sample_rate, mixture_array, _to_numpy(references), estimate_array)
+
+
+def _to_numpy(tensor: Tensor) -> AudioArray:
+    return tensor.detach().float().cpu().numpy()
 
 
 def audio_examples(
-    audio_options: AudioOptions, batch: Batch, ordered: Tensor, places: Sequence[int], *, scores: tuple[Tensor, Tensor]
+    audio_options: AudioOptions,
+    batch: Batch,
+    estimates: Tensor,
+    indices: Sequence[int],
+    *,
+    scores: tuple[Tensor, Tensor],
 ) -> list[AudioExample]:
-    """Some examples of a batch, with their scores.
+    """Return some examples of a batch, with their scores.
 
     Args:
-        audio_options: How they become sound.
-        batch: Of named examples.
-        ordered: Estimates in the order of the sources, ``(batch, source, channel, time)``.
-        places: Which ones.
+        audio_options: How they become audio.
+        batch: With the items of its examples.
+        estimates: In the order of the sources, ``(batch, source, channel, time)``.
+        indices: Of the examples in the batch.
         scores: SI-SDR in dB, ``(batch, source, channel)``, and its mean improvement, ``(batch,)``.
     """
-    ratios, improvements = scores
-    of_sources = ratios.where(is_active(batch.sources), torch.nan).nanmean(-1).tolist()
-    found = []
-    for place in places:
-        sound = audio_options.sound(
-            batch.items[place].index, batch.mixture[place], batch.sources[place], ordered[place]
+    si_sdr, si_sdri = scores
+    source_si_sdr = si_sdr.where(is_active(batch.sources), torch.nan).nanmean(-1).tolist()
+    examples = []
+    for index in indices:
+        item = batch.items[index]
+        example = audio_options.make_example(item.index, batch.mixture[index], batch.sources[index], estimates[index])
+        examples.append(
+            replace(example, si_sdr=tuple(source_si_sdr[index]), si_sdri=float(si_sdri[index]), files=item.files)
         )
-        scored = replace(sound, si_sdr=tuple(of_sources[place]), si_sdri=float(improvements[place]))
-        found.append(replace(scored, files=batch.items[place].files))
-    return found
+    return examples
 
 
-def write_mixture_and_references(folder: Path, sound: AudioExample) -> None:
+def write_mixture_and_references(folder: Path, example: AudioExample) -> None:
     """Write ``NNN-mixture.wav`` and ``NNN-reference-K.wav``.
 
     Raises:
         AudioError: As `write_audio`.
     """
-    for name, audio in _given(sound):
-        write_audio(folder / name, audio, sound.sample_rate)
+    for name, audio in _named_inputs(example):
+        write_audio(folder / name, audio, example.sample_rate)
 
 
-def write_estimates(folder: Path, sound: AudioExample) -> None:
+def write_estimates(folder: Path, example: AudioExample) -> None:
     """Write ``NNN-estimate-K.wav``.
 
     Raises:
         AudioError: As `write_audio`.
     """
-    for n, audio in enumerate(sound.estimates, 1):
-        write_audio(folder / f"{sound.index:03d}-estimate-{n}.wav", audio, sound.sample_rate)
+    for n, audio in enumerate(example.estimates, 1):
+        write_audio(folder / f"{example.index:03d}-estimate-{n}.wav", audio, example.sample_rate)
 
 
-def save_audio_examples(folder: Path, step: int, sounds: Sequence[AudioExample]) -> None:
-    """Write the sound of one validation, so that a folder with ``scores.json`` in it is whole.
+def save_audio_examples(folder: Path, step: int, examples: Sequence[AudioExample]) -> None:
+    """Write the audio of one validation; a folder with ``scores.json`` in it is complete.
 
-    What the estimates are made of lies in the folder itself, once; estimates and scores in a folder of the step, in the
-    place of one from an earlier way past it. Of many such folders some go. An example with an estimate that is not
-    finite is left out.
+    Mixtures and references go into the folder itself, once; estimates and scores into a subfolder for the step, which
+    replaces one of the same step. At most `MAX_FOLDERS` subfolders stay. Examples with nonfinite estimates are skipped.
 
     Args:
         folder: ``audio`` in the run directory.
-        step: The step after which they were made.
-        sounds: In any order.
+        step: The step after which the validation was made.
+        examples: In any order.
 
     Raises:
-        AudioError: If a file cannot be written; of the step's folder nothing stays.
+        AudioError: If a file cannot be written; then nothing of the step's folder stays.
         OSError: As above.
     """
-    sounds = sorted((sound for sound in sounds if sound.finite), key=lambda sound: sound.index)
-    if not sounds:
+    examples = sorted((example for example in examples if example.finite), key=lambda example: example.index)
+    if not examples:
         return
-    for sound in sounds:
-        _write_given_once(folder, sound)
-    here = folder / f"step-{step:06d}"
-    shutil.rmtree(here, ignore_errors=True)
+    for example in examples:
+        _write_inputs_once(folder, example)
+    step_folder = folder / f"step-{step:06d}"
+    shutil.rmtree(step_folder, ignore_errors=True)
     try:
-        for sound in sounds:
-            write_estimates(here, sound)
-        said = ("index", "si_sdri", "si_sdr", "files")
-        items = [{name: getattr(sound, name) for name in said} for sound in sounds]
-        scores = {"step": step, "sample_rate": sounds[0].sample_rate, "items": items}
-        write_json(here / SCORES, to_json_row(scores))
+        for example in examples:
+            write_estimates(step_folder, example)
+        fields = ("index", "si_sdri", "si_sdr", "files")
+        items = [{name: getattr(example, name) for name in fields} for example in examples]
+        scores = {"step": step, "sample_rate": examples[0].sample_rate, "items": items}
+        write_json(step_folder / SCORES, to_json_row(scores))
     except (AudioError, OSError):
-        shutil.rmtree(here, ignore_errors=True)
+        shutil.rmtree(step_folder, ignore_errors=True)
         raise
-    _make_room(folder)
+    _remove_surplus(folder)
 
 
 def remove_later_audio(folder: Path, step: int) -> None:
-    """Remove the sound of validations after a step: whoever goes on from there will make it again."""
+    """Remove the audio of validations after a step: a run that continues from there makes it again."""
     for path in _step_folders(folder):
         if _step_of(path) > step:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _given(sound: AudioExample) -> Iterator[tuple[str, AudioArray]]:
-    yield f"{sound.index:03d}-mixture.wav", sound.mixture
-    yield from ((f"{sound.index:03d}-reference-{n}.wav", audio) for n, audio in enumerate(sound.references, 1))
+def _named_inputs(example: AudioExample) -> Iterator[tuple[str, AudioArray]]:
+    yield f"{example.index:03d}-mixture.wav", example.mixture
+    yield from ((f"{example.index:03d}-reference-{n}.wav", audio) for n, audio in enumerate(example.references, 1))
 
 
-def _write_given_once(folder: Path, sound: AudioExample) -> None:
-    """Write mixture and references where they are not there; where others are, older estimates belong to those."""
-    for name, audio in _given(sound):
+def _write_inputs_once(folder: Path, example: AudioExample) -> None:
+    """Write mixture and references unless they are there. If others are there, all older estimates belong to those."""
+    for name, audio in _named_inputs(example):
         path = folder / name
         if path.exists():
-            if _holds(path, audio):
+            if _contains(path, audio):
                 continue
             remove_later_audio(folder, -1)
-        write_audio(path, audio, sound.sample_rate)
+        write_audio(path, audio, example.sample_rate)
 
 
-def _holds(path: Path, audio: AudioArray) -> bool:
+def _contains(path: Path, audio: AudioArray) -> bool:
     try:
         return np.array_equal(read_audio(path)[0], audio)
     except AudioError:
         return False
 
 
-def _make_room(folder: Path) -> None:
-    """Remove what was left half-written, and the folders that are nearest to their neighbours beyond `MAX_FOLDERS`."""
-    whole = []
+def _remove_surplus(folder: Path) -> None:
+    """Remove incomplete folders, and complete ones beyond `MAX_FOLDERS`, those nearest to their neighbours first."""
+    complete = []
     for path in _step_folders(folder):
         if (path / SCORES).exists():
-            whole.append(path)
+            complete.append(path)
         else:
             shutil.rmtree(path, ignore_errors=True)
-    kept = spread([_step_of(path) for path in whole], MAX_FOLDERS)
-    for path in whole:
-        if _step_of(path) not in kept:
+    steps_to_keep = spread([_step_of(path) for path in complete], MAX_FOLDERS)
+    for path in complete:
+        if _step_of(path) not in steps_to_keep:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def spread(steps: Sequence[int], n_kept: int) -> list[int]:
-    """So many of the steps at most: the first, the last, and between them what lies most evenly.
+def spread(steps: Sequence[int], n_max: int) -> list[int]:
+    """Return at most ``n_max`` of the steps: the first, the last, and the most evenly spread between them.
 
-    Called after each new step with what it left before, it leaves no gap twice as wide as an even one.
+    Called after each new step on what it returned before, it leaves no gap twice as wide as an even one.
 
     Args:
         steps: In ascending order.
-        n_kept: At least 2.
+        n_max: At least 2.
     """
     kept = list(steps)
-    while len(kept) > n_kept:
+    while len(kept) > n_max:
+        # removing a step leaves the gap between its two neighbours
         gaps = [after - before for before, after in zip(kept, kept[2:], strict=False)]
         del kept[1 + gaps.index(min(gaps))]
     return kept
 
 
 def _step_folders(folder: Path) -> list[Path]:
-    found = [path for path in folder.glob("step-*") if path.is_dir() and path.name[5:].isdigit()]
-    return sorted(found, key=_step_of)
+    paths = [path for path in folder.glob("step-*") if path.is_dir() and path.name[5:].isdigit()]
+    return sorted(paths, key=_step_of)
 
 
 def _step_of(path: Path) -> int:
