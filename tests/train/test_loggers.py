@@ -186,8 +186,8 @@ def test_who_is_told_may_change_on_resuming(own, tmp_path):
     assert ["StepRecord", 3] not in heard_in(tmp_path)
 
 
-def scalars(folder):
-    """What TensorBoard reads from event files: steps and values, by name; and the texts of events."""
+def read_event_files(folder):
+    """Return what TensorBoard reads from event files: steps and values, by name; and the texts of events."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     found = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0}).Reload()
@@ -204,7 +204,7 @@ def test_tensorboard_reads_what_the_records_say(own, tmp_path):
 
     rows = read_rows(run.steps)[0]
     assert [row["outcome"] for row in rows] == ["trained"] * 2 + ["nonfinite_loss"] + ["trained"] * 3
-    values, texts = scalars(run.path / "tensorboard")
+    values, texts = read_event_files(run.path / "tensorboard")
     trained = [row for row in rows if row["outcome"] == "trained"]
     assert values["train/loss"] == [(row["step"], pytest.approx(row["loss"])) for row in trained]
     assert values["train/grad_norm"] == [(row["step"], pytest.approx(row["grad_norm"])) for row in trained]
@@ -225,7 +225,7 @@ def test_tensorboard_shows_each_step_of_a_resumed_run_once(own, tmp_path):
 
     run_recipe(file, tmp_path / "run", also("tensorboard"), resume=True)
 
-    values, texts = scalars(run.path / "tensorboard")
+    values, texts = read_event_files(run.path / "tensorboard")
     assert values["train/loss"] == [(row["step"], pytest.approx(row["loss"])) for row in read_rows(run.steps)[0]]
     assert any(text.startswith("RUN_RESUMED") for text in texts)
 

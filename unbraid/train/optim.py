@@ -109,11 +109,11 @@ def schedule_free(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
 ) -> Optimizer:
-    """Schedule-free AdamW: it averages its weights instead of lowering the learning rate. Needs extra ``schedule_free``.
+    """Schedule-free AdamW: average the weights instead of lowering the learning rate. Needs extra ``schedule_free``.
 
-    Use the schedule ``constant`` with a warm-up. The averaged weights are the ones to evaluate: its ``eval()`` puts them
-    into the model, and its ``train()`` takes them out again, up to rounding; `evaluation_weights` does it exactly. The
-    optimizer is returned in training mode.
+    Use the schedule ``constant`` with a warm-up. The averaged weights are the ones to evaluate: ``eval()`` puts them into
+    the model, and ``train()`` takes them out again, up to rounding; `evaluation_weights` does it exactly. The optimizer is
+    returned in training mode.
 
     Args:
         parameters: Of the model.
