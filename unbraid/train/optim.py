@@ -85,8 +85,8 @@ def rmsprop(
 ) -> Optimizer:
     """RMSprop.
 
-    It cannot leave a step out by itself: there the host decides, which on an accelerator costs one synchronisation a
-    step. So it is with `Muon` and `schedule_free`.
+    It cannot skip a step on the device. The host decides instead, which costs one synchronisation per step on an
+    accelerator. The same holds for `Muon` and `schedule_free`.
 
     Args:
         parameters: Of the model.
@@ -111,9 +111,9 @@ def schedule_free(
 ) -> Optimizer:
     """Schedule-free AdamW: average the weights instead of lowering the learning rate. Needs extra ``schedule_free``.
 
-    Use the schedule ``constant`` with a warm-up. The averaged weights are the ones to evaluate: ``eval()`` puts them into
-    the model, and ``train()`` takes them out again, up to rounding; `evaluation_weights` does it exactly. The optimizer is
-    returned in training mode.
+    Use the schedule ``constant`` with a warm-up. The averaged weights are the ones to evaluate: ``eval()`` puts them
+    into the model, and ``train()`` takes them out again, up to rounding; `evaluation_weights` does it exactly. The
+    optimizer is returned in training mode.
 
     Args:
         parameters: Of the model.
