@@ -159,7 +159,9 @@ def test_a_package_that_is_not_there_is_said_before_anything_is_written(
     assert main(["train", str(own()), "--run", str(tmp_path / "run"), "--set", also("own:Hears", name)]) == 2
 
     line = capsys.readouterr().err
-    assert line == f'unbraid: train.also_log names {name}, which is not installed. Run: pip install "unbraid[{name}]".\n'
+    assert (
+        line == f'unbraid: train.also_log names {name}, which is not installed. Run: pip install "unbraid[{name}]".\n'
+    )
     assert not (tmp_path / "run" / "steps.jsonl").exists()
     assert heard_in(tmp_path)[-1] == ["end"]
 
