@@ -98,10 +98,10 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def conditions(args: argparse.Namespace) -> dict[str, Any]:
     """Return the conditions that must be equal for runs to be compared."""
-    asked = {"table": args.table.name, "minutes": args.minutes, "items": args.items, "threads": args.threads}
+    options = {"table": args.table.name, "minutes": args.minutes, "items": args.items, "threads": args.threads}
     recipe = recipe_table(recipe_of(args.table, 0, args.minutes))
     del recipe["data"]["path"], recipe["data"]["seed"]
-    return asked | {"turn_seconds": TURN_SECONDS, "recipe": recipe}
+    return options | {"turn_seconds": TURN_SECONDS, "recipe": recipe}
 
 
 def in_turns(args: argparse.Namespace, tasks: Sequence[Task]) -> list[dict[str, Any]]:
@@ -112,8 +112,8 @@ def in_turns(args: argparse.Namespace, tasks: Sequence[Task]) -> list[dict[str, 
     Raises:
         CalledProcessError: If a process failed.
     """
-    asked = {"--minutes": args.minutes * len(tasks), "--items": args.items, "--threads": args.threads}
-    words = [str(args.table), *(str(word) for pair in asked.items() for word in pair)]
+    options = {"--minutes": args.minutes * len(tasks), "--items": args.items, "--threads": args.threads}
+    words = [str(args.table), *(str(word) for pair in options.items() for word in pair)]
     with ExitStack() as cleanup:
         started = []
         for task in tasks:
