@@ -252,7 +252,7 @@ def test_ctrl_c_draws_the_steps_so_far_and_the_same_command_resumes(recipe_file,
     assert run_command(recipe_file, tmp_path / "out", *options) == 130
     printed = capsys.readouterr().out
     assert "none: 5 of 7 steps" in printed
-    assert "Stopped by signal 2; go on with: " in printed
+    assert "Stopped by signal 2. To resume: " in printed
     assert [path.name for path in sorted((tmp_path / "out").iterdir())] == ["none", "trajectory.json", "trajectory.png"]
 
     monkeypatch.undo()

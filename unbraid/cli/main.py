@@ -1,9 +1,8 @@
-"""The commands: each parses, calls the library, prints. Torch is imported only when a command runs."""
+"""The commands: each parses its options, calls the library and prints. Torch is imported only when one runs."""
 
 import argparse
 import json
 import os
-import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -12,13 +11,13 @@ from pathlib import Path
 
 from unbraid import __version__
 from unbraid.cli.lab import add_lab
-from unbraid.cli.options import Parser, add_set, add_trust, port_number, positive
+from unbraid.cli.options import Parser, add_set, add_trust, exit_status, port_number, positive, resume_advice
 from unbraid.config.shipped_recipes import find_recipe, recipes_folder
-from unbraid.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
+from unbraid.errors import EXIT_USER_ERROR, UserError
 
 
 def train(args: argparse.Namespace) -> int:
-    """Train a separator by a recipe."""
+    """Train a separation model by a recipe."""
     from unbraid.config.recipe import load_recipe
     from unbraid.console import command_name, show_training
     from unbraid.health.rules import doctor_line
@@ -32,21 +31,19 @@ def train(args: argparse.Namespace) -> int:
         records = run_training(recipe, run, resume=args.resume, stop=stop)
         steps, minutes = recipe.train.max_steps, recipe.train.max_minutes
         show_training(records, max_steps=steps, max_minutes=minutes, doctor_line=lambda: doctor_line(run.path))
-    if os.environ.get("RANK", "0") != "0":  # one process of several tells
-        return EXIT_STOPPED + stop.agreed if stop.agreed else 0
+    # Of several processes only one prints.
+    if os.environ.get("RANK", "0") != "0":
+        return exit_status(stop.agreed)
     if stop.agreed:
-        words = [*args.words, *([] if args.resume else ["--resume"])]
         if "WORLD_SIZE" in os.environ:
-            print(f"Stopped by signal {stop.agreed}; go on with the same torchrun command and --resume.")
-            return EXIT_STOPPED + stop.agreed
-        print(f"Stopped by signal {stop.agreed}; go on with: {command_name()} {shlex.join(words)}")
-        return EXIT_STOPPED + stop.agreed
-    print(f"The run is in {run.path}; next: {command_name()} evaluate {run.path}{' --trust' * recipe.has_custom_code}")
+            return exit_status(stop.agreed, "To resume, run the same torchrun command with --resume.")
+        return exit_status(stop.agreed, resume_advice([*args.words, *([] if args.resume else ["--resume"])]))
+    print(f"The run is in {run.path}. Next: {command_name()} evaluate {run.path}{' --trust' * recipe.has_custom_code}")
     return 0
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    """Score a trained model on mixtures of unseen talkers."""
+    """Evaluate a trained model on mixtures of unseen speakers."""
     from unbraid.console import print_summaries, progress_bar
     from unbraid.evaluate import evaluate_checkpoint
 
@@ -57,13 +54,13 @@ def evaluate(args: argparse.Namespace) -> int:
     heard = {file for row in found.rows for file in row["files"].split(" + ")}
     title = f"{len(found.rows)} mixtures of {len(heard)} files in {found.recipe.data.path} ({args.split})"
     if found.recipe.assign == "mixit":
-        title += "; outputs added up as suits each mixture best (assign = 'mixit')"
+        title += "; outputs summed so as to fit each mixture best (assign = 'mixit')"
     print_summaries(found.summaries, title)
-    print(f"A row for each mixture: {found.table}" + (f"; to hear: {found.audio}" if found.audio else ""))
+    print(f"Metrics of each mixture: {found.table}" + (f"; audio: {found.audio}" if found.audio else ""))
     if found.worst:
         print("Worst first: " + ", ".join(f"{row['index']:03d} {row['si_sdri']:+.2f} dB" for row in found.worst))
     for message in found.bad_files.values():
-        print(f"Left out: {message}")
+        print(f"Skipped: {message}")
     return 0
 
 
@@ -77,7 +74,7 @@ def separate(args: argparse.Namespace) -> int:
 
 
 def import_foreign(args: argparse.Namespace) -> int:
-    """Read a checkpoint of SpeechBrain, Asteroid or MSST (BS-RoFormer) into a model of ours."""
+    """Read a checkpoint of SpeechBrain, Asteroid or MSST (BS-RoFormer) as a model of Unbraid."""
     from unbraid.console import command_name
     from unbraid.importers import import_checkpoint
 
@@ -91,7 +88,7 @@ def import_foreign(args: argparse.Namespace) -> int:
 
 
 def bench(args: argparse.Namespace) -> int:
-    """Time a recipe's training on this machine: which precision to take, whether to compile, which batch size."""
+    """Measure training speed on this machine, and advise on precision, compiling and batch size."""
     from rich.console import Console
 
     from unbraid.bench import run_bench
@@ -107,11 +104,11 @@ def bench(args: argparse.Namespace) -> int:
             found = run_bench(recipe, seconds=args.seconds, progress=advance)
         Console().print(found.table())
         print(found.advice.words)
-    return EXIT_STOPPED + signal.SIGINT if found.stopped else 0
+    return exit_status(signal.SIGINT if found.stopped else 0)
 
 
 def doctor(args: argparse.Namespace) -> int:
-    """Say what is wrong with a run, from its records alone: status 0 healthy, 1 warnings, 2 critical."""
+    """Diagnose a run from its records; the exit status is 0 for healthy, 1 for warnings, 2 for critical findings."""
     from unbraid.health.rules import exit_code, run_rules, summary
     from unbraid.health.series import read_series
 
@@ -121,7 +118,7 @@ def doctor(args: argparse.Namespace) -> int:
         found = {"run": str(args.run), "steps": series.last_step, "findings": [asdict(one) for one in findings]}
         print(json.dumps(found, indent=1))
         return exit_code(findings)
-    told = findings if args.all else findings[:ADVICES]
+    told = findings if args.all else findings[:N_FINDINGS]
     print(" ".join([f"{args.run}: {series.last_step} steps, {summary(findings)}.", *series.reading_notes]))
     for finding in told:
         print(f"\n{finding.severity.upper()} {finding.code}, steps {finding.steps[0]} to {finding.steps[1]}")
@@ -132,22 +129,25 @@ def doctor(args: argparse.Namespace) -> int:
     return exit_code(findings)
 
 
-ADVICES = 3
-"""So many at most, worst first: who is told everything does nothing."""
+N_FINDINGS = 3
+"""Number of findings printed without --all, worst first: a long list would be ignored."""
 
 
 def dashboard(args: argparse.Namespace) -> int:
-    """Show runs on a live page in the browser, on this machine alone."""
+    """Show runs on a live page in the browser; only this machine can reach it."""
     from unbraid.web.server import serve
 
     if args.open_to:
-        print(f"Whoever reaches {args.open_to} and has the link can read and hear these runs; it travels unencrypted.")
+        print(
+            f"Anyone who can reach {args.open_to} and has the link can read and hear these runs. The connection is not "
+            "encrypted."
+        )
     serve(args.runs, address=args.open_to or "127.0.0.1", port=args.port)
     return 0
 
 
 def report(args: argparse.Namespace) -> int:
-    """Write a run as one file to send, print or keep: curves, findings, sound; it opens with no network."""
+    """Write a run as one HTML file with curves, findings and audio; it needs no network."""
     from unbraid.web.report import write_report
 
     if args.plots:
@@ -162,7 +162,7 @@ def report(args: argparse.Namespace) -> int:
 
 
 def replay(args: argparse.Namespace) -> int:
-    """Run a bad step again: which example, which layer, and in which precision it goes away."""
+    """Rerun a bad step to find the example, the layer, and a precision without the fault."""
     from unbraid.replay import replay as run_again
 
     for line in run_again(args.incident, trust=args.trust):
@@ -171,22 +171,21 @@ def replay(args: argparse.Namespace) -> int:
 
 
 def demo(args: argparse.Namespace) -> int:
-    """Make talkers on the spot, train on them, evaluate, and leave separated sound and a picture."""
+    """Generate speakers, train on them, evaluate, and write separated audio and a picture."""
     from unbraid.console import print_summaries
     from unbraid.demo import run_demo, what_next
 
     result = run_demo(recipes_folder() / "demo.toml", args.out, overrides=args.set)
     if isinstance(result, int):
-        print(f"Stopped by signal {result}; the same command goes on from there.")
-        return EXIT_STOPPED + result
-    print_summaries(result.summaries, f"{result.n_items} mixtures of a low and a high voice, never heard in training")
+        return exit_status(result, "To resume, run the same command.")
+    print_summaries(result.summaries, f"{result.n_items} mixtures of a low and a high voice, unseen in training")
     print("\n".join(what_next(result)))
     return 0
 
 
 def parser() -> argparse.ArgumentParser:
-    """All commands and their options."""
-    top = Parser(prog="unbraid", description="Train networks that pull mixed sounds apart.", allow_abbrev=False)
+    """Return the parser of all commands and their options."""
+    top = Parser(prog="unbraid", description="Train source-separation networks.", allow_abbrev=False)
     top.add_argument("--version", action="version", version=f"unbraid {__version__}")
     commands = top.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
 
@@ -197,68 +196,82 @@ def parser() -> argparse.ArgumentParser:
         return command
 
     command = add("demo", demo)
-    command.add_argument("-o", "--out", type=Path, default=Path("runs/demo"), help="folder for all of it (%(default)s)")
+    command.add_argument(
+        "-o", "--out", type=Path, default=Path("runs/demo"), help="folder for all results (%(default)s)"
+    )
     add_set(command)
 
     command = add("train", train)
-    command.add_argument("recipe", type=Path, help="a TOML file, or the name of one of ours")
+    command.add_argument("recipe", type=Path, help="a TOML file, or the name of a built-in recipe")
     add_set(command)
-    run_help = "run directory (runs/NAME-OF-THE-RECIPE); behind torchrun write --run-dir, it takes --run for itself"
+    run_help = "run directory (runs/RECIPE); with torchrun write --run-dir, since torchrun takes --run for itself"
     command.add_argument("--run", "--run-dir", dest="run", type=Path, metavar="DIR", help=run_help)
-    command.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the run directory")
+    command.add_argument("--resume", action="store_true", help="resume from the newest checkpoint in the run directory")
 
     command = add("evaluate", evaluate)
     command.add_argument("checkpoint", type=Path, help="a run directory or a checkpoint")
-    command.add_argument("data", type=Path, nargs="?", help="speaker folder or manifest (that of the training)")
-    command.add_argument("--split", default="test", choices=("train", "valid", "test"), help="(%(default)s)")
-    command.add_argument("--n-items", type=positive(int), default=200, help="how many mixtures (%(default)s)")
-    command.add_argument("--seconds", type=positive(float), help="length of a mixture (that of the training)")
-    command.add_argument("--save-audio", type=positive(int), default=0, metavar="N", help="write the first N to hear")
-    worst_help = "write the N of the lowest SI-SDRi to hear"
+    command.add_argument("data", type=Path, nargs="?", help="speaker folder or manifest (as in training)")
+    command.add_argument(
+        "--split", default="test", choices=("train", "valid", "test"), help="speakers to evaluate on (%(default)s)"
+    )
+    command.add_argument("--n-items", type=positive(int), default=200, help="number of mixtures (%(default)s)")
+    command.add_argument("--seconds", type=positive(float), help="length of a mixture in seconds (as in training)")
+    command.add_argument(
+        "--save-audio", type=positive(int), default=0, metavar="N", help="write audio of the first N mixtures"
+    )
+    worst_help = "write audio of the N mixtures with the lowest SI-SDRi"
     command.add_argument("--save-worst", type=positive(int), default=0, metavar="N", help=worst_help)
     command.add_argument("-o", "--out", type=Path, help="table to write, .csv or .parquet (evaluation.csv in the run)")
     add_trust(command)
 
     command = add("separate", separate)
-    command.add_argument("files", type=Path, nargs="+", help="audio of any rate and channel count, or folders of it")
+    command.add_argument("files", type=Path, nargs="+", help="audio files of any rate and channel count, or folders")
     command.add_argument("-m", "--model", type=Path, required=True, help="a run directory or a checkpoint")
     command.add_argument("-o", "--out", type=Path, required=True, help="folder for NAME.source-N.wav")
     add_trust(command)
 
     command = add("import", import_foreign)
-    command.add_argument("files", type=Path, nargs="+", help="weights and their YAML, or the folder that holds them")
-    command.add_argument("-o", "--out", type=Path, required=True, help="run directory to make")
-    command.add_argument("--sample-rate", type=positive(int), metavar="HZ", help="where the files do not say it")
-    add_set(command, "model.n_heads=8, where the files do not say it")
+    command.add_argument(
+        "files", type=Path, nargs="+", help="the weights and their YAML file, or the folder that holds them"
+    )
+    command.add_argument("-o", "--out", type=Path, required=True, help="run directory to create")
+    command.add_argument(
+        "--sample-rate", type=positive(int), metavar="HZ", help="sample rate, if the files do not contain it"
+    )
+    add_set(command, "model.n_heads=8, if the files do not contain it")
 
     command = add("bench", bench)
     command.add_argument(
-        "recipe", type=Path, nargs="?", default=Path("conv_tasnet_small"), help="as for train (%(default)s)"
+        "recipe",
+        type=Path,
+        nargs="?",
+        default=Path("conv_tasnet_small"),
+        help="a TOML file, or the name of a built-in recipe (%(default)s)",
     )
     add_set(command)
-    seconds_help = "of steps for each variant, beside its first (%(default)s)"
+    seconds_help = "seconds of steps for each variant, after its first step (%(default)s)"
     command.add_argument("--seconds", type=positive(float), default=5.0, help=seconds_help)
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
     command = add("doctor", doctor)
     command.add_argument("run", type=Path, help="a run directory, during the run or after it")
-    command.add_argument("--all", action="store_true", help=f"tell everything, not the {ADVICES} worst alone")
+    command.add_argument("--all", action="store_true", help=f"print all findings, not just the {N_FINDINGS} worst")
     command.add_argument("--json", action="store_true", help="print JSON")
-    command.add_argument("--mute", action="append", default=[], metavar="CODE", help="leave out what has this code")
-    command.add_argument("--last", type=positive(int), metavar="N", help="look at about the last N steps alone")
+    command.add_argument("--mute", action="append", default=[], metavar="CODE", help="ignore findings with this code")
+    command.add_argument("--last", type=positive(int), metavar="N", help="look only at about the last N steps")
 
     command = add("dashboard", dashboard)
     command.add_argument(
         "runs", type=Path, nargs="*", default=[Path("runs")], help="run directories, or folders (runs)"
     )
-    command.add_argument("--port", type=port_number, help="where to listen (8642, or any that is free)")
-    open_help = "listen at another address than 127.0.0.1: whoever reaches it and has the link can read these runs"
+    command.add_argument("--port", type=port_number, help="port to listen on (8642, or any free one)")
+    open_help = "listen on another address than 127.0.0.1; anyone who can reach it and has the link can read these runs"
     command.add_argument("--open-to", metavar="ADDRESS", help=open_help)
 
     command = add("report", report)
     command.add_argument("run", type=Path, help="a run directory, during the run or after it")
     command.add_argument("-o", "--out", type=Path, help="HTML file to write (report.html in the run directory)")
-    command.add_argument("--plots", type=Path, metavar="FOLDER", help="draw each curve as a PNG for a paper instead")
+    command.add_argument("--plots", type=Path, metavar="FOLDER", help="draw each curve as a PNG file instead")
 
     command = add("replay", replay)
     command.add_argument("incident", type=Path, help="a folder in the incidents of a run directory")
@@ -269,7 +282,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; a user's mistake ends as one line on stderr and status 2."""
+    """Run a command, and return its exit status; a user error is one line on stderr and status 2."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     args = parser().parse_args(words)
     args.words = words
@@ -279,7 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"unbraid: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_USER_ERROR
     except OSError as error:
-        print(f"unbraid: {error}. Mend that, and start again.", file=sys.stderr)
+        print(f"unbraid: {error}. Fix this, and start again.", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        return EXIT_STOPPED + signal.SIGINT
+        return exit_status(signal.SIGINT)

@@ -1,26 +1,27 @@
-"""What several commands share: exit statuses, kinds of numbers, --set and --trust, where recipes are found."""
+"""Options, types of arguments and the end of a stopped command, shared by several commands."""
 
 import argparse
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from unbraid.errors import EXIT_USER_ERROR
+from unbraid.errors import EXIT_STOPPED, EXIT_USER_ERROR
 
 Add = Callable[[str, object], argparse.ArgumentParser]
-"""Adds a command by its name and function, whose docstring is its help."""
+"""Adds a command, given its name and function; the docstring of the function is the help text."""
 
 
 class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong, without the usage before it."""
+    """An argument parser that reports an error on one line, without the usage before it."""
 
     def error(self, message: str) -> None:  # type: ignore[override]
-        """Print one line and end with status 2."""
+        """Print one line and exit with status 2."""
         self.exit(EXIT_USER_ERROR, f"unbraid: {message}. See: {self.prog} --help\n")
 
 
 def positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A number above 0, of the kind given."""
+    """Return an argument type for numbers above 0; ``kind`` is int or float."""
 
     def convert(text: str) -> Any:
         if kind(text) <= 0:
@@ -32,34 +33,61 @@ def positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def folder(text: str) -> Path:
-    """A folder to write to, there or not."""
+    """Return the path of a folder to write to, which need not exist yet."""
     path = Path(text)
     if path.exists() and not path.is_dir():
-        raise argparse.ArgumentTypeError(f"{path} is a file, and a folder is needed")
+        raise argparse.ArgumentTypeError(f"{path} is a file; name a folder")
     return path
 
 
 def file_to_write(text: str) -> Path:
-    """A file to write, there or not."""
+    """Return the path of a file to write, which need not exist yet."""
     path = Path(text)
     if path.is_dir():
-        raise argparse.ArgumentTypeError(f"{path} is a folder; name the file in it")
+        raise argparse.ArgumentTypeError(f"{path} is a folder; name a file in it")
     return path
 
 
 def port_number(text: str) -> int:
-    """A port to listen at; 0 for any that is free."""
+    """Return a port number; 0 stands for any free port."""
     port = int(text)
     if not 0 <= port <= 65535:
-        raise argparse.ArgumentTypeError(f"port {text} must be from 0, for any that is free, to 65535")
+        raise argparse.ArgumentTypeError(f"port {text} must be from 0 (any free port) to 65535")
     return port
 
 
 def add_set(command: argparse.ArgumentParser, example: str = "optim.lr=3e-4") -> None:
-    """Let a command take ``--set KEY=VALUE``, over what the recipe says."""
-    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=f"such as {example}")
+    """Add ``--set KEY=VALUE``, which overrides a key of the recipe."""
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help=f"override a key of the recipe, such as {example}",
+    )
 
 
 def add_trust(command: argparse.ArgumentParser) -> None:
-    """Let a command run code that a checkpoint names."""
-    command.add_argument("--trust", action="store_true", help="let code named by the checkpoint run")
+    """Add ``--trust``, which allows code that a checkpoint names to run."""
+    command.add_argument("--trust", action="store_true", help="run code that the checkpoint names")
+
+
+def exit_status(signal_number: int, advice: str = "") -> int:
+    """Return 0, or 128 plus the number of the signal that stopped a command, and print what to do next.
+
+    Args:
+        signal_number: The signal; 0 if the command was not stopped.
+        advice: How to continue; nothing is printed if it is empty.
+    """
+    if not signal_number:
+        return 0
+    if advice:
+        print(f"Stopped by signal {signal_number}. {advice}")
+    return EXIT_STOPPED + signal_number
+
+
+def resume_advice(words: Sequence[str]) -> str:
+    """Return the sentence that tells how to resume a stopped command, from the words of its command line."""
+    from unbraid.console import command_name
+
+    return f"To resume: {command_name()} {shlex.join(words)}"
