@@ -34,7 +34,7 @@ def separate_files(files: Sequence[Path], model: Path, out: Path, *, trust: bool
     for path, target in jobs:
         audio, rate = read_audio(path)
         if audio.shape[-1] == 0:
-            raise AudioError(f"{path} holds no samples; there is nothing to separate.")
+            raise AudioError(f"{path} has no samples; there is nothing to separate.")
         if (bad := first_bad_sample(audio)) is not None:
             raise AudioError(
                 f"{path} has a sample that is not finite, the first at index {bad}; it cannot be separated."

@@ -323,7 +323,7 @@ def test_scores_of_outputs_that_were_added_up_are_marked_as_such(recipe_file, tm
     capsys.readouterr()
 
     assert main(["evaluate", str(tmp_path / "run"), "--n-items", "1"]) == 0
-    assert "outputs added up" in " ".join(capsys.readouterr().out.split())
+    assert "outputs summed" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_data_set_that_came_with_a_checkpoint_does_not_run_unless_trusted(recipe_file, tmp_path, monkeypatch, capsys):

@@ -312,8 +312,8 @@ def test_the_command_draws_and_prints_a_setting_to_copy(recipe_file, tmp_path, c
     assert cli.main(["lab", "lr-range", str(recipe_file()), *options]) == 0
     printed = capsys.readouterr().out
     numbers = json.loads((tmp_path / "out" / "lr-range.json").read_text())
-    setting = next(line for line in printed.splitlines() if line.startswith("Take: --set ")).removeprefix(
-        "Take: --set "
+    setting = next(line for line in printed.splitlines() if line.startswith("To use it: --set ")).removeprefix(
+        "To use it: --set "
     )
 
     assert load_recipe(recipe_file(), [setting]).optim.options["lr"] == numbers["suggestion"]

@@ -290,7 +290,7 @@ def test_output_folder_that_is_a_file_is_refused_before_any_work(recipe_file, tm
         run_command(recipe_file, tmp_path / "out", "--steps", "100000")
 
     assert exit_info.value.code == 2
-    assert "is a file, and a folder is needed" in capsys.readouterr().err
+    assert "is a file; name a folder" in capsys.readouterr().err
     assert (tmp_path / "out").read_text() == "mine"
 
 
