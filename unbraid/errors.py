@@ -1,17 +1,17 @@
-"""What a user can get wrong: one sentence that names the thing, says what is allowed and what to do."""
+"""Errors that a user can fix, and exit statuses. Messages say what was given, what is allowed and what to do."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 EXIT_USER_ERROR = 2
-"""A user's mistake, or a run that a stop rule ended: one sentence on stderr."""
+"""Exit status after a user error, or a run that a stop rule ended; one line on stderr says why."""
 
 EXIT_STOPPED = 128
-"""Plus the signal's number: the run was asked to stop, and has left a checkpoint to go on from."""
+"""Exit status, plus the signal's number, of a command that a signal stopped."""
 
 
 class UserError(ValueError):
-    """Bad input. The command line prints the message as one line on stderr and ends with status 2."""
+    """Invalid input. The command line prints the message as one line on stderr and exits with status 2."""
 
 
 class RecipeError(UserError):
@@ -35,6 +35,6 @@ class TrainingStopped(UserError):
 
 
 def nearest(given: str, allowed: Iterable[str]) -> str:
-    """`` Did you mean 'x'?``, or nothing where no allowed name is close to the given one."""
+    """Return `` Did you mean 'x'?``, or an empty string if no allowed name is close to the given one."""
     close = get_close_matches(given, list(allowed), n=1, cutoff=0.6)
     return f" Did you mean {close[0]!r}?" if close else ""

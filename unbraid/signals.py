@@ -1,4 +1,4 @@
-"""A signal to a run: the step at hand is finished and a checkpoint written before it ends."""
+"""Stop a run by a signal: it finishes its step and writes a checkpoint before it ends."""
 
 import contextlib
 import signal
@@ -12,12 +12,12 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 @dataclass
 class StopRequest:
-    """Set by SIGTERM or Ctrl-C: the step at hand is finished, a checkpoint written, and the run ends on every rank.
+    """A request to stop, set by SIGTERM or Ctrl-C: the run finishes its step, writes a checkpoint and ends on every rank.
 
     Attributes:
-        signal: What this process received; 0 for nothing. Only the handler writes it: it may strike at any instant,
-            also while the ranks agree.
-        agreed: What the ranks have agreed to stop for; 0 for nothing.
+        signal: The signal that this process received; 0 for none. Only the handler writes it, because it can run at any
+            instant, even while the ranks agree.
+        agreed: The signal that the ranks have agreed to stop for; 0 for none.
     """
 
     signal: int = 0
@@ -26,7 +26,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Turn SIGTERM and SIGINT into a `StopRequest`; a second Ctrl-C is not held back any more."""
+    """Turn SIGTERM and SIGINT into a `StopRequest`; a second Ctrl-C interrupts at once."""
     request = StopRequest()
 
     def ask(number: int, _frame: FrameType | None) -> None:
