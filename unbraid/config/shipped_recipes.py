@@ -16,7 +16,9 @@ def find_recipe(path: Path) -> Path:
     found = next((candidate for candidate in candidates if candidate.is_file()), None)
     if found is None:
         names = sorted(recipe.stem for recipe in shipped.glob("*.toml"))
-        raise UserError(f"There is no recipe {path}. Built-in recipes are {', '.join(names)}.{nearest(path.stem, names)}")
+        raise UserError(
+            f"There is no recipe {path}. Built-in recipes are {', '.join(names)}.{nearest(path.stem, names)}"
+        )
     return found
 
 
