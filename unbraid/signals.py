@@ -12,7 +12,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 @dataclass
 class StopRequest:
-    """A request to stop, set by SIGTERM or Ctrl-C: the run finishes its step, writes a checkpoint and ends on every rank.
+    """A request to stop, set by SIGTERM or Ctrl-C: every rank finishes its step, saves and ends.
 
     Attributes:
         signal: The signal that this process received; 0 for none. Only the handler writes it, because it can run at any
