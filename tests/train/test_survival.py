@@ -18,6 +18,8 @@ from unbraid.errors import RecipeError, TrainingStopped
 from unbraid.records import TIMING_FIELDS, Event, StepRecord, read_rows
 from unbraid.run import train
 from unbraid.run_directory import RunDirectory
+from unbraid.signals import StopRequest
+from unbraid.train import loop
 from unbraid.train.checkpoint import read_checkpoint
 
 NETS = """
@@ -565,3 +567,27 @@ def test_a_step_launched_ahead_of_time_changes_nothing(nets, tmp_path, monkeypat
     assert ended["plain"] == ended["ahead"]
     last = (plain.checkpoints / "last").read_text().strip()
     assert weights(plain, int(last[5:])) == weights(ahead, int(last[5:]))
+
+
+def test_a_signal_while_a_step_is_repeated_still_saves_that_step(nets, tmp_path, monkeypatch):
+    """The step launched after it is to be repeated as well, and is dropped: nobody waits for it."""
+    stop = StopRequest()
+
+    def launch_and_ask_to_stop(state, batches, **options):
+        if state.n_pieces > 1:
+            stop.signal = signal.SIGTERM
+        return launch(state, batches, **options)
+
+    launch = loop.launch
+    monkeypatch.setattr(loop, "launch", launch_and_ask_to_stop)
+    monkeypatch.setattr("unbraid.train.loop._Loop.max_ahead", property(lambda self: 1))
+    run = RunDirectory(tmp_path / "run")
+    recipe = load_recipe(
+        nets(), ["model.name=nets:GreedyLater", "save.every_steps=0", "validate.every_steps=0", "train.max_steps=20"]
+    )
+
+    records = steps(train(recipe, run, stop=stop))
+
+    assert [record.n_micro_batches for record in records] == [1] * (len(records) - 1) + [2]
+    assert len(records) < 20
+    assert (run.checkpoints / "last").read_text().strip() == f"step-{len(records):06d}"

@@ -131,6 +131,7 @@ class _Loop:
             #    be done with the weights of exactly this step, or a step is to be repeated.
             is_due = self._is_due(state.step)
             reason_to_stop = ""
+            must_repeat = False
             weights_were_reset = False
             while self.in_flight and (is_due or self.to_repeat or len(self.in_flight) > self.max_ahead):
                 oldest = self.in_flight.popleft()
@@ -138,6 +139,7 @@ class _Loop:
                 if finished is None:  # memory ran out: this step is launched again, and after it those that followed
                     self.to_repeat.extendleft(reversed([oldest, *self.in_flight]))
                     self.in_flight.clear()
+                    must_repeat = True
                     break
                 record, notes = self._complete(oldest, *finished)
                 yield record
@@ -147,7 +149,6 @@ class _Loop:
                 reason_to_stop = reason_to_stop or self._stop_rule(record)
                 yield from self.log.drain()
                 if weights_were_reset:
-                    self.in_flight.clear()
                     break
                 is_due = is_due or bool(reason_to_stop) or self._is_over()
 
@@ -159,7 +160,7 @@ class _Loop:
                 self._save()
                 yield from self.log.drain()
                 raise TrainingStopped(reason_to_stop)
-            if self.to_repeat or weights_were_reset or not is_due:
+            if must_repeat or weights_were_reset or not is_due:
                 continue
 
             # 4. Check the weights before they are validated or saved.
@@ -201,6 +202,7 @@ class _Loop:
 
         "rescue" and "stop" have to know what became of a step before the next one.
         """
+        # On a CPU a launch does all the work itself: nothing would be gained by being ahead.
         return 1 if self.state.device.type == "cuda" and self.state.on_bad_example == "skip" else 0
 
     def _is_over(self) -> bool:
@@ -225,6 +227,7 @@ class _Loop:
 
     def _launch(self, step_in_flight: _StepInFlight) -> None:
         state = self.state
+        # A repeated step gets its learning rate again: the one set last belongs to the step launched after it.
         set_learning_rate(state, state.schedule.factor(state.step + 1, _progress(state, self.job.train)))
         notes = StepNotes(
             signal=self.stop.signal,
@@ -255,7 +258,7 @@ class _Loop:
         waited = step_in_flight.data_seconds
         total_seconds = now - max(step_in_flight.started - waited, self.last_step_ended)
         self.last_step_ended = now
-        n_examples = record.examples_per_second * record.seconds
+        n_examples = record.examples_per_second * record.seconds  # the step itself only knew its own time
         record = replace(
             record,
             seconds=max(total_seconds - waited, 0.0),
@@ -280,10 +283,13 @@ class _Loop:
         """Return why the run must end now, or an empty string; the same on every rank."""
         state = self.state
         job = self.job
+        # 1. Too many bad files: the data set is broken, not a few of its files.
         n_allowed = max(5, 0.01 * job.n_files)
         if len(state.bad_files) > n_allowed:
             files = ", ".join(f"{path} ({code})" for path, code in state.bad_files.items())
             return f"More than {n_allowed:g} files are bad: {files}. Fix them, or list them under data.exclude."
+
+        # 2. Too many faults.
         outcome = record.outcome.replace("_", " ")
         diagnosis = f" {self.reporter.last_diagnosis}".rstrip()
         reason = state.faults.reason_to_stop()
@@ -293,6 +299,8 @@ class _Loop:
             files = f" {job.run.events} lists the files involved." if names_files else ""
             cause = f"{reason}, the last one by {outcome}"
             return f"Stopped at step {record.step}: {cause}. {advice} [{key}]{files}{diagnosis}"
+
+        # 3. Any fault, if the recipe says so.
         if job.train.on_bad_example == "stop" and record.outcome in FAULT_OUTCOMES:
             return (
                 f'Stopped at step {record.step} by {outcome}, because train.on_bad_example = "stop". Continue after it '
@@ -338,6 +346,9 @@ class _Loop:
                 "repeats the steps after it."
             )
             self.log.emit("WEIGHTS_NONFINITE", step, message, rank=rank)
+        # The batches continue from the checkpoint's step as well; those that are loaded already are of later steps.
+        self.in_flight.clear()
+        self.to_repeat.clear()
         self.source = BatchSource(self.load, self.job.train.accumulate)
         self.is_saved = True
         return True
@@ -413,6 +424,7 @@ class _Loop:
             )
         if not dist.is_main():
             return True
+        # A full disk must not cost the run: older checkpoints stay until a newer one is complete.
         try:
             save_checkpoint(
                 job.run,

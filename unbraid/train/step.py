@@ -211,6 +211,7 @@ def finish(state: TrainState, launched: LaunchedStep) -> tuple[StepRecord, list[
     """
     values = launched.transfer.values()
     totals = dict(zip(Totals._fields, values["totals"], strict=True))
+    # All ranks read the same sums here, so all of them repeat the step, even if only one ran out of memory.
     if totals["n_ranks_out_of_memory"] and totals["n_ranks_divisible"]:
         state.n_pieces *= 2
         state.step = launched.step - 1
@@ -311,6 +312,7 @@ def _bad_items(state: TrainState, launched: LaunchedStep, outcome: Outcome) -> l
         return [] if results else all_items  # this rank had enough memory: another one did not
     by_loss = outcome in ("nonfinite_loss", "over_limit")
     bad = [find_bad_examples(state, result, launched.step, by_loss=by_loss) for result in results]
+    # A collective: every rank comes here, because the outcome is the same on all of them.
     if not by_loss and not dist.any_rank(any(bad), state.device):
         return all_items
     return [
