@@ -31,11 +31,11 @@ class DataSettings:
         n_sources: Number of sources in a mixture.
         kinds: One source of each of these kinds, in this order, such as ``["speech", "music"]``; the column ``kind`` of
             a manifest names them. Empty mixes any speakers with each other.
-        excerpt_seconds: Length of an example.
+        excerpt_seconds: Length of an example, in seconds.
         batch_size: Examples in one optimizer step, over all processes and micro-batches together, so that a recipe
             means the same training on one GPU and on eight.
         workers: Worker processes that prepare batches in advance; 0 prepares them in the main process.
-        seed: Seed of every draw.
+        seed: Seed of all random numbers of a run: the mixtures, the initial weights, and dropout.
         resample: Whether to resample recordings at other rates to ``sample_rate``; otherwise they are refused.
         level_db: Mean power of the first source, in dB of full scale.
         gains_db: Range, in dB, of the level of each other source relative to the first.

@@ -31,7 +31,7 @@ def multi_resolution_stft(
         n_ffts: Samples in a frame, even, for each resolution.
         hop_lengths: Samples from frame to frame, for each resolution.
         win_lengths: Samples in the Hann window, at most the frame, for each resolution.
-        floor: Smallest power of a bin.
+        floor: Lower bound of the power of a bin, so that its logarithm stays finite.
 
     Returns:
         One value per signal, ``(...,)``.
@@ -217,8 +217,9 @@ def whitened_kmeans(
         mixture: ``(batch, channel, time)``.
         n_fft: Samples in a frame of the spectrum of the embedding.
         hop_length: Samples from frame to frame of that spectrum.
-        weighting: As in `deep_clustering`.
-        range_db: As in `deep_clustering`.
+        weighting: Weight of a bin: ``magnitude``, its share of the magnitude of the mixture; or ``active``, the same
+            for all bins above a threshold, and 0 below.
+        range_db: Threshold in dB below the loudest bin of the mixture, for ``active``.
         ridge: Added to the power in every direction before whitening. The best vectors span few directions, so their
             covariance has no inverse without it.
 

@@ -265,7 +265,7 @@ class BSRoFormer(nn.Module):
         d_head: Channels of a head, even.
         expansion: Width of the feed-forward networks, as a multiple of `d_model`.
         n_mask_layers: Linear layers of the networks that compute the masks.
-        mask_expansion: Width of their hidden layers, as a multiple of `d_model`.
+        mask_expansion: Width of the hidden layers that compute the masks, as a multiple of `d_model`.
         norm: Where features are normalised outside of the layers: `last`, once before the masks, or `paths`, after
             every transformer instead, as in the published weights for mel bands.
         zero_dc: Whether to set the bin of frequency 0 to zero in all sources.

@@ -266,7 +266,7 @@ class SepReformer(nn.Module):
         n_stages: Number of times the rate is halved.
         n_heads: Attention heads, a divisor of `d_model`.
         n_split_layers: Layers at each rate before the split.
-        n_rebuild_layers: Layers at each rate after it.
+        n_rebuild_layers: Layers at each rate after the split.
         local_kernel: Kernel size of the local convolutions, in frames.
         halving_kernel: Kernel size of the filters that halve the rate, in frames.
         max_distance: Distance in frames at the lowest rate from which on attention treats all distances as the same.

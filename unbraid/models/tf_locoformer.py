@@ -124,7 +124,7 @@ class TFLocoformer(nn.Module):
         n_layers: Pairs of one layer along frequency and one along time.
         d_model: Features of every bin.
         d_hidden: Width of the feed-forward networks.
-        kernel_size: Bins or frames that their convolutions span.
+        kernel_size: Kernel size of the convolutions in the feed-forward networks, in bins or frames.
         d_attention: Channels of queries, keys and values together.
         n_heads: Attention heads.
         n_groups: Groups of channels in a norm.

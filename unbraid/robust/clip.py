@@ -73,8 +73,9 @@ class AutoClip:
     of device.
 
     Args:
-        percentile: 0 clips to the smallest norm so far, 10 is the published default, 100 never clips.
-        window: How many of the last norms to use; 0 uses all of them, as published.
+        percentile: Percentile of the norms so far to clip to: 0 clips to the smallest, 10 is the published
+            default, 100 never clips.
+        window: Number of recent norms to use; 0 uses all of them, as published.
         warmup_steps: Nothing is clipped until there are this many norms.
 
     Reference:

@@ -52,7 +52,7 @@ class ThresholdFilter:
     """Drops examples that are already separated well: loss at or below a threshold in dB.
 
     Args:
-        threshold_db: The textbook recipe uses -30.
+        threshold_db: Examples with a loss at or below this, in dB, are dropped; the textbook recipe uses -30.
     """
 
     needs_db = True
@@ -113,8 +113,9 @@ class PercentileFilter(_RunningLimit):
     Works for losses of any unit. Dropped losses count as well, so the share of dropped examples stays about the same.
 
     Args:
-        percentile: 10 drops about every tenth example; 0 drops none.
-        window: How many losses to keep.
+        percentile: Percentile of recent losses below which an example is dropped: 10 drops about every tenth example, 0
+            drops none.
+        window: Number of recent losses that the limit is computed from.
         warmup: Nothing is dropped until there are this many losses.
     """
 
@@ -147,9 +148,10 @@ class OutlierFilter(_RunningLimit):
     the window is on a new level, so is the limit.
 
     Args:
-        n_mads: Unscaled median absolute deviations above the median; a standard deviation is 1.48 of them.
-        at_least_db: Never drop a loss that is closer to the median than this.
-        window: How many losses to keep.
+        n_mads: Losses more than this many median absolute deviations above the median are dropped; a standard deviation
+            is 1.48 of them.
+        at_least_db: Losses less than this far above the median, in dB, are never dropped.
+        window: Number of recent losses that the limit is computed from.
         warmup: Nothing is dropped until there are this many losses.
     """
 

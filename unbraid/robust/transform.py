@@ -26,7 +26,7 @@ class ValueClip:
     This changes the gradient's direction; `unbraid.robust.clip.FixedClip` keeps it.
 
     Args:
-        max_value: The largest magnitude, above 0.
+        max_value: Each element of the gradient is clipped to this magnitude; above 0.
     """
 
     def __init__(self, *, max_value: float = 1.0) -> None:

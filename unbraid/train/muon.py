@@ -28,13 +28,13 @@ class Muon(Optimizer):
     together, in bfloat16 if the hardware multiplies it natively, else in float32; float64 stays float64.
 
     Args:
-        parameters: Of the model.
-        lr: Learning rate of both kinds.
-        momentum: Share of the past in a matrix's momentum, with Nesterov's look-ahead.
-        betas: Of AdamW.
-        eps: Of AdamW.
-        weight_decay: Decoupled, of both kinds.
-        min_side: Shortest side that Muon takes for a matrix.
+        parameters: Parameters of the model.
+        lr: Learning rate, for matrices (Muon) and all other weights (AdamW) alike.
+        momentum: Decay of the running mean of a matrix's gradients; the step uses Nesterov's look-ahead.
+        betas: Decay of the running means of the gradient and of its square, for the weights that AdamW updates.
+        eps: Added to the denominator, for the weights that AdamW updates.
+        weight_decay: Decoupled weight decay of all weights, in units of the learning rate.
+        min_side: Weights whose shorter side is below this are updated by AdamW instead of Muon.
 
     Reference:
         Jordan et al., "Muon", 2024, https://kellerjordan.github.io/posts/muon; the size of a step from Liu et al.,

@@ -193,8 +193,8 @@ class Cosine(Constant):
     is not repeated bit for bit.
 
     Args:
-        warmup_steps: Steps in which the learning rate rises evenly from 0.
-        min_factor: Where it ends.
+        warmup_steps: Number of steps in which the learning rate rises linearly from 0.
+        min_factor: Learning rate at the end of the run, as a fraction of ``optim.lr``.
     """
 
     def __init__(self, *, warmup_steps: int = 0, min_factor: float = 0.0) -> None:
@@ -213,10 +213,10 @@ class Plateau(Constant):
     """Lower the learning rate when the validation loss has stopped falling: the schedule of the SepFormer recipe.
 
     Args:
-        warmup_steps: Steps in which the learning rate rises evenly from 0.
-        reduce_by: Factor at each lowering.
-        patience: Validations without a better loss that are let pass before.
-        min_factor: Not below this.
+        warmup_steps: Number of steps in which the learning rate rises linearly from 0.
+        reduce_by: Factor by which the learning rate is multiplied when the validation loss stops falling.
+        patience: Number of validations without a lower loss that are tolerated before the learning rate is reduced.
+        min_factor: Lower bound of the learning rate, as a fraction of ``optim.lr``.
     """
 
     def __init__(

@@ -20,7 +20,7 @@ class TrainSettings:
             model; 0 for none.
         on_bad_example: What to do with a step that has a bad example. ``skip`` skips the step; ``rescue`` repeats it on
             its clean examples, which costs one synchronisation with the accelerator per step; ``stop`` ends the run.
-        loss_upper_limit: A loss above this, by absolute value, is a fault just as NaN is.
+        loss_upper_limit: A loss whose absolute value exceeds this is a fault, just as NaN is.
         compare_every_steps: How often several processes check that they hold the same weights, besides at each
             checkpoint; 0 for only at checkpoints.
         also_log: Further loggers: ``tensorboard``, ``wandb``, ``trackio``, or your own, ``my_file:MyLogger``.
