@@ -1,4 +1,4 @@
-"""A recipe to be benched, and rows as if it had been."""
+"""A recipe to measure, and made-up rows of measurements."""
 
 from pathlib import Path
 

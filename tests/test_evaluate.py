@@ -72,7 +72,7 @@ def test_a_known_distortion_gets_its_known_score_whatever_the_order(dataset):
 
 
 def test_saved_audio_is_the_mixture_its_sources_and_estimates_in_their_order(dataset, tmp_path):
-    list(evaluate(Knows(dataset), dataset, Recipe(), n_items=2, save_audio=1, folder=tmp_path / "audio"))
+    list(evaluate(Knows(dataset), dataset, Recipe(), n_items=2, save_audio=1, audio_folder=tmp_path / "audio"))
 
     names = sorted(path.name for path in (tmp_path / "audio").iterdir())
     assert names == [

@@ -1,4 +1,4 @@
-"""What follows from `unbraid bench`: which precision, whether to compile, and a word on larger batches."""
+"""Advise on precision, compiling and batch size, from the measurements of `unbraid bench`."""
 
 import math
 from collections.abc import Sequence
@@ -6,18 +6,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from unbraid.config.recipe import Recipe
+from unbraid.config.schema import toml_value
 from unbraid.robust.precision import PRECISIONS
 
-AS_FAST = 0.97
-"""Who does this share of the fastest's examples a second is as fast: it is no more than a busy machine takes."""
+EQUALLY_FAST = 0.97
+"""Variants with at least this share of the fastest's speed count as equally fast: a busy machine varies as much."""
 
-WORTH_TELLING = 1.1
-"""So many times the examples a second make a larger batch worth a word."""
+MIN_GAIN = 1.1
+"""A larger batch is mentioned only if it processes at least this many times as many examples per second."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to train by a recipe."""
+    """One way to train by a recipe: a precision, compiled or not, and a batch size."""
 
     precision: str
     compiled: bool
@@ -25,21 +26,21 @@ class Variant:
 
     @property
     def words(self) -> str:
-        """In a line of progress."""
+        """The variant in words, for progress and notes."""
         return f"{self.precision}{' compiled' * self.compiled}, batch {self.batch_size}"
 
 
 @dataclass(frozen=True)
 class BenchRow:
-    """What a variant does on this machine.
+    """Speed and memory of a variant on this machine. All numbers are None if it could not be measured.
 
     Attributes:
-        variant: Which.
-        examples_per_second: None where there are no figures, as for all that follow.
-        step_seconds: Median, of wall time.
-        peak_memory_bytes: On the accelerator; of the whole process where there is none, but not of g++ beside it.
-        first_step_seconds: From building the model to the end of the first step.
-        note: Why there are no figures, or what to know of them; empty where there is nothing to say.
+        variant: The variant that was measured.
+        examples_per_second: Training examples per second.
+        step_seconds: Median wall time of a step.
+        peak_memory_bytes: Peak memory of the accelerator; without one, of the process, without a compiler it started.
+        first_step_seconds: Time from building the model to the end of the first step.
+        note: Why there are no numbers, or what to know about them; else empty.
     """
 
     variant: Variant
@@ -52,11 +53,11 @@ class BenchRow:
 
 @dataclass(frozen=True)
 class Advice:
-    """Which variant to take, in the words of a recipe.
+    """The variant to use, as keys of a recipe.
 
     Attributes:
-        take: Values by recipe key, such as ``train.precision``; empty where nothing could be measured.
-        words: The same as a sentence, with its reasons.
+        take: Values by recipe key, such as ``train.precision``; empty if nothing could be measured.
+        words: The advice in sentences, with its reasons.
     """
 
     take: dict[str, Any]
@@ -64,83 +65,93 @@ class Advice:
 
 
 def advise(rows: Sequence[BenchRow], recipe: Recipe) -> Advice:
-    """Which precision to take, and whether to compile, at the recipe's batch size; a larger one is only told of.
+    """Advise on precision and compiling at the recipe's batch size; a faster larger batch is only mentioned.
 
     Args:
-        rows: What was measured.
-        recipe: Its budget says whether the seconds that compiling takes come back.
+        rows: The measurements.
+        recipe: Its budget decides whether compiling repays the time that it takes.
     """
+    # A larger batch trains differently, so the advice keeps the batch size.
     own = [row for row in rows if row.variant.batch_size == recipe.data.batch_size]
     usable = [row for row in own if row.examples_per_second]
     if not usable:
-        return Advice({}, _why_nothing(own))
-    best, words = _pick(usable), []
+        return Advice({}, _why_none_usable(own))
+    best = _cheapest_of_fastest(usable)
+    words = []
+
+    # Compiling pays only if the run is long enough.
     eager = [row for row in usable if not row.variant.compiled]
     if best.variant.compiled and eager:
-        after, planned = _won_back_after(best, _pick(eager)), _planned_steps(recipe, best)
-        gain = _ratio(best, _pick(eager))
-        if after > planned:
+        best_eager = _cheapest_of_fastest(eager)
+        steps_to_repay = _steps_to_repay(best, best_eager)
+        planned = _planned_steps(recipe, best)
+        gain = _ratio(best, best_eager)
+        if steps_to_repay > planned:
             words = [
-                f"Compiled it does {gain:.2f} times as much, which the start of {planned:.0f} steps does not repay."
+                f"Compiled, it would be {gain:.2f} times as fast, but {planned:.0f} steps do not repay the time for "
+                "compiling."
             ]
-            best = _pick(eager)
+            best = best_eager
         else:
-            words = [
-                f"Compiling does {gain:.2f} times as much; what it takes at the start comes back in {after:.0f} steps."
-            ]
-    listed = ", ".join(f"{key} = {_toml(value)}" for key, value in keys_of(best.variant).items())
-    first = f"Take {listed}: {rate_of(best)} examples a second"
+            words = [f"Compiling makes it {gain:.2f} times as fast and is repaid after {steps_to_repay:.0f} steps."]
+
+    listed = ", ".join(f"{key} = {toml_value(value)}" for key, value in keys_of(best.variant).items())
+    first = f"Use {listed}: {rate_of(best)} examples per second"
     reference = [row for row in eager if row.variant.precision == "fp32" and row is not best]
-    first += f", {_ratio(best, reference[0]):.2f} times fp32 not compiled." if reference else "."
-    return Advice(keys_of(best.variant), " ".join([first, *words, *_of_larger(rows, best)]))
+    first += f", {_ratio(best, reference[0]):.2f} times as fast as fp32 without compiling." if reference else "."
+    return Advice(keys_of(best.variant), " ".join([first, *words, *_larger_batch_sentence(rows, best)]))
 
 
-def _pick(rows: Sequence[BenchRow]) -> BenchRow:
-    """The fastest; of those that are as fast, the one that asks for the least."""
+def _cheapest_of_fastest(rows: Sequence[BenchRow]) -> BenchRow:
+    """Return the fastest row; of equally fast ones prefer no compiling, then the precision that comes first."""
     fastest = max(row.examples_per_second or 0 for row in rows)
-    as_fast = [row for row in rows if (row.examples_per_second or 0) >= AS_FAST * fastest]
-    return min(as_fast, key=lambda row: (row.variant.compiled, list(PRECISIONS).index(row.variant.precision)))
+    equally_fast = [row for row in rows if (row.examples_per_second or 0) >= EQUALLY_FAST * fastest]
+    return min(equally_fast, key=lambda row: (row.variant.compiled, list(PRECISIONS).index(row.variant.precision)))
 
 
 def _ratio(row: BenchRow, other: BenchRow) -> float:
     return (row.examples_per_second or math.nan) / (other.examples_per_second or math.nan)
 
 
-def _won_back_after(compiled: BenchRow, eager: BenchRow) -> float:
-    """Steps until what compiling saves is what it took."""
-    taken = (compiled.first_step_seconds or 0) - (eager.first_step_seconds or 0)
-    saved = (eager.step_seconds or 0) - (compiled.step_seconds or 0)
-    return max(0.0, taken / saved) if saved > 0 else math.inf
+def _steps_to_repay(compiled: BenchRow, eager: BenchRow) -> float:
+    """Return the number of steps after which compiling has saved the time that it took; infinity if never."""
+    spent = (compiled.first_step_seconds or 0) - (eager.first_step_seconds or 0)
+    saved_per_step = (eager.step_seconds or 0) - (compiled.step_seconds or 0)
+    return max(0.0, spent / saved_per_step) if saved_per_step > 0 else math.inf
 
 
 def _planned_steps(recipe: Recipe, row: BenchRow) -> float:
+    # A budget of 0 means no limit.
     by_minutes = 60 * recipe.train.max_minutes / (row.step_seconds or math.nan)
     return min(recipe.train.max_steps or math.inf, by_minutes or math.inf)
 
 
-def _of_larger(rows: Sequence[BenchRow], best: BenchRow) -> list[str]:
-    """A sentence where a larger batch does clearly more."""
+def _larger_batch_sentence(rows: Sequence[BenchRow], best: BenchRow) -> list[str]:
+    """Return a sentence if a larger batch is clearly faster, else nothing."""
+    # Compare only rows that differ from the best one in nothing but the batch size.
     size = {"data.batch_size": best.variant.batch_size}
-    alike = [row for row in rows if row.examples_per_second and keys_of(row.variant) | size == keys_of(best.variant)]
-    most = max(alike, key=lambda row: row.examples_per_second or 0)
-    if _ratio(most, best) < WORTH_TELLING:
+    comparable = [
+        row for row in rows if row.examples_per_second and keys_of(row.variant) | size == keys_of(best.variant)
+    ]
+    fastest = max(comparable, key=lambda row: row.examples_per_second or 0)
+    if _ratio(fastest, best) < MIN_GAIN:
         return []
     return [
-        f"data.batch_size = {most.variant.batch_size} does {_ratio(most, best):.2f} times as many examples a second, "
-        "but is another training: the learning rate has to be found anew."
+        f"data.batch_size = {fastest.variant.batch_size} processes {_ratio(fastest, best):.2f} times as many examples "
+        "per second, but trains differently: tune the learning rate again."
     ]
 
 
-def _why_nothing(rows: Sequence[BenchRow]) -> str:
+def _why_none_usable(rows: Sequence[BenchRow]) -> str:
     if not rows:
-        return "Nothing was measured yet."
+        return "No variant was measured."
     notes = ", ".join(dict.fromkeys(row.note for row in rows))
     advice = " Lower data.batch_size or data.excerpt_seconds, or raise train.accumulate." * ("memory" in notes)
-    return f"No variant did a step: {notes}.{advice}"
+    return f"No variant could be measured: {notes}.{advice}"
 
 
 def keys_of(variant: Variant) -> dict[str, Any]:
-    """A variant as a recipe says it."""
+    """Return a variant as recipe keys and values."""
     return {
         "train.precision": variant.precision,
         "train.compile": "on" if variant.compiled else "off",
@@ -148,15 +159,11 @@ def keys_of(variant: Variant) -> dict[str, Any]:
     }
 
 
-def _toml(value: object) -> str:
-    return f'"{value}"' if isinstance(value, str) else str(value)
-
-
 def rate_of(row: BenchRow) -> str:
-    """Examples a second, in as many digits as are worth reading."""
+    """Return the examples per second as text."""
     return short(row.examples_per_second or 0)
 
 
 def short(value: float) -> str:
-    """Three digits, or all before the point."""
+    """Return a number with three significant digits, or with all digits before the decimal point."""
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"

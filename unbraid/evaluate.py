@@ -1,4 +1,4 @@
-"""A model over mixtures it has not seen: a row of metrics for each, means with their standard errors, audio saved."""
+"""Evaluate a model on unseen mixtures: a row of metrics for each, means with standard errors, and saved audio."""
 
 import csv
 import math
@@ -37,8 +37,8 @@ class Summary:
 
     Attributes:
         mean: In dB; NaN where no mixture has a value.
-        standard_error: Of the mean, over mixtures.
-        n_items: Mixtures with a value.
+        standard_error: Standard error of the mean, over mixtures; NaN for fewer than two.
+        n_items: Number of mixtures that have a value.
     """
 
     mean: float
@@ -48,7 +48,17 @@ class Summary:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate_checkpoint` found, and where it wrote it; the worst rows that were asked for, worst first."""
+    """Result of `evaluate_checkpoint`.
+
+    Attributes:
+        rows: Metrics of each mixture, in order.
+        summaries: Mean of each metric.
+        table: File that the rows were written to.
+        audio: Folder of the audio; None if none was saved.
+        recipe: Recipe of the model, with the data that it was evaluated on.
+        bad_files: Message by path, for each file that was skipped.
+        worst: Rows with the smallest SI-SDR improvement, smallest first; as many as ``save_worst``.
+    """
 
     rows: list[Row]
     summaries: dict[str, Summary]
@@ -72,53 +82,62 @@ def evaluate_checkpoint(
     trust: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Score a checkpoint on mixtures made as in its training, of speakers it has not seen.
+    """Evaluate a checkpoint on mixtures made as in its training, of speakers that it has not seen.
+
+    The metrics are written to a table, and audio to a folder next to it.
 
     Args:
         checkpoint: A run directory or a checkpoint.
-        data: Speaker folder or manifest; that of the training where None.
-        split: Whose speakers: ``test``, ``valid``, or ``train`` to see what was learnt by heart.
-        n_items: How many mixtures.
-        seconds: Length of each; that of the training where None.
-        save_audio: Of how many the audio is written, into a folder beside the table.
-        save_worst: Of how many it is written there too, those whose SI-SDR was improved least.
-        out: Table to write; ``evaluation.csv`` in the run directory where None.
+        data: Speaker folder or manifest; None for that of the training.
+        split: Speakers to mix: ``test``, ``valid``, or ``train`` to measure the fit to the training data.
+        n_items: Number of mixtures.
+        seconds: Length of a mixture; None for that of the training.
+        save_audio: Write audio of this many mixtures, from the first on.
+        save_worst: Also write audio of this many mixtures, those with the smallest SI-SDR improvement.
+        out: Table to write; None for ``evaluation.csv`` in the run directory.
         trust: Whether code that the checkpoint names may run.
-        progress: Called with how many are done, of how many.
+        progress: Called with the number of mixtures done and their total.
 
     Raises:
         UserError: If checkpoint, data or table cannot be used.
     """
+    # A table that cannot be written is refused first, before minutes of work.
     folder = find_checkpoint(checkpoint)
     table = out or (folder.parent.parent if folder.parent.name == "checkpoints" else folder) / "evaluation.csv"
     check_table_path(table)
+
+    # The model, and mixtures made by its recipe.
     model, recipe = load_model(folder, trust=trust)
     changes: dict[str, Any] = {"path": data.absolute()} if data else {}
     changes |= {"excerpt_seconds": seconds} if seconds else {}
     recipe = replace(recipe, data=replace(recipe.data, **changes))
     tracks, noise = list_tracks(recipe, trust=trust)
     dataset = make_dataset(tracks, recipe.data, split, noises=noise)
+
+    # Evaluate, collecting the files that could not be used.
     audio = table.with_suffix("").parent / f"{table.stem}-audio" if save_audio or save_worst else None
     if audio:
         _remove_audio(audio)
     rows: list[Row] = []
     bad_files: dict[str, str] = {}
-    for row, faults in evaluate(model, dataset, recipe, n_items=n_items, save_audio=save_audio, folder=audio):
+    for row, faults in evaluate(model, dataset, recipe, n_items=n_items, save_audio=save_audio, audio_folder=audio):
         bad_files |= {fault.path: fault.message for fault in faults if not fault.in_excerpt_only}
         rows.append(row)
         if progress is not None:
             progress(len(rows), n_items)
     write_table(table, rows)
+
+    # Save audio of the worst mixtures. They are separated again, since their audio was not kept in memory.
     worst = worst_rows(rows)[:save_worst]
     if audio:
         for row in worst:
-            ordered, loaded = _separated(model, dataset, recipe, row["index"])  # made again: nobody keeps all of them
-            _save_audio(audio, ordered, loaded.batch, recipe)
+            estimate, loaded = _separate_item(model, dataset, recipe, row["index"])
+            _save_audio(audio, estimate, loaded.batch, recipe)
     return Evaluation(rows, summarise(rows), table, audio, recipe, bad_files, worst)
 
 
 def worst_rows(rows: Sequence[Row]) -> list[Row]:
-    """The rows that have an SI-SDR improvement, the smallest first."""
+    """Return the rows that have an SI-SDR improvement, smallest first."""
     return sorted((row for row in rows if row["si_sdri"] is not None), key=lambda row: row["si_sdri"])
 
 
@@ -129,77 +148,79 @@ def evaluate(
     *,
     n_items: int,
     save_audio: int = 0,
-    folder: Path | None = None,
+    audio_folder: Path | None = None,
 ) -> Iterator[tuple[Row, tuple[AudioFault, ...]]]:
-    """Separate and score mixtures, one row each, in order.
+    """Separate mixtures and yield a row of metrics for each, in order.
 
-    Every estimate is held against its source, in the order that gives the best SI-SDR unless the recipe's is fixed. The
-    mean over a mixture's sources
-    stands under the metric's name, each source's value behind it as ``si_sdr_1`` and so on. A value that means
-    nothing (a silent source) is None, never 0.
+    Each estimate is compared with its source, in the order that gives the best SI-SDR, unless the recipe fixes the
+    order. The mean over a mixture's sources has the metric's name, and the value of each source follows as ``si_sdr_1``
+    and so on. A value that is undefined, such as that of a silent source, is None, never 0.
 
     Args:
-        model: A separator at the data's rate.
+        model: A separator at the sample rate of the data.
         dataset: Mixtures of unseen sources.
-        recipe: What the model was trained by.
-        n_items: How many mixtures.
-        save_audio: Of how many of them the audio is written: mixture, estimates, references.
-        folder: Where to; needed with ``save_audio``.
+        recipe: Recipe of the model.
+        n_items: Number of mixtures.
+        save_audio: Write mixture, estimates and references of this many mixtures, from the first on.
+        audio_folder: Folder for the audio; needed with ``save_audio``.
 
     Yields:
-        A row with ``index``, the metrics, and ``files``; and what was wrong with files drawn before these.
+        A row with ``index``, the metrics and ``files``; and the faults of files that were drawn first and replaced.
     """
     for index in range(n_items):
-        ordered, loaded = _separated(model, dataset, recipe, index)
+        estimate, loaded = _separate_item(model, dataset, recipe, index)
         batch = loaded.batch
-        row = {"index": index} | _scores(ordered, batch) | {"files": " + ".join(batch.items[0].files)}
+        row = {"index": index} | _metrics(estimate, batch) | {"files": " + ".join(batch.items[0].files)}
         yield row, loaded.faults
-        if index < save_audio and folder is not None:
-            _save_audio(folder, ordered, batch, recipe)
+        if index < save_audio and audio_folder is not None:
+            _save_audio(audio_folder, estimate, batch, recipe)
 
 
-def _separated(model: nn.Module, dataset: MixtureDataset, recipe: Recipe, index: int) -> tuple[Tensor, LoadedBatch]:
-    """Estimates of one mixture in the order of its sources, ``(1, source, channel, time)``, and the batch of it."""
+def _separate_item(model: nn.Module, dataset: MixtureDataset, recipe: Recipe, index: int) -> tuple[Tensor, LoadedBatch]:
+    """Return a mixture's estimates in the order of its sources, ``(1, source, channel, time)``, and its batch."""
     loaded = collate([dataset[Key(0, index)]])
     estimate = separate(model, loaded.batch.mixture).cpu()
     sources = loaded.batch.sources
     return match_to_targets(estimate, sources, evaluation_loss(recipe.assign), assign=recipe.assign), loaded
 
 
-def _scores(ordered: Tensor, batch: Batch) -> Row:
+def _metrics(estimate: Tensor, batch: Batch) -> Row:
+    # An improvement (the trailing "i") is measured against the unprocessed mixture as the estimate of every source.
     unprocessed = batch.mixture[:, None].expand_as(batch.sources).contiguous()
-    after = {"si_sdr": si_sdr(ordered, batch.sources), "sdr": sdr(ordered, batch.sources)}
+    after = {"si_sdr": si_sdr(estimate, batch.sources), "sdr": sdr(estimate, batch.sources)}
     before = {"si_sdr": si_sdr(unprocessed, batch.sources), "sdr": sdr(unprocessed, batch.sources)}
     silent = batch.sources.square().mean(-1) <= SILENCE
     row: Row = {}
     for name in METRICS:
-        plain = name.removesuffix("i")
-        values = after[plain] - before[plain] if name.endswith("i") else after[plain]
+        metric = name.removesuffix("i")
+        values = after[metric] - before[metric] if name.endswith("i") else after[metric]
+        # NaN in one channel makes the value of the source undefined.
         per_source = torch.where(silent, torch.nan, values).mean(-1)[0].tolist()
-        known = [value for value in per_source if math.isfinite(value)]
-        row[name] = round(sum(known) / len(known), 4) if known else None
+        defined = [value for value in per_source if math.isfinite(value)]
+        row[name] = round(sum(defined) / len(defined), 4) if defined else None
         row |= {f"{name}_{n}": round(v, 4) if math.isfinite(v) else None for n, v in enumerate(per_source, 1)}
     return row
 
 
-def _save_audio(folder: Path, ordered: Tensor, batch: Batch, recipe: Recipe) -> None:
-    sound = recipe.audio_options.make_example(batch.items[0].index, batch.mixture[0], batch.sources[0], ordered[0])
-    write_mixture_and_references(folder, sound)
-    write_estimates(folder, sound)
+def _save_audio(folder: Path, estimate: Tensor, batch: Batch, recipe: Recipe) -> None:
+    example = recipe.audio_options.make_example(batch.items[0].index, batch.mixture[0], batch.sources[0], estimate[0])
+    write_mixture_and_references(folder, example)
+    write_estimates(folder, example)
 
 
 def _remove_audio(folder: Path) -> None:
-    """Remove what an evaluation before this wrote: what was another checkpoint's must not be taken for this one's."""
+    """Remove the audio of an earlier evaluation, which may be of another checkpoint."""
     for path in folder.glob("*.wav"):
         if re.fullmatch(r"\d{3,}-(mixture|(estimate|reference)-\d+)", path.stem):
             path.unlink()
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Summary]:
-    """Mean and standard error of each metric."""
+    """Return mean and standard error of each metric, over the rows in which it is defined."""
     summaries = {}
     for name in METRICS:
         values = np.array([row[name] for row in rows if row[name] is not None], dtype=np.float64)
+        # The standard deviation of a sample (ddof=1) needs at least two values.
         error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
         summaries[name] = Summary(float(values.mean()) if len(values) else math.nan, error, len(values))
     return summaries
@@ -209,7 +230,7 @@ def write_table(path: Path, rows: Sequence[Row]) -> None:
     """Write rows as ``.csv`` or ``.parquet``.
 
     Raises:
-        OSError: If the disk refuses.
+        OSError: If the file cannot be written.
     """
     if path.suffix == ".csv":
         with path.open("w", newline="", encoding="utf-8") as file:
@@ -224,10 +245,10 @@ def write_table(path: Path, rows: Sequence[Row]) -> None:
 
 
 def check_table_path(path: Path) -> None:
-    """Refuse a table that could not be written, before the work of filling it.
+    """Raise unless a table can be written to a path, before the work of filling it.
 
     Raises:
-        UserError: If it cannot be written, the suffix is another, or Parquet is asked for and pyarrow is not there.
+        UserError: If the file cannot be written, its suffix is unknown, or it is Parquet and pyarrow is not installed.
     """
     if path.suffix not in TABLE_SUFFIXES:
         raise UserError(f"{path} must end in {' or '.join(TABLE_SUFFIXES)}.")
@@ -235,6 +256,7 @@ def check_table_path(path: Path) -> None:
         raise UserError(f"{path} is a folder; name the table to write.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Opening for append shows whether it can be written, and leaves an existing table as it is.
         is_new = not path.exists()
         path.open("ab").close()
         if is_new:

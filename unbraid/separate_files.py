@@ -1,4 +1,4 @@
-"""Files in, separated files out: any rate, any channel count, the length they came in."""
+"""Separate audio files with a trained model, at any sample rate and channel count."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,32 +15,38 @@ def separate_files(files: Sequence[Path], model: Path, out: Path, *, trust: bool
     Args:
         files: Audio files, or folders of them.
         model: A run directory or a checkpoint.
-        out: Folder for ``NAME.source-N.wav``; of a folder's files its own folders are kept below.
+        out: Folder for ``NAME.source-N.wav``; files from a folder keep their subfolders.
         trust: Whether code that the checkpoint names may run.
 
     Yields:
-        Each file written.
+        The path of each file written.
 
     Raises:
-        UserError: If a file is missing, two would be written to one name, or the checkpoint cannot be used: before
-            anything is written. If audio turns out to be unreadable, when its turn comes: what was written stays.
+        UserError: If a file is missing, two inputs have the same output, or the checkpoint cannot be used; nothing was
+            written then. Also if audio cannot be read or separated; files written before it remain.
     """
-    jobs = _jobs(files, out)
+    # Find every problem with the paths before writing anything.
+    outputs = _output_stems(files, out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{out} cannot be the folder to write to ({error.strerror}).") from error
+        raise UserError(f"{out} cannot be used as the output folder ({error.strerror}).") from error
+
     network, recipe = load_model(model, trust=trust)
-    for path, target in jobs:
+    for stem, path in outputs.items():
+        # Audio that the model cannot take.
         audio, rate = read_audio(path)
         if audio.shape[-1] == 0:
             raise AudioError(f"{path} has no samples; there is nothing to separate.")
-        if (bad := first_bad_sample(audio)) is not None:
+        bad_sample = first_bad_sample(audio)
+        if bad_sample is not None:
             raise AudioError(
-                f"{path} has a sample that is not finite, the first at index {bad}; it cannot be separated."
+                f"{path} has NaN or infinite samples, the first at index {bad_sample}; repair or remove it."
             )
-        if (n_channels := getattr(network, "n_channels", 1)) not in (1, len(audio)):
+        n_channels = getattr(network, "n_channels", 1)
+        if n_channels not in (1, len(audio)):
             raise AudioError(f"{path} has {len(audio)} channel(s); this model takes {n_channels} at once.")
+
         sources = separate_audio(
             network,
             audio,
@@ -51,23 +57,26 @@ def separate_files(files: Sequence[Path], model: Path, out: Path, *, trust: bool
             silent_below_db=recipe.silent_below_db,
         )
         for n, source in enumerate(sources, 1):
-            yield write_audio(target.with_name(f"{target.name}.source-{n}.wav"), source, rate)
+            yield write_audio(stem.with_name(f"{stem.name}.source-{n}.wav"), source, rate)
 
 
-def _jobs(files: Sequence[Path], out: Path) -> list[tuple[Path, Path]]:
-    """What to read, and the name to write to without its ending."""
-    jobs: dict[Path, Path] = {}
-    for given in files:
-        if not given.exists():
-            raise UserError(f"{given} does not exist.")
-        inside = sorted(path for path in given.rglob("*") if path.suffix.lower() in SUFFIXES) if given.is_dir() else []
-        if given.is_dir() and not inside:
-            raise UserError(f"{given} holds no audio files.")
-        for path in inside or [given]:
-            target = (out / path.relative_to(given) if inside else out / path.name).with_suffix("")
-            if target in jobs:
-                raise UserError(
-                    f"{jobs[target]} and {path} would both be written to {target}.source-1.wav; rename one."
-                )
-            jobs[target] = path
-    return [(path, target) for target, path in jobs.items()]
+def _output_stems(files: Sequence[Path], out: Path) -> dict[Path, Path]:
+    """Return the input file for each output path without its ending, ``out/NAME``."""
+    inputs: dict[Path, Path] = {}
+    for file in files:
+        if not file.exists():
+            raise UserError(f"{file} does not exist.")
+        # A folder stands for all audio files below it, and its subfolders appear in the output.
+        paths = [file]
+        root = file.parent
+        if file.is_dir():
+            paths = sorted(path for path in file.rglob("*") if path.suffix.lower() in SUFFIXES)
+            root = file
+            if not paths:
+                raise UserError(f"{file} contains no audio files.")
+        for path in paths:
+            stem = (out / path.relative_to(root)).with_suffix("")
+            if stem in inputs:
+                raise UserError(f"{inputs[stem]} and {path} would both be written to {stem}.source-1.wav; rename one.")
+            inputs[stem] = path
+    return inputs

@@ -280,7 +280,7 @@ def test_separate_refuses_an_empty_file_and_a_folder_that_cannot_be_one(trained,
     line = fails(capsys, "separate", tmp_path / "empty.wav", "-m", trained, "-o", tmp_path / "out")
     assert "has no samples" in line
     line = fails(capsys, "separate", tmp_path / "a.wav", "-m", trained, "-o", tmp_path / "a.wav")
-    assert "cannot be the folder" in line
+    assert "cannot be used as the output folder" in line
 
 
 def test_separate_goes_through_folders(trained, tmp_path):

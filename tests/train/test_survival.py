@@ -378,13 +378,13 @@ def test_a_bad_example_is_named_and_kept_for_a_replay(nets, tmp_path, rule, loss
     assert str(tmp_path / "speech") not in (incident / "incident.json").read_text()
     assert main(["replay", str(incident), "--trust"]) == 0
 
-    told_again = capsys.readouterr().out
+    printed = capsys.readouterr().out
     monkeypatch.chdir("/")  # its own code is looked for where the bundle lies, too
     assert main(["replay", str(incident), "--trust"]) == 0
-    assert capsys.readouterr().out == told_again
-    assert " + ".join("/".join(Path(file).parts[-2:]) for file in bad.bad_items[0].files) in told_again
-    assert "its loss is nan" in told_again
-    assert "It is there in every precision" in told_again
+    assert capsys.readouterr().out == printed
+    assert " + ".join("/".join(Path(file).parts[-2:]) for file in bad.bad_items[0].files) in printed
+    assert "its loss is nan" in printed
+    assert "The fault occurs in every precision" in printed
 
 
 def test_a_replay_says_in_which_layer_and_in_which_precision_it_goes_away(nets, tmp_path, capsys):
@@ -397,9 +397,9 @@ def test_a_replay_says_in_which_layer_and_in_which_precision_it_goes_away(nets, 
     assert main(["replay", str(incident), "--trust"]) == 0
 
     out = capsys.readouterr().out
-    assert "Again: In fp16, example 0" in out
+    assert "Rerun: In fp16, example 0" in out
     assert "backward of steep" in out
-    assert "It goes away in" in out
+    assert "The fault does not occur in" in out
     assert "fp32" in out.splitlines()[-1]
 
 
