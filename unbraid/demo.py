@@ -1,4 +1,4 @@
-"""unbraid demo: talkers made on the spot, training, evaluation, separated sound, a picture, a report, what next."""
+"""unbraid demo: generate speakers, train, evaluate, and write separated audio, a picture and a report."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,12 +15,14 @@ from unbraid.run_directory import RunDirectory
 from unbraid.signals import stop_on_signals
 from unbraid.web.report import write_report
 
-N_TEST_ITEMS, N_AUDIO, N_WORST = 100, 5, 3
+N_TEST_ITEMS = 100
+N_AUDIO = 5
+N_WORST = 3
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What came out, and where it lies."""
+    """Metrics and output paths of the demo."""
 
     run: RunDirectory
     summaries: dict[str, Summary]
@@ -32,55 +34,68 @@ class DemoResult:
 
 
 def run_demo(recipe_path: Path, out: Path, *, overrides: Sequence[str] = ()) -> DemoResult | int:
-    """Go the whole way from nothing to separated sound; called again, it goes on where it was stopped.
+    """Run the demo from generated speakers to separated audio; a stopped demo resumes when called again.
 
     Args:
-        recipe_path: The demo's recipe.
-        out: Folder for all of it.
-        overrides: As ``--set`` gives them.
+        recipe_path: Recipe of the demo.
+        out: Folder for all output.
+        overrides: ``KEY=VALUE`` texts, as from ``--set``.
 
     Returns:
-        The result; or the number of the signal that stopped the training, after which a checkpoint is there.
+        The result; or the number of the signal that stopped the training, after saving a checkpoint.
 
     Raises:
         UserError: If a package of the extra ``demo`` is missing, or as `train` does.
     """
     check_matplotlib()
     recipe = load_recipe(recipe_path, overrides)
-    with progress_bar("making talkers", 1.0) as advance:
+    # 1. Generate speakers; existing ones are kept.
+    with progress_bar("generating speakers", 1.0) as advance:
         table = make_synthetic_speech(
             out / "voices", n_utterances=8, progress=lambda done, total: advance(done / total, f"{done} of {total}")
         )
     recipe = replace(recipe, data=replace(recipe.data, path=table.absolute()))
+
+    # 2. Train, or resume.
     run = RunDirectory(out / "run")
     with stop_on_signals() as stop:
         records = train(recipe, run, resume=run.recipe.exists(), stop=stop)
-        steps, minutes = recipe.train.max_steps, recipe.train.max_minutes
-        show_training(records, max_steps=steps, max_minutes=minutes, doctor_line=lambda: doctor_line(run.path))
+        show_training(
+            records,
+            max_steps=recipe.train.max_steps,
+            max_minutes=recipe.train.max_minutes,
+            doctor_line=lambda: doctor_line(run.path),
+        )
     if stop.agreed:
         return stop.agreed
+
+    # 3. Evaluate on unseen speakers, and show the results.
     with progress_bar("evaluating", N_TEST_ITEMS) as advance:
-        found = evaluate_checkpoint(
+        evaluation = evaluate_checkpoint(
             run.path,
             n_items=N_TEST_ITEMS,
             save_audio=N_AUDIO,
             save_worst=N_WORST,
             progress=lambda done, _: advance(done),
         )
-    assert found.audio is not None
-    picture = draw_run(run, found.audio, 0, out / "demo.png")
+    assert evaluation.audio is not None
+    picture = draw_run(run, evaluation.audio, 0, out / "demo.png")
     report = write_report(run.path, out / "report.html")
-    return DemoResult(run, found.summaries, len(found.rows), recipe.data.sample_rate, found.audio, picture, report)
+    return DemoResult(
+        run, evaluation.summaries, len(evaluation.rows), recipe.data.sample_rate, evaluation.audio, picture, report
+    )
 
 
 def what_next(result: DemoResult) -> list[str]:
-    """Where to listen and look, and three things to try."""
-    run, out, unbraid = result.run.path, result.run.path.parent, command_name()
+    """Return lines for the terminal: where the audio and the picture are, and three commands to try."""
+    run = result.run.path
+    out = run.parent
+    unbraid = command_name()
     return [
         f"Listen:  {result.audio}: 000-mixture.wav, then 000-estimate-1.wav and 000-estimate-2.wav",
-        f"Look:    {result.picture}, and all of it, with sound, in a browser: {result.report}",
+        f"Look:    {result.picture}, or everything with audio in a browser: {result.report}",
         "Try next:",
-        f"  your own sound       {unbraid} separate MIXTURE.wav -m {run} -o separated",
+        f"  your own mixture     {unbraid} separate MIXTURE.wav -m {run} -o separated",
         f"  your own recordings  {unbraid} train conv_tasnet_small --set data.path=FOLDER_OF_SPEAKERS",
         f"  another clipper      {unbraid} demo -o {out}-autoclip --set clip.name=autoclip",
     ]

@@ -101,8 +101,8 @@ def _conclusion(about: Mapping[str, Any], diagnoses: dict[str, Diagnosis]) -> st
         return f"The fault does not recur in {recorded}: {note}it may depend on the device or torch's version."
     if healthy:
         return (
-            f"The fault does not occur in {' and '.join(healthy)}: with train.precision = {healthy[0]!r} the step would "
-            "have been taken."
+            f"The fault does not occur in {' and '.join(healthy)}: the step would have been taken with "
+            f"train.precision = {healthy[0]!r}."
         )
     item = diagnoses[recorded].item
     if item is not None and item.files:
