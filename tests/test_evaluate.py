@@ -1,4 +1,4 @@
-"""Evaluation: right scores for models whose scores are known, honest means, tables."""
+"""Evaluation: known scores for models whose scores are known, means over defined values, and tables."""
 
 import math
 
@@ -15,8 +15,8 @@ from unbraid.data.tracks import assign_splits
 from unbraid.evaluate import evaluate, summarise, write_table
 
 
-class Passes(nn.Module):
-    """Gives the mixture back as every source."""
+class PassThrough(nn.Module):
+    """Returns the mixture, scaled, as every source."""
 
     def __init__(self):
         super().__init__()
@@ -26,12 +26,13 @@ class Passes(nn.Module):
         return torch.stack([mixture, 0.5 * mixture], 1) * self.gain
 
 
-class Knows(nn.Module):
-    """Gives the sources back in the wrong order, with noise 20 dB below each."""
+class NoisyOracle(nn.Module):
+    """Returns the sources in the wrong order, with noise 20 dB below each."""
 
     def __init__(self, dataset):
         super().__init__()
-        self.dataset, self.count = dataset, 0
+        self.dataset = dataset
+        self.count = 0
         self.gain = nn.Parameter(torch.ones(()))
 
     def forward(self, mixture):
@@ -53,16 +54,16 @@ def dataset(speaker_folder):
     return make_dataset(tracks, DataSettings(excerpt_seconds=1.0), "test")
 
 
-def test_giving_the_mixture_back_improves_nothing(dataset):
-    rows = [row for row, _ in evaluate(Passes(), dataset, Recipe(), n_items=3)]
+def test_returning_the_mixture_improves_nothing(dataset):
+    rows = [row for row, _ in evaluate(PassThrough(), dataset, Recipe(), n_items=3)]
 
     for row in rows:
         assert row["si_sdri"] == pytest.approx(0, abs=1e-3)
         assert row["sdri"] == pytest.approx(0, abs=0.05)
 
 
-def test_a_known_distortion_gets_its_known_score_whatever_the_order(dataset):
-    rows = [row for row, _ in evaluate(Knows(dataset), dataset, Recipe(), n_items=3)]
+def test_a_known_distortion_gets_its_known_score_in_any_order(dataset):
+    rows = [row for row, _ in evaluate(NoisyOracle(dataset), dataset, Recipe(), n_items=3)]
 
     for row in rows:
         assert row["si_sdr_1"] == pytest.approx(20, abs=0.02)
@@ -71,21 +72,21 @@ def test_a_known_distortion_gets_its_known_score_whatever_the_order(dataset):
         assert row["sdr"] > 19
 
 
-def test_saved_audio_is_the_mixture_its_sources_and_estimates_in_their_order(dataset, tmp_path):
-    list(evaluate(Knows(dataset), dataset, Recipe(), n_items=2, save_audio=1, audio_folder=tmp_path / "audio"))
+def test_saved_audio_is_the_mixture_the_sources_and_the_estimates_in_their_order(dataset, tmp_path):
+    list(evaluate(NoisyOracle(dataset), dataset, Recipe(), n_items=2, save_audio=1, audio_folder=tmp_path / "audio"))
 
     names = sorted(path.name for path in (tmp_path / "audio").iterdir())
     assert names == [
         f"000-{kind}.wav" for kind in ("estimate-1", "estimate-2", "mixture", "reference-1", "reference-2")
     ]
-    sound = {path.stem: read_audio(path)[0] for path in (tmp_path / "audio").iterdir()}
-    assert sound["000-mixture"] == pytest.approx(sound["000-reference-1"] + sound["000-reference-2"], abs=1e-6)
+    audio = {path.stem: read_audio(path)[0] for path in (tmp_path / "audio").iterdir()}
+    assert audio["000-mixture"] == pytest.approx(audio["000-reference-1"] + audio["000-reference-2"], abs=1e-6)
     for n in (1, 2):
-        error = sound[f"000-estimate-{n}"] - sound[f"000-reference-{n}"]
-        assert (error**2).mean() < 0.03 * (sound[f"000-reference-{n}"] ** 2).mean()
+        error = audio[f"000-estimate-{n}"] - audio[f"000-reference-{n}"]
+        assert (error**2).mean() < 0.03 * (audio[f"000-reference-{n}"] ** 2).mean()
 
 
-def test_a_mean_runs_over_what_has_a_value_and_comes_with_its_standard_error():
+def test_a_mean_is_over_defined_values_and_has_a_standard_error():
     rows = [{"si_sdr": v, "si_sdri": v, "sdr": None, "sdri": 1.0} for v in (1.0, 2.0, 6.0)]
 
     summary = summarise(rows)
@@ -97,7 +98,7 @@ def test_a_mean_runs_over_what_has_a_value_and_comes_with_its_standard_error():
     assert summary["sdri"].standard_error == 0.0
 
 
-def test_parquet_holds_what_csv_holds(tmp_path):
+def test_parquet_and_csv_hold_the_same_rows(tmp_path):
     rows = [{"index": 0, "si_sdr": 1.5, "sdr": None}, {"index": 1, "si_sdr": -2.0, "sdr": 3.0}]
 
     write_table(tmp_path / "rows.parquet", rows)

@@ -1,4 +1,4 @@
-"""Whole recordings through a model."""
+"""Separation of whole recordings at any rate, length and level."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from unbraid.inference import at_mixture_level, separate, separate_audio
 
 
 class LowAndHigh(nn.Module):
-    """Separates by frequency: a moving mean, and the rest; scaled and turned over, as SI-SDR lets a model do."""
+    """Separates by frequency, with a moving mean; scaled and inverted, which SI-SDR does not penalise."""
 
     n_sources = 2
 
@@ -24,11 +24,12 @@ class LowAndHigh(nn.Module):
 
 def tones(rate, seconds=1.0):
     time = np.arange(round(rate * seconds)) / rate
-    low, high = 0.3 * np.sin(2 * np.pi * 100 * time), 0.2 * np.sin(2 * np.pi * 2000 * time)
+    low = 0.3 * np.sin(2 * np.pi * 100 * time)
+    high = 0.2 * np.sin(2 * np.pi * 2000 * time)
     return low.astype(np.float32), high.astype(np.float32)
 
 
-def test_levels_and_signs_that_the_loss_leaves_open_come_back_from_the_mixture():
+def test_levels_and_signs_that_the_loss_ignores_are_taken_from_the_mixture():
     mixture = sum(tones(8000))[None]
     model = LowAndHigh(gains=(-7.0, 0.02))
 
@@ -40,7 +41,7 @@ def test_levels_and_signs_that_the_loss_leaves_open_come_back_from_the_mixture()
     )
 
 
-def test_a_model_that_gets_the_level_right_is_left_alone():
+def test_without_match_level_the_model_sets_the_level():
     mixture = sum(tones(8000))[None]
 
     estimates = separate_audio(LowAndHigh(gains=(2.0, 2.0)), mixture, 8000, model_rate=8000, match_level=False)
@@ -48,7 +49,7 @@ def test_a_model_that_gets_the_level_right_is_left_alone():
     assert np.allclose(estimates.sum(0), 2 * mixture, atol=1e-5)
 
 
-def test_silence_comes_back_as_silence():
+def test_silence_stays_silence():
     silence = np.zeros((1, 500), np.float32)
 
     assert not separate_audio(LowAndHigh(), silence, 8000, model_rate=8000, match_level=True).any()
@@ -56,10 +57,10 @@ def test_silence_comes_back_as_silence():
 
 
 @pytest.mark.parametrize("rate", [4000, 11025, 44100, 48000])
-def test_another_rate_gives_the_same_sound_at_that_rate(rate):
+def test_audio_at_another_rate_is_returned_at_that_rate(rate):
     low, high = tones(rate)
     if rate == 4000:
-        high = 0 * high  # 2 kHz does not fit below 2 kHz
+        high = 0 * high  # a tone at 2 kHz needs a rate above 4 kHz
 
     estimates = separate_audio(LowAndHigh(), (low + high)[None], rate, model_rate=8000, match_level=False)
     total = estimates.sum(0)[0]
@@ -70,13 +71,13 @@ def test_another_rate_gives_the_same_sound_at_that_rate(rate):
 
 
 @pytest.mark.parametrize("n_samples", [0, 1, 7, 8001])
-def test_the_length_is_kept_to_the_sample(n_samples):
+def test_the_length_is_exactly_the_inputs(n_samples):
     audio = np.ones((2, n_samples), np.float32)
 
     assert separate_audio(LowAndHigh(), audio, 44100, model_rate=8000, match_level=True).shape == (2, 2, n_samples)
 
 
-def test_channels_are_separated_each_for_itself():
+def test_channels_are_separated_independently():
     low, high = tones(8000)
     stereo = np.stack([low + high, high - low])
 
@@ -86,7 +87,7 @@ def test_channels_are_separated_each_for_itself():
     assert np.array_equal(both[:, :1], left)
 
 
-def test_a_source_sixty_decibels_below_the_other_is_not_taken_for_silence():
+def test_a_source_sixty_decibels_below_the_other_is_not_treated_as_silence():
     mixture = sum(tones(8000))[None]
 
     estimates = separate_audio(LowAndHigh(gains=(-7.0, 0.005)), mixture, 8000, model_rate=8000, match_level=True)
@@ -94,8 +95,8 @@ def test_a_source_sixty_decibels_below_the_other_is_not_taken_for_silence():
     assert np.allclose(estimates.sum(0), mixture, atol=1e-4)
 
 
-def test_a_source_stays_in_its_file_from_channel_to_channel():
-    class Swaps(LowAndHigh):
+def test_a_source_has_the_same_index_in_every_channel():
+    class SwapsRightChannel(LowAndHigh):
         def forward(self, mixture):
             separated = super().forward(mixture)
             separated[:, :, 1] = separated[:, :, 1].flip(1)
@@ -104,40 +105,43 @@ def test_a_source_stays_in_its_file_from_channel_to_channel():
     low, high = tones(8000)
     stereo = np.stack([low + high, 0.5 * low + 0.5 * high])
 
-    swapped = separate_audio(Swaps(), stereo, 8000, model_rate=8000, match_level=False)
+    swapped = separate_audio(SwapsRightChannel(), stereo, 8000, model_rate=8000, match_level=False)
 
     assert np.allclose(swapped, separate_audio(LowAndHigh(), stereo, 8000, model_rate=8000, match_level=False))
 
 
-def test_training_mode_is_given_back():
+def test_training_mode_is_restored():
     model = LowAndHigh().train()
     assert not separate(model, torch.ones(1, 1, 10)).requires_grad
     assert model.training
 
 
 class LeftAndRight(torch.nn.Module):
-    """Stems whose right channels are each like the other's left."""
+    """Returns stems of which each right channel equals the other stem's left channel."""
 
     def __init__(self, n_channels):
         super().__init__()
-        self.n_channels, self.weight = n_channels, torch.nn.Parameter(torch.ones(()))
+        self.n_channels = n_channels
+        self.weight = torch.nn.Parameter(torch.ones(()))
 
     def forward(self, mixture):
         return torch.stack([mixture, mixture.flip(1)], 1) * self.weight
 
 
-@pytest.mark.parametrize(("n_channels", "fixed_order", "kept"), [(1, False, False), (1, True, True), (2, False, True)])
-def test_stems_of_a_known_order_are_not_swapped_in_one_channel(n_channels, fixed_order, kept):
+@pytest.mark.parametrize(
+    ("n_channels", "fixed_order", "order_is_kept"), [(1, False, False), (1, True, True), (2, False, True)]
+)
+def test_stems_of_a_fixed_order_are_not_swapped_in_one_channel(n_channels, fixed_order, order_is_kept):
     stereo = (0.1 * np.random.default_rng(0).standard_normal((2, 500))).astype(np.float32)
 
     stems = separate_audio(
         LeftAndRight(n_channels), stereo, 8000, model_rate=8000, match_level=False, fixed_order=fixed_order
     )
 
-    assert np.allclose(stems[0], stereo, atol=1e-6) == kept
+    assert np.allclose(stems[0], stereo, atol=1e-6) == order_is_kept
 
 
-def test_an_output_that_was_taught_to_be_silent_stays_so():
+def test_an_output_trained_to_be_silent_stays_silent():
     mixture = (0.1 * np.random.default_rng(0).standard_normal((1, 4000))).astype(np.float32)
     noise = (0.1 * np.random.default_rng(1).standard_normal((1, 4000))).astype(np.float32)
     estimates = np.stack([5 * mixture + noise, 1e-3 * mixture])

@@ -1,4 +1,4 @@
-"""The command line as its users meet it: help, and one line with status 2 for everything that is wrong."""
+"""The command line as users see it: help, and for each user error one line on stderr and status 2."""
 
 import csv
 import os
@@ -16,7 +16,7 @@ from unbraid.metrics import si_sdr
 
 
 def fails(capsys, *arguments):
-    """Run a command that must fail as a user's mistake; returns its one line."""
+    """Run a command that must end with a user error; returns its line on stderr."""
     status = main([str(argument) for argument in arguments])
     out, err = capsys.readouterr()
     assert status == 2, err
@@ -46,36 +46,36 @@ def test_help_imports_no_torch():
 
 @pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["separate"], ["demo"]])
 def test_every_command_has_help(command, capsys):
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exited:
         main([*command, "--help"])
-    assert ended.value.code == 0
+    assert exited.value.code == 0
     assert "usage: unbraid" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     "arguments", [[], ["trian"], ["train"], ["train", "a", "--bogus"], ["evaluate", "x", "--n-items", "0"]]
 )
-def test_a_wrong_word_is_one_line_and_status_2(arguments, capsys):
-    with pytest.raises(SystemExit) as ended:
+def test_wrong_arguments_print_one_line_and_return_2(arguments, capsys):
+    with pytest.raises(SystemExit) as exited:
         main(arguments)
     err = capsys.readouterr().err
-    assert ended.value.code == 2
+    assert exited.value.code == 2
     assert err.count("\n") == 1
     assert "--help" in err
 
 
-def test_an_unknown_recipe_lists_ours_and_offers_the_nearest(capsys):
+def test_an_unknown_recipe_lists_the_built_in_ones_and_suggests_the_nearest(capsys):
     line = fails(capsys, "train", "conv_tasnet_smal")
 
     assert "sepformer" in line
     assert "Did you mean 'conv_tasnet_small'?" in line
 
 
-def test_a_recipe_of_ours_is_found_by_its_name_and_asks_for_the_data(capsys):
+def test_a_built_in_recipe_is_found_by_name_and_asks_for_data(capsys):
     assert "--set data.path=PATH" in fails(capsys, "train", "conv_tasnet_small")
 
 
-def test_an_unknown_key_is_named_with_the_nearest(recipe_file, capsys):
+def test_an_unknown_key_is_reported_with_the_nearest(recipe_file, capsys):
     line = fails(capsys, "train", recipe_file(), "--set", "train.max_stepz=3")
 
     assert "'max_stepz'" in line
@@ -92,7 +92,7 @@ def test_an_unknown_key_is_named_with_the_nearest(recipe_file, capsys):
     ],
     ids=["missing", "empty", "no audio", "another file"],
 )
-def test_data_that_is_not_there_is_said_so(make, words, recipe_file, tmp_path, capsys):
+def test_missing_data_is_reported(make, words, recipe_file, tmp_path, capsys):
     folder = tmp_path / "data"
     make(folder)
 
@@ -111,7 +111,7 @@ def test_data_that_is_not_there_is_said_so(make, words, recipe_file, tmp_path, c
     ],
     ids=["one speaker", "too short", "another rate"],
 )
-def test_data_that_does_not_fit_the_recipe_is_said_so(
+def test_data_that_does_not_fit_the_recipe_is_reported(
     folder, override, words, recipe_file, speaker_folder, tmp_path, capsys
 ):
     line = fails(
@@ -121,7 +121,7 @@ def test_data_that_does_not_fit_the_recipe_is_said_so(
     assert [word for word in words if word not in line] == []
 
 
-def test_one_speaker_in_a_split_is_said_so(recipe_file, speaker_folder, tmp_path, capsys):
+def test_a_split_with_one_speaker_is_reported(recipe_file, speaker_folder, tmp_path, capsys):
     speaker_folder(n_speakers=1, root=tmp_path / "data" / "train")
     speaker_folder(n_speakers=3, root=tmp_path / "data" / "valid")
 
@@ -144,13 +144,13 @@ def test_a_silent_corpus_ends_the_run_with_one_line(workers, recipe_file, speake
     assert ".wav" in line
 
 
-def test_a_run_directory_that_is_a_file_is_said_so(recipe_file, tmp_path, capsys):
+def test_a_run_directory_that_is_a_file_is_reported(recipe_file, tmp_path, capsys):
     (tmp_path / "file").touch()
 
     assert "cannot be created" in fails(capsys, "train", recipe_file(), "--run", tmp_path / "file")
 
 
-def test_a_file_to_leave_out_that_is_not_there_is_said_so(recipe_file, tmp_path, capsys):
+def test_an_excluded_file_that_is_missing_is_reported(recipe_file, tmp_path, capsys):
     line = fails(capsys, "train", recipe_file(), "--set", "data.exclude=['nowhere.wav']", "--run", tmp_path / "run")
 
     assert "nowhere.wav" in line
@@ -162,21 +162,21 @@ def test_two_runs_in_one_directory_are_refused(trained, recipe_file, capsys):
     assert "--resume" in line
 
 
-def test_resuming_what_is_not_there_is_said_so(recipe_file, tmp_path, capsys):
+def test_resuming_without_a_run_is_reported(recipe_file, tmp_path, capsys):
     assert "holds no run to resume" in fails(capsys, "train", recipe_file(), "--run", tmp_path / "none", "--resume")
 
 
 @pytest.mark.parametrize(
     "command", [["evaluate"], ["separate", "x.wav", "-o", "out", "-m"]], ids=["evaluate", "separate"]
 )
-def test_a_path_that_is_no_checkpoint_is_said_so(command, tmp_path, monkeypatch, capsys):
+def test_a_path_that_is_no_checkpoint_is_reported(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_wav(tmp_path / "x.wav", np.zeros(100, np.float32))
 
     assert "is no checkpoint" in fails(capsys, *command, tmp_path)
 
 
-def test_a_flipped_bit_in_a_checkpoint_is_said_so(trained, capsys):
+def test_a_flipped_bit_in_a_checkpoint_is_reported(trained, capsys):
     for path in trained.rglob("model.safetensors"):
         content = bytearray(path.read_bytes())
         content[-1] ^= 1
@@ -185,7 +185,7 @@ def test_a_flipped_bit_in_a_checkpoint_is_said_so(trained, capsys):
     assert "is damaged" in fails(capsys, "evaluate", trained)
 
 
-def test_evaluate_writes_a_row_a_mixture_and_the_first_to_hear(trained, capsys):
+def test_evaluate_writes_a_row_per_mixture_and_audio_of_the_first(trained, capsys):
     assert main(["evaluate", str(trained), "--n-items", "4", "--save-audio", "2"]) == 0
 
     with (trained / "evaluation.csv").open() as file:
@@ -199,7 +199,7 @@ def test_evaluate_writes_a_row_a_mixture_and_the_first_to_hear(trained, capsys):
     assert names[0] == "000-estimate-1.wav"
 
 
-def test_evaluate_writes_the_worst_to_hear_beside_the_first_and_nothing_of_before(trained, capsys):
+def test_evaluate_saves_audio_of_the_first_and_worst_and_removes_older_audio(trained, capsys):
     main(["evaluate", str(trained), "--n-items", "8", "--save-audio", "8"])
     capsys.readouterr()
 
@@ -209,11 +209,11 @@ def test_evaluate_writes_the_worst_to_hear_beside_the_first_and_nothing_of_befor
         rows = list(csv.DictReader(file))
     worst = sorted(rows, key=lambda row: float(row["si_sdri"]))[:3]
     folder = trained / "evaluation-audio"
-    heard = {path.name[:3] for path in folder.iterdir()}
-    assert heard == {"000", *(f"{int(row['index']):03d}" for row in worst)}
-    assert len(list(folder.iterdir())) == 5 * len(heard)
-    told = ", ".join(f"{int(row['index']):03d} {float(row['si_sdri']):+.2f} dB" for row in worst)
-    assert f"Worst first: {told}" in " ".join(capsys.readouterr().out.split())
+    saved = {path.name[:3] for path in folder.iterdir()}
+    assert saved == {"000", *(f"{int(row['index']):03d}" for row in worst)}
+    assert len(list(folder.iterdir())) == 5 * len(saved)
+    worst_first = ", ".join(f"{int(row['index']):03d} {float(row['si_sdri']):+.2f} dB" for row in worst)
+    assert f"Worst first: {worst_first}" in " ".join(capsys.readouterr().out.split())
     for row in worst:
         mixture, estimate, reference = (
             torch.from_numpy(read_audio(folder / f"{int(row['index']):03d}-{name}.wav")[0])
@@ -232,7 +232,7 @@ def test_evaluate_writes_the_worst_to_hear_beside_the_first_and_nothing_of_befor
         (["--seconds", "99"], ["as long as an excerpt of 99 s"]),
     ],
 )
-def test_what_evaluate_cannot_do_is_said_before_the_work(trained, option, words, capsys):
+def test_evaluate_reports_wrong_options_before_the_work(trained, option, words, capsys):
     line = fails(capsys, "evaluate", trained, *option)
 
     assert [word for word in words if word not in line] == []
@@ -251,7 +251,7 @@ def test_separate_keeps_rate_channels_and_length(trained, tmp_path, rate, channe
     assert capsys.readouterr().out.count(".wav") == 2
 
 
-def test_separate_refuses_what_cannot_be_heard_and_keeps_what_was_written(trained, tmp_path, capsys):
+def test_separate_refuses_nan_and_keeps_files_already_written(trained, tmp_path, capsys):
     write_wav(tmp_path / "a.wav", np.full(800, 0.1, np.float32))
     write_wav(tmp_path / "b.wav", np.full(800, np.nan, np.float32))
 
@@ -262,7 +262,7 @@ def test_separate_refuses_what_cannot_be_heard_and_keeps_what_was_written(traine
     assert (tmp_path / "out" / "a.source-1.wav").exists()
 
 
-def test_separate_refuses_two_files_of_one_name_before_writing(trained, tmp_path, capsys):
+def test_separate_refuses_two_files_with_the_same_output_before_writing(trained, tmp_path, capsys):
     for folder in ("one", "two"):
         write_wav(tmp_path / folder / "a.wav", np.zeros(800, np.float32))
 
@@ -273,7 +273,7 @@ def test_separate_refuses_two_files_of_one_name_before_writing(trained, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_separate_refuses_an_empty_file_and_a_folder_that_cannot_be_one(trained, tmp_path, capsys):
+def test_separate_refuses_an_empty_file_and_an_output_folder_that_is_a_file(trained, tmp_path, capsys):
     write_wav(tmp_path / "empty.wav", np.zeros(0, np.float32))
     write_wav(tmp_path / "a.wav", np.full(800, 0.1, np.float32))
 
@@ -283,7 +283,7 @@ def test_separate_refuses_an_empty_file_and_a_folder_that_cannot_be_one(trained,
     assert "cannot be used as the output folder" in line
 
 
-def test_separate_goes_through_folders(trained, tmp_path):
+def test_separate_takes_folders_and_keeps_their_subfolders(trained, tmp_path):
     for name in ("x/a.wav", "y/a.wav"):
         write_wav(tmp_path / "in" / name, np.full(800, 0.1, np.float32))
 
@@ -293,7 +293,7 @@ def test_separate_goes_through_folders(trained, tmp_path):
     assert written == ["x/a.source-1.wav", "x/a.source-2.wav", "y/a.source-1.wav", "y/a.source-2.wav"]
 
 
-def test_code_that_came_with_a_checkpoint_does_not_run_unless_trusted(recipe_file, tmp_path, monkeypatch, capsys):
+def test_code_of_a_checkpoint_runs_only_with_trust(recipe_file, tmp_path, monkeypatch, capsys):
     (tmp_path / "mine.py").write_text(
         "from pathlib import Path\n"
         "from torch import nn\n"
@@ -302,21 +302,21 @@ def test_code_that_came_with_a_checkpoint_does_not_run_unless_trusted(recipe_fil
         "        super().__init__(1, 2, 9, padding=4)\n"
         "    def forward(self, mixture):\n"
         "        return super().forward(mixture)[:, :, None]\n"
-        f"Path({str(tmp_path / 'ran')!r}).touch()\n"
+        f"Path({str(tmp_path / 'executed')!r}).touch()\n"
     )
     monkeypatch.chdir(tmp_path)
     file = recipe_file()
     assert main(["train", str(file), "--run", "run", "--set", "model.name=mine:Net"]) == 0
-    (tmp_path / "ran").unlink()
+    (tmp_path / "executed").unlink()
     sys.modules.pop("unbraid_own_mine")
     capsys.readouterr()
 
     assert "--trust" in fails(capsys, "evaluate", "run", "--n-items", "1")
-    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "executed").exists()
     assert main(["evaluate", "run", "--n-items", "1", "--trust"]) == 0
 
 
-def test_scores_of_outputs_that_were_added_up_are_marked_as_such(recipe_file, tmp_path, capsys):
+def test_evaluate_says_if_outputs_were_summed(recipe_file, tmp_path, capsys):
     changes = ["loss.name=neg_snr", "loss.assign=mixit", "model.n_sources=3", "train.max_steps=1"]
     sets = [word for change in changes for word in ("--set", change)]
     assert main(["train", str(recipe_file()), "--run", str(tmp_path / "run"), *sets]) == 0
@@ -326,7 +326,7 @@ def test_scores_of_outputs_that_were_added_up_are_marked_as_such(recipe_file, tm
     assert "outputs summed" in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_data_set_that_came_with_a_checkpoint_does_not_run_unless_trusted(recipe_file, tmp_path, monkeypatch, capsys):
+def test_a_custom_data_set_of_a_checkpoint_runs_only_with_trust(recipe_file, tmp_path, monkeypatch, capsys):
     (tmp_path / "mine.py").write_text("from unbraid.data.folders import list_speakers as go\n")
     monkeypatch.chdir(tmp_path)
     assert main(["train", str(recipe_file()), "--run", "run", "--set", "data.name=mine:go"]) == 0
@@ -336,10 +336,10 @@ def test_a_data_set_that_came_with_a_checkpoint_does_not_run_unless_trusted(reci
 
 
 @pytest.mark.slow
-def test_a_mistake_under_torchrun_ends_with_its_line(tmp_path):
+def test_a_user_error_under_torchrun_prints_its_line(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "unbraid", "train", "nope"]
-    ended = subprocess.run(
+    process = subprocess.run(
         command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120, check=False
     )
-    assert ended.returncode != 0
-    assert "unbraid: There is no recipe nope" in ended.stderr
+    assert process.returncode != 0
+    assert "unbraid: There is no recipe nope" in process.stderr

@@ -27,15 +27,13 @@ if TYPE_CHECKING:
 
 def add_lab(commands: Any) -> None:
     """Add ``lab`` and its commands to the command line."""
-    text = "Experiments: gradient descent on a line, and measurements on separation models."
-    lab = commands.add_parser("lab", help=text, description=text, allow_abbrev=False)
+    lab_text = "Experiments: gradient descent on a line, and measurements on separation models."
+    lab = commands.add_parser("lab", help=lab_text, description=lab_text, allow_abbrev=False)
     experiments = lab.add_subparsers(metavar="EXPERIMENT", required=True, parser_class=Parser)
 
     def add(name: str, function: object) -> argparse.ArgumentParser:
-        words = (function.__doc__ or "").strip()
-        command: argparse.ArgumentParser = experiments.add_parser(
-            name, help=words, description=words, allow_abbrev=False
-        )
+        text = (function.__doc__ or "").strip()
+        command: argparse.ArgumentParser = experiments.add_parser(name, help=text, description=text, allow_abbrev=False)
         command.set_defaults(function=function)
         return command
 
@@ -91,7 +89,7 @@ def lr_range(args: argparse.Namespace) -> int:
         print(json.dumps(range_test_json(test, grid), indent=1, allow_nan=False))
     else:
         print("\n".join(_lr_range_lines(test, grid, figure)))
-    advice = "" if args.json else "To start again, run the same command; with fewer --steps it ends sooner."
+    advice = "" if args.json else "To start over, run the same command; fewer --steps take less time."
     return exit_status(stop.signal, advice)
 
 
@@ -107,7 +105,10 @@ def _lr_range_and_grid(
     experiment = experiment_from_recipe(load_recipe(find_recipe(args.recipe), args.set), args.recipe.stem)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)  # fails before the work, not after it
+    # With --json nothing but JSON is printed, so no progress bar.
     quiet = nullcontext(lambda _done, _text: None)
+
+    # The range test, then a grid around its suggestion.
     with quiet if args.json else progress_bar("range test", len(lrs)) as advance:
         test = lr_range(experiment, lrs, stop=stop, progress=advance)
     if not args.grid or test.suggestion is None or stop.signal:
@@ -168,7 +169,7 @@ def race(args: argparse.Namespace) -> int:
             json_file=args.json,
             stop=stop,
         ),
-        args.words,
+        args.argv,
     )
 
 
@@ -188,14 +189,14 @@ def clipping(args: argparse.Namespace) -> int:
             overrides=args.set,
             json_file=args.json,
             markdown_file=args.markdown,
-            command=args.words,
+            command=args.argv,
             stop=stop,
         ),
-        args.words,
+        args.argv,
     )
 
 
-def _run_until_stopped(run: "Callable[[StopRequest], list[str]]", words: Sequence[str]) -> int:
+def _run_until_stopped(run: "Callable[[StopRequest], list[str]]", argv: Sequence[str]) -> int:
     """Run a sweep and print its lines; if a signal stops it, print how to resume.
 
     Returns:
@@ -208,7 +209,7 @@ def _run_until_stopped(run: "Callable[[StopRequest], list[str]]", words: Sequenc
         with stop_on_signals() as stop:
             lines = run(stop)
     except Interrupted as interrupted:
-        return exit_status(interrupted.number, resume_advice(words))
+        return exit_status(interrupted.number, resume_advice(argv))
     print("\n".join(lines))
     return 0
 
@@ -269,7 +270,7 @@ def trajectory(args: argparse.Namespace) -> int:
         options = {"clips": args.clip, "n_steps": args.steps, "every": args.every}
         comparison = run_arms(experiment, args.out, **options, stop=stop, progress=advance)
     print("\n".join([*comparison.summary_lines(), *write_comparison(comparison, args.out, args.json)]))
-    return exit_status(stop.signal, resume_advice(args.words))
+    return exit_status(stop.signal, resume_advice(args.argv))
 
 
 def _add_trajectory(add: Add) -> None:
@@ -295,6 +296,7 @@ def landscape(args: argparse.Namespace) -> int:
     from unbraid.plots import check_matplotlib
 
     check_matplotlib()
+    # A missing matplotlib is reported before the slow import of torch.
     from unbraid.console import progress_bar
     from unbraid.lab.experiment import experiment_from_checkpoint
     from unbraid.lab.landscape_run import choose_view, draw_landscape, output_folder, summary_lines

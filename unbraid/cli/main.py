@@ -29,15 +29,19 @@ def train(args: argparse.Namespace) -> int:
     run = RunDirectory(args.run or Path("runs") / args.recipe.stem)
     with stop_on_signals() as stop:
         records = run_training(recipe, run, resume=args.resume, stop=stop)
-        steps, minutes = recipe.train.max_steps, recipe.train.max_minutes
-        show_training(records, max_steps=steps, max_minutes=minutes, doctor_line=lambda: doctor_line(run.path))
-    # Of several processes only one prints.
+        show_training(
+            records,
+            max_steps=recipe.train.max_steps,
+            max_minutes=recipe.train.max_minutes,
+            doctor_line=lambda: doctor_line(run.path),
+        )
+    # Of the processes that torchrun started, only the first prints.
     if os.environ.get("RANK", "0") != "0":
         return exit_status(stop.agreed)
     if stop.agreed:
         if "WORLD_SIZE" in os.environ:
             return exit_status(stop.agreed, "To resume, run the same torchrun command with --resume.")
-        return exit_status(stop.agreed, resume_advice([*args.words, *([] if args.resume else ["--resume"])]))
+        return exit_status(stop.agreed, resume_advice([*args.argv, *([] if args.resume else ["--resume"])]))
     print(f"The run is in {run.path}. Next: {command_name()} evaluate {run.path}{' --trust' * recipe.has_custom_code}")
     return 0
 
@@ -50,16 +54,21 @@ def evaluate(args: argparse.Namespace) -> int:
     names = ("data", "split", "n_items", "seconds", "save_audio", "save_worst", "out", "trust")
     options = {name: getattr(args, name) for name in names}
     with progress_bar("evaluating", args.n_items) as advance:
-        found = evaluate_checkpoint(args.checkpoint, progress=lambda done, _: advance(done), **options)
-    heard = {file for row in found.rows for file in row["files"].split(" + ")}
-    title = f"{len(found.rows)} mixtures of {len(heard)} files in {found.recipe.data.path} ({args.split})"
-    if found.recipe.assign == "mixit":
-        title += "; outputs summed so as to fit each mixture best (assign = 'mixit')"
-    print_summaries(found.summaries, title)
-    print(f"Metrics of each mixture: {found.table}" + (f"; audio: {found.audio}" if found.audio else ""))
-    if found.worst:
-        print("Worst first: " + ", ".join(f"{row['index']:03d} {row['si_sdri']:+.2f} dB" for row in found.worst))
-    for message in found.bad_files.values():
+        evaluation = evaluate_checkpoint(args.checkpoint, progress=lambda done, _: advance(done), **options)
+
+    # The title says which numbers are not comparable with others.
+    files = {file for row in evaluation.rows for file in row["files"].split(" + ")}
+    title = f"{len(evaluation.rows)} mixtures of {len(files)} files in {evaluation.recipe.data.path} ({args.split})"
+    if evaluation.recipe.assign == "mixit":
+        title += "; outputs summed to fit each mixture best (assign = 'mixit')"
+    print_summaries(evaluation.summaries, title)
+
+    # Output files, the worst mixtures, and the files that could not be used.
+    print(f"Metrics of each mixture: {evaluation.table}" + (f"; audio: {evaluation.audio}" if evaluation.audio else ""))
+    if evaluation.worst:
+        worst = ", ".join(f"{row['index']:03d} {row['si_sdri']:+.2f} dB" for row in evaluation.worst)
+        print(f"Worst first: {worst}")
+    for message in evaluation.bad_files.values():
         print(f"Skipped: {message}")
     return 0
 
@@ -73,17 +82,18 @@ def separate(args: argparse.Namespace) -> int:
     return 0
 
 
-def import_foreign(args: argparse.Namespace) -> int:
+def import_weights(args: argparse.Namespace) -> int:
     """Read a checkpoint of SpeechBrain, Asteroid or MSST (BS-RoFormer) as a model of Unbraid."""
     from unbraid.console import command_name
     from unbraid.importers import import_checkpoint
 
-    out = args.out
-    recipe = import_checkpoint(args.files, out, sample_rate=args.sample_rate, overrides=args.set)
-    model, data = recipe.model.name, recipe.data
-    print(f"{out} holds a {model} that returns {data.n_sources} source(s), at {data.sample_rate} Hz.")
-    print(f"Next: {command_name()} separate FILES -m {out} -o FOLDER")
-    print(f"To train it further: init = {str(out.absolute())!r} in [model]")
+    recipe = import_checkpoint(args.files, args.out, sample_rate=args.sample_rate, overrides=args.set)
+    print(
+        f"{args.out} holds a {recipe.model.name} that returns {recipe.data.n_sources} source(s), at "
+        f"{recipe.data.sample_rate} Hz."
+    )
+    print(f"Next: {command_name()} separate FILES -m {args.out} -o FOLDER")
+    print(f"To train it further: init = {str(args.out.absolute())!r} in [model]")
     return 0
 
 
@@ -95,16 +105,17 @@ def bench(args: argparse.Namespace) -> int:
     from unbraid.config.recipe import load_recipe
     from unbraid.console import progress_bar
 
+    # The steps are timed on noise, but a recipe must name some data.
     recipe = load_recipe(find_recipe(args.recipe), ["data.path=.", *args.set])
     if args.json:
-        found = run_bench(recipe, seconds=args.seconds)
-        print(json.dumps(asdict(found), indent=1))
+        result = run_bench(recipe, seconds=args.seconds)
+        print(json.dumps(asdict(result), indent=1))
     else:
         with progress_bar("measuring", 1.0) as advance:
-            found = run_bench(recipe, seconds=args.seconds, progress=advance)
-        Console().print(found.table())
-        print(found.advice.words)
-    return exit_status(signal.SIGINT if found.stopped else 0)
+            result = run_bench(recipe, seconds=args.seconds, progress=advance)
+        Console().print(result.table())
+        print(result.advice.words)
+    return exit_status(signal.SIGINT if result.stopped else 0)
 
 
 def doctor(args: argparse.Namespace) -> int:
@@ -115,17 +126,23 @@ def doctor(args: argparse.Namespace) -> int:
     series = read_series(args.run, last=args.last)
     findings = run_rules(series, mute=args.mute)
     if args.json:
-        found = {"run": str(args.run), "steps": series.last_step, "findings": [asdict(one) for one in findings]}
-        print(json.dumps(found, indent=1))
+        table = {
+            "run": str(args.run),
+            "steps": series.last_step,
+            "findings": [asdict(finding) for finding in findings],
+        }
+        print(json.dumps(table, indent=1))
         return exit_code(findings)
-    told = findings if args.all else findings[:N_FINDINGS]
+
+    # A one-line summary, then each finding with its evidence and advice.
+    shown = findings if args.all else findings[:N_FINDINGS]
     print(" ".join([f"{args.run}: {series.last_step} steps, {summary(findings)}.", *series.reading_notes]))
-    for finding in told:
+    for finding in shown:
         print(f"\n{finding.severity.upper()} {finding.code}, steps {finding.steps[0]} to {finding.steps[1]}")
         print(f"  {finding.problem} {finding.evidence}")
         print(f"  {finding.advice}" + (f" [{finding.key}]" if finding.key else ""))
-    if len(told) < len(findings):
-        print(f"\n{len(findings) - len(told)} more with --all.")
+    if len(shown) < len(findings):
+        print(f"\n{len(findings) - len(shown)} more with --all.")
     return exit_code(findings)
 
 
@@ -163,9 +180,9 @@ def report(args: argparse.Namespace) -> int:
 
 def replay(args: argparse.Namespace) -> int:
     """Rerun a bad step to find the example, the layer, and a precision without the fault."""
-    from unbraid.replay import replay as run_again
+    from unbraid.replay import replay as rerun
 
-    for line in run_again(args.incident, trust=args.trust):
+    for line in rerun(args.incident, trust=args.trust):
         print(line, flush=True)
     return 0
 
@@ -178,7 +195,7 @@ def demo(args: argparse.Namespace) -> int:
     result = run_demo(recipes_folder() / "demo.toml", args.out, overrides=args.set)
     if isinstance(result, int):
         return exit_status(result, "To resume, run the same command.")
-    print_summaries(result.summaries, f"{result.n_items} mixtures of a low and a high voice, unseen in training")
+    print_summaries(result.summaries, f"{result.n_items} mixtures of a low and a high voice, not used in training")
     print("\n".join(what_next(result)))
     return 0
 
@@ -190,6 +207,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
 
     def add(name: str, function: object) -> argparse.ArgumentParser:
+        # The docstring of a command is its help text, so the two cannot differ.
         text = (function.__doc__ or "").strip()
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         command.set_defaults(function=function)
@@ -230,7 +248,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("-o", "--out", type=Path, required=True, help="folder for NAME.source-N.wav")
     add_trust(command)
 
-    command = add("import", import_foreign)
+    command = add("import", import_weights)
     command.add_argument(
         "files", type=Path, nargs="+", help="the weights and their YAML file, or the folder that holds them"
     )
@@ -282,17 +300,20 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command, and return its exit status; a user error is one line on stderr and status 2."""
-    words = sys.argv[1:] if arguments is None else list(arguments)
-    args = parser().parse_args(words)
-    args.words = words
+    """Run a command and return its exit status; a user error prints one line to stderr and returns 2."""
+    argv = sys.argv[1:] if arguments is None else list(arguments)
+    args = parser().parse_args(argv)
+    # Commands print it in their advice on how to resume.
+    args.argv = argv
     try:
         return args.function(args)
     except UserError as error:
+        # Some messages have several lines; the contract is one.
         print(f"unbraid: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_USER_ERROR
     except OSError as error:
-        print(f"unbraid: {error}. Fix this, and start again.", file=sys.stderr)
+        # Such as a full disk, or missing permissions: nothing a traceback would explain better.
+        print(f"unbraid: {error}. Fix this, and run the command again.", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         return exit_status(signal.SIGINT)

@@ -28,6 +28,7 @@ def positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(f"{text} must be above 0")
         return kind(text)
 
+    # argparse names the type in its message: "invalid number above 0 value: 'x'".
     convert.__name__ = "number above 0"
     return convert
 
@@ -86,8 +87,8 @@ def exit_status(signal_number: int, advice: str = "") -> int:
     return EXIT_STOPPED + signal_number
 
 
-def resume_advice(words: Sequence[str]) -> str:
-    """Return the sentence that tells how to resume a stopped command, from the words of its command line."""
-    from unbraid.console import command_name
+def resume_advice(argv: Sequence[str]) -> str:
+    """Return a sentence with the command that resumes a stopped one, given the arguments of that command."""
+    from unbraid.console import command_name  # imported late: it loads rich
 
-    return f"To resume: {command_name()} {shlex.join(words)}"
+    return f"To resume: {command_name()} {shlex.join(argv)}"
