@@ -27,6 +27,10 @@ class Muon(Optimizer):
     learning rate. Each kind has its own parameter group, matrices first. Matrices of the same shape are processed
     together, in bfloat16 if the hardware multiplies it natively, else in float32; float64 stays float64.
 
+    On 2-D weights the updates equal those of ``torch.optim.Muon(adjust_lr_fn="match_rms_adamw")``, in bfloat16 bit for
+    bit. That optimizer refuses convolutions, which hold most weights of many separators, and leaves all other weights
+    to a second optimizer.
+
     Args:
         parameters: Parameters of the model.
         lr: Learning rate, for matrices (Muon) and all other weights (AdamW) alike.
