@@ -1,10 +1,17 @@
 """Fixtures that many tests share: synthetic speakers, small recipes, two threads."""
 
+import signal
+
 import numpy as np
 import pytest
 import soundfile
 import torch
 from hypothesis import settings
+
+# A shell that starts the tests in the background (nohup ... &) makes them ignore Ctrl-C, and so would every process that
+# they start: tests of what Ctrl-C does would wait in vain.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("unbraid", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("unbraid")
