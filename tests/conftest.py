@@ -8,8 +8,8 @@ import soundfile
 import torch
 from hypothesis import settings
 
-# A shell that starts the tests in the background (nohup ... &) makes them ignore Ctrl-C, and so would every process that
-# they start: tests of what Ctrl-C does would wait in vain.
+# A shell that starts the tests in the background (nohup ... &) makes them ignore Ctrl-C, and so would every process
+# that they start: tests of Ctrl-C would wait in vain.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
