@@ -339,7 +339,7 @@ def test_after_a_signal_the_steps_made_so_far_are_drawn(recipe_file, tmp_path):
 
     assert child.returncode == 128 + signal.SIGINT
     assert "interrupted" in printed
-    assert "To start again, run the same command" in printed
+    assert "To start over, run the same command" in printed
     assert json.loads((tmp_path / "out" / "lr-range.json").read_text())["losses"]
     assert (tmp_path / "out" / "lr-range.png").exists()
 
