@@ -1,9 +1,9 @@
-"""The figures of docs/learn/gradient-descent.md, each with the caption and the numbers it was made with inside it.
+"""Write the figures of docs/learn/gradient-descent.md as PNG, with caption and numbers as text inside each file.
 
     OMP_NUM_THREADS=1 .venv/bin/python scripts/learn_figures.py [FOLDER]
 
-tests/textbook/test_learn_page.py makes the plates again and compares: a figure that is out of date fails there,
-and so does a number in the text that its figure does not have.
+tests/textbook/test_learn_page.py makes the figures again and compares. It fails if a committed figure is out of date,
+or if a number in the text is not in its figure.
 """
 
 import argparse
@@ -21,47 +21,49 @@ from unbraid.textbook.line_figure import line_figures
 from unbraid.textbook.surfaces_figure import surface_figures
 
 FIGURES = Path(__file__).resolve().parent.parent / "docs" / "learn" / "figures"
-DPI, N_COLORS = 120, 128
+DPI = 120
+N_COLORS = 128
 
 
 def all_figures() -> list[FigureSpec]:
-    """Every plate of the chapter, by its number, as ``unbraid lab gradient-descent`` makes them."""
-    return sorted([*line_figures(), *surface_figures(seed=0)], key=lambda plate: plate.name)
+    """Return every figure of the chapter in order, as ``unbraid lab gradient-descent`` makes them."""
+    return sorted([*line_figures(), *surface_figures(seed=0)], key=lambda figure: figure.name)
 
 
-def drawn(plate: FigureSpec) -> Image.Image:
-    """A plate's still figure, in few colours: a figure of lines looks the same, at half the bytes."""
-    with io.BytesIO() as held:
-        draw_figure(plate).savefig(held, dpi=DPI, format="png")
-        picture = Image.open(held).convert("RGB")
+def render(figure: FigureSpec) -> Image.Image:
+    """Return the still figure with few colours: line drawings look the same, and the file is half as large."""
+    with io.BytesIO() as buffer:
+        draw_figure(figure).savefig(buffer, dpi=DPI, format="png")
+        picture = Image.open(buffer).convert("RGB")
     return picture.quantize(N_COLORS, dither=Image.Dither.NONE)
 
 
-def write_figure(plate: FigureSpec, folder: Path) -> Path:
-    """Write a plate's figure with its title, caption and numbers as text in the PNG."""
-    told = PngInfo()
-    told.add_itxt("Title", plate.title)
-    told.add_itxt("Caption", plate.caption)
-    told.add_itxt("Numbers", json.dumps({name: float(value) for name, value in plate.numbers.items()}))
-    out = folder / f"{plate.name}.png"
-    with atomic_replace(out) as path:
-        drawn(plate).save(path, format="png", optimize=True, pnginfo=told)
-    return out
+def write_png(figure: FigureSpec, folder: Path) -> Path:
+    """Write a figure with title, caption and numbers as text in the PNG, and return its path."""
+    text = PngInfo()
+    text.add_itxt("Title", figure.title)
+    text.add_itxt("Caption", figure.caption)
+    text.add_itxt("Numbers", json.dumps({name: float(value) for name, value in figure.numbers.items()}))
+    path = folder / f"{figure.name}.png"
+    with atomic_replace(path) as temporary:
+        render(figure).save(temporary, format="png", optimize=True, pnginfo=text)
+    return path
 
 
 def write_figures(folder: Path) -> Iterator[Path]:
-    """Make every plate, and write each as a figure."""
+    """Write every figure, and yield its path."""
     folder.mkdir(parents=True, exist_ok=True)
-    for plate in all_figures():
-        yield write_figure(plate, folder)
+    for figure in all_figures():
+        yield write_png(figure, folder)
 
 
 def main() -> None:
-    """Write all figures, and say how large they are together."""
+    """Write all figures, and print their total size."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, nargs="?", default=FIGURES)
-    written = list(write_figures(parser.parse_args().folder))
-    print(f"{len(written)} figures, {sum(path.stat().st_size for path in written):,} bytes, in {written[0].parent}")
+    paths = list(write_figures(parser.parse_args().folder))
+    # The repository's limit on the total size is in the test.
+    print(f"{len(paths)} figures, {sum(path.stat().st_size for path in paths):,} bytes, in {paths[0].parent}")
 
 
 if __name__ == "__main__":

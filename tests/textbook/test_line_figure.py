@@ -1,4 +1,4 @@
-"""The plates of the line: a table of their numbers for seed 0, captions that hold what was found, and what moves."""
+"""The figures of the line: their numbers for seed 0, captions that agree with them, and animations."""
 
 import json
 from functools import cache
@@ -9,27 +9,31 @@ import torch
 from matplotlib.figure import Figure
 
 from unbraid.errors import UserError
-from unbraid.textbook.drawing import drawable
+from unbraid.textbook.drawing import drawable_path
 from unbraid.textbook.line import noisy_points, untrained_line
 from unbraid.textbook.line_figure import line_figures
 
 
 @cache
-def made(loss, seed=0):
-    return {plate.name: plate for plate in line_figures(loss, seed)}
+def figures_by_name(loss, seed=0):
+    return {figure.name: figure for figure in line_figures(loss, seed)}
 
 
 @pytest.fixture
-def plates():
-    return made("l2")
+def figures():
+    return figures_by_name("l2")
 
 
-def test_the_numbers_of_seed_0_are_what_numpy_works_out(plates):
+def test_numbers_of_seed_0_equal_closed_forms_in_numpy(figures):
     """Minimum, gradient, slices, paths and losses of l2 in closed form, from the points and the start alone."""
-    start, x, y = untrained_line(0).numpy(), noisy_points(0).x.numpy(), noisy_points(0).y.numpy()
+    start = untrained_line(0).numpy()
+    x = noisy_points(0).x.numpy()
+    y = noisy_points(0).y.numpy()
     design = np.stack([x, np.ones_like(x)], 1)
     best, (squares,), _, _ = np.linalg.lstsq(design, y, rcond=None)
-    h, m, b = 2 * design.T @ design / len(x), np.linspace(-2, 5, 100), np.linspace(-4, 4, 100)
+    h = 2 * design.T @ design / len(x)
+    m = np.linspace(-2, 5, 100)
+    b = np.linspace(-4, 4, 100)
 
     def loss(line):
         return ((design @ line - y) ** 2).mean()
@@ -37,13 +41,14 @@ def test_the_numbers_of_seed_0_are_what_numpy_works_out(plates):
     def after(lr, n_steps):
         return best + np.linalg.matrix_power(np.eye(2) - lr * h, n_steps) @ (start - best)
 
-    def lost(lr):
+    def divergence_step(lr):
         return next(k for k in range(99) if loss(after(lr, k)) > 1e6 * loss(start))
 
-    def nearest(values, at):
-        return values[np.abs(values - at).argmin()]
+    def nearest(values, value):
+        return values[np.abs(values - value).argmin()]
 
-    first, slope = (design @ start - y) ** 2, h @ (start - best)
+    first_losses = (design @ start - y) ** 2
+    gradient = h @ (start - best)
     crossings = best - h[0, 1] / np.diag(h) * (start - best)[::-1]
     means = best - h[0, 1] / np.diag(h) * (np.array([b.mean(), m.mean()]) - best[::-1])
     expected = {
@@ -56,11 +61,11 @@ def test_the_numbers_of_seed_0_are_what_numpy_works_out(plates):
             "loss": loss(start),
         },
         "03-loss-of-each-point": {
-            "mean": first.mean(),
-            "sum": first.sum(),
-            "max": first.max(),
-            "norm_of_mean": np.linalg.norm(slope),
-            "norm_of_sum": 40 * np.linalg.norm(slope),
+            "mean": first_losses.mean(),
+            "sum": first_losses.sum(),
+            "max": first_losses.max(),
+            "norm_of_mean": np.linalg.norm(gradient),
+            "norm_of_sum": 40 * np.linalg.norm(gradient),
         },
         "04-brute-force": {
             "exact_m": best[0],
@@ -78,10 +83,10 @@ def test_the_numbers_of_seed_0_are_what_numpy_works_out(plates):
             "b_of_mean": nearest(b, means[1]),
         },
         "06-backward": {
-            "start_m_backward": slope[0],
-            "start_b_backward": slope[1],
-            "start_m_differences": slope[0],
-            "start_b_differences": slope[1],
+            "start_m_backward": gradient[0],
+            "start_b_backward": gradient[1],
+            "start_m_differences": gradient[0],
+            "start_b_differences": gradient[1],
         },
         "07-gradient-along-m": {
             "crossing": best[0],
@@ -103,8 +108,8 @@ def test_the_numbers_of_seed_0_are_what_numpy_works_out(plates):
             "last_distance": np.linalg.norm(after(0.1, 59) - best),
         },
         "10-six-learning-rates": {
-            "lost_at_step_lr_1": lost(1.0),
-            "lost_at_step_lr_0_5": lost(0.5),
+            "diverged_at_step_lr_1": divergence_step(1.0),
+            "diverged_at_step_lr_0_5": divergence_step(0.5),
             "last_loss_lr_0_1": loss(after(0.1, 300)),
             "last_loss_lr_0_01": loss(after(0.01, 300)),
             "last_loss_lr_0_001": loss(after(0.001, 300)),
@@ -112,7 +117,7 @@ def test_the_numbers_of_seed_0_are_what_numpy_works_out(plates):
             "l2_stable_below": 2 / np.linalg.eigvalsh(h)[-1],
         },
         "11-loss-and-gradient-norm": {
-            "first_norm": np.linalg.norm(slope),
+            "first_norm": np.linalg.norm(gradient),
             "last_norm_lr_0_01": np.linalg.norm(h @ (after(0.01, 300) - best)),
             "too_high_rates": 2,
             "right_rates": 2,
@@ -121,10 +126,10 @@ def test_the_numbers_of_seed_0_are_what_numpy_works_out(plates):
         "11b-batch-and-stochastic": {"distance_after_5_all": np.linalg.norm(after(0.1, 5) - best)},
     }
     for name, numbers in expected.items():
-        assert {key: plates[name].numbers[key] for key in numbers} == pytest.approx(numbers, rel=1e-6), name
+        assert {key: figures[name].numbers[key] for key in numbers} == pytest.approx(numbers, rel=1e-6), name
 
 
-DRAWN = {
+RECORDED = {
     "04-brute-force": {
         "grid_m": 1.959596,
         "grid_b": 1.171717,
@@ -169,71 +174,74 @@ DRAWN = {
 }
 
 
-def test_what_is_drawn_or_run_for_seed_0_is_as_on_the_first_day(plates):
-    """No formula gives these; where one changes, the chapter's text must be read again."""
-    for name, numbers in DRAWN.items():
-        assert {key: plates[name].numbers[key] for key in numbers} == pytest.approx(numbers, rel=1e-6), name
+def test_other_numbers_of_seed_0_equal_recorded_values(figures):
+    """These depend on random draws. If one changes, the chapter's text must be checked."""
+    for name, numbers in RECORDED.items():
+        assert {key: figures[name].numbers[key] for key in numbers} == pytest.approx(numbers, rel=1e-6), name
 
 
 @pytest.mark.parametrize("loss", ["l1", "l2", "huber"])
-def test_numbers_are_valid_json_and_captions_say_nothing_that_is_not_finite(loss):
-    for plate in made(loss).values():
-        assert json.dumps(dict(plate.numbers), allow_nan=False)
-        assert not {"nan", "inf"} & set(plate.caption.replace(",", " ").split())
+def test_numbers_and_captions_are_finite(loss):
+    for figure in figures_by_name(loss).values():
+        assert json.dumps(dict(figure.numbers), allow_nan=False)
+        assert not {"nan", "inf"} & set(figure.caption.replace(",", " ").split())
 
 
-def test_another_seed_gives_other_numbers_everywhere(plates):
-    assert [name for name, plate in made("l2", 1).items() if plate.numbers == plates[name].numbers] == []
+def test_every_figure_depends_on_the_seed(figures):
+    others = figures_by_name("l2", 1)
+    assert [name for name, other in others.items() if other.numbers == figures[name].numbers] == []
 
 
-def test_with_l1_the_caption_says_that_the_norm_hardly_falls(plates):
-    plate = made("l1")["11-loss-and-gradient-norm"]
-    first, later = plate.numbers["first_norm"], plate.numbers["norm_at_nine_tenths"]
+def test_with_l1_the_caption_says_that_the_norm_hardly_falls(figures):
+    l1_figure = figures_by_name("l1")["11-loss-and-gradient-norm"]
+    first = l1_figure.numbers["first_norm"]
+    later = l1_figure.numbers["norm_at_nine_tenths"]
 
     assert later > 0.8 * first
-    assert f"from {first:.2f} to {later:.2f}: with l1 it hardly falls" in plate.caption
-    assert "hardly" not in plates["11-loss-and-gradient-norm"].caption
+    assert f"from {first:.2f} to {later:.2f}: with l1 it hardly falls" in l1_figure.caption
+    assert "hardly" not in figures["11-loss-and-gradient-norm"].caption
 
 
-def test_an_unknown_loss_is_refused():
+def test_unknown_loss_is_refused():
     with pytest.raises(UserError, match="'l3' is not one of"):
         line_figures("l3", 0)
 
 
 @pytest.mark.parametrize(
-    ("name", "n_moving", "n_drawn"),
+    ("name", "n_moving", "n_points"),
     [
         ("09-descent-by-hand", 4, lambda frame: frame + 1),
         ("10-six-learning-rates", 12, lambda frame: 1 + round(300 * (frame / 59) ** 2)),
     ],
 )
-def test_what_moves_is_marked_so_that_the_rest_is_drawn_once(plates, name, n_moving, n_drawn):
-    motion, figure = plates[name].animation, Figure(figsize=plates[name].figsize, layout="constrained")
+def test_only_moving_artists_are_marked_as_animated(figures, name, n_moving, n_points):
+    animation = figures[name].animation
+    figure = Figure(figsize=figures[name].figsize, layout="constrained")
 
-    move = motion.draw(figure)
+    go_to_frame = animation.draw(figure)
     moving = [artist for axes in figure.axes for artist in axes.findobj() if artist.get_animated()]
     trails = [artist for artist in moving if getattr(artist, "get_marker", str)() == "."]
 
-    assert motion.n_frames == 60
+    assert animation.n_frames == 60
     assert len(moving) == n_moving
     for frame in (0, 30, 59):
-        move(frame)
-        assert {len(trail.get_xdata()) for trail in trails} == {n_drawn(frame)}
+        go_to_frame(frame)
+        assert {len(trail.get_xdata()) for trail in trails} == {n_points(frame)}
 
 
-def test_the_first_frame_is_at_the_start_and_the_last_where_the_numbers_say(plates):
-    plate = plates["09-descent-by-hand"]
-    figure = Figure(figsize=plate.figsize, layout="constrained")
-    move = plate.animation.draw(figure)
+def test_animation_begins_at_the_start_and_ends_at_the_numbers(figures):
+    spec = figures["09-descent-by-hand"]
+    figure = Figure(figsize=spec.figsize, layout="constrained")
+    go_to_frame = spec.animation.draw(figure)
     (trail,) = (line for line in figure.axes[1].lines if line.get_animated())
 
-    move(0)
+    go_to_frame(0)
     assert trail.get_xydata()[-1] == pytest.approx(untrained_line(0).numpy())
-    move(59)
-    assert trail.get_xydata()[-1] == pytest.approx([plate.numbers["m"], plate.numbers["b"]])
+    go_to_frame(59)
+    assert trail.get_xydata()[-1] == pytest.approx([spec.numbers["m"], spec.numbers["b"]])
 
 
-def test_a_path_that_is_lost_is_drawn_in_its_own_direction():
+def test_diverged_path_is_drawn_in_its_own_direction():
     path = torch.tensor([[1.0, 2.0], [-4e200, 2e200], [3e7, 0.0]], dtype=torch.float64)
-    drawn = drawable(path).T.tolist()
-    assert drawn == [pytest.approx(place) for place in ([1, 2], [-1000, 500], [1000, 0])]
+    drawn = drawable_path(path).T.tolist()
+    assert drawn == [pytest.approx(point) for point in ([1, 2], [-1000, 500], [1000, 0])]

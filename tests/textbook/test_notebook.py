@@ -1,4 +1,4 @@
-"""The chapter's notebook: clean in git, and it runs from top to bottom."""
+"""The chapter's notebook has no outputs in git, and runs from top to bottom."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ notebook = nbformat.read(sys.argv[1], as_version=4)
 nbclient.NotebookClient(notebook, timeout=150, kernel_name="python3").execute()
 nbformat.write(notebook, sys.argv[2])
 """
-"""In a process of its own: the kernel's packages warn, and here warnings are errors."""
+"""Runs in another process: the kernel's packages raise warnings, which are errors in this one."""
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def code_cells(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def test_it_is_a_valid_notebook_without_outputs(notebook):
+def test_notebook_is_valid_and_has_no_outputs(notebook):
     nbformat.validate(notebook)
 
     assert 15 <= len(notebook.cells) <= 25
@@ -43,23 +43,23 @@ def test_every_cell_compiles(notebook):
 
 
 @pytest.mark.slow
-def test_it_runs_from_top_to_bottom_and_its_separator_learns(tmp_path):
-    done = tmp_path / "done.ipynb"
+def test_notebook_runs_from_top_to_bottom_and_its_separator_learns(tmp_path):
+    executed_path = tmp_path / "executed.ipynb"
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "IPYTHONDIR": str(tmp_path / "ipython"),
         "JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime"),
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     }
-    words = [sys.executable, "-c", RUN, str(NOTEBOOK), str(done)]
+    command = [sys.executable, "-c", RUN, str(NOTEBOOK), str(executed_path)]
 
-    ended = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    ran = nbformat.read(done, as_version=4)
-    told = "".join(output.get("text", "") for cell in code_cells(ran) for output in cell.outputs)
-    gains = [float(line.split()[-2]) for line in told.splitlines() if "SI-SDR improvement" in line]
-    assert len(gains) == 6
-    assert gains[-1] > 10
-    pictures = [o for cell in code_cells(ran) for o in cell.outputs if "image/png" in o.get("data", {})]
+    assert result.returncode == 0, result.stderr[-3000:]
+    outputs = [output for cell in code_cells(nbformat.read(executed_path, as_version=4)) for output in cell.outputs]
+    printed = "".join(output.get("text", "") for output in outputs)
+    improvements_db = [float(line.split()[-2]) for line in printed.splitlines() if "SI-SDR improvement" in line]
+    assert len(improvements_db) == 6
+    assert improvements_db[-1] > 10
+    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
     assert len(pictures) == 12

@@ -1,115 +1,127 @@
-"""The chapter on gradient descent in a folder: every plate's figure and animation, their numbers, and a page."""
+"""Write the chapter on gradient descent to a folder: every figure and animation, their numbers, and a page."""
 
 import html
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from unbraid.figures import FigureSpec, write_figure
 from unbraid.io import atomic_replace, finite_or_none, write_atomically, write_json
 from unbraid.plots import check_matplotlib
-from unbraid.textbook.animation import frames, has_ffmpeg, write_gif, write_mp4
+from unbraid.textbook.animation import has_ffmpeg, render_frames, write_gif, write_mp4
 from unbraid.textbook.line_figure import line_figures
 from unbraid.textbook.surfaces_figure import surface_figures
-from unbraid.type_aliases import ProgressCallback
-
-if TYPE_CHECKING:
-    pass
+from unbraid.type_aliases import ProgressCallback, Row
 
 
 def write_chapter(
     out: Path, *, loss: str = "l2", seed: int = 0, animate: bool = True, progress: ProgressCallback | None = None
 ) -> Path:
-    """Make every plate, and write figures, animations, ``numbers.json`` and ``index.html``.
+    """Run every experiment, and write figures, animations, ``numbers.json`` and ``index.html``.
 
-    A file is whole or not there, also where this is stopped half way; what an earlier call left is replaced, and its
-    animations that this one does not make are removed.
+    Each file is written completely or not at all, even if this is interrupted. Files of an earlier call are replaced,
+    and its animations are removed if this call makes none.
 
     Args:
-        out: A folder, made where it is missing.
-        loss: That of the line: ``"l1"``, ``"l2"`` or ``"huber"``.
-        seed: Of all random numbers.
-        animate: Whether to make what moves; it takes most of the time.
-        progress: Is told the share done and what comes next.
+        out: Output folder, created if it does not exist.
+        loss: Loss of the line: ``"l1"``, ``"l2"`` or ``"huber"``.
+        seed: Seed of all random numbers.
+        animate: Write animations; they take most of the time.
+        progress: Called with the fraction done and what comes next.
 
     Returns:
-        The page.
+        Path of the page.
 
     Raises:
-        UserError: If matplotlib is missing, or ffmpeg is there and fails.
+        UserError: If matplotlib is missing, or ffmpeg is installed and fails.
         OSError: If the folder cannot be written to.
     """
+    # Find out now, and not after minutes of work, that the folder cannot be written to.
     check_matplotlib()
     progress = progress or (lambda done, text: None)
     out.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=out).close()  # before the work, not after it
+    tempfile.TemporaryFile(dir=out).close()
+
+    # 1. Run the experiments.
     progress(0.0, "computing the line")
-    plates = line_figures(loss, seed)
+    figures = line_figures(loss, seed)
     progress(0.15, "computing the surfaces")
-    plates = sorted([*plates, *surface_figures(seed)], key=lambda plate: plate.name)
+    figures = sorted([*figures, *surface_figures(seed)], key=lambda figure: figure.name)
+
+    # 2. Draw them. An animation takes about five times as long as a still figure.
     videos = animate and has_ffmpeg()
-    work = [1 + 5 * (animate and plate.animation is not None) for plate in plates]
-    for place, plate in enumerate(plates):
-        progress(0.3 + 0.7 * sum(work[:place]) / sum(work), plate.name)
-        _write_figure(out, plate, animate=animate, videos=videos)
-    told = {"loss": loss, "seed": seed, "plates": [_as_json(plate) for plate in plates]}
-    write_json(out / "numbers.json", told)
-    write_atomically(out / "index.html", page(plates, loss=loss, seed=seed, animate=animate, videos=videos))
+    costs = [6 if animate and figure.animation is not None else 1 for figure in figures]
+    for index, figure in enumerate(figures):
+        progress(0.3 + 0.7 * sum(costs[:index]) / sum(costs), figure.name)
+        write_figure(figure, out)
+        _write_animations(figure, out, animate=animate, videos=videos)
+
+    # 3. Numbers and page last: they name all other files.
+    write_json(out / "numbers.json", {"loss": loss, "seed": seed, "figures": [_to_json(figure) for figure in figures]})
+    page = render_page(figures, loss=loss, seed=seed, animate=animate, videos=videos)
+    write_atomically(out / "index.html", page)
     progress(1.0, "")
     return out / "index.html"
 
 
-def _write_figure(out: Path, plate: FigureSpec, *, animate: bool, videos: bool) -> None:
-    write_figure(plate, out)
-    moving = plate.animation if animate else None
-    pictures = [] if moving is None else list(frames(moving, plate.figsize))
-    for suffix, wanted, write in ((".gif", True, write_gif), (".mp4", videos, write_mp4)):
-        if moving is None or not wanted:
-            (out / f"{plate.name}{suffix}").unlink(missing_ok=True)
-            continue
-        with atomic_replace(out / f"{plate.name}{suffix}") as path:
-            write(path, pictures, frames_per_second=moving.frames_per_second)
+def _write_animations(figure: FigureSpec, out: Path, *, animate: bool, videos: bool) -> None:
+    gif = out / f"{figure.name}.gif"
+    mp4 = out / f"{figure.name}.mp4"
+    # An old animation beside a new figure would show other numbers.
+    if figure.animation is None or not animate:
+        gif.unlink(missing_ok=True)
+        mp4.unlink(missing_ok=True)
+        return
+    frames = list(render_frames(figure.animation, figure.figsize))
+    with atomic_replace(gif) as temporary:
+        write_gif(temporary, frames, frames_per_second=figure.animation.frames_per_second)
+    if not videos:
+        mp4.unlink(missing_ok=True)
+        return
+    with atomic_replace(mp4) as temporary:
+        write_mp4(temporary, frames, frames_per_second=figure.animation.frames_per_second)
 
 
-def _as_json(plate: FigureSpec) -> dict[str, Any]:
-    """JSON knows no infinity and no NaN: those are null."""
-    numbers = {name: finite_or_none(float(value)) for name, value in plate.numbers.items()}
-    return {"name": plate.name, "title": plate.title, "caption": plate.caption, "numbers": numbers}
+def _to_json(figure: FigureSpec) -> Row:
+    numbers = {name: finite_or_none(float(value)) for name, value in figure.numbers.items()}
+    return {"name": figure.name, "title": figure.title, "caption": figure.caption, "numbers": numbers}
 
 
-def page(plates: Sequence[FigureSpec], *, loss: str, seed: int, animate: bool, videos: bool) -> str:
-    """The page: each plate's figure, animation, caption and numbers, from files beside it and from nowhere else.
+def render_page(figures: Sequence[FigureSpec], *, loss: str, seed: int, animate: bool, videos: bool) -> str:
+    """Return the page as HTML: each figure with its animation, caption and numbers; it loads only files beside it.
 
     Args:
-        plates: In their order.
-        loss: That of the line.
-        seed: Of all random numbers.
-        animate: Whether animations were written.
-        videos: Whether there is an MP4 beside each GIF.
+        figures: In the chapter's order.
+        loss: Loss of the line.
+        seed: Seed of all random numbers.
+        animate: Show animations.
+        videos: Link to an MP4 beside each GIF.
     """
-    sections = "\n".join(_section(plate, animate=animate, videos=videos) for plate in plates)
-    links = "\n".join(f'<li><a href="#{html.escape(p.name)}">{html.escape(p.title)}</a></li>' for p in plates)
-    without = "" if videos or not animate else " No ffmpeg was found, so there are GIFs and no MP4s."
-    about = f"The line is fitted by the loss {loss}, with seed {seed}; the same seed gives the same numbers.{without}"
+    sections = "\n".join(_section(figure, animate=animate, videos=videos) for figure in figures)
+    links = "\n".join(f'<li><a href="#{html.escape(f.name)}">{html.escape(f.title)}</a></li>' for f in figures)
+    about = f"The line is fitted with the loss {loss} and seed {seed}; the same seed gives the same numbers."
+    if animate and not videos:
+        about += " ffmpeg is not installed, so there are GIFs and no MP4s."
     return _PAGE.format(style=_STYLE, about=html.escape(about), links=links, sections=sections)
 
 
-def _section(plate: FigureSpec, *, animate: bool, videos: bool) -> str:
-    name, title = html.escape(plate.name), html.escape(plate.title)
-    parts = [f'<img src="{name}.png" alt="{title}" loading="lazy">']
-    if animate and plate.animation is not None:
+def _section(figure: FigureSpec, *, animate: bool, videos: bool) -> str:
+    name = html.escape(figure.name)
+    title = html.escape(figure.title)
+    pictures = [f'<img src="{name}.png" alt="{title}" loading="lazy">']
+    if animate and figure.animation is not None:
         video = f'<p><a href="{name}.mp4">The same as a video</a></p>' if videos else ""
-        moving = f'<img src="{name}.gif" alt="{title}, step by step" loading="lazy">'
-        parts.append(f"<details open><summary>Step by step</summary>{moving}{video}</details>")
-    caption = f"<figcaption>{html.escape(plate.caption)}</figcaption>"
+        gif = f'<img src="{name}.gif" alt="{title}, step by step" loading="lazy">'
+        pictures.append(f"<details open><summary>Step by step</summary>{gif}{video}</details>")
+    caption = f"<figcaption>{html.escape(figure.caption)}</figcaption>"
     return (
-        f'<section id="{name}"><h2><span>{name[:2]}</span> {title}</h2>\n<figure>{"".join(parts)}{caption}</figure>\n'
-        f"{_table(plate.numbers)}</section>"
+        f'<section id="{name}"><h2><span>{name[:2]}</span> {title}</h2>\n'
+        f"<figure>{''.join(pictures)}{caption}</figure>\n"
+        f"{_numbers_table(figure.numbers)}</section>"
     )
 
 
-def _table(numbers: Mapping[str, float]) -> str:
+def _numbers_table(numbers: Mapping[str, float]) -> str:
     if not numbers:
         return ""
     rows = "".join(f"<tr><th>{html.escape(name)}</th><td>{value:.6g}</td></tr>" for name, value in numbers.items())
