@@ -11,7 +11,7 @@ from unbraid.audio import read_audio
 from unbraid.config.recipe import Recipe
 from unbraid.data.dataset import DataSettings, make_dataset
 from unbraid.data.folders import list_speakers
-from unbraid.data.tracks import assign_splits
+from unbraid.data.splits import assign_splits
 from unbraid.evaluate import evaluate, summarise, write_table
 
 

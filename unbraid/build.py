@@ -14,7 +14,8 @@ from unbraid.config.registry import FROM_DATA, build_component, build_loss, find
 from unbraid.data import DATASETS
 from unbraid.data.dataset import MixtureDataset, make_dataset
 from unbraid.data.folders import list_noises
-from unbraid.data.tracks import Track, assign_splits
+from unbraid.data.splits import assign_splits
+from unbraid.data.tracks import Track
 from unbraid.errors import CheckpointError, DataError, RecipeError, UserError
 from unbraid.losses import loss_inputs
 from unbraid.losses.pit import SeparationLoss

@@ -16,8 +16,8 @@ from unbraid.build import list_tracks, load_model
 from unbraid.config.recipe import Recipe
 from unbraid.data.batch import Batch
 from unbraid.data.dataset import Key, MixtureDataset, make_dataset
+from unbraid.data.excerpt import AudioFault
 from unbraid.data.loader import LoadedBatch, collate
-from unbraid.data.mixing import AudioFault
 from unbraid.dsp import SILENCE
 from unbraid.errors import UserError
 from unbraid.inference import separate

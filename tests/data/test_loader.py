@@ -14,7 +14,8 @@ from unbraid.audio import write_audio
 from unbraid.data.dataset import DataSettings, Key, make_dataset
 from unbraid.data.folders import list_noises, list_speakers
 from unbraid.data.loader import StepSampler, ValidationSampler, batches, collate
-from unbraid.data.tracks import assign_splits, write_manifest
+from unbraid.data.splits import assign_splits
+from unbraid.data.tracks import write_manifest
 from unbraid.dsp import power_db
 from unbraid.errors import DataError
 

@@ -8,7 +8,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from unbraid.audio import probe_audio, write_audio
-from unbraid.data.mixing import ExcerptError, mix, read_excerpt
+from unbraid.data.excerpt import ExcerptError, read_excerpt
+from unbraid.data.mixing import mix
 from unbraid.data.tracks import Track
 from unbraid.dsp import power_db
 

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unbraid.data.folders import list_speakers
-from unbraid.data.tracks import Track, assign_splits, group_tracks, parse_split, read_manifest, write_manifest
+from unbraid.data.splits import assign_splits, parse_split
+from unbraid.data.tracks import Track, group_tracks, read_manifest, write_manifest
 from unbraid.errors import DataError
 
 

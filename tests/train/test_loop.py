@@ -14,7 +14,7 @@ import soundfile
 
 from unbraid.config.recipe import load_recipe
 from unbraid.data.folders import list_speakers
-from unbraid.data.tracks import assign_splits
+from unbraid.data.splits import assign_splits
 from unbraid.errors import CheckpointError, TrainingStopped, UserError
 from unbraid.records import TIMING_FIELDS, Event, StepRecord, read_rows
 from unbraid.run import train

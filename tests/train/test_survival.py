@@ -259,7 +259,9 @@ def test_where_memory_runs_out_in_validation_it_is_done_in_pieces_too(nets, tmp_
         assert one["loss"] == pytest.approx(other["loss"], abs=1e-4)
 
 
-def test_what_was_done_before_ones_own_model_raised_is_saved_and_gone_on_from(nets, tmp_path):
+@pytest.mark.parametrize("n_ahead", [0, 1])
+def test_training_before_the_users_model_raised_is_saved_and_can_be_resumed(nets, tmp_path, monkeypatch, n_ahead):
+    monkeypatch.setattr("unbraid.train.loop._Loop.max_ahead", property(lambda self: n_ahead))
     file, run = nets(), RunDirectory(tmp_path / "run")
     sound, _ = run_recipe(file, tmp_path / "sound", "model.name=nets:Net")
     nets_of(file).Broken.n_calls = 0
@@ -273,6 +275,7 @@ def test_what_was_done_before_ones_own_model_raised_is_saved_and_gone_on_from(ne
     assert "KeyError" in event["message"]
     assert "--resume" in event["message"]
     assert (run.checkpoints / "last").read_text().strip() == "step-000004"
+    assert [row["step"] for row in read_rows(run.steps)[0]] == [1, 2, 3, 4]
     assert {child.pid for child in multiprocessing.active_children()} <= others  # no data worker is left
     run_recipe(file, run.path, "model.name=nets:Broken", "save.every_steps=0", resume=True)
     assert weights(run, 6) == weights(sound, 6)

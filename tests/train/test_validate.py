@@ -7,7 +7,7 @@ from toys import make_state
 
 from unbraid.data.dataset import DataSettings, Key, make_dataset
 from unbraid.data.folders import list_speakers
-from unbraid.data.tracks import assign_splits
+from unbraid.data.splits import assign_splits
 from unbraid.losses.pit import SeparationLoss
 from unbraid.losses.waveform import neg_snr
 from unbraid.metrics import si_sdr

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Dataset
 
-from unbraid.data.mixing import AudioFault, ExcerptError, Mixture, mix, read_excerpt
+from unbraid.data.excerpt import AudioFault, ExcerptError, read_excerpt
+from unbraid.data.mixing import Mixture, mix
 from unbraid.data.tracks import Track, group_tracks
 from unbraid.errors import DataError
 from unbraid.records import ItemId

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from unbraid.audio import SUFFIXES, probe_audio
-from unbraid.data.tracks import Track, parse_split, read_manifest
+from unbraid.data.splits import parse_split
+from unbraid.data.tracks import Track, read_manifest
 from unbraid.errors import AudioError, DataError
 
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from unbraid.data.batch import Batch
 from unbraid.data.dataset import Example, Key, MixtureDataset
-from unbraid.data.mixing import AudioFault
+from unbraid.data.excerpt import AudioFault
 from unbraid.errors import DataError
 
 SIGTERM_GRACE_SECONDS = 20.0

@@ -1,19 +1,16 @@
-"""Tracks: recordings with their metadata; reading and writing manifests; splitting by speaker."""
+"""Tracks: recordings with their metadata; reading and writing manifests."""
 
 import csv
-import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from unbraid.audio import AudioInfo, probe_audio
+from unbraid.data.splits import SPLITS, parse_split
 from unbraid.errors import AudioError, DataError, nearest
 
-SPLITS = ("train", "valid", "test")
-_SPLIT_NAMES = {"train": "train", "tr": "train", "valid": "valid", "validation": "valid", "val": "valid"}
-_SPLIT_NAMES |= {"dev": "valid", "cv": "valid", "test": "test", "tt": "test", "eval": "test"}
 _COLUMNS = ("path", "speaker", "seconds", "sample_rate", "split", "kind")
 
 
@@ -49,11 +46,6 @@ class Track:
     def from_file_info(cls, path: Path, info: AudioInfo, *, group: str, split: str = "", kind: str = "") -> "Track":
         """Create an ordinary recording from what the file's header says."""
         return cls((("audio", path),), group, info.seconds, info.sample_rate, split, kind)
-
-
-def parse_split(name: str) -> str:
-    """Return ``train``, ``valid`` or ``test`` for any of their usual names (tr, dev, cv, tt ...); empty for others."""
-    return _SPLIT_NAMES.get(name.lower(), "")
 
 
 def read_manifest(path: Path) -> list[Track]:
@@ -127,30 +119,6 @@ def write_manifest(path: Path, tracks: Iterable[Track]) -> None:
             table.writerow(
                 [relative, track.group, track.seconds or "", track.sample_rate or "", track.split, track.kind]
             )
-
-
-def assign_splits(tracks: Sequence[Track], *, n_sources: int) -> list[Track]:
-    """Assign about 80, 10 and 10 % of the speakers to train, valid and test, unless any track has a split already.
-
-    The assignment follows from a hash of the speakers' names, so it is the same on every machine. All tracks of a
-    speaker are in one split, and each split has enough speakers for a mixture.
-
-    Raises:
-        DataError: If there are too few speakers for three splits.
-    """
-    if any(track.split for track in tracks):
-        return list(tracks)
-    speakers = sorted({track.group for track in tracks}, key=lambda name: hashlib.sha256(name.encode()).digest())
-    n_per_split = max(n_sources, round(len(speakers) / 10))
-    if len(speakers) < 3 * n_sources:
-        raise DataError(
-            f"{len(speakers)} speaker{'s' * (len(speakers) != 1)} cannot be split into train, valid and test of "
-            f"{n_sources} or more each. Add speakers, or assign the splits yourself (folders train/, valid/, test/, or "
-            "the column split of a manifest)."
-        )
-    split_of = dict.fromkeys(speakers[:n_per_split], "valid")
-    split_of |= dict.fromkeys(speakers[n_per_split : 2 * n_per_split], "test")
-    return [replace(track, split=split_of.get(track.group, "train")) for track in tracks]
 
 
 def group_tracks(tracks: Iterable[Track]) -> dict[str, list[Track]]:

@@ -69,7 +69,7 @@ BadValue = tuple[str, str, tuple[int, ...], float]
 """Kind, layer, position and value of a `Diagnosis`."""
 
 _MODEL_REFUSES = (RuntimeError, ValueError)
-"""What a model raises that cannot take an example alone, such as BatchNorm over a single value; or without memory."""
+"""Raised by a model that cannot run on a single example, such as one with BatchNorm, or when memory runs out."""
 
 
 def diagnose(

@@ -1,4 +1,4 @@
-"""Write records and events to the run directory, and hand events on to whoever follows the run."""
+"""Write records and events to the run directory, and pass events on to the caller."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ from unbraid.records import Event, EventCode, StepRecord, ValidationRecord, appe
 from unbraid.run_directory import RunDirectory
 
 Record = StepRecord | ValidationRecord | Event
-"""What a run yields."""
+"""A record that `fit` yields."""
 
 
 class EventLog:

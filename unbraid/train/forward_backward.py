@@ -14,17 +14,17 @@ from unbraid.data.batch import Batch
 from unbraid.errors import UserError
 from unbraid.records import ItemId
 from unbraid.seeding import seeded_torch
+from unbraid.train.all_reduce import sum_over_ranks
 from unbraid.train.block_stats import is_sampled_step
 from unbraid.train.example_stats import output_stats, source_stats
 from unbraid.train.forward import compute_losses
-from unbraid.train.host_transfer import sum_over_ranks
 from unbraid.train.state import TrainState
 from unbraid.train.stopwatch import Stopwatch
 
 
 @dataclass
 class MicroBatchResult:
-    """What the model and the loss made of one micro-batch. Tensors are ``(batch,)`` unless a comment says otherwise."""
+    """Losses, weights and statistics of one micro-batch. Tensors are ``(batch,)`` unless a comment says otherwise."""
 
     batch: Batch
     losses: Tensor
@@ -39,7 +39,7 @@ class MicroBatchResult:
 
 
 class Totals(NamedTuple):
-    """Sums over the examples, then over the flags, of all ranks; 0-d each."""
+    """Sums over the examples, then over the flags, of all ranks; 0-d each. `_local_sums` fills them in this order."""
 
     weight: Tensor
     weighted_loss: Tensor
@@ -50,7 +50,7 @@ class Totals(NamedTuple):
     n_nonfinite: Tensor
     n_over_limit: Tensor
     n_ranks_out_of_memory: Tensor
-    n_ranks_divisible: Tensor
+    n_ranks_cannot_split: Tensor  # out of memory, with batches that cannot be cut any further
 
 
 N_EXAMPLE_SUMS = Totals._fields.index("n_ranks_out_of_memory")
@@ -94,9 +94,9 @@ def forward_backward(
     Args:
         state: Its gradients are computed anew.
         batches: Micro-batches.
-        step: Seeds the model's own random draws.
+        step: Seeds the model's own random draws, and decides whether the step is recorded in detail.
         notes: Further numbers to sum over the ranks.
-        divisible: Whether this rank could cut its batches further if memory ran out.
+        divisible: Whether this rank can cut its batches further if memory runs out.
     """
     # 1. Every micro-batch, with the model's random draws seeded by step and rank: a resumed run draws the same.
     state.optimizer.zero_grad(set_to_none=True)
@@ -119,7 +119,7 @@ def forward_backward(
                 break
 
     # 2. One all-reduce for everything.
-    flags = [float(out_of_memory), float(divisible)]
+    flags = [float(out_of_memory), float(out_of_memory and not divisible)]
     sums = sum_over_ranks(_local_sums(state, batches, results, flags, notes))
 
     # 3. The true norm of the gradient of sum(w * loss) / sum(w). DDP averages over ranks, hence the world size.
@@ -129,7 +129,7 @@ def forward_backward(
     loss_scale = state.precision.scale_on(state.device)
     divisor = weight.clamp_min(torch.finfo(weight.dtype).tiny) * (loss_scale / dist.world_size())
     raw_norm = nn.utils.get_total_norm(gradients) if gradients else torch.zeros_like(divisor)
-    # Without any weight the divisor means nothing, and the norm is 0; 0 * NaN stays NaN, so a fault still shows.
+    # Without any weight there is nothing to average: the norm of zero gradients is 0.
     grad_norm = torch.where(weight > 0, raw_norm / divisor, 0.0 * raw_norm)
     return BackwardResult(results, sums, gradients, grad_norm, divisor, busy)
 

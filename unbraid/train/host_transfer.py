@@ -1,31 +1,11 @@
-"""Pack many small tensors into one: one all-reduce over the ranks, one transfer to the host."""
+"""Send many small tensors to the host in one transfer, without waiting for it."""
 
 from collections.abc import Mapping
-from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
-from unbraid import dist
-
-
-def _flatten(tensors: Mapping[str, Tensor]) -> Tensor:
-    device = next(iter(tensors.values())).device
-    # float64 holds counts and losses exactly; MPS has no float64
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    return torch.cat([tensor.detach().reshape(-1).to(dtype) for tensor in tensors.values()])
-
-
-def _slices(tensors: Mapping[str, Tensor]) -> dict[str, slice]:
-    """Return where each tensor lies in the flat vector."""
-    edges = [0, *accumulate(tensor.numel() for tensor in tensors.values())]
-    return {name: slice(start, stop) for name, (start, stop) in zip(tensors, pairwise(edges), strict=True)}
-
-
-def sum_over_ranks(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Sum each tensor over all ranks in one collective. Every rank must pass the same names and shapes."""
-    total = dist.sum_over_ranks(_flatten(tensors))
-    return {name: total[where].view(tensors[name].shape) for name, where in _slices(tensors).items()}
+from unbraid.train.all_reduce import flatten, slices_of
 
 
 class HostTransfer:
@@ -38,8 +18,8 @@ class HostTransfer:
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._slices = _slices(tensors)
-        self._vector = _flatten(tensors)
+        self._slices = slices_of(tensors)
+        self._vector = flatten(tensors)
         self._copied: torch.cuda.Event | None = None
         self._values: dict[str, list[float]] | None = None
         if self._vector.is_cuda:

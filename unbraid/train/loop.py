@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from unbraid import dist
 from unbraid.data.batch import Batch
-from unbraid.data.mixing import AudioFault
+from unbraid.data.excerpt import AudioFault
 from unbraid.errors import TrainingStopped, UserError
 from unbraid.fault_advice import ADVICE
 from unbraid.records import FAULT_OUTCOMES, Event, StepRecord, ValidationRecord
@@ -17,7 +17,7 @@ from unbraid.signals import StopRequest
 from unbraid.train.batch_source import BatchSource, Load
 from unbraid.train.checkpoint import newest_checkpoint, read_checkpoint, save_checkpoint, truncate_logs
 from unbraid.train.event_log import EventLog, Record
-from unbraid.train.events import EventReporter
+from unbraid.train.event_reporter import EventReporter
 from unbraid.train.settings import Job, TrainSettings
 from unbraid.train.state import FaultWindow, TrainState, evaluation_weights, first_nonfinite, set_learning_rate
 from unbraid.train.step import LaunchedStep, finish, launch
@@ -51,8 +51,8 @@ def fit(
 
     Args:
         state: Where to begin; changed in place.
-        load: From a number of finished steps to the batches of this rank from there on, ``accumulate`` per step,
-            without end.
+        load: Called with the number of finished steps; returns an endless iterator over this rank's batches from
+            there on, ``accumulate`` per step.
         validate: Evaluates the model on the validation set.
         job: Where to write, and how often to validate and save.
         stop: Ends the run early, with a checkpoint.
@@ -91,7 +91,7 @@ class _StepInFlight:
 class _Loop:
     """One run of the loop: what lives between its steps, and ends with the process."""
 
-    MAX_RETURNS = 3
+    MAX_ROLLBACKS = 3
     """How often the run may go back to a checkpoint because its weights were not finite."""
 
     def __init__(self, state: TrainState, load: Load, validate: Validate, job: Job, stop: StopRequest) -> None:
@@ -107,8 +107,8 @@ class _Loop:
         self.to_repeat: deque[_StepInFlight] = deque()  # to launch again, in order, because memory ran out
         self.started = perf_counter() - state.elapsed_seconds
         self.last_step_ended = 0.0
-        self.busy_seconds = (0.0, 0.0)  # of the last finished step: loading data, forward
-        self.n_returns = 0
+        self.busy_seconds = (0.0, 0.0)  # of the last finished step, for `StepNotes`
+        self.n_rollbacks = 0
         self.is_saved = True  # whether the newest checkpoint holds the present state
 
     def run(self) -> Iterator[Record]:
@@ -145,15 +145,15 @@ class _Loop:
                 yield record
                 self._report(record, oldest, notes)
                 if record.outcome in ("nonfinite_loss", "nonfinite_gradient"):
-                    weights_were_reset = self._go_back_if_nonfinite(record.step)
+                    weights_were_reset = self._roll_back_if_nonfinite(record.step)
                 reason_to_stop = reason_to_stop or self._stop_rule(record)
                 yield from self.log.drain()
                 if weights_were_reset:
                     break
                 is_due = is_due or bool(reason_to_stop) or self._is_over()
 
-            # 3. Stop rules end the run with a checkpoint, whose counts of faults begin anew: whoever resumes from it
-            #    has fixed something.
+            # 3. Stop rules end the run with a checkpoint. Its fault counts are reset: a user who resumes from it has
+            #    presumably fixed the cause.
             if reason_to_stop:
                 state.faults = FaultWindow()
                 state.bad_files = {}
@@ -166,7 +166,7 @@ class _Loop:
             # 4. Check the weights before they are validated or saved.
             if _is_every(job.train.compare_every_steps, state.step):
                 self._check_ranks_agree()
-            if self._go_back_if_nonfinite(state.step):
+            if self._roll_back_if_nonfinite(state.step):
                 continue
 
             # 5. Validate and save. A run that was asked to stop saves without a last validation.
@@ -189,6 +189,17 @@ class _Loop:
     def save_after(self, error: Exception) -> list[Event]:
         """Save what was trained before the user's code raised. Several processes could not agree on that."""
         state = self.state
+        # 1. A step that was launched ahead has changed the weights already: its record belongs to the checkpoint.
+        if dist.world_size() == 1:
+            while self.in_flight:
+                step_in_flight = self.in_flight.popleft()
+                finished = finish(state, step_in_flight.launched)
+                if finished is None:  # memory ran out: neither this step nor later ones changed anything
+                    self.in_flight.clear()
+                else:
+                    self._complete(step_in_flight, *finished)
+
+        # 2. Save.
         first_line = str(error).splitlines()[0] if str(error) else "no reason given"
         message = f"After step {state.step} the model or the loss raised {type(error).__name__}: {first_line}."
         if dist.world_size() == 1 and not self.is_saved and self._save():
@@ -198,7 +209,7 @@ class _Loop:
 
     @property
     def max_ahead(self) -> int:
-        """How many steps stay launched while the host goes on, so that an accelerator never runs out of work.
+        """Number of steps to keep queued on the device, so that it never runs out of work.
 
         "rescue" and "stop" have to know what became of a step before the next one.
         """
@@ -308,7 +319,7 @@ class _Loop:
             )
         return ""
 
-    def _go_back_if_nonfinite(self, step: int) -> bool:
+    def _roll_back_if_nonfinite(self, step: int) -> bool:
         """Go back to the last good checkpoint if weights or optimizer state are not finite on any rank.
 
         Returns:
@@ -325,10 +336,10 @@ class _Loop:
 
         # 1. Find the newest good checkpoint, the same for all ranks.
         (rank, tensor), *_ = dist.gather([name] if name else [], state.device)
-        self.n_returns += 1
+        self.n_rollbacks += 1
         newest = newest_checkpoint(run)[0] if dist.is_main() else None
         path = dist.from_main_process(newest.path if newest else None)
-        if path is None or self.n_returns > self.MAX_RETURNS:
+        if path is None or self.n_rollbacks > self.MAX_ROLLBACKS:
             problem = "there is no checkpoint to go back to" if path is None else "going back did not help"
             raise TrainingStopped(
                 f"At step {step} the model is not finite (first in {tensor}, on process {rank}), and {problem}. Start "
@@ -417,10 +428,12 @@ class _Loop:
         job = self.job
         self._check_ranks_agree()
         name = first_nonfinite(state)
-        if dist.any_rank(name is not None, state.device):
+        nonfinite = dist.gather([name] if name else [], state.device)
+        if nonfinite:
+            rank, tensor = nonfinite[0]
             raise TrainingStopped(
-                f"At step {state.step} the model is not finite (first in {name}). Earlier checkpoints are intact: "
-                "continue from them with --resume."
+                f"At step {state.step} the model is not finite (first in {tensor}, on process {rank}). Earlier "
+                "checkpoints are intact: continue from them with --resume."
             )
         if not dist.is_main():
             return True

@@ -32,7 +32,7 @@ def rescue(
     """
     # 1. Is there anything to rescue? All numbers are sums over the ranks, so all ranks answer alike.
     vector = torch.cat([backward.sums["totals"], backward.grad_norm.reshape(1).to(backward.divisor)]).tolist()
-    totals = dict(zip(Totals._fields, vector, strict=False))
+    totals = dict(zip(Totals._fields, vector[:-1], strict=True))
     grad_norm_is_finite = math.isfinite(vector[-1])
     n_bad_losses = totals["n_nonfinite"] + totals["n_over_limit"]
     gradient_is_usable = grad_norm_is_finite or totals["weight"] == 0

@@ -1,4 +1,4 @@
-"""train_step: forward, filter, backward, agree over the ranks, clip, update or skip, record."""
+"""One training step: forward, filter, backward, agree over the ranks, clip, update or skip, record."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -61,7 +61,7 @@ def train_step(state: TrainState, batch: Batch | Sequence[Batch]) -> StepRecord:
 
     Returns:
         The record of the step. It is the same on every rank, except for `epoch`, times, memory, `items`,
-        `n_micro_batches` and `bad_items`.
+        `n_micro_batches` and `bad_items`; where memory ran out on one rank, norms may differ as well.
     """
     batches = [batch] if isinstance(batch, Batch) else list(batch)
     while True:
@@ -77,7 +77,7 @@ def launch(state: TrainState, batches: Sequence[Batch], *, notes: Sequence[float
     Args:
         state: Changed in place.
         batches: Micro-batches of this rank.
-        notes: Numbers to sum over the ranks along with the step's own; as many on every rank.
+        notes: Numbers to sum over the ranks along with the step's own. Every rank must pass the same number of them.
 
     Raises:
         ValueError: If there are no batches. A rank without examples passes one of weight 0.
@@ -87,7 +87,7 @@ def launch(state: TrainState, batches: Sequence[Batch], *, notes: Sequence[float
         raise ValueError("A step needs a batch on every process. Without examples, pass a batch of weight 0.")
     step = state.step + 1
 
-    # 1. Forward and backward. A model that raises leaves the state as it was.
+    # 1. Forward and backward. A model that raises leaves buffers and step count as they were.
     buffers = BufferSnapshot(state.buffer_locations)
     pieces = list(batches)
     if state.n_pieces > 1:  # memory ran out before
@@ -105,7 +105,7 @@ def launch(state: TrainState, batches: Sequence[Batch], *, notes: Sequence[float
     # 2. Update the weights or skip the step, and send the numbers off.
     transfer = _update_or_skip(state, backward, step, buffers)
 
-    # Whoever finishes this step must not keep its gradients alive while the next step computes its own.
+    # Release the list: otherwise a launched step would keep its gradients alive while the next one allocates its own.
     backward.gradients.clear()
     lr = float(state.optimizer.param_groups[0]["lr"])
     return LaunchedStep(step, list(batches), backward, transfer, lr, started)
@@ -121,7 +121,7 @@ def _update_or_skip(state: TrainState, backward: BackwardResult, step: int, buff
     # 1. Decide, from sums that all ranks agree on, whether this step may change the weights. It may not if an earlier
     #    step that ran out of memory is still to be repeated: the order of the steps must not change.
     out_of_memory = totals.n_ranks_out_of_memory > 0
-    must_repeat = out_of_memory & (totals.n_ranks_divisible > 0)
+    must_repeat = out_of_memory & (totals.n_ranks_cannot_split == 0)
     if state.repeat_pending is not None:
         must_repeat = must_repeat | state.repeat_pending
     state.repeat_pending = must_repeat
@@ -150,7 +150,7 @@ def _update_or_skip(state: TrainState, backward: BackwardResult, step: int, buff
     numbers |= {"transformed_norm": transformed_norm, "max_norm": max_norm}
 
     # 5. Update. Averaging, unscaling and clipping are one division in a fused optimizer's own pass. Any other optimizer
-    #    needs the host's decision: then the transfer is awaited here, once, and serves the record as well.
+    #    needs the host's decision: then the transfer is awaited here. It serves the record as well, unless it is sampled.
     transfer: HostTransfer | None = None
     if supports_found_inf(state.optimizer):
         apply_update(state.optimizer, gradients, divisor, take_step)
@@ -170,7 +170,7 @@ def _update_or_skip(state: TrainState, backward: BackwardResult, step: int, buff
         losses = backward.sums["losses"]
         loss_filter.observe(losses, losses.isfinite() & (take_step | all_filtered))
 
-    # The gradients stay allocated until the next step: freeing their pages here would fault them in anew each time.
+    # p.grad stays allocated until the next step: on a CPU, freeing its pages here would cost page faults in each step.
     if block_stats is None and transfer is not None:
         return transfer
     if block_stats is not None:
@@ -212,7 +212,7 @@ def finish(state: TrainState, launched: LaunchedStep) -> tuple[StepRecord, list[
     values = launched.transfer.values()
     totals = dict(zip(Totals._fields, values["totals"], strict=True))
     # All ranks read the same sums here, so all of them repeat the step, even if only one ran out of memory.
-    if totals["n_ranks_out_of_memory"] and totals["n_ranks_divisible"]:
+    if totals["n_ranks_out_of_memory"] and not totals["n_ranks_cannot_split"]:
         state.n_pieces *= 2
         state.step = launched.step - 1
         state.repeat_pending = None
@@ -275,7 +275,7 @@ def _make_record(
         loss_scale=loss_scale,
         n_trained=round(totals["n_trained"]) if trained else 0,
         n_filtered=round(totals["n_filtered"]),
-        n_bad=backward.n_rescued_from or round(totals["n_nonfinite"] + totals["n_over_limit"]),
+        n_bad=backward.n_rescued_from + round(totals["n_nonfinite"] + totals["n_over_limit"]),
         bad_items=bad_items,
         n_micro_batches=len(backward.micro_batches),
         blocks=blocks,

@@ -1,4 +1,4 @@
-"""StepNotes: what each rank tells the others along with every step, in the step's own all-reduce."""
+"""StepNotes: values that the ranks exchange in each step's all-reduce."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

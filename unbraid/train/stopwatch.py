@@ -31,7 +31,7 @@ class Stopwatch:
             self.stop_event.record()
 
     def seconds(self) -> float:
-        """Return the measured seconds, 0 if it was never stopped. On a GPU this waits for the work to end."""
+        """Return the measured seconds, 0 if it was never stopped. On a GPU call it after the work has ended."""
         if self.start_event is not None and self.stop_event is not None and self.stopped:
             return self.start_event.elapsed_time(self.stop_event) / 1000
         return max(0.0, self.stopped - self.started)

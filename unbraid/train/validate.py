@@ -9,8 +9,8 @@ from torch import Tensor
 from unbraid import dist
 from unbraid.data.batch import Batch
 from unbraid.data.dataset import MixtureDataset
+from unbraid.data.excerpt import AudioFault
 from unbraid.data.loader import ValidationSampler, collate
-from unbraid.data.mixing import AudioFault
 from unbraid.inference import infer
 from unbraid.losses.pit import evaluation_loss, find_order, match_to_targets
 from unbraid.metrics import mean_over_active, reorder, si_sdr

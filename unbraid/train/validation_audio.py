@@ -186,7 +186,7 @@ def _named_inputs(example: AudioExample) -> Iterator[tuple[str, AudioArray]]:
 
 
 def _write_inputs_once(folder: Path, example: AudioExample) -> None:
-    """Write mixture and references unless they are there. If others are there, all older estimates belong to those."""
+    """Write mixture and references unless already present. If others are, all older estimates belong to those."""
     for name, audio in _named_inputs(example):
         path = folder / name
         if path.exists():

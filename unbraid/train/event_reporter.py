@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from unbraid import dist
 from unbraid.data.batch import Batch
-from unbraid.data.mixing import AudioFault
+from unbraid.data.excerpt import AudioFault
 from unbraid.errors import AudioError
 from unbraid.records import FAULT_OUTCOMES, Event, EventCode, StepRecord, skip_code
 from unbraid.train.event_log import EventLog
