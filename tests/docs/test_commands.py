@@ -63,7 +63,7 @@ def write_bad_step(path):
     sources = torch.randn(2, 2, 1, 4000, generator=torch.Generator().manual_seed(0))
     sources[1, 0, 0, 100] = torch.nan
     about = {"step": step, "rank": rank, "seed": 0, "outcome": "nonfinite_loss", "precision": "fp32", "loss_scale": 1.0}
-    about |= {"loss_upper_limit": 1e6, "verdict": "to be found out."}
+    about |= {"loss_upper_limit": 1e6, "diagnosis": "to be found out."}
     batch = Batch.from_tensors(sources.sum(1), sources)
     assert write_incident(path.parent, Incident(about, recipe_table(recipe), model.state_dict(), batch)) == path
 

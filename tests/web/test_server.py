@@ -185,7 +185,7 @@ def test_mistakes_are_explained(tmp_path, capsys):
     assert "There is no folder" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main(["dashboard", "--port", "70000"])
-    assert "from 0, for any that is free, to 65535" in capsys.readouterr().err
+    assert "from 0 (any free port) to 65535" in capsys.readouterr().err
     assert main(["dashboard", str(tmp_path), "--open-to", "no.such.host.invalid"]) == 2
     assert "no.such.host.invalid" in capsys.readouterr().err
 

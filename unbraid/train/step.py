@@ -150,7 +150,7 @@ def _update_or_skip(state: TrainState, backward: BackwardResult, step: int, buff
     numbers |= {"transformed_norm": transformed_norm, "max_norm": max_norm}
 
     # 5. Update. Averaging, unscaling and clipping are one division in a fused optimizer's own pass. Any other optimizer
-    #    needs the host's decision: then the transfer is awaited here. It serves the record as well, unless it is sampled.
+    #    needs the host's decision: then the transfer is awaited here, and serves the record too unless it is sampled.
     transfer: HostTransfer | None = None
     if supports_found_inf(state.optimizer):
         apply_update(state.optimizer, gradients, divisor, take_step)
