@@ -173,6 +173,33 @@ def test_a_signal_stops_it_while_a_page_is_open(folder, number):
     assert server.process.returncode == {signal.SIGINT: 0, signal.SIGTERM: -signal.SIGTERM}[number]
 
 
+INTERRUPTED_IN_A_CALLBACK = """
+import os, signal, sys, weakref
+from pathlib import Path
+from unbraid.web import run_store, server
+
+class Collected: ...
+
+def interrupt(_): os.kill(os.getpid(), signal.SIGINT)
+
+def update_list(self):
+    collected = Collected()
+    reference = weakref.ref(collected, interrupt)
+    del collected  # Python calls interrupt() here, and ignores what is raised in it
+
+run_store.RunStore.update_list = update_list
+server.serve([Path(sys.argv[1])], port=0)
+"""
+
+
+def test_a_ctrl_c_during_garbage_collection_stops_it(folder):
+    words = [sys.executable, "-c", INTERRUPTED_IN_A_CALLBACK, str(folder)]
+
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
 def test_mistakes_are_explained(tmp_path, capsys):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -69,9 +69,13 @@ class RunStore:
     # ---- The list of runs
 
     def update_list(self) -> None:
-        """Find the runs that exist now, and update their entries in the list."""
+        """Find the runs that exist now, and update their entries in the list, unless `closing` is set meanwhile."""
         runs = {make_run_id(path): path for path in find_runs(self.paths)}
-        overviews = {run_id: self._overview(run_id, path) for run_id, path in runs.items()}
+        overviews = {}
+        for run_id, path in runs.items():
+            if self.closing.is_set():  # with many runs the list takes a while, and Ctrl-C should not
+                return
+            overviews[run_id] = self._overview(run_id, path)
 
         # Drop what is cached about runs that are gone.
         for cache in (

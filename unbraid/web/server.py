@@ -70,18 +70,22 @@ def serve(paths: Sequence[Path], *, address: str = "127.0.0.1", port: int | None
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, timeout_graceful_shutdown=1, server_header=False
     )
+    server = _Server(config, store)
     watcher = threading.Thread(target=store.watch, daemon=True)
     try:
-        print(f"Open http://{_link_host(address)}:{port}/?token={token}", flush=True)  # noqa: T201
-        print("Press Ctrl-C to stop.", flush=True)  # noqa: T201
-        store.update_list()
-        watcher.start()
-        _Server(config, store).run(sockets=[listener])
+        # From the first line printed on, a signal sets a flag. As a KeyboardInterrupt it could strike inside a
+        # callback of the garbage collector, where Python ignores it, and the server would go on.
+        with server.capture_signals():
+            print(f"Open http://{_link_host(address)}:{port}/?token={token}", flush=True)  # noqa: T201
+            print("Press Ctrl-C to stop.", flush=True)  # noqa: T201
+            store.update_list()
+            watcher.start()
+            server.run(sockets=[listener])
     except KeyboardInterrupt:
-        pass  # the usual way to stop it
+        pass  # uvicorn raises the signal again once it has stopped
     finally:
         store.closing.set()
-        if watcher.ident is not None:  # None if it was interrupted before the thread started
+        if watcher.ident is not None:  # None if the list could not be read
             watcher.join(timeout=5)
 
 
