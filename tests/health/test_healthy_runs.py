@@ -14,7 +14,7 @@ import pytest
 
 from unbraid.health.rules import run_rules
 from unbraid.health.series import series_from_rows
-from unbraid.records import upgrade_row
+from unbraid.schema_version import upgrade_row
 
 RUNS = sorted((Path(__file__).parent / "healthy").glob("*.jsonl.gz"))
 

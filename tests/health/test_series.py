@@ -17,7 +17,7 @@ from unbraid.errors import CheckpointError
 from unbraid.health.rules import doctor_line, run_rules
 from unbraid.health.series import DB_LOSSES, read_series
 from unbraid.losses import IN_DB, LOSSES
-from unbraid.records import SCHEMA_VERSION
+from unbraid.schema_version import SCHEMA_VERSION
 
 
 def write(run, path):

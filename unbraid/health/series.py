@@ -12,8 +12,9 @@ import numpy.typing as npt
 
 from unbraid.columns import SampledSteps, StepColumns, number_column
 from unbraid.errors import CheckpointError
-from unbraid.records import SCHEMA_VERSION, read_rows, row_blocks, steps_schema_version
+from unbraid.records import read_rows, row_blocks
 from unbraid.run_directory import RunDirectory
+from unbraid.schema_version import SCHEMA_VERSION, steps_schema_version
 from unbraid.type_aliases import BoolArray, FloatArray, Row
 
 DB_LOSSES = ("neg_sa_sdr", "neg_si_sdr", "neg_snr", "neg_thresholded_snr")

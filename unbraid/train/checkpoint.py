@@ -18,8 +18,8 @@ from torch import Tensor
 
 from unbraid.errors import CheckpointError
 from unbraid.io import write_atomically
-from unbraid.records import SCHEMA_VERSION
 from unbraid.run_directory import RunDirectory
+from unbraid.schema_version import SCHEMA_VERSION
 
 MANIFEST = "manifest.json"
 

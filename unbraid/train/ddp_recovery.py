@@ -25,6 +25,10 @@ class GradientExchange:
         for parameter in self.parameters:
             parameter.register_post_accumulate_grad_hook(self.exchanged.add)
 
+    def reset(self) -> None:
+        """Note that no exchange is under way: a new step begins."""
+        self.under_way = False
+
     def begin(self) -> None:
         """Note that the backward with the exchange begins."""
         self.exchanged.clear()

@@ -50,7 +50,7 @@ class Totals(NamedTuple):
     n_nonfinite: Tensor
     n_over_limit: Tensor
     n_ranks_out_of_memory: Tensor
-    n_ranks_cannot_split: Tensor  # out of memory, with batches that cannot be cut any further
+    n_ranks_cannot_split: Tensor  # out of memory, with batches that cannot be split further
 
 
 N_EXAMPLE_SUMS = Totals._fields.index("n_ranks_out_of_memory")
@@ -87,27 +87,27 @@ class BackwardResult:
 
 
 def forward_backward(
-    state: TrainState, batches: Sequence[Batch], step: int, notes: Sequence[float], *, divisible: bool
+    state: TrainState, batches: Sequence[Batch], step: int, notes: Sequence[float], *, can_split_further: bool
 ) -> BackwardResult:
     """Run every micro-batch of this rank, then sum over the ranks what they must agree on.
 
     Args:
-        state: Its gradients are computed anew.
+        state: Its gradients are replaced.
         batches: Micro-batches.
         step: Seeds the model's own random draws, and decides whether the step is recorded in detail.
         notes: Further numbers to sum over the ranks.
-        divisible: Whether this rank can cut its batches further if memory runs out.
+        can_split_further: Whether this rank can split its batches further if memory runs out.
     """
     # 1. Every micro-batch, with the model's random draws seeded by step and rank: a resumed run draws the same.
     state.optimizer.zero_grad(set_to_none=True)
     if state.exchange is not None:
-        state.exchange.under_way = False
+        state.exchange.reset()
     busy = Stopwatch(state.device)
     results: list[MicroBatchResult] = []
     out_of_memory = False
     with seeded_torch(state.seed, "step", step, dist.rank()):
-        for batch in batches:
-            is_last = batch is batches[-1]
+        for index, batch in enumerate(batches):
+            is_last = index == len(batches) - 1
             try:
                 results.append(_run_micro_batch(state, batch, busy, is_last=is_last, sampled=is_sampled_step(step)))
             except torch.OutOfMemoryError:
@@ -119,7 +119,7 @@ def forward_backward(
                 break
 
     # 2. One all-reduce for everything.
-    flags = [float(out_of_memory), float(out_of_memory and not divisible)]
+    flags = [float(out_of_memory), float(out_of_memory and not can_split_further)]
     sums = sum_over_ranks(_local_sums(state, batches, results, flags, notes))
 
     # 3. The true norm of the gradient of sum(w * loss) / sum(w). DDP averages over ranks, hence the world size.

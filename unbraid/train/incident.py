@@ -17,8 +17,9 @@ from unbraid import dist
 from unbraid.data.batch import Batch
 from unbraid.errors import CheckpointError
 from unbraid.io import to_json_row, write_json
-from unbraid.records import SCHEMA_VERSION, ItemId, StepRecord, upgrade_outcome
+from unbraid.records import ItemId, StepRecord
 from unbraid.robust.precision import Precision
+from unbraid.schema_version import SCHEMA_VERSION, upgrade_outcome
 from unbraid.train.checkpoint import read_verified, write_tensors
 from unbraid.train.diagnose import Diagnosis, diagnose
 from unbraid.train.state import TrainState

@@ -211,7 +211,7 @@ class _Loop:
     def max_ahead(self) -> int:
         """Number of steps to keep queued on the device, so that it never runs out of work.
 
-        "rescue" and "stop" have to know what became of a step before the next one.
+        "rescue" and "stop" need the outcome of a step before the next one is launched.
         """
         # On a CPU a launch does all the work itself: nothing would be gained by being ahead.
         return 1 if self.state.device.type == "cuda" and self.state.on_bad_example == "skip" else 0
@@ -247,7 +247,7 @@ class _Loop:
             busy_seconds=self.busy_seconds,
         )
         step_in_flight.launched = launch(state, step_in_flight.batches, notes=notes.pack())
-        # a repeated step took from its first launch on
+        # The time of a repeated step counts from its first launch.
         step_in_flight.started = step_in_flight.started or step_in_flight.launched.started
         self.in_flight.append(step_in_flight)
 
@@ -360,7 +360,7 @@ class _Loop:
         # The batches continue from the checkpoint's step as well; those that are loaded already are of later steps.
         self.in_flight.clear()
         self.to_repeat.clear()
-        self.source = BatchSource(self.load, self.job.train.accumulate)
+        self.source.close()
         self.is_saved = True
         return True
 

@@ -20,7 +20,7 @@ def rescue(
     step: int,
     notes: Sequence[float],
     *,
-    divisible: bool,
+    can_split_further: bool,
     buffers: BufferSnapshot,
 ) -> BackwardResult:
     """Repeat the step on its clean examples if some are bad; every rank decides the same.
@@ -63,7 +63,7 @@ def rescue(
         if clean_indices:
             clean_batches.append(result.batch.select(clean_indices))
     batches = clean_batches or [_stand_in(backward.micro_batches[0].batch)]
-    repeated = forward_backward(state, batches, step, notes, divisible=divisible)
+    repeated = forward_backward(state, batches, step, notes, can_split_further=can_split_further)
     repeated.rescued_from = tuple(bad_items)
     repeated.n_rescued_from = round(n_bad)
     return repeated

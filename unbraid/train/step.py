@@ -92,11 +92,12 @@ def launch(state: TrainState, batches: Sequence[Batch], *, notes: Sequence[float
     pieces = list(batches)
     if state.n_pieces > 1:  # memory ran out before
         pieces = [piece for batch in batches for piece in batch.split(state.n_pieces)]
-    divisible = max(len(batch.mixture) for batch in batches) > state.n_pieces
+    # A piece of one example cannot be split.
+    can_split_further = max(len(batch.mixture) for batch in batches) > state.n_pieces
     try:
-        backward = forward_backward(state, pieces, step, notes, divisible=divisible)
+        backward = forward_backward(state, pieces, step, notes, can_split_further=can_split_further)
         if state.on_bad_example == "rescue":
-            backward = rescue(state, backward, step, notes, divisible=divisible, buffers=buffers)
+            backward = rescue(state, backward, step, notes, can_split_further=can_split_further, buffers=buffers)
     except Exception:
         buffers.restore()
         raise
@@ -128,10 +129,11 @@ def _update_or_skip(state: TrainState, backward: BackwardResult, step: int, buff
     batch_is_usable = ~must_repeat & ~out_of_memory & (totals.n_nonfinite + totals.n_over_limit == 0)
     has_weight = totals.weight > 0
 
-    # 2. What the host wants to know. In sampled steps also each block and each example.
-    loss_scale = state.precision.scale_on(grad_norm.device)
-    numbers = {"loss_scale": loss_scale.clone(), **backward.sums, "grad_norm": grad_norm}
-    numbers |= _example_numbers(backward.micro_batches)
+    # 2. What the host wants to know. In sampled steps also each block and each example. The loss scale is a copy,
+    #    because phase 6 changes it in place before the numbers are on their way.
+    loss_scale = state.precision.scale_on(grad_norm.device).clone()
+    numbers = {"loss_scale": loss_scale, **backward.sums, "grad_norm": grad_norm}
+    numbers |= _numbers_of_examples(backward.micro_batches)
     block_stats = BlockStats(state.unwrapped_model, divisor) if is_sampled_step(step) else None
 
     # 3. Transforms such as AGC compare gradients with weights, so they need true gradients: average and unscale first.
@@ -186,8 +188,8 @@ def _apply_transforms(state: TrainState) -> None:
                     transform(parameter.detach(), parameter.grad)
 
 
-def _example_numbers(micro_batches: Sequence[MicroBatchResult]) -> dict[str, Tensor]:
-    """Return what a sampled step records of each example of this rank."""
+def _numbers_of_examples(micro_batches: Sequence[MicroBatchResult]) -> dict[str, Tensor]:
+    """Return what a sampled step records of each example of this rank; nothing in any other step."""
     numbers: dict[str, Tensor] = {}
     for index, result in enumerate(micro_batches):
         if result.output_stats is None or result.source_stats is None:
@@ -250,7 +252,7 @@ def _make_record(
 
     # A skipped step is recorded with its true loss, the mean over all its examples, even if that is NaN.
     loss = totals["weighted_loss"] / totals["weight"] if trained else totals["loss"] / max(n_examples, 1)
-    score_sums, score_counts = _rows(values["si_sdr"], 2)
+    score_sums, score_counts = _as_rows(values["si_sdr"], 2)
     si_sdr = tuple(total / n if n else None for total, n in zip(score_sums, score_counts, strict=True))
     bad_items = backward.rescued_from
     if outcome in FAULT_OUTCOMES:
@@ -293,13 +295,14 @@ def _item_records(micro_batches: Sequence[MicroBatchResult], values: dict[str, l
             continue
         losses = values[f"item_losses_{index}"]
         weights = values[f"item_weights_{index}"]
-        orders = _rows(values[f"item_orders_{index}"], len(losses))
-        outputs = _rows(values[f"item_output_stats_{index}"], len(losses))
-        sources = _rows(values[f"item_source_stats_{index}"], len(losses))
+        orders = _as_rows(values[f"item_orders_{index}"], len(losses))
+        outputs = _as_rows(values[f"item_output_stats_{index}"], len(losses))
+        sources = _as_rows(values[f"item_source_stats_{index}"], len(losses))
         yield from map(item_record, result.batch.items, losses, weights, orders, outputs, sources)
 
 
-def _rows(values: list[float], n_rows: int) -> list[list[float]]:
+def _as_rows(values: list[float], n_rows: int) -> list[list[float]]:
+    """Return a flattened table as its rows."""
     width = len(values) // n_rows
     return [values[row * width : (row + 1) * width] for row in range(n_rows)]
 

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from unbraid.records import upgrade_row
+from unbraid.schema_version import upgrade_row
 from unbraid.type_aliases import Row
 
 READ_BYTES = 2**20
