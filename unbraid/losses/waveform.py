@@ -7,11 +7,11 @@ from unbraid.metrics import PairMoments, mean_square, mse_from_moments, ratio_db
 
 
 def neg_si_sdr(estimate: Tensor, target: Tensor) -> Tensor:
-    """Return the negative SI-SDR in dB; lower is better.
+    """Return the negative SI-SDR in dB, the loss form of `unbraid.metrics.si_sdr`; lower is better.
 
     Args:
         estimate: Separated signals, ``(..., time)``.
-        target: Reference signals, ``(..., time)``. Silent targets have no meaningful value, see `si_sdr`.
+        target: Reference signals, ``(..., time)``. Silent targets have no meaningful value, see `unbraid.metrics.si_sdr`.
 
     Returns:
         One value per signal, ``(...,)``.

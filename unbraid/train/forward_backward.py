@@ -239,7 +239,7 @@ def _local_sums(
             scores = torch.where(is_scored, result.si_sdr, 0).to(totals.dtype)
             si_sdr += torch.stack([scores, is_scored.to(totals.dtype)]).sum(1)
     sums["si_sdr"] = si_sdr
-    if state.remembering_filters:
+    if state.stateful_filters:
         sums["losses"] = _losses_in_slots(state, results, totals)
     return sums
 

@@ -150,7 +150,7 @@ class TrainState:
         return self._buffer_locations[1]
 
     @property
-    def remembering_filters(self) -> list[StatefulFilter]:
+    def stateful_filters(self) -> list[StatefulFilter]:
         """Filters that learn from the losses of each step."""
         return [cast(StatefulFilter, part) for part in self.filters if hasattr(part, "observe")]
 

@@ -168,7 +168,7 @@ def _update_or_skip(state: TrainState, backward: BackwardResult, step: int, buff
     overflowed = batch_is_usable & has_weight & ~gradient_is_finite
     state.precision.update(overflowed, take_step)
     all_filtered = batch_is_usable & ~has_weight
-    for loss_filter in state.remembering_filters:
+    for loss_filter in state.stateful_filters:
         losses = backward.sums["losses"]
         loss_filter.observe(losses, losses.isfinite() & (take_step | all_filtered))
 
