@@ -11,7 +11,7 @@ def neg_si_sdr(estimate: Tensor, target: Tensor) -> Tensor:
 
     Args:
         estimate: Separated signals, ``(..., time)``.
-        target: Reference signals, ``(..., time)``. Silent targets have no meaningful value, see `unbraid.metrics.si_sdr`.
+        target: Reference signals, ``(..., time)``. Silent targets have no meaningful value; the metric says more.
 
     Returns:
         One value per signal, ``(...,)``.
