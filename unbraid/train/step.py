@@ -129,9 +129,8 @@ def _update_or_skip(state: TrainState, backward: BackwardResult, step: int, buff
     batch_is_usable = ~must_repeat & ~out_of_memory & (totals.n_nonfinite + totals.n_over_limit == 0)
     has_weight = totals.weight > 0
 
-    # 2. What the host wants to know. In sampled steps also each block and each example. The loss scale is a copy,
-    #    because phase 6 changes it in place before the numbers are on their way.
-    loss_scale = state.precision.scale_on(grad_norm.device).clone()
+    # 2. What the host wants to know. In sampled steps also each block and each example.
+    loss_scale = state.precision.scale_on(grad_norm.device)
     numbers = {"loss_scale": loss_scale, **backward.sums, "grad_norm": grad_norm}
     numbers |= _numbers_of_examples(backward.micro_batches)
     block_stats = BlockStats(state.unwrapped_model, divisor) if is_sampled_step(step) else None
