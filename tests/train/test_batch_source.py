@@ -12,15 +12,15 @@ from unbraid.train.event_log import EventLog
 
 
 def loads(*errors):
-    """Numbers from a place on, whose first loaders end with these errors after two."""
+    """Return numbers from a start on, whose first loaders end with these errors after two."""
     left = list(errors)
 
     def load(first):
         error = left.pop(0) if left else None
-        for place in itertools.count(first):
-            if error is not None and place == first + 2:
+        for number in itertools.count(first):
+            if error is not None and number == first + 2:
                 raise error
-            yield place
+            yield number
 
     return load
 
@@ -28,7 +28,7 @@ def loads(*errors):
 DEATHS = [RuntimeError("DataLoader worker (pid(s) 1) exited unexpectedly"), EOFError(), ConnectionResetError("gone")]
 
 
-def test_the_batches_after_a_death_are_those_that_would_have_come(tmp_path):
+def test_the_batches_after_a_worker_death_are_the_same(tmp_path):
     source, log = BatchSource(loads(*DEATHS), 1), EventLog(RunDirectory(tmp_path))
 
     assert [source.next_micro_batches(step, log)[0] for step in range(8)] == list(range(8))
@@ -44,7 +44,7 @@ def test_after_too_many_deaths_the_run_ends_with_advice(tmp_path):
 
 
 @pytest.mark.parametrize("error", [OSError("Input/output error"), RuntimeError("Caught ValueError"), KeyError("x")])
-def test_what_is_no_death_comes_through_as_it_is(tmp_path, error):
+def test_an_error_that_is_no_worker_death_is_raised_unchanged(tmp_path, error):
     source, log = BatchSource(loads(error), 1), EventLog(RunDirectory(tmp_path))
     source.next_micro_batches(0, log)
     source.next_micro_batches(1, log)

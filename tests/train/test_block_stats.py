@@ -59,7 +59,7 @@ class Deep(nn.Module):
         self.rnn = nn.LSTM(2, 2, num_layers=2, bidirectional=True)
 
 
-def test_stacks_within_stacks_and_layers_of_an_lstm_are_blocks_of_their_own():
+def test_nested_stacks_and_layers_of_an_lstm_are_separate_blocks():
     model = Deep()
 
     blocks = parameters_by_block(model)
@@ -77,14 +77,14 @@ def test_stacks_within_stacks_and_layers_of_an_lstm_are_blocks_of_their_own():
     assert [len(blocks[name]) for name in ("dual.0.intra.1", "dual.0", "head.0", "rnn.l1")] == [2, 2, 3, 4]
 
 
-def test_a_model_with_too_many_blocks_is_looked_at_in_coarser_ones():
+def test_a_model_with_too_many_blocks_is_recorded_in_coarser_ones():
     blocks = parameters_by_block(Deep(n_outer=3, n_inner=30))
 
     assert list(blocks) == ["encoder", "dual.0", "dual.1", "dual.2", "head.0", "rnn"]
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_no_model_of_ours_has_more_blocks_than_a_record_should_hold(name):
+def test_no_built_in_model_has_more_blocks_than_a_record_should_hold(name):
     with torch.device("meta"):
         model = MODELS[name](**({"n_sources": 2} if name != "bs_roformer" else {}))
 
@@ -108,7 +108,7 @@ def test_the_update_ratio_is_learning_rate_times_clipped_norm_over_the_weights()
     assert record.blocks["filters"].update_ratio == pytest.approx(0.25 * 1e-2 / weights, rel=1e-3)
 
 
-def test_a_sampled_step_that_is_left_out_has_not_moved_anything():
+def test_a_skipped_sampled_step_records_no_update():
     batch = make_batch()
     batch.mixture[0, 0, 0] = torch.nan
 
@@ -118,7 +118,7 @@ def test_a_sampled_step_that_is_left_out_has_not_moved_anything():
     assert len(record.items) == 2
 
 
-def test_each_example_of_a_sampled_step_is_recorded_with_what_the_model_made_of_it(tmp_path):
+def test_a_sampled_step_records_the_estimates_of_each_example(tmp_path):
     state = make_state()
     batch = make_batch(3)
     with torch.no_grad():
@@ -140,7 +140,7 @@ def test_each_example_of_a_sampled_step_is_recorded_with_what_the_model_made_of_
     assert read_steps(tmp_path / "steps.jsonl") == [record]
 
 
-def test_likeness_and_residual_have_their_known_values():
+def test_similarity_and_residual_have_their_known_values():
     time = torch.arange(800) / 8000
     low, high = torch.sin(200 * torch.pi * time), torch.sin(1000 * torch.pi * time)
     mixture = (low + high)[None, None]
@@ -160,7 +160,7 @@ def test_likeness_and_residual_have_their_known_values():
     assert residual == pytest.approx(-3.01, abs=0.01)
 
 
-def test_what_a_mixture_holds_beside_its_sources_is_told():
+def test_the_part_of_a_mixture_that_is_not_its_sources_is_recorded():
     sources = torch.randn(3, 2, 1, 4000, generator=torch.Generator().manual_seed(0))
     sources[1, 1] = 0
     mixture = sources.sum(1)
@@ -189,7 +189,7 @@ def test_si_sdr_of_each_source_is_the_mean_over_the_examples_trained_on():
     assert record.si_sdr == pytest.approx([ratios[:3, 0].mean().item(), ratios[:2, 1].mean().item()], abs=1e-3)
 
 
-def test_a_loss_that_tells_no_order_is_recorded_without():
+def test_a_loss_without_an_order_is_recorded_without_one():
     record = sampled_step(make_state(loss=squared_error), make_batch())
 
     assert record.si_sdr == ()
@@ -197,7 +197,7 @@ def test_a_loss_that_tells_no_order_is_recorded_without():
 
 
 @pytest.mark.parametrize(("max_norm", "clipped"), [(1e-4, True), (1e4, False)])
-def test_a_step_is_clipped_where_its_gradient_was_longer_than_the_limit(max_norm, clipped):
+def test_a_step_is_clipped_if_its_norm_exceeds_the_maximum(max_norm, clipped):
     record = train_step(make_state(loss=squared_error, clipper=FixedClip(max_norm=max_norm)), make_batch())
 
     assert (record.clipped, record.max_norm) == (clipped, max_norm)
@@ -211,12 +211,12 @@ def test_memory_is_recorded():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system tells a process's own peak, or none")
-def test_the_memory_recorded_is_not_that_of_the_process_that_started_this_one():
+def test_the_recorded_memory_is_not_that_of_the_parent_process():
     tell = "from unbraid.train.memory import host_memory; print(host_memory())"
     hold = f"import subprocess, sys; held = b'.' * 1_500_000_000; subprocess.run([sys.executable, '-c', {tell!r}])"
-    told = subprocess.run([sys.executable, "-c", hold], capture_output=True, text=True, check=True).stdout
+    yielded = subprocess.run([sys.executable, "-c", hold], capture_output=True, text=True, check=True).stdout
 
-    assert 10**7 < int(told) < 10**9
+    assert 10**7 < int(yielded) < 10**9
 
 
 def test_a_frozen_block_has_no_norm():
@@ -242,7 +242,7 @@ def test_a_mixture_of_more_channels_than_the_outputs_is_recorded_without_a_resid
     assert all(len(one.estimate_levels_db) == 2 for one in record.items)
 
 
-def test_an_example_of_silence_alone_has_no_say_in_the_si_sdr():
+def test_a_silent_example_does_not_count_in_the_si_sdr():
     with_silence, without = make_batch(3), make_batch(3).select([0, 1])
     with_silence.sources[2], with_silence.mixture[2] = 0.0, 0.0
 

@@ -54,7 +54,7 @@ def run(tmp_path):
 
 
 @pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
-def test_what_was_saved_comes_back_bit_for_bit_and_trains_on_alike(run, optimizer):
+def test_a_saved_state_is_restored_bit_for_bit_and_trains_alike(run, optimizer):
     state, other = make_state(0, optimizer), make_state(1, optimizer)
 
     other.load_state_dict(read_checkpoint(save(run, state)).state)
@@ -72,7 +72,7 @@ def test_what_was_saved_comes_back_bit_for_bit_and_trains_on_alike(run, optimize
     assert torch.equal(*norms)
 
 
-def test_the_learning_rate_a_plateau_schedule_came_to_is_kept(run):
+def test_the_learning_rate_of_a_plateau_schedule_is_restored(run):
     state, other = make_state(), make_state()
     for loss in (1.0, 2.0, 2.0, 2.0, 2.0):
         state.schedule.observe(loss)
@@ -84,7 +84,7 @@ def test_the_learning_rate_a_plateau_schedule_came_to_is_kept(run):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
 @pytest.mark.parametrize("damage", ["flip", "truncate", "zero", "remove"])
-def test_a_damaged_file_is_noticed_and_the_checkpoint_before_it_taken(run, name, damage):
+def test_a_damaged_file_makes_the_checkpoint_before_it_the_newest(run, name, damage):
     state = make_state()
     older = save(run, state)
     state.step = 6
@@ -108,7 +108,7 @@ def test_a_damaged_file_is_noticed_and_the_checkpoint_before_it_taken(run, name,
     assert "step-000006" in passed_over[0]
 
 
-def test_a_checkpoint_without_its_manifest_is_none(run):
+def test_a_folder_without_a_manifest_is_no_checkpoint(run):
     path = save(run, make_state())
     (path / "manifest.json").unlink()
 
@@ -117,7 +117,7 @@ def test_a_checkpoint_without_its_manifest_is_none(run):
         find_checkpoint(path)
 
 
-def test_a_folder_left_half_written_is_reported_and_not_taken(run):
+def test_a_partial_checkpoint_is_reported_and_skipped(run):
     whole = save(run, make_state())
     partial = run.checkpoints / ".step-000009.4711.tmp"
     partial.mkdir()
@@ -147,7 +147,7 @@ def test_a_run_directory_stands_for_its_best_checkpoint(run):
     assert find_checkpoint(run.path) == best
 
 
-def test_old_checkpoints_go_but_for_the_best(run):
+def test_old_checkpoints_are_removed_except_the_best(run):
     state = make_state()
     for step in range(1, 7):
         state.step = step
@@ -167,7 +167,7 @@ def test_a_model_that_is_not_finite_is_never_saved(run):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="file size limits are POSIX")
-def test_a_disk_that_refuses_leaves_the_old_checkpoint_whole_and_nothing_half_written(run):
+def test_a_full_disk_leaves_the_old_checkpoint_intact_and_nothing_partial(run):
     import resource
 
     older = save(run, make_state())

@@ -39,21 +39,21 @@ def test_two_ranks_take_the_step_of_one_process_on_the_joined_batch(ranks, case)
         assert seen[case]["norms"][0] == pytest.approx(seen[case]["norms"][1], rel=1e-5)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("any_cut", 1e-6), ("any_cut_float32", 1e-5)])
-def test_however_examples_are_dealt_out_weighed_and_filtered_it_is_the_same_step(ranks, dtype, tolerance):
+@pytest.mark.parametrize(("dtype", "tolerance"), [("any_distribution", 1e-6), ("any_distribution_float32", 1e-5)])
+def test_any_distribution_of_weighted_and_filtered_examples_gives_the_same_step(ranks, dtype, tolerance):
     assert len(ranks[0][dtype]) == 12
     assert max(ranks[0][dtype] + ranks[1][dtype]) < tolerance
 
 
 @pytest.mark.parametrize("where", ["memory", "memory_backward"])
-def test_where_memory_runs_out_on_one_rank_all_cut_their_batches_and_the_step_is_the_same(ranks, where):
+def test_out_of_memory_on_one_rank_makes_all_cut_their_batches_and_the_step_is_the_same(ranks, where):
     for seen in ranks:
         assert seen[where]["outcomes"] == ["trained", "trained"]
         assert seen[where]["pieces"] == [4, 4, 4]
         assert seen[where]["distance"] < 1e-6
 
 
-def test_steps_launched_ahead_wait_for_the_one_that_memory_ran_out_in(ranks):
+def test_steps_launched_ahead_are_not_applied_before_the_step_that_ran_out_of_memory(ranks):
     for seen in ranks:
         assert seen["memory_ahead"]["steps"] == [[step, "trained", 0.5 / step] for step in range(1, 6)]
         assert seen["memory_ahead"]["pieces"] == 2
@@ -66,7 +66,7 @@ def test_a_bad_gradient_is_blamed_on_its_own_example_and_on_no_other_rank(ranks)
     assert ranks[1]["bad_gradient"] == {"outcome": "nonfinite_gradient", "items": [[1, 1]]}
 
 
-def test_in_float32_to_one_part_in_a_hundred_thousand(ranks):
+def test_two_ranks_equal_one_process_to_1e_5_in_float32(ranks):
     assert ranks[0]["float32"]["distance"] < 1e-5
 
 
@@ -74,7 +74,7 @@ def test_a_filtered_rank_takes_part_with_weight_zero(ranks):
     assert ranks[0]["nothing_left"]["n"] == ranks[1]["nothing_left"]["n"] == 4
 
 
-def test_nan_on_one_rank_makes_all_leave_the_step_out_together(ranks):
+def test_nan_on_one_rank_makes_all_ranks_skip_the_step(ranks):
     for seen in ranks:
         assert (seen["nan"]["outcome"], seen["nan"]["unmoved"], seen["nan"]["next"]) == (
             "nonfinite_loss",
@@ -94,17 +94,17 @@ def test_a_weight_that_differs_by_a_thousandth_is_found_and_named(ranks):
     assert [seen["fifty"]["found"] for seen in ranks] == ["2.weight", "2.weight"]
 
 
-def test_a_rank_that_cannot_take_a_single_example_makes_all_leave_the_step_out(ranks):
+def test_a_rank_without_memory_for_one_example_makes_all_ranks_skip_the_step(ranks):
     assert [seen["no_memory"] for seen in ranks] == [{"outcome": "out_of_memory", "unmoved": True}] * 2
 
 
-def test_a_bad_example_of_one_rank_is_told_by_it_and_by_the_main_process(ranks):
+def test_a_bad_example_of_one_rank_is_reported_by_it_and_by_the_main_process(ranks):
     for seen in ranks:
         assert [[code, rank] for code, rank, _ in seen["bad_example"]["events"]] == [["STEP_SKIPPED_NONFINITE_LOSS", 1]]
         assert seen["bad_example"]["events"][0][2]["items"] == [["train", 1, 6]]
 
 
-def test_weights_that_drift_apart_end_the_run_within_the_interval_and_are_named(ranks):
+def test_weights_that_drift_apart_are_named_and_end_the_run_within_the_interval(ranks):
     for seen in ranks:
         assert seen["drift"]["steps"] == 40
         assert "hold different weights (first in 2.weight)" in seen["drift"]["ended"]
@@ -139,7 +139,7 @@ def test_no_thread_of_the_group_outlives_it(ranks):
 
 
 @pytest.mark.slow
-def test_torchrun_trains_as_one_process_does_and_either_goes_on_with_the_others_run(recipe_file, tmp_path):
+def test_torchrun_trains_like_one_process_and_each_can_resume_the_others_run(recipe_file, tmp_path):
     file = recipe_file('[clip]\nname = "autoclip"\n')
     two, one, mixed = (tmp_path / name for name in ("two", "one", "mixed"))
 
@@ -164,8 +164,10 @@ def test_torchrun_trains_as_one_process_does_and_either_goes_on_with_the_others_
     assert rows[0]["si_sdr"] == pytest.approx(rows[1]["si_sdr"], abs=1e-3)
     assert rows[0]["orders"] == rows[1]["orders"]
     assert rows[0]["item_si_sdri"] == pytest.approx(rows[1]["item_si_sdri"], abs=2e-3)
-    heard = [sorted(file.relative_to(run / "audio") for file in (run / "audio").rglob("*.*")) for run in (two, one)]
-    assert heard[0] == heard[1]
-    assert Path("step-000006", "001-estimate-2.wav") in heard[0]  # of the second process
+    audio_files = [
+        sorted(file.relative_to(run / "audio") for file in (run / "audio").rglob("*.*")) for run in (two, one)
+    ]
+    assert audio_files[0] == audio_files[1]
+    assert Path("step-000006", "001-estimate-2.wav") in audio_files[0]  # of the second process
     reference = Path("audio", "001-reference-1.wav")
     assert np.array_equal(read_audio(two / reference)[0], read_audio(one / reference)[0])

@@ -50,7 +50,7 @@ def make_model(middle=None):
     return Layered(middle)
 
 
-def test_where_nothing_is_wrong_nothing_is_found_and_the_model_is_left_as_it_was():
+def test_without_a_fault_nothing_is_found_and_the_model_is_unchanged():
     model = Layered(nn.BatchNorm1d(4))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
@@ -60,7 +60,7 @@ def test_where_nothing_is_wrong_nothing_is_found_and_the_model_is_left_as_it_was
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_nan_in_the_audio_is_found_with_its_place_and_files():
+def test_nan_in_the_audio_is_found_with_its_position_and_files():
     verdict = look(make_model(), with_nan(make_batch(3), 2))
 
     assert (verdict.kind, verdict.index, verdict.position) == ("mixture", 2, (0, 0, 7))
@@ -129,14 +129,14 @@ def test_an_overflow_of_scaled_gradients_is_found_only_at_that_scale():
     assert look(model, make_batch(scale=10), precision="fp16", scale=16.0).kind == "none"
 
 
-def test_a_compiled_model_is_looked_into_as_well():
+def test_blocks_of_a_compiled_model_are_recorded():
     model = make_model(Logarithm())
     model.compile(backend="eager")
 
     assert look(model, make_batch()).layer == "middle"
 
 
-def test_each_example_is_judged_by_its_own_gradient_or_loss():
+def test_bad_examples_are_found_by_their_own_gradient_or_loss():
     batch = marked(make_batch(4), KINKED, 1, 3)
     where = {"seed": 0, "step": 1, "rank": 0}
 

@@ -82,7 +82,7 @@ def test_a_rescued_step_is_the_step_without_its_bad_example(bad, precision, cut)
 
 
 @pytest.mark.parametrize("bad", BAD)
-def test_with_nothing_clean_there_is_nothing_to_rescue(bad):
+def test_without_a_clean_example_there_is_nothing_to_rescue(bad):
     state = normed_state(on_bad_example="rescue", loss_upper_limit=1e6)
     train_step(state, make_batch(seed=5))
     before = snapshot(state)
@@ -123,7 +123,7 @@ def double(batch):
 
 
 @pytest.mark.parametrize(("examples", "pieces"), [(5, 1), (4, 2), (2, 4), (1, 8)])
-def test_where_memory_runs_out_the_step_is_done_in_smaller_pieces_and_is_the_same_step(examples, pieces):
+def test_after_out_of_memory_the_step_in_smaller_pieces_is_the_same_step(examples, pieces):
     batch = double(make_batch(5))
     batch.weight[:] = torch.tensor([1.0, 0.5, 2.0, 0.0, 1.0])
     plenty, short = memory_state(10**9), memory_state(400 * examples)
@@ -136,7 +136,7 @@ def test_where_memory_runs_out_the_step_is_done_in_smaller_pieces_and_is_the_sam
     assert torch.allclose(short.model.filters.filters.weight, plenty.model.filters.filters.weight, atol=1e-12)
 
 
-def test_pieces_that_fitted_are_kept_for_the_steps_that_follow_and_in_the_checkpoint():
+def test_the_number_of_pieces_that_fit_is_kept_for_later_steps_and_in_the_checkpoint():
     state, resumed = memory_state(800), memory_state(800)
     train_step(state, double(make_batch(4)))
     n_tried = len(state.model.seen)
@@ -147,7 +147,7 @@ def test_pieces_that_fitted_are_kept_for_the_steps_that_follow_and_in_the_checkp
     assert state.model.seen[n_tried:] == resumed.model.seen == [2, 2]
 
 
-def test_a_single_example_that_does_not_fit_is_left_out_and_named():
+def test_a_single_example_that_does_not_fit_is_skipped_and_named():
     record = train_step(memory_state(10), double(make_batch(2)))
 
     assert (record.outcome, record.n_trained, len(record.bad_items)) == ("out_of_memory", 0, 2)
@@ -171,7 +171,7 @@ def test_transforms_see_the_averaged_and_unscaled_gradient():
     assert record.clipped_grad_norm < record.grad_norm
 
 
-def test_easy_examples_are_told_from_bad_ones_in_a_rescued_step():
+def test_filtered_examples_are_distinguished_from_bad_ones_in_a_rescued_step():
     state = normed_state(on_bad_example="rescue", loss_upper_limit=1e6, filters=[ThresholdFilter()])
     batch = marked(with_nan(make_batch(4), 0), EASY, 1)
 
@@ -180,7 +180,7 @@ def test_easy_examples_are_told_from_bad_ones_in_a_rescued_step():
     assert (record.n_trained, record.n_filtered, record.n_bad) == (2, 1, 1)
 
 
-def test_the_moving_average_moves_with_the_steps_taken_alone():
+def test_the_moving_average_moves_only_with_steps_that_were_taken():
     state = make_state(ema=None)
     state.ema = EMA(state.model, 0.5)
     expected = state.model.filters.weight.detach().clone()
@@ -192,7 +192,7 @@ def test_the_moving_average_moves_with_the_steps_taken_alone():
     assert torch.allclose(state.ema.weights[0], expected, atol=1e-6)
 
 
-def test_memory_that_runs_out_when_a_step_is_rescued_is_no_end_either():
+def test_out_of_memory_during_a_rescue_does_not_end_the_run():
     class Counting(Normed):
         """Memory for three examples runs out from the second forward on."""
 
@@ -210,7 +210,7 @@ def test_memory_that_runs_out_when_a_step_is_rescued_is_no_end_either():
     assert (record.outcome, record.n_trained, record.n_bad, state.n_pieces) == ("trained", 3, 1, 2)
 
 
-def test_a_rescued_step_whose_others_are_easy_is_no_fault_and_names_its_bad_example():
+def test_a_rescued_step_with_only_filtered_examples_left_is_no_fault_and_names_its_bad_example():
     state = make_state(loss=marks, on_bad_example="rescue", filters=[ThresholdFilter()])
 
     record = train_step(state, marked(with_nan(make_batch(3), 2), EASY, 0, 1))

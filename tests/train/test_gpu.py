@@ -39,5 +39,5 @@ def test_no_step_of_twenty_waits_for_the_host(clipper, precision):
         torch.cuda.set_sync_debug_mode("default")
     outcomes = [finish(state, one)[0].outcome for one in launched]
 
-    assert [place for place, outcome in enumerate(outcomes) if outcome == "nonfinite_loss"] == [5]
+    assert [index for index, outcome in enumerate(outcomes) if outcome == "nonfinite_loss"] == [5]
     assert outcomes.count("trained") >= 15

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from recipe_run import run_recipe
 
 from unbraid.cli.main import main
 from unbraid.config.recipe import load_recipe
@@ -25,10 +26,10 @@ OWN = """
 import json
 import torch
 
-class Hears:
-    '''Writes down what it hears.'''
+class RecordingLogger:
+    '''Writes every record to a file.'''
     def __init__(self, run, recipe):
-        self.file = (run.path.parent / "heard.jsonl").open("a")
+        self.file = (run.path.parent / "received.jsonl").open("a")
         self.say("begin", recipe["optim"]["lr"])
     def say(self, *words):
         print(json.dumps(words), file=self.file, flush=True)
@@ -44,7 +45,7 @@ def raises(run, recipe):
             raise ConnectionError("nobody there")
     return hear
 
-class RefusesToClose(Hears):
+class RefusesToClose(RecordingLogger):
     def close(self):
         super().close()
         raise OSError("the line is cut")
@@ -68,20 +69,15 @@ def own(recipe_file, tmp_path):
     return recipe_file
 
 
-def run_recipe(file, path, *overrides, resume=False):
-    run = RunDirectory(path)
-    return run, list(train(load_recipe(file, overrides), run, resume=resume))
-
-
 def also(*names):
     return f"train.also_log={json.dumps(names)}"
 
 
 def heard_in(folder):
-    return [json.loads(line) for line in (folder / "heard.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "received.jsonl").read_text().splitlines()]
 
 
-def test_of_a_trained_step_loss_norms_rate_and_speed_are_told():
+def test_a_trained_step_is_logged_with_loss_norms_learning_rate_and_speed():
     assert scalars(STEP) == {
         "train/loss": -3.5,
         "train/grad_norm": 8.0,
@@ -93,47 +89,47 @@ def test_of_a_trained_step_loss_norms_rate_and_speed_are_told():
     }
 
 
-def test_a_step_that_was_left_out_is_a_mark_with_its_reason_and_no_loss():
-    left_out = replace(STEP, outcome="nonfinite_loss", loss=float("nan"), clipped_grad_norm=None)
+def test_a_skipped_step_is_logged_with_its_reason_and_without_a_loss():
+    skipped = replace(STEP, outcome="nonfinite_loss", loss=float("nan"), clipped_grad_norm=None)
 
-    assert scalars(left_out) == {
+    assert scalars(skipped) == {
         "skipped/nonfinite_loss": 1.0,
         "train/lr": 1e-3,
         "train/examples_per_second": 12.0,
     }
 
 
-def test_what_is_not_finite_or_not_known_is_left_out():
+def test_nonfinite_or_unknown_values_are_not_logged():
     assert "train/max_norm" not in scalars(replace(STEP, max_norm=float("inf")))
     assert "train/si_sdr" not in scalars(replace(STEP, si_sdr=()))
     validation = ValidationRecord(5, loss=None, si_sdr=float("nan"), si_sdri=2.0, n_items=3, best=False, lr=1e-3)
     assert scalars(validation) == {"valid/si_sdri": 2.0}
 
 
-def test_a_logger_of_ones_own_hears_all_that_is_told_and_is_closed(own, tmp_path):
-    _, told = run_recipe(own(), tmp_path / "run", also("own:Hears"))
+def test_a_custom_logger_receives_every_record_and_is_closed(own, tmp_path):
+    _, yielded = run_recipe(own(), tmp_path / "run", also("own:RecordingLogger"))
 
     assert heard_in(tmp_path) == [
         ["begin", 1e-3],
-        *([type(record).__name__, record.step] for record in told),
+        *([type(record).__name__, record.step] for record in yielded),
         ["end"],
     ]
 
 
-def test_a_logger_is_closed_where_the_run_is_left_half_way(own, tmp_path):
-    records = train(load_recipe(own(), [also("own:Hears")]), RunDirectory(tmp_path / "run"))
+def test_a_logger_is_closed_when_the_run_is_abandoned(own, tmp_path):
+    records = train(load_recipe(own(), [also("own:RecordingLogger")]), RunDirectory(tmp_path / "run"))
     next(records)
     records.close()
 
     assert heard_in(tmp_path)[-1] == ["end"]
 
 
-def test_a_logger_that_raises_is_told_of_once_and_left_out_and_changes_nothing(own, tmp_path):
+def test_a_logger_that_raises_is_reported_once_and_dropped_and_changes_nothing(own, tmp_path):
     file = own()
-    run, told = run_recipe(file, tmp_path / "run", also("own:raises", "own:Hears"))
+    run, yielded = run_recipe(file, tmp_path / "run", also("own:raises", "own:RecordingLogger"))
     plain, _ = run_recipe(file, tmp_path / "plain")
 
-    events = [record for record in told if isinstance(record, Event)]
+    events = [record for record in yielded if isinstance(record, Event)]
     assert [(event.code, event.step) for event in events] == [("LOGGER_FAILED", 3)]
     assert "own:raises raised ConnectionError: nobody there" in events[0].message
     assert [row["code"] for row in read_rows(run.events)[0]] == ["LOGGER_FAILED"]
@@ -142,21 +138,19 @@ def test_a_logger_that_raises_is_told_of_once_and_left_out_and_changes_nothing(o
     assert run.path.joinpath(*last).read_bytes() == plain.path.joinpath(*last).read_bytes()
 
 
-def test_a_logger_that_cannot_be_closed_is_written_down(own, tmp_path):
-    run, told = run_recipe(own(), tmp_path / "run", also("own:RefusesToClose"))
+def test_a_logger_that_cannot_be_closed_is_reported(own, tmp_path):
+    run, yielded = run_recipe(own(), tmp_path / "run", also("own:RefusesToClose"))
 
-    assert len([record for record in told if isinstance(record, StepRecord)]) == 6
+    assert len([record for record in yielded if isinstance(record, StepRecord)]) == 6
     assert ["the line is cut" in row["message"] for row in read_rows(run.events)[0]] == [True]
 
 
 @pytest.mark.parametrize(("name", "modules"), [(name, [name]) for name in ("wandb", "trackio")])
-def test_a_package_that_is_not_there_is_said_before_anything_is_written(
-    own, tmp_path, monkeypatch, capsys, name, modules
-):
+def test_a_missing_package_is_reported_before_anything_is_written(own, tmp_path, monkeypatch, capsys, name, modules):
     for module in modules:
         monkeypatch.setitem(sys.modules, module, None)
 
-    assert main(["train", str(own()), "--run", str(tmp_path / "run"), "--set", also("own:Hears", name)]) == 2
+    assert main(["train", str(own()), "--run", str(tmp_path / "run"), "--set", also("own:RecordingLogger", name)]) == 2
 
     line = capsys.readouterr().err
     assert (
@@ -173,16 +167,16 @@ def test_a_package_that_is_not_there_is_said_before_anything_is_written(
         ("own:refuses", "own:refuses could not start (ValueError: no account)"),
     ],
 )
-def test_a_logger_that_cannot_be_made_is_one_line(own, tmp_path, capsys, name, words):
+def test_a_logger_that_cannot_be_created_is_a_one_line_error(own, tmp_path, capsys, name, words):
     assert main(["train", str(own()), "--run", str(tmp_path / "run"), "--set", also(name)]) == 2
 
     assert words in capsys.readouterr().err
 
 
-def test_who_is_told_may_change_on_resuming(own, tmp_path):
+def test_loggers_may_change_on_resuming(own, tmp_path):
     file = own()
     run_recipe(file, tmp_path / "run", "train.max_steps=3")
-    run_recipe(file, tmp_path / "run", also("own:Hears"), resume=True)
+    run_recipe(file, tmp_path / "run", also("own:RecordingLogger"), resume=True)
 
     assert ["StepRecord", 4] in heard_in(tmp_path)
     assert ["StepRecord", 3] not in heard_in(tmp_path)
@@ -198,7 +192,7 @@ def read_event_files(folder):
     return values, texts
 
 
-def test_tensorboard_reads_what_the_records_say(own, tmp_path):
+def test_tensorboard_holds_the_values_of_the_records(own, tmp_path):
     pytest.importorskip("tensorboard")
     file = own('[loss]\nname = "own:nan_at_third"\nassign = "fixed"\n')
 
@@ -255,18 +249,18 @@ class StandIn(types.ModuleType):
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_what_is_logged_elsewhere_is_what_the_records_say(own, tmp_path, monkeypatch, name):
+def test_loggers_receive_the_values_of_the_records(own, tmp_path, monkeypatch, name):
     stand_in = StandIn()
     monkeypatch.setitem(sys.modules, name, stand_in)
     file = own('[loss]\nname = "own:nan_at_third"\nassign = "fixed"\n')
 
-    _, told = run_recipe(file, tmp_path / "run", also(name))
+    _, yielded = run_recipe(file, tmp_path / "run", also(name))
 
     assert stand_in.calls[0] == ("init", "unbraid", "run", "adam")
     assert stand_in.calls[-1] == ("finish",)
     logged = [call[1:] for call in stand_in.calls if call[0] == "log"]
-    assert [data.get("step", step) for data, step in logged] == [record.step for record in told]
-    for record, (data, _) in zip(told, logged, strict=True):
+    assert [data.get("step", step) for data, step in logged] == [record.step for record in yielded]
+    for record, (data, _) in zip(yielded, logged, strict=True):
         if isinstance(record, Event):
             assert data["event"] == f"{record.code}: {record.message}"
         else:

@@ -11,39 +11,31 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import soundfile
+from recipe_run import run_recipe, without_events, without_times
 
 from unbraid.config.recipe import load_recipe
 from unbraid.data.folders import list_speakers
 from unbraid.data.splits import assign_splits
 from unbraid.errors import CheckpointError, TrainingStopped, UserError
-from unbraid.records import TIMING_FIELDS, Event, StepRecord, read_rows
+from unbraid.records import Event, StepRecord, read_rows
 from unbraid.run import train
 from unbraid.run_directory import RunDirectory
 from unbraid.train.checkpoint import newest_checkpoint, read_checkpoint
-
-
-def run_recipe(file, path, *overrides, resume=False):
-    run = RunDirectory(path)
-    told = list(train(load_recipe(file, overrides), run, resume=resume))
-    return run, [record for record in told if not isinstance(record, Event)]
-
-
-def without_times(log):
-    return [{key: value for key, value in row.items() if key not in TIMING_FIELDS} for row in read_rows(log)[0]]
 
 
 def weights(run, step):
     return (run.checkpoints / f"step-{step:06d}" / "model.safetensors").read_bytes()
 
 
-def spoil(path, index=100):
+def write_nan(path, index=100):
     audio, rate = soundfile.read(path, dtype="float32")
     audio[index] = np.nan
     soundfile.write(path, audio, rate, subtype="FLOAT")
 
 
-def test_a_run_leaves_everything_the_design_names(recipe_file, tmp_path):
+def test_a_run_writes_every_file_of_the_design(recipe_file, tmp_path):
     run, records = run_recipe(recipe_file(), tmp_path / "run")
+    records = without_events(records)
 
     steps = [record for record in records if isinstance(record, StepRecord)]
     assert [record.step for record in steps] == [1, 2, 3, 4, 5, 6]
@@ -59,8 +51,9 @@ def test_a_run_leaves_everything_the_design_names(recipe_file, tmp_path):
     assert load_recipe(run.recipe).optim.options["lr"] == 1e-3
 
 
-def test_what_was_yielded_is_what_was_written(recipe_file, tmp_path):
+def test_yielded_records_are_the_written_ones(recipe_file, tmp_path):
     run, records = run_recipe(recipe_file(), tmp_path / "run")
+    records = without_events(records)
 
     assert [row["loss"] for row in read_rows(run.steps)[0]] == [r.loss for r in records if isinstance(r, StepRecord)]
 
@@ -82,8 +75,8 @@ def test_data_workers_change_nothing(recipe_file, tmp_path):
 
 def test_micro_batches_change_nothing_but_memory(recipe_file, tmp_path):
     file = recipe_file()
-    one = run_recipe(file, tmp_path / "a")[1]
-    four = run_recipe(file, tmp_path / "b", "train.accumulate=4")[1]
+    one = without_events(run_recipe(file, tmp_path / "a")[1])
+    four = without_events(run_recipe(file, tmp_path / "b", "train.accumulate=4")[1])
 
     for first, second in zip(one, four, strict=True):
         assert second.loss == pytest.approx(first.loss, abs=1e-4)
@@ -92,9 +85,10 @@ def test_micro_batches_change_nothing_but_memory(recipe_file, tmp_path):
 def test_a_nan_file_is_named_and_the_run_equals_one_that_excludes_it(recipe_file, speaker_folder, tmp_path):
     folder = speaker_folder()
     bad = next(track.path for track in assign_splits(list_speakers(folder), n_sources=2) if track.split == "train")
-    spoil(bad)
+    write_nan(bad)
     file = recipe_file(path=folder)
     with_fault, records = run_recipe(file, tmp_path / "a", "data.items_per_epoch=8", "train.max_steps=8")
+    records = without_events(records)
     without, _ = run_recipe(
         file, tmp_path / "b", "data.items_per_epoch=8", "train.max_steps=8", f"data.exclude=['{bad}']"
     )
@@ -111,13 +105,13 @@ def test_more_bad_files_than_the_budget_end_the_run_with_their_list(recipe_file,
     folder = speaker_folder(n_speakers=10, n_files=3)
     for path in sorted(folder.rglob("*.wav")):
         if path.parent.name < "speaker-08" and path.stem != "02":
-            spoil(path)
+            write_nan(path)
 
     with pytest.raises(TrainingStopped, match=r"More than 5 files are bad.*AUDIO_NONFINITE"):
         run_recipe(recipe_file(path=folder), tmp_path / "run", "train.max_steps=40")
 
 
-def test_a_run_whose_every_loss_is_nan_stops_soon_and_says_so(recipe_file, tmp_path):
+def test_a_run_with_only_nan_losses_stops_soon_with_a_reason(recipe_file, tmp_path):
     file = recipe_file('[loss]\nname = "sick:nan_loss"\n')
     (tmp_path / "sick.py").write_text("def nan_loss(estimate, target):\n    return estimate.sum(-1) * float('nan')\n")
 
@@ -153,6 +147,7 @@ def test_a_first_validation_that_is_nan_is_never_best(recipe_file, tmp_path):
     )
 
     _, records = run_recipe(file, tmp_path / "run")
+    records = without_events(records)
 
     validations = [record for record in records if not isinstance(record, StepRecord)]
     assert not validations[0].best
@@ -160,7 +155,7 @@ def test_a_first_validation_that_is_nan_is_never_best(recipe_file, tmp_path):
     assert validations[-1].best
 
 
-def test_a_checkpoint_that_cannot_be_written_is_told_and_the_run_goes_on(recipe_file, tmp_path):
+def test_a_failed_checkpoint_is_reported_and_the_run_continues(recipe_file, tmp_path):
     import resource
 
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -176,7 +171,7 @@ def test_a_checkpoint_that_cannot_be_written_is_told_and_the_run_goes_on(recipe_
     assert [record.step for record in records if isinstance(record, StepRecord)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_last_checkpoint_that_cannot_be_written_ends_the_run_with_a_word(recipe_file, tmp_path):
+def test_a_last_checkpoint_that_cannot_be_written_ends_the_run_with_a_reason(recipe_file, tmp_path):
     import resource
 
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -197,14 +192,14 @@ def test_a_last_checkpoint_that_cannot_be_written_ends_the_run_with_a_word(recip
     assert (tmp_path / "run" / "checkpoints" / "last").read_text().strip() == "step-000004"
 
 
-def test_a_log_that_cannot_be_written_stays_readable_and_the_run_goes_on(recipe_file, tmp_path):
+def test_a_log_that_cannot_be_written_stays_readable_and_the_run_continues(recipe_file, tmp_path):
     import resource
 
     run = RunDirectory(tmp_path / "run")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    told = []
+    yielded = []
     for record in train(load_recipe(recipe_file(), ["save.every_steps=0"]), run):
-        told.append(record)
+        yielded.append(record)
         if isinstance(record, StepRecord):
             full = run.steps.stat().st_size + 10 if record.step == 2 else before[0]
             resource.setrlimit(resource.RLIMIT_FSIZE, (full, before[1]))
@@ -212,37 +207,38 @@ def test_a_log_that_cannot_be_written_stays_readable_and_the_run_goes_on(recipe_
     rows, torn = read_rows(run.steps)
     assert torn == 0
     assert [row["step"] for row in rows] == [1, 2, 4, 5, 6]
-    assert [event.code for event in told if isinstance(event, Event)].count("LOG_FAILED") == 1
+    assert [event.code for event in yielded if isinstance(event, Event)].count("LOG_FAILED") == 1
 
 
 def test_events_are_yielded_as_they_are_written(recipe_file, speaker_folder, tmp_path):
     folder = speaker_folder()
-    spoil(next(track.path for track in assign_splits(list_speakers(folder), n_sources=2) if track.split == "valid"))
+    write_nan(next(track.path for track in assign_splits(list_speakers(folder), n_sources=2) if track.split == "valid"))
     run = RunDirectory(tmp_path / "run")
 
-    told = list(train(load_recipe(recipe_file(path=folder), ["validate.n_items=8"]), run))
+    yielded = list(train(load_recipe(recipe_file(path=folder), ["validate.n_items=8"]), run))
 
-    events = [record for record in told if isinstance(record, Event)]
+    events = [record for record in yielded if isinstance(record, Event)]
     assert [event.code for event in events] == ["AUDIO_NONFINITE"]
     assert [row["code"] for row in read_rows(run.events)[0]] == ["AUDIO_NONFINITE"]
 
 
-def test_a_run_that_a_stop_rule_ended_goes_on_once_its_files_are_excluded(recipe_file, speaker_folder, tmp_path):
+def test_a_run_ended_by_a_stop_rule_resumes_once_its_files_are_excluded(recipe_file, speaker_folder, tmp_path):
     folder = speaker_folder(n_speakers=10, n_files=3)
     bad = [p for p in sorted(folder.rglob("*.wav")) if p.parent.name < "speaker-08" and p.stem != "02"]
     for path in bad:
-        spoil(path)
+        write_nan(path)
     file = recipe_file(path=folder)
     with pytest.raises(TrainingStopped, match=r"More than 5 files are bad"):
         run_recipe(file, tmp_path / "run", "train.max_steps=40")
     listed = [str(path) for path in bad]
 
     _, records = run_recipe(file, tmp_path / "run", "train.max_steps=40", f"data.exclude={listed}", resume=True)
+    records = without_events(records)
 
     assert records[-1].step == 40
 
 
-def test_the_last_validation_is_made_up_for_if_the_run_was_killed_before_it(recipe_file, tmp_path):
+def test_a_missed_last_validation_is_done_on_resuming(recipe_file, tmp_path):
     file = recipe_file()
     whole, _ = run_recipe(file, tmp_path / "whole", "validate.every_steps=4")
     run = RunDirectory(tmp_path / "run")
@@ -257,7 +253,7 @@ def test_the_last_validation_is_made_up_for_if_the_run_was_killed_before_it(reci
     assert [row["step"] for row in read_rows(run.validation)[0]] == [4, 6]
 
 
-def test_a_directory_burnt_by_a_model_that_does_not_fit_can_be_used_again(recipe_file, tmp_path):
+def test_a_directory_can_be_used_again_after_a_model_did_not_fit(recipe_file, tmp_path):
     file = recipe_file()
     (tmp_path / "wrong.py").write_text(
         "from torch import nn\nclass Net(nn.Conv1d):\n    def __init__(self):\n        super().__init__(1, 2, 3)\n"
@@ -266,11 +262,12 @@ def test_a_directory_burnt_by_a_model_that_does_not_fit_can_be_used_again(recipe
     with pytest.raises(UserError, match=r"The model returned \(4, 2, 3998\)\. .* it must return"):
         run_recipe(file, tmp_path / "run", "model.name=wrong:Net")
     _, records = run_recipe(file, tmp_path / "run")
+    records = without_events(records)
 
     assert records[-1].step == 6
 
 
-def test_statistics_that_layers_keep_do_not_hear_of_a_bad_example(recipe_file, tmp_path):
+def test_a_bad_example_does_not_reach_the_statistics_of_layers(recipe_file, tmp_path):
     file = recipe_file('[loss]\nname = "sick:nan_once"\n')
     (tmp_path / "sick.py").write_text(
         "import torch\n"
@@ -294,6 +291,7 @@ def test_statistics_that_layers_keep_do_not_hear_of_a_bad_example(recipe_file, t
     )
 
     run, records = run_recipe(file, tmp_path / "run", "model.name=normed:Net")
+    records = without_events(records)
 
     assert [r.outcome for r in records if isinstance(r, StepRecord)].count("nonfinite_loss") == 1
     assert read_checkpoint(run.checkpoints / "step-000006").state["model"]["norm.num_batches_tracked"] == 5
@@ -317,7 +315,7 @@ def test_two_runs_at_once_in_one_directory_are_refused(recipe_file, tmp_path):
     first.close()
 
 
-def test_a_run_stopped_at_any_step_and_resumed_equals_one_never_stopped(recipe_file, tmp_path):
+def test_a_run_stopped_at_any_step_and_resumed_equals_an_uninterrupted_one(recipe_file, tmp_path):
     file = recipe_file('[clip]\nname = "autoclip"\n[schedule]\nname = "plateau"\npatience = 0\n')
     whole, _ = run_recipe(file, tmp_path / "whole")
     for stop_at in (1, 2, 3, 5):
@@ -334,7 +332,7 @@ def test_a_run_stopped_at_any_step_and_resumed_equals_one_never_stopped(recipe_f
         assert without_times(run.validation) == without_times(whole.validation)
 
 
-def test_resuming_passes_over_a_damaged_checkpoint_and_says_so(recipe_file, tmp_path):
+def test_resuming_skips_a_damaged_checkpoint_and_reports_it(recipe_file, tmp_path):
     file = recipe_file()
     whole, _ = run_recipe(file, tmp_path / "whole")
     run, _ = run_recipe(file, tmp_path / "run")
@@ -349,7 +347,7 @@ def test_resuming_passes_over_a_damaged_checkpoint_and_says_so(recipe_file, tmp_
     assert without_times(run.steps) == without_times(whole.steps)
 
 
-def test_checkpoints_written_after_damaged_ones_were_passed_over_are_kept(recipe_file, tmp_path):
+def test_checkpoints_written_after_damaged_ones_were_skipped_are_kept(recipe_file, tmp_path):
     file = recipe_file()
     run, _ = run_recipe(file, tmp_path / "run", "save.keep=3")
     for step in (4, 6):
@@ -363,7 +361,7 @@ def test_checkpoints_written_after_damaged_ones_were_passed_over_are_kept(recipe
     assert newest_checkpoint(run)[0].path.name == "step-000004"
 
 
-def test_a_run_without_a_whole_checkpoint_is_not_begun_again_over_its_records(recipe_file, tmp_path):
+def test_a_run_without_an_undamaged_checkpoint_is_not_restarted_over_its_records(recipe_file, tmp_path):
     file = recipe_file()
     run, _ = run_recipe(file, tmp_path / "run")
     for path in run.checkpoints.glob("step-*/model.safetensors"):
@@ -382,7 +380,7 @@ def test_resuming_with_a_harmful_change_is_refused_with_the_difference(recipe_fi
         run_recipe(file, tmp_path / "run", "optim.lr=0.01", resume=True)
 
 
-def test_a_finished_run_goes_on_with_a_larger_budget(recipe_file, tmp_path):
+def test_a_finished_run_resumes_with_a_larger_budget(recipe_file, tmp_path):
     file = recipe_file()
     longer, _ = run_recipe(file, tmp_path / "longer", "train.max_steps=9")
     run, _ = run_recipe(file, tmp_path / "run")
@@ -423,7 +421,7 @@ def wait_for_steps(run, n_steps, process):
 
 
 @pytest.mark.slow
-def test_kill_9_in_mid_epoch_and_resume_ends_bit_equal_to_the_run_never_stopped(recipe_file, tmp_path):
+def test_kill_9_in_mid_epoch_and_resume_is_bit_equal_to_an_uninterrupted_run(recipe_file, tmp_path):
     file = recipe_file('[clip]\nname = "autoclip"\n[schedule]\nname = "plateau"\npatience = 0\n')
     budget = ["--set", "train.max_steps=60", "--set", "data.workers=2", "--set", "save.every_steps=7"]
     whole, killed = RunDirectory(tmp_path / "whole"), RunDirectory(tmp_path / "killed")

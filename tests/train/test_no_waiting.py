@@ -48,7 +48,7 @@ def test_a_step_launches_without_waiting_and_ends_with_one_transfer(monkeypatch,
 
 
 @pytest.mark.parametrize("optimizer", sorted(set(OPTIMIZERS) - set(DEVICE_OPTIMIZERS)))
-def test_where_the_host_has_to_decide_it_is_told_all_at_once(monkeypatch, optimizer):
+def test_a_decision_of_the_host_needs_one_transfer(monkeypatch, optimizer):
     state = make_state(optimizer=optimizer)
     launch(state, [make_batch()])
     with counted_waits(monkeypatch) as waits:

@@ -1,4 +1,4 @@
-"""Every optimizer of the registry trains, can be left out and resumed; Muon and schedule-free against references."""
+"""Every optimizer of the registry trains, can be skipped and resumed; Muon and schedule-free against references."""
 
 import copy
 import math
@@ -79,7 +79,7 @@ def test_a_quadratic_is_lowered(name):
 
 
 @every_optimizer
-def test_a_run_that_is_saved_and_resumed_is_bit_by_bit_the_one_that_was_not(name):
+def test_saving_and_resuming_changes_no_bit_of_a_run(name):
     model, optimizer = make(name)
     for seed in range(8):
         step(model, optimizer, seed=seed)
@@ -100,26 +100,26 @@ def test_a_run_that_is_saved_and_resumed_is_bit_by_bit_the_one_that_was_not(name
 @every_optimizer
 @pytest.mark.parametrize("n_before", [0, 1, 3])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_step_left_out_changes_neither_weights_nor_state(name, n_before, bad):
-    left_out, without = make(name), make(name)
-    for model, optimizer in (left_out, without):
+def test_a_skipped_step_changes_neither_weights_nor_state(name, n_before, bad):
+    skipped, without = make(name), make(name)
+    for model, optimizer in (skipped, without):
         for seed in range(n_before):
             step(model, optimizer, seed=seed)
 
-    step(*left_out, seed=99, divisor=bad, fine=False)
+    step(*skipped, seed=99, divisor=bad, fine=False)
 
-    assert_equal(without[0].state_dict(), left_out[0].state_dict())
-    states = [optimizer.state_dict()["state"] for _, optimizer in (without, left_out)]
+    assert_equal(without[0].state_dict(), skipped[0].state_dict())
+    states = [optimizer.state_dict()["state"] for _, optimizer in (without, skipped)]
     assert states[0].keys() == states[1].keys()
     for key, state in states[0].items():
         assert_equal(state, states[1][key])
-    for model, optimizer in (left_out, without):
+    for model, optimizer in (skipped, without):
         step(model, optimizer, seed=100)
-    assert_equal(without[0].state_dict(), left_out[0].state_dict())
+    assert_equal(without[0].state_dict(), skipped[0].state_dict())
 
 
 @every_optimizer
-def test_dividing_in_the_update_is_dividing_before_it(name):
+def test_dividing_in_the_update_equals_dividing_before_it(name):
     inside, before = make(name), make(name)
     for seed in range(3):
         step(*inside, seed=seed, divisor=8.0)
@@ -140,7 +140,7 @@ def test_a_learning_rate_of_0_moves_nothing_and_each_step_has_its_own(name):
     step(model, optimizer, seed=1)
 
     still = {key: torch.allclose(weight, before[key], atol=1e-6) for key, weight in model.state_dict().items()}
-    if name != "schedule_free":  # it goes on towards the average
+    if name != "schedule_free":  # it continues towards the average
         assert all(still.values()), still
     for group in optimizer.param_groups:
         group["lr"] = 0.1
@@ -149,7 +149,7 @@ def test_a_learning_rate_of_0_moves_nothing_and_each_step_has_its_own(name):
 
 
 @every_optimizer
-def test_a_weight_without_a_gradient_stays_what_it_was(name):
+def test_a_weight_without_a_gradient_stays_unchanged(name):
     model, optimizer = make(name)
     before = copy.deepcopy(model.state_dict())
 
@@ -196,7 +196,7 @@ def published_muon(weight, gradients, *, lr, momentum, weight_decay):
 
 
 @pytest.mark.parametrize("shape", [(32, 48), (48, 32), (40, 40)])
-def test_a_matrix_goes_as_the_published_formula_has_it(shape, monkeypatch):
+def test_a_matrix_is_updated_by_the_published_formula(shape, monkeypatch):
     monkeypatch.setattr(muon, "best_precision", lambda device: "fp32")
     rng = torch.Generator().manual_seed(0)
     start, *gradients = (torch.randn(shape, generator=rng) for _ in range(5))
@@ -210,7 +210,7 @@ def test_a_matrix_goes_as_the_published_formula_has_it(shape, monkeypatch):
     torch.testing.assert_close(weight.detach().double(), expected, atol=1e-5, rtol=0)
 
 
-def test_a_matrix_goes_as_with_torchs_muon_but_for_bfloat16(monkeypatch):
+def test_a_matrix_is_updated_as_by_torchs_muon_except_for_bfloat16(monkeypatch):
     monkeypatch.setattr(muon, "best_precision", lambda device: "bf16")
     rng = torch.Generator().manual_seed(0)
     start, *gradients = (torch.randn(32, 48, generator=rng) for _ in range(4))
@@ -228,7 +228,7 @@ def test_a_matrix_goes_as_with_torchs_muon_but_for_bfloat16(monkeypatch):
 
 
 @pytest.mark.parametrize("native", ["bf16", "fp32"])
-def test_a_matrix_of_float64_goes_as_published_to_the_last_digits_on_every_machine(monkeypatch, native):
+def test_a_float64_matrix_is_updated_as_published_to_the_last_digits(monkeypatch, native):
     monkeypatch.setattr(muon, "best_precision", lambda device: native)
     rng = torch.Generator().manual_seed(0)
     start, *gradients = (torch.randn(32, 48, generator=rng, dtype=torch.float64) for _ in range(4))
@@ -242,7 +242,7 @@ def test_a_matrix_of_float64_goes_as_published_to_the_last_digits_on_every_machi
     torch.testing.assert_close(weight.detach(), expected, atol=1e-12, rtol=0)
 
 
-def test_a_pointwise_convolution_goes_as_the_linear_layer_it_is():
+def test_a_pointwise_convolution_is_updated_as_a_linear_layer():
     rng = torch.Generator().manual_seed(0)
     start, gradient = torch.randn(40, 32, generator=rng), torch.randn(40, 32, generator=rng)
     linear, pointwise = nn.Parameter(start.clone()), nn.Parameter(start[..., None].clone())
@@ -255,7 +255,7 @@ def test_a_pointwise_convolution_goes_as_the_linear_layer_it_is():
     assert torch.equal(pointwise[..., 0], linear)
 
 
-def test_all_that_is_no_matrix_goes_as_with_adamw():
+def test_parameters_that_are_no_matrix_are_updated_as_by_adamw():
     model, reference = Weights(), Weights()
     optimizer = Muon(model.parameters(), lr=0.01, weight_decay=0.1)
     adamw = torch.optim.AdamW(reference.parameters(), lr=0.01, weight_decay=0.1)
@@ -284,7 +284,7 @@ def test_matrices_of_the_published_conv_tasnet_are_its_linear_layers_between_enc
     assert all(as_matrix(p).shape[0] >= 32 for p in first["params"])
 
 
-def test_muon_of_one_kind_alone_has_one_group_and_of_nothing_is_refused():
+def test_muon_of_one_kind_of_parameter_has_one_group_and_of_none_is_refused():
     assert [group["matrices"] for group in Muon([nn.Parameter(torch.zeros(3))]).param_groups] == [False]
     assert [group["matrices"] for group in Muon([nn.Parameter(torch.zeros(32, 32))]).param_groups] == [True]
     with pytest.raises(ValueError, match="empty"):
@@ -297,7 +297,7 @@ def test_muon_refuses_numbers_that_mean_nothing(options):
         Muon([nn.Parameter(torch.zeros(3))], **options)
 
 
-def test_muon_takes_a_closure():
+def test_muon_accepts_a_closure():
     model = Weights()
     optimizer = Muon(model.parameters())
 
@@ -316,7 +316,7 @@ def schedule_free_state():
     return TrainState(model, loss=SeparationLoss(neg_si_sdr), optimizer=optimizer)
 
 
-def test_schedule_free_is_judged_by_the_packages_average():
+def test_schedule_free_is_validated_with_the_packages_average():
     from schedulefree import AdamWScheduleFree
 
     state, reference = schedule_free_state(), Weights()
@@ -335,7 +335,7 @@ def test_schedule_free_is_judged_by_the_packages_average():
     assert not torch.equal(reference.matrix, state.model.matrix)
 
 
-def test_schedule_free_is_the_same_run_however_often_it_is_validated_saved_or_resumed():
+def test_schedule_free_does_not_depend_on_validating_saving_or_resuming():
     never, often = schedule_free_state(), schedule_free_state()
     for seed in range(5):
         with evaluation_weights(often):

@@ -61,7 +61,7 @@ def test_one_nan_sample_in_a_batch_of_two_leaves_the_weights_alone_and_the_next_
 
 
 @pytest.mark.parametrize("kind", [{}, {"momentum": 0.9}], ids=["plain", "momentum"])
-def test_a_first_step_left_out_before_momentum_leaves_the_next_what_it_would_have_been(kind):
+def test_skipping_the_first_step_does_not_change_the_second_with_momentum(kind):
     def sgd(model):
         return OPTIMIZERS["sgd"](model.parameters(), lr=0.1, **kind)
 
@@ -96,7 +96,7 @@ FAULTS = {
 }
 
 
-class Greedy(TwoFilters):
+class OutOfMemoryAboveTwo(TwoFilters):
     """Has not the memory for long mixtures."""
 
     n_refused = 0
@@ -115,9 +115,9 @@ EVERY_PART |= {("adam", clipper, "fp32") for clipper in CLIPPERS}
 @pytest.mark.parametrize("first", [True, False], ids=["the first step", "a later step"])
 @pytest.mark.parametrize("outcome", FAULTS)
 @pytest.mark.parametrize(("optimizer", "clipper", "precision"), sorted(EVERY_PART))
-def test_a_step_that_is_left_out_changes_nothing(optimizer, clipper, precision, outcome, first):
+def test_a_skipped_step_changes_nothing(optimizer, clipper, precision, outcome, first):
     torch.manual_seed(0)
-    model = Greedy()
+    model = OutOfMemoryAboveTwo()
     state = TrainState(
         model,
         marks,
@@ -144,7 +144,7 @@ def test_a_step_that_is_left_out_changes_nothing(optimizer, clipper, precision, 
     assert_same(before, {name: part for name, part in snapshot(state).items() if name in before})
 
 
-def test_the_run_with_a_bad_step_ends_with_the_weights_of_the_run_without_it():
+def test_a_run_with_a_bad_step_ends_with_the_weights_of_the_run_without_it():
     with_fault, without = make_state(clipper=AutoClip()), make_state(clipper=AutoClip())
     for seed in range(6):
         if seed == 3:
@@ -162,7 +162,7 @@ def test_an_example_that_is_bad_is_named_by_its_files():
     assert (record.n_bad, record.n_trained) == (1, 0)
 
 
-def test_a_step_left_out_shows_its_true_loss_and_never_zero():
+def test_a_skipped_step_is_recorded_with_its_true_loss_and_never_zero():
     assert math.isnan(train_step(make_state(), with_nan(make_batch(), 0)).loss)
 
 
@@ -192,7 +192,7 @@ def test_at_the_smallest_scale_an_overflow_is_a_fault():
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_a_loss_over_the_limit_on_either_side_is_left_out(sign):
+def test_a_loss_over_the_limit_on_either_side_skips_the_step(sign):
     state = make_state(loss=lambda e, t: sign * 1e3 + squared_error(e, t) * 0, loss_upper_limit=100.0)
     before = snapshot(state)
 
@@ -203,7 +203,7 @@ def test_a_loss_over_the_limit_on_either_side_is_left_out(sign):
     assert_same(before, snapshot(state))
 
 
-def test_a_gradient_that_is_not_finite_under_a_finite_loss_is_left_out():
+def test_a_nonfinite_gradient_of_a_finite_loss_skips_the_step():
     def kink(estimate: Tensor, target: Tensor) -> Tensor:
         return (estimate * 0).sum(-1).sqrt()  # 0, with the gradient 0 * inf
 
@@ -216,7 +216,7 @@ def test_a_gradient_that_is_not_finite_under_a_finite_loss_is_left_out():
     assert_same(before, snapshot(state))
 
 
-def test_an_overflow_under_fp16_moves_the_scale_and_nothing_else():
+def test_an_fp16_overflow_changes_the_loss_scale_and_nothing_else():
     state = make_state(loss=squared_error, precision=Precision("fp16", scale=2.0**40), clipper=AutoClip())
     before = snapshot(state)
 
@@ -240,7 +240,7 @@ def test_fp16_with_scaling_gives_the_gradient_of_fp32():
     assert torch.allclose(plain.model.filters.weight, scaled.model.filters.weight, atol=1e-4)
 
 
-def test_easy_examples_have_no_say_in_the_gradient():
+def test_filtered_examples_do_not_contribute_to_the_gradient():
     def easy_where_marked(estimate: Tensor, target: Tensor) -> Tensor:
         return squared_error(estimate, target) - 50.0 * (target[..., 0] == 7.0)
 
@@ -256,7 +256,7 @@ def test_easy_examples_have_no_say_in_the_gradient():
     assert torch.allclose(filtered.model.filters.weight, alone.model.filters.weight, atol=1e-7)
 
 
-def test_a_batch_of_easy_examples_alone_is_no_fault_and_no_step():
+def test_a_batch_of_filtered_examples_is_neither_a_fault_nor_a_step():
     state = make_state(filters=[ThresholdFilter(threshold_db=1e6)], clipper=AutoClip())
     before = snapshot(state)
 
@@ -320,7 +320,7 @@ def test_a_gradient_ten_thousand_times_too_long_does_not_poison_the_second_momen
     assert max(float(s["exp_avg_sq"].sum()) for s in state.optimizer.state.values()) <= 1.001e-3
 
 
-def test_gradients_do_not_pile_up_from_step_to_step():
+def test_gradients_do_not_accumulate_from_step_to_step():
     state = make_state(optimizer="sgd", lr=0.0, clipper=NoClip())
 
     norms = [train_step(state, make_batch()).grad_norm for _ in range(3)]
@@ -329,7 +329,7 @@ def test_gradients_do_not_pile_up_from_step_to_step():
 
 
 @pytest.mark.parametrize("caller_seed", [1, 2])
-def test_dropout_draws_the_same_wherever_the_callers_generator_stands(caller_seed):
+def test_dropout_does_not_depend_on_the_callers_generator(caller_seed):
     def losses(seed: int) -> list[float | None]:
         state = make_state(optimizer="sgd")
         state.model = nn.Sequential(state.model, nn.Dropout(0.5))
@@ -373,7 +373,7 @@ def test_more_than_one_percent_of_faults_end_the_run():
     assert "of the last 1000 steps" in window.reason_to_stop()
 
 
-def test_easy_batches_never_end_a_run():
+def test_filtered_batches_never_end_a_run():
     window = FaultWindow()
     for _ in range(50):
         window.add("all_filtered")
@@ -407,7 +407,7 @@ class Levelled(TwoFilters):
 
 
 @pytest.mark.parametrize("rule", ["skip", "rescue"])
-def test_a_buffer_that_is_replaced_in_the_forward_hears_of_no_bad_step(rule):
+def test_a_buffer_replaced_in_forward_is_restored_after_a_bad_step(rule):
     torch.manual_seed(0)
     model = Levelled()
     state = TrainState(model, marks, OPTIMIZERS["adam"](model.parameters(), lr=1e-2), on_bad_example=rule)
@@ -424,13 +424,13 @@ def test_a_buffer_that_is_replaced_in_the_forward_hears_of_no_bad_step(rule):
     assert not torch.equal(model.level, before)
 
 
-def test_ones_own_clipper_may_return_a_number():
+def test_a_custom_clipper_may_return_a_number():
     state = make_state(loss=squared_error, clipper=lambda norm, finite: 0.25)
 
     assert train_step(state, make_batch()).max_norm == 0.25
 
 
-def test_weights_that_are_spoilt_leave_their_moving_average_alone():
+def test_nonfinite_weights_do_not_reach_their_moving_average():
     state = make_state()
     state.ema = EMA(state.model, 0.9)
     train_step(state, make_batch())

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from recipe_run import event_codes, run_recipe, steps_of, without_times
 from toys import assert_same
 
 from unbraid.build import load_model
@@ -15,7 +16,7 @@ from unbraid.cli.main import main
 from unbraid.config.recipe import load_recipe
 from unbraid.config.registry import _load_module as find_module
 from unbraid.errors import RecipeError, TrainingStopped
-from unbraid.records import TIMING_FIELDS, Event, StepRecord, read_rows
+from unbraid.records import StepRecord, read_rows
 from unbraid.run import train
 from unbraid.run_directory import RunDirectory
 from unbraid.signals import StopRequest
@@ -35,7 +36,7 @@ class Net(nn.Module):
     def forward(self, mixture):
         return self.filters(mixture)[:, :, None]
 
-class Spoilt(Net):
+class NanWeights(Net):
     '''Writes NaN into its own weights, once or in every step from the fifth on.'''
     def __init__(self, *, always: bool = False):
         super().__init__()
@@ -59,8 +60,8 @@ class Steep(nn.Module):
     def forward(self, x):
         return Explode.apply(x)
 
-class Overflows(Net):
-    '''Its gradient has no place in fp16, whatever the scale.'''
+class Fp16Overflow(Net):
+    '''Its gradient overflows fp16 at any loss scale.'''
     def __init__(self):
         super().__init__()
         self.first, self.steep = nn.Conv1d(1, 1, 3, padding=1), Steep()
@@ -73,14 +74,14 @@ class Masked(Net):
         super().__init__()
         self.register_buffer("mask", torch.full((3, 3), float("-inf")).triu(1))
 
-class Greedy(Net):
+class OutOfMemoryAboveTwo(Net):
     '''Has the memory for two examples.'''
     def forward(self, mixture):
         if torch.is_grad_enabled() and len(mixture) > 2:
             raise torch.OutOfMemoryError("out of memory")
         return super().forward(mixture)
 
-class GreedyLater(Net):
+class OutOfMemoryLater(Net):
     '''Has the memory for two examples from its tenth batch on.'''
     n_calls = 0
     def forward(self, mixture):
@@ -89,19 +90,19 @@ class GreedyLater(Net):
             raise torch.OutOfMemoryError("out of memory")
         return super().forward(mixture)
 
-class GreedyAnywhere(Net):
+class OutOfMemoryInValidationToo(Net):
     '''Has the memory for two examples in validation too.'''
     def forward(self, mixture):
         if len(mixture) > 2:
             raise torch.OutOfMemoryError("out of memory")
         return super().forward(mixture)
 
-class Broken(Net):
+class RaisesAtStepFive(Net):
     '''Raises in its fifth step.'''
     n_calls = 0
     def forward(self, mixture):
-        Broken.n_calls += torch.is_grad_enabled()
-        if Broken.n_calls == 5:
+        RaisesAtStepFive.n_calls += torch.is_grad_enabled()
+        if RaisesAtStepFive.n_calls == 5:
             raise KeyError("a mistake of one's own")
         return super().forward(mixture)
 
@@ -115,7 +116,7 @@ class Pooled(Net):
     def forward(self, mixture):
         return super().forward(mixture) * self.norm(mixture.mean(-1))[:, None, None]
 
-class Dead(Net):
+class SilentSecondOutput(Net):
     '''Its second output is silent.'''
     def forward(self, mixture):
         return super().forward(mixture) * torch.tensor([1.0, 0.0]).view(1, 2, 1, 1)
@@ -125,18 +126,18 @@ def nan_where_loud(estimate, target):
     loud = target.abs().amax(-1) > torch.quantile(target.abs().amax(-1).flatten(), 0.9)
     return (estimate - target).square().mean(-1) * torch.where(loud, float("nan"), 1.0)
 
-class OneInAHundred:
+class NanExample:
     '''NaN for the fourteenth example that is trained on, wherever it is met.'''
     target = None
     n_seen = 0
 def nan_for_one(estimate, target):
     value = (estimate - target).square().mean(-1)
-    if torch.is_grad_enabled() and OneInAHundred.target is None:
-        OneInAHundred.n_seen += len(target)
-        if OneInAHundred.n_seen > 13:
-            OneInAHundred.target = target[1].clone()
-    if OneInAHundred.target is not None:
-        met = (target == OneInAHundred.target).flatten(1).all(1)
+    if torch.is_grad_enabled() and NanExample.target is None:
+        NanExample.n_seen += len(target)
+        if NanExample.n_seen > 13:
+            NanExample.target = target[1].clone()
+    if NanExample.target is not None:
+        met = (target == NanExample.target).flatten(1).all(1)
         value = value * torch.where(met, float("nan"), 1.0)[:, None, None]
     return value
 """
@@ -150,43 +151,25 @@ def nets(tmp_path, recipe_file, monkeypatch):
     return recipe_file
 
 
-def run_recipe(file, path, *overrides, resume=False):
-    run = RunDirectory(path)
-    told = list(train(load_recipe(file, overrides), run, resume=resume))
-    return run, told
-
-
-def steps(told):
-    return [record for record in told if isinstance(record, StepRecord)]
-
-
-def codes(told):
-    return [record.code for record in told if isinstance(record, Event)]
-
-
-def nets_of(file):
+def load_nets(file):
     return find_module(file.parent / "nets.py")
-
-
-def without_times(log):
-    return [{key: value for key, value in row.items() if key not in TIMING_FIELDS} for row in read_rows(log)[0]]
 
 
 def weights(run, step):
     return (run.checkpoints / f"step-{step:06d}" / "model.safetensors").read_bytes()
 
 
-def test_weights_that_are_not_finite_send_the_run_back_to_its_last_checkpoint(nets, tmp_path):
+def test_nonfinite_weights_roll_the_run_back_to_its_last_checkpoint(nets, tmp_path):
     file = nets()
-    spoilt, told = run_recipe(file, tmp_path / "spoilt", "model.name=nets:Spoilt")
+    struck, yielded = run_recipe(file, tmp_path / "struck", "model.name=nets:NanWeights")
     sound, _ = run_recipe(file, tmp_path / "sound", "model.name=nets:Net")
 
-    assert codes(told) == ["STEP_SKIPPED_NONFINITE_LOSS", "WEIGHTS_NONFINITE"]
-    assert [row["code"] for row in read_rows(spoilt.events)[0]] == codes(told)
-    assert [record.step for record in steps(told)] == [1, 2, 3, 4, 5, 5, 6]
-    assert [row["step"] for row in read_rows(spoilt.steps)[0]] == [1, 2, 3, 4, 5, 6]
-    assert weights(spoilt, 6) == weights(sound, 6)
-    first, event = read_rows(spoilt.events)[0]
+    assert event_codes(yielded) == ["STEP_SKIPPED_NONFINITE_LOSS", "WEIGHTS_NONFINITE"]
+    assert [row["code"] for row in read_rows(struck.events)[0]] == event_codes(yielded)
+    assert [record.step for record in steps_of(yielded)] == [1, 2, 3, 4, 5, 5, 6]
+    assert [row["step"] for row in read_rows(struck.steps)[0]] == [1, 2, 3, 4, 5, 6]
+    assert weights(struck, 6) == weights(sound, 6)
+    first, event = read_rows(struck.events)[0]
     assert "the weight filters.weight is nan" in first["message"]
     assert first["files"] == []  # none of them is to blame
     assert event["step"] == 5
@@ -194,15 +177,17 @@ def test_weights_that_are_not_finite_send_the_run_back_to_its_last_checkpoint(ne
     assert "step-000004" in event["message"]
 
 
-def test_where_going_back_does_not_help_the_run_ends_and_says_so(nets, tmp_path):
+def test_a_run_that_rolling_back_does_not_help_ends_with_a_reason(nets, tmp_path):
     with pytest.raises(TrainingStopped, match=r"model is not finite .*filters\.weight.*going back did not help"):
-        run_recipe(nets(), tmp_path / "run", "model.name=nets:Spoilt", "model.always=true")
+        run_recipe(nets(), tmp_path / "run", "model.name=nets:NanWeights", "model.always=true")
 
 
 def test_a_loss_scale_that_collapses_ends_the_run_within_20_steps_with_the_module_and_a_cure(nets, tmp_path):
     file = nets()
     with pytest.raises(TrainingStopped) as ended:
-        run_recipe(file, tmp_path / "run", "model.name=nets:Overflows", "train.precision=fp16", "train.max_steps=100")
+        run_recipe(
+            file, tmp_path / "run", "model.name=nets:Fp16Overflow", "train.precision=fp16", "train.max_steps=100"
+        )
 
     rows = read_rows(tmp_path / "run" / "steps.jsonl")[0]
     assert [row["outcome"] for row in rows] == ["fp16_overflow"] * 20
@@ -211,7 +196,9 @@ def test_a_loss_scale_that_collapses_ends_the_run_within_20_steps_with_the_modul
 
 
 def test_the_doctor_finds_a_dead_output_within_200_steps(nets, tmp_path, capsys):
-    run_recipe(nets(), tmp_path / "run", "model.name=nets:Dead", "train.max_steps=200", "save.every_steps=0")
+    run_recipe(
+        nets(), tmp_path / "run", "model.name=nets:SilentSecondOutput", "train.max_steps=200", "save.every_steps=0"
+    )
 
     assert main(["doctor", str(tmp_path / "run"), "--all"]) > 0
     report = capsys.readouterr().out
@@ -219,40 +206,40 @@ def test_the_doctor_finds_a_dead_output_within_200_steps(nets, tmp_path, capsys)
     assert "utput 2" in report
 
 
-def test_infinities_that_are_meant_are_no_damage(nets, tmp_path):
+def test_intended_infinities_are_not_a_fault(nets, tmp_path):
     file = nets('[loss]\nname = "nets:nan_for_one"\nassign = "fixed"\n')
 
-    run, told = run_recipe(file, tmp_path / "run", "model.name=nets:Masked")
+    run, yielded = run_recipe(file, tmp_path / "run", "model.name=nets:Masked")
 
-    assert codes(told) == ["STEP_SKIPPED_NONFINITE_LOSS"]
+    assert event_codes(yielded) == ["STEP_SKIPPED_NONFINITE_LOSS"]
     assert "its loss is nan" in read_rows(run.events)[0][0]["message"]
     assert (run.checkpoints / "last").read_text().strip() == "step-000006"
 
 
-def test_a_model_that_refuses_an_example_alone_goes_on_and_all_are_named(nets, tmp_path):
+def test_a_model_that_rejects_single_examples_continues_and_all_are_named(nets, tmp_path):
     file = nets('[loss]\nname = "nets:nan_for_one"\nassign = "fixed"\n')
 
-    run, told = run_recipe(file, tmp_path / "run", "model.name=nets:Pooled")
+    run, yielded = run_recipe(file, tmp_path / "run", "model.name=nets:Pooled")
 
-    assert codes(told) == ["STEP_SKIPPED_NONFINITE_LOSS"]
-    assert [record.outcome for record in steps(told)].count("trained") == 5
+    assert event_codes(yielded) == ["STEP_SKIPPED_NONFINITE_LOSS"]
+    assert [record.outcome for record in steps_of(yielded)].count("trained") == 5
     assert "the examples together" in read_rows(run.events)[0][0]["message"]
 
 
-def test_that_memory_ran_out_is_told_once_and_kept(nets, tmp_path):
+def test_out_of_memory_is_reported_once_and_recorded(nets, tmp_path):
     file = nets()
-    short, told = run_recipe(file, tmp_path / "short", "model.name=nets:Greedy")
+    short, yielded = run_recipe(file, tmp_path / "short", "model.name=nets:OutOfMemoryAboveTwo")
     plain, _ = run_recipe(file, tmp_path / "plain", "model.name=nets:Net")
 
-    assert codes(told) == ["OUT_OF_MEMORY"]
-    assert {record.n_micro_batches for record in steps(told)} == {2}
+    assert event_codes(yielded) == ["OUT_OF_MEMORY"]
+    assert {record.n_micro_batches for record in steps_of(yielded)} == {2}
     for one, other in zip(read_rows(short.steps)[0], read_rows(plain.steps)[0], strict=True):
         assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
 
 
-def test_where_memory_runs_out_in_validation_it_is_done_in_pieces_too(nets, tmp_path):
+def test_out_of_memory_in_validation_cuts_batches_too(nets, tmp_path):
     file = nets()
-    short, _ = run_recipe(file, tmp_path / "short", "model.name=nets:GreedyAnywhere")
+    short, _ = run_recipe(file, tmp_path / "short", "model.name=nets:OutOfMemoryInValidationToo")
     plain, _ = run_recipe(file, tmp_path / "plain", "model.name=nets:Net")
 
     for one, other in zip(read_rows(short.validation)[0], read_rows(plain.validation)[0], strict=True):
@@ -264,11 +251,11 @@ def test_training_before_the_users_model_raised_is_saved_and_can_be_resumed(nets
     monkeypatch.setattr("unbraid.train.loop._Loop.max_ahead", property(lambda self: n_ahead))
     file, run = nets(), RunDirectory(tmp_path / "run")
     sound, _ = run_recipe(file, tmp_path / "sound", "model.name=nets:Net")
-    nets_of(file).Broken.n_calls = 0
+    load_nets(file).RaisesAtStepFive.n_calls = 0
     others = {child.pid for child in multiprocessing.active_children()}
 
     with pytest.raises(KeyError, match="of one's own"):
-        run_recipe(file, run.path, "model.name=nets:Broken", "save.every_steps=0", "data.workers=1")
+        run_recipe(file, run.path, "model.name=nets:RaisesAtStepFive", "save.every_steps=0", "data.workers=1")
 
     event = read_rows(run.events)[0][0]
     assert (event["code"], event["step"]) == ("STEP_RAISED", 4)
@@ -277,37 +264,37 @@ def test_training_before_the_users_model_raised_is_saved_and_can_be_resumed(nets
     assert (run.checkpoints / "last").read_text().strip() == "step-000004"
     assert [row["step"] for row in read_rows(run.steps)[0]] == [1, 2, 3, 4]
     assert {child.pid for child in multiprocessing.active_children()} <= others  # no data worker is left
-    run_recipe(file, run.path, "model.name=nets:Broken", "save.every_steps=0", resume=True)
+    run_recipe(file, run.path, "model.name=nets:RaisesAtStepFive", "save.every_steps=0", resume=True)
     assert weights(run, 6) == weights(sound, 6)
 
 
-def test_what_cannot_be_called_is_no_model(nets, tmp_path):
+def test_an_object_that_is_not_callable_is_refused_as_a_model(nets, tmp_path):
     with pytest.raises(RecipeError, match="is a dict, not a class or function"):
         run_recipe(nets(), tmp_path / "run", "model.name=nets:a_dict")
 
 
-def test_a_spoilt_optimizer_is_never_saved_but_gone_back_from(nets, tmp_path):
+def test_a_nonfinite_optimizer_state_is_never_saved_and_the_run_rolls_back(nets, tmp_path):
     (tmp_path / "nets.py").write_text(NETS + SPOILS_THE_OPTIMIZER)
     file = nets()
-    spoilt, told = run_recipe(file, tmp_path / "spoilt", "optim.name=nets:spoilt_adam", "model.name=nets:Net")
+    struck, yielded = run_recipe(file, tmp_path / "struck", "optim.name=nets:adam_with_nan", "model.name=nets:Net")
     sound, _ = run_recipe(file, tmp_path / "sound", "model.name=nets:Net")
 
-    assert codes(told) == ["WEIGHTS_NONFINITE"]
-    assert "optimizer's state of filters.weight" in read_rows(spoilt.events)[0][0]["message"]
-    assert weights(spoilt, 6) == weights(sound, 6)
+    assert event_codes(yielded) == ["WEIGHTS_NONFINITE"]
+    assert "optimizer's state of filters.weight" in read_rows(struck.events)[0][0]["message"]
+    assert weights(struck, 6) == weights(sound, 6)
 
 
 SPOILS_THE_OPTIMIZER = """
 from unbraid.train.optim import adam
 
-def spoilt_adam(parameters, *, lr: float = 1e-3):
+def adam_with_nan(parameters, *, lr: float = 1e-3):
     parameters = list(parameters)
     optimizer, calls = adam(parameters, lr=lr), []
-    def spoil(optimizer, *_):
+    def write_nan(optimizer, *_):
         calls.append(1)
         if len(calls) == 7:  # the first makes its state; this is step 6, after which a checkpoint is due
             optimizer.state[parameters[0]]["exp_avg_sq"][0, 0, 3] = float("nan")
-    optimizer.register_step_post_hook(spoil)
+    optimizer.register_step_post_hook(write_nan)
     return optimizer
 """
 
@@ -330,7 +317,7 @@ def spoilt_adam(parameters, *, lr: float = 1e-3):
         (["optim.name=rmsprop", "optim.alpha=3"], "alpha = 3"),
     ],
 )
-def test_parts_that_cannot_be_are_refused_in_one_line(recipe_file, tmp_path, capsys, overrides, words):
+def test_invalid_components_are_refused_in_one_line(recipe_file, tmp_path, capsys, overrides, words):
     options = [word for override in overrides for word in ("--set", override)]
 
     assert main(["train", str(recipe_file()), "--run", str(tmp_path / "run"), *options]) == 2
@@ -340,15 +327,15 @@ def test_parts_that_cannot_be_are_refused_in_one_line(recipe_file, tmp_path, cap
     assert words in error
 
 
-def test_a_collapsed_scale_is_left_behind_with_its_format(nets, tmp_path):
+def test_a_collapsed_loss_scale_does_not_affect_another_precision(nets, tmp_path):
     run = RunDirectory(tmp_path / "run")
-    file, budget = nets(), ["model.name=nets:Overflows", "train.max_steps=22", "train.precision=fp16"]
+    file, budget = nets(), ["model.name=nets:Fp16Overflow", "train.max_steps=22", "train.precision=fp16"]
     with pytest.raises(TrainingStopped):
         run_recipe(file, run.path, *budget)
 
-    _, told = run_recipe(file, run.path, *budget[:2], "train.precision=bf16", resume=True)
+    _, yielded = run_recipe(file, run.path, *budget[:2], "train.precision=bf16", resume=True)
 
-    assert [record.loss_scale for record in steps(told)] == [1.0, 1.0]
+    assert [record.loss_scale for record in steps_of(yielded)] == [1.0, 1.0]
 
 
 OWN_LOSS = '[loss]\nassign = "fixed"\nname = "nets:nan_for_one"\n'
@@ -356,17 +343,17 @@ IN_A_SUM = '[loss]\nassign = "fixed"\nname = "sum"\nterms = [{name = "l1"}, {nam
 
 
 @pytest.mark.parametrize(("rule", "loss"), [("skip", OWN_LOSS), ("rescue", OWN_LOSS), ("skip", IN_A_SUM)])
-def test_a_bad_example_is_named_and_kept_for_a_replay(nets, tmp_path, rule, loss, capsys, monkeypatch):
+def test_a_bad_example_is_named_and_saved_for_replay(nets, tmp_path, rule, loss, capsys, monkeypatch):
     file = nets(loss)
 
-    run, told = run_recipe(file, tmp_path / "run", f"train.on_bad_example={rule}")
+    run, yielded = run_recipe(file, tmp_path / "run", f"train.on_bad_example={rule}")
 
-    records = steps(told)
+    records = steps_of(yielded)
     bad = next(record for record in records if record.n_bad)
     assert [record.outcome for record in records if record is not bad] == ["trained"] * 5
     assert (bad.outcome, bad.n_trained) == {"skip": ("nonfinite_loss", 0), "rescue": ("trained", 3)}[rule]
     assert len(bad.bad_items) == bad.n_bad == 1
-    assert codes(told) == [{"skip": "STEP_SKIPPED_NONFINITE_LOSS", "rescue": "STEP_RESCUED"}[rule]]
+    assert event_codes(yielded) == [{"skip": "STEP_SKIPPED_NONFINITE_LOSS", "rescue": "STEP_RESCUED"}[rule]]
     incident = run.incidents / f"step-{bad.step:06d}-rank-0"
     event = read_rows(run.events)[0][0]
     assert event["files"] == list(bad.bad_items[0].files)
@@ -390,10 +377,10 @@ def test_a_bad_example_is_named_and_kept_for_a_replay(nets, tmp_path, rule, loss
     assert "The fault occurs in every precision" in printed
 
 
-def test_a_replay_says_in_which_layer_and_in_which_precision_it_goes_away(nets, tmp_path, capsys):
+def test_a_replay_names_the_layer_and_the_precision_that_cures_it(nets, tmp_path, capsys):
     run = RunDirectory(tmp_path / "run")
     with pytest.raises(TrainingStopped):
-        run_recipe(nets(), run.path, "model.name=nets:Overflows", "train.precision=fp16", "train.max_steps=100")
+        run_recipe(nets(), run.path, "model.name=nets:Fp16Overflow", "train.precision=fp16", "train.max_steps=100")
     incident = next(run.incidents.iterdir())
     torch.manual_seed(1)
 
@@ -406,10 +393,10 @@ def test_a_replay_says_in_which_layer_and_in_which_precision_it_goes_away(nets, 
     assert "fp32" in out.splitlines()[-1]
 
 
-def test_a_replay_runs_no_code_that_is_not_ours_unless_told_to(nets, tmp_path, capsys):
+def test_a_replay_runs_custom_code_only_when_trusted(nets, tmp_path, capsys):
     run = RunDirectory(tmp_path / "run")
     with pytest.raises(TrainingStopped):
-        run_recipe(nets(), run.path, "model.name=nets:Overflows", "train.precision=fp16", "train.max_steps=100")
+        run_recipe(nets(), run.path, "model.name=nets:Fp16Overflow", "train.precision=fp16", "train.max_steps=100")
 
     assert main(["replay", str(next(run.incidents.iterdir()))]) == 2
     assert "--trust" in capsys.readouterr().err
@@ -440,7 +427,7 @@ def test_a_damaged_incident_is_refused_in_one_sentence(nets, tmp_path, capsys, d
     assert str(incident) in error
 
 
-def test_only_so_many_incidents_are_kept(nets, tmp_path):
+def test_the_number_of_saved_incidents_is_limited(nets, tmp_path):
     file = nets('[loss]\nname = "nets:nan_where_loud"\nassign = "fixed"\n')
     with pytest.raises(TrainingStopped):
         run_recipe(file, tmp_path / "run", "train.max_steps=60", "save.incidents=3")
@@ -455,16 +442,16 @@ def test_an_incident_that_cannot_be_written_does_not_end_the_run(nets, tmp_path)
     run.path.mkdir()
     run.incidents.write_text("in the way")
 
-    _, told = run_recipe(nets('[loss]\nname = "nets:nan_for_one"\nassign = "fixed"\n'), run.path)
+    _, yielded = run_recipe(nets('[loss]\nname = "nets:nan_for_one"\nassign = "fixed"\n'), run.path)
 
-    assert sorted(codes(told)) == ["INCIDENT_FAILED", "STEP_SKIPPED_NONFINITE_LOSS"]
-    assert steps(told)[-1].step == 6
+    assert sorted(event_codes(yielded)) == ["INCIDENT_FAILED", "STEP_SKIPPED_NONFINITE_LOSS"]
+    assert steps_of(yielded)[-1].step == 6
 
 
 def test_the_moving_average_is_what_is_validated_saved_and_loaded(recipe_file, tmp_path):
     file = recipe_file()
     plain, _ = run_recipe(file, tmp_path / "plain")
-    averaged, told = run_recipe(file, tmp_path / "averaged", "train.ema=0.9")
+    averaged, yielded = run_recipe(file, tmp_path / "averaged", "train.ema=0.9")
 
     state = read_checkpoint(averaged.checkpoints / "step-000006").state
     trained = read_checkpoint(plain.checkpoints / "step-000006").state["model"]
@@ -474,7 +461,7 @@ def test_the_moving_average_is_what_is_validated_saved_and_loaded(recipe_file, t
     assert all(torch.equal(loaded[name].cpu(), state["model"][name]) for name in loaded)
     losses = {run.path: [row["loss"] for row in read_rows(run.validation)[0]] for run in (plain, averaged)}
     assert losses[plain.path] != losses[averaged.path]
-    assert [record.loss for record in steps(told)] == [row["loss"] for row in read_rows(plain.steps)[0]]
+    assert [record.loss for record in steps_of(yielded)] == [row["loss"] for row in read_rows(plain.steps)[0]]
 
 
 EVERYTHING = [
@@ -496,7 +483,7 @@ EVERYTHING = [
     ],
     ids=["everything", "muon", "schedule_free", "rmsprop"],
 )
-def test_a_run_with_other_parts_goes_on_as_if_it_had_never_been_stopped(recipe_file, tmp_path, overrides):
+def test_a_run_with_other_components_resumes_bit_for_bit(recipe_file, tmp_path, overrides):
     file = recipe_file()
     overrides = [*overrides, "train.max_steps=12"]
     whole, _ = run_recipe(file, tmp_path / "whole", *overrides)
@@ -524,17 +511,17 @@ def test_a_data_worker_that_is_killed_is_replaced_at_the_same_example(recipe_fil
     budget = ["data.workers=2", "train.max_steps=40"]
     whole, _ = run_recipe(file, tmp_path / "whole", *budget)
     run = RunDirectory(tmp_path / "killed")
-    told, n_killed = [], 0
+    yielded, n_killed = [], 0
     for record in train(load_recipe(file, budget), run):
-        told.append(record)
+        yielded.append(record)
         if isinstance(record, StepRecord) and record.step in (5, 15) and n_killed < 2:
             for worker in multiprocessing.active_children():
                 os.kill(worker.pid, signal.SIGKILL)
             n_killed += 1
 
     assert n_killed == 2
-    assert codes(told) == ["DATA_WORKER_LOST"] * 2
-    assert [record.step for record in steps(told)] == list(range(1, 41))
+    assert event_codes(yielded) == ["DATA_WORKER_LOST"] * 2
+    assert [record.step for record in steps_of(yielded)] == list(range(1, 41))
     assert weights(run, 40) == weights(whole, 40)
 
 
@@ -545,9 +532,9 @@ def test_a_data_worker_that_is_killed_is_replaced_at_the_same_example(recipe_fil
         ["train.precision=fp16"],
         ["clip.name=autoclip", "train.ema=0.9", "validate.every_steps=5", "save.every_steps=4"],
         ["loss.name=nets:nan_for_one", "loss.assign=fixed"],
-        ["model.name=nets:Spoilt"],
-        ["model.name=nets:Overflows", "train.precision=fp16"],
-        ["model.name=nets:GreedyLater"],
+        ["model.name=nets:NanWeights"],
+        ["model.name=nets:Fp16Overflow", "train.precision=fp16"],
+        ["model.name=nets:OutOfMemoryLater"],
     ],
     ids=["plain", "fp16", "at intervals", "a bad example", "nan weights", "a scale that collapses", "out of memory"],
 )
@@ -555,7 +542,7 @@ def test_a_step_launched_ahead_of_time_changes_nothing(nets, tmp_path, monkeypat
     """As it is done on an accelerator; here on the CPU, where it can be compared."""
     file, ended = nets(), {}
     for name in ("plain", "ahead"):
-        nets_of(file).OneInAHundred.target, nets_of(file).OneInAHundred.n_seen = None, 0
+        load_nets(file).NanExample.target, load_nets(file).NanExample.n_seen = None, 0
         if name == "ahead":
             monkeypatch.setattr("unbraid.train.loop._Loop.max_ahead", property(lambda self: 1))
         try:
@@ -586,10 +573,11 @@ def test_a_signal_while_a_step_is_repeated_still_saves_that_step(nets, tmp_path,
     monkeypatch.setattr("unbraid.train.loop._Loop.max_ahead", property(lambda self: 1))
     run = RunDirectory(tmp_path / "run")
     recipe = load_recipe(
-        nets(), ["model.name=nets:GreedyLater", "save.every_steps=0", "validate.every_steps=0", "train.max_steps=20"]
+        nets(),
+        ["model.name=nets:OutOfMemoryLater", "save.every_steps=0", "validate.every_steps=0", "train.max_steps=20"],
     )
 
-    records = steps(train(recipe, run, stop=stop))
+    records = steps_of(train(recipe, run, stop=stop))
 
     assert [record.n_micro_batches for record in records] == [1] * (len(records) - 1) + [2]
     assert len(records) < 20

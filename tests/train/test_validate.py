@@ -44,7 +44,7 @@ def test_order_and_improvement_of_each_item_are_those_of_its_own_mixture(dataset
 
 
 @pytest.mark.parametrize("assign", ["fixed", "mixit"])
-def test_where_no_order_is_searched_for_none_is_told(dataset, assign):
+def test_a_loss_without_assignment_records_no_order(dataset, assign):
     state = make_state(loss=SeparationLoss(neg_snr, assign=assign))
 
     scores = make_validator(dataset, n_items=N_ITEMS, batch_size=4, assign=assign)(state)
@@ -53,7 +53,7 @@ def test_where_no_order_is_searched_for_none_is_told(dataset, assign):
     assert len(scores.item_si_sdri) == N_ITEMS
 
 
-def test_an_item_without_a_value_is_told_as_one(dataset):
+def test_an_item_without_a_value_is_recorded_as_none(dataset):
     class NanForLoudest(nn.Module):
         def forward(self, mixture):
             power = mixture.square().mean((1, 2), keepdim=True)

@@ -11,6 +11,7 @@ import soundfile
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from recipe_run import run_recipe
 
 from unbraid.audio import read_audio, write_audio
 from unbraid.build import build_corpus, load_model
@@ -42,11 +43,6 @@ def make_sound(index=0, *, seed=0, n_channels=1, time=400):
     return AudioExample(index, 8000, references.sum(0), references, estimates, (3.0, 5.0), 4.0)
 
 
-def run_recipe(file, path, *overrides, resume=False):
-    run = RunDirectory(path)
-    return run, list(train(load_recipe(file, overrides), run, resume=resume))
-
-
 def scores_of(run, step):
     return json.loads((run.audio / f"step-{step:06d}" / "scores.json").read_text())
 
@@ -65,7 +61,7 @@ def content(folder):
     }
 
 
-def test_a_run_keeps_what_each_validation_made_of_its_first_examples(recipe_file, tmp_path):
+def test_a_run_saves_the_audio_of_the_first_examples_of_each_validation(recipe_file, tmp_path):
     run, _ = run_recipe(recipe_file(), tmp_path / "run")
 
     assert sorted(path.relative_to(run.audio).as_posix() for path in run.audio.rglob("*") if path.is_file()) == sorted(
@@ -75,7 +71,7 @@ def test_a_run_keeps_what_each_validation_made_of_its_first_examples(recipe_file
     )
 
 
-def test_what_is_heard_is_what_the_model_makes_of_the_validation_mixture_at_its_level(recipe_file, tmp_path):
+def test_the_saved_audio_is_the_models_estimate_at_the_level_of_the_mixture(recipe_file, tmp_path):
     file = recipe_file()
     run, _ = run_recipe(file, tmp_path / "run")
     recipe = load_recipe(file)
@@ -85,11 +81,11 @@ def test_what_is_heard_is_what_the_model_makes_of_the_validation_mixture_at_its_
     sources = torch.from_numpy(made.sources)[None]
     ordered = match_to_targets(estimate, sources, evaluation_loss("permutation"), assign="permutation")
 
-    heard = [read_audio(run.audio / "step-000006" / f"001-estimate-{k}.wav")[0] for k in (1, 2)]
+    estimates = [read_audio(run.audio / "step-000006" / f"001-estimate-{k}.wav")[0] for k in (1, 2)]
 
     assert np.array_equal(read_audio(run.audio / "001-mixture.wav")[0], made.mixture)
     assert np.array_equal(read_audio(run.audio / "001-reference-2.wav")[0], made.sources[1])
-    assert np.stack(heard) == pytest.approx(at_mixture_level(ordered[0].numpy(), made.mixture), abs=1e-5)
+    assert np.stack(estimates) == pytest.approx(at_mixture_level(ordered[0].numpy(), made.mixture), abs=1e-5)
     item = scores_of(run, 6)["items"][1]
     drawn = build_corpus(recipe).valid[Key(0, 1)]
     assert item["files"] == list(collate([drawn]).batch.items[0].files)
@@ -99,32 +95,34 @@ def test_what_is_heard_is_what_the_model_makes_of_the_validation_mixture_at_its_
     assert item["si_sdri"] == pytest.approx((si_sdr(ordered, sources)[0, :, 0] - before).mean().item(), abs=1e-3)
 
 
-def test_a_loss_that_minds_level_leaves_it_as_the_model_gave_it(recipe_file, tmp_path):
+def test_a_loss_that_depends_on_level_leaves_the_estimate_unscaled(recipe_file, tmp_path):
     file = recipe_file('[loss]\nname = "neg_snr"\n')
     run, _ = run_recipe(file, tmp_path / "run")
     made = build_corpus(load_recipe(file)).valid[Key(0, 0)].audio
     model, _ = load_model(run.checkpoints / "last")
     power = separate(model, torch.from_numpy(made.mixture)[None])[0].square().sum().item()
 
-    heard = np.stack([read_audio(run.audio / "step-000006" / f"000-estimate-{k}.wav")[0] for k in (1, 2)])
+    estimates = np.stack([read_audio(run.audio / "step-000006" / f"000-estimate-{k}.wav")[0] for k in (1, 2)])
 
-    assert (heard**2).sum() == pytest.approx(power, rel=1e-4)
+    assert (estimates**2).sum() == pytest.approx(power, rel=1e-4)
 
 
-def test_sound_changes_no_bit_of_the_training_and_none_is_kept_where_none_is_asked_for(recipe_file, tmp_path):
+def test_saving_audio_changes_no_bit_of_training_and_can_be_turned_off(recipe_file, tmp_path):
     file = recipe_file()
-    loud, told = run_recipe(file, tmp_path / "loud", "validate.save_audio=3")
+    loud, yielded = run_recipe(file, tmp_path / "loud", "validate.save_audio=3")
     quiet, silent = run_recipe(file, tmp_path / "quiet", "validate.save_audio=0")
 
     weights = [(run.checkpoints / "step-000006" / "model.safetensors").read_bytes() for run in (loud, quiet)]
     assert weights[0] == weights[1]
-    losses = [[r.loss for r in records if isinstance(r, StepRecord | ValidationRecord)] for records in (told, silent)]
+    losses = [
+        [r.loss for r in records if isinstance(r, StepRecord | ValidationRecord)] for records in (yielded, silent)
+    ]
     assert losses[0] == losses[1]
     assert len(list(loud.audio.glob("*-mixture.wav"))) == 3
     assert not quiet.audio.exists()
 
 
-def test_a_resumed_run_leaves_the_sound_of_one_that_was_never_stopped(recipe_file, tmp_path):
+def test_a_resumed_run_saves_the_same_audio_as_an_uninterrupted_one(recipe_file, tmp_path):
     file = recipe_file()
     whole, _ = run_recipe(file, tmp_path / "whole", "train.max_steps=9")
     stopped, _ = run_recipe(file, tmp_path / "stopped", "train.max_steps=9", "save.every_steps=4")
@@ -141,7 +139,7 @@ def test_a_resumed_run_leaves_the_sound_of_one_that_was_never_stopped(recipe_fil
     assert content(stopped.audio) == content(whole.audio)
 
 
-def test_how_much_is_kept_may_change_on_resuming(recipe_file, tmp_path):
+def test_the_number_of_kept_checkpoints_may_change_on_resuming(recipe_file, tmp_path):
     file = recipe_file()
     run_recipe(file, tmp_path / "run", "train.max_steps=3")
 
@@ -150,25 +148,25 @@ def test_how_much_is_kept_may_change_on_resuming(recipe_file, tmp_path):
     assert [len(scores_of(run, step)["items"]) for step in (3, 6)] == [2, 1]
 
 
-def test_a_disk_that_refuses_is_told_of_once_and_the_run_goes_on(recipe_file, tmp_path):
-    run, told = RunDirectory(tmp_path / "run"), []
+def test_a_full_disk_is_reported_once_and_the_run_continues(recipe_file, tmp_path):
+    run, yielded = RunDirectory(tmp_path / "run"), []
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         for record in train(load_recipe(recipe_file(), ["validate.every_steps=1", "save.every_steps=0"]), run):
-            told.append(record)
+            yielded.append(record)
             if isinstance(record, StepRecord):
                 limit = 12_000 if record.step in (3, 4) else before[0]  # a WAV of half a second is larger
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    events = [record for record in told if isinstance(record, Event)]
+    events = [record for record in yielded if isinstance(record, Event)]
     assert [event.code for event in events if event.code != "CHECKPOINT_FAILED"] == ["AUDIO_NOT_SAVED"]
     assert [row["step"] for row in read_rows(run.steps)[0]] == [1, 2, 3, 4, 5, 6]
     assert steps_heard(run.audio) == [1, 2, 5, 6]
 
 
-def test_an_estimate_that_is_not_finite_is_left_out_and_named(recipe_file, tmp_path):
+def test_a_nonfinite_estimate_is_skipped_and_reported(recipe_file, tmp_path):
     (tmp_path / "nets.py").write_text(
         "import torch\n"
         "from torch import nn\n"
@@ -182,9 +180,9 @@ def test_an_estimate_that_is_not_finite_is_left_out_and_named(recipe_file, tmp_p
         "        return sources\n"
     )
 
-    run, told = run_recipe(recipe_file(), tmp_path / "run", "model.name=nets:Net")
+    run, yielded = run_recipe(recipe_file(), tmp_path / "run", "model.name=nets:Net")
 
-    events = [record for record in told if isinstance(record, Event)]
+    events = [record for record in yielded if isinstance(record, Event)]
     assert [event.code for event in events] == ["AUDIO_NOT_SAVED"]
     assert "estimates of validation example 1 are not finite" in events[0].message
     assert [item["index"] for item in scores_of(run, 6)["items"]] == [0]
@@ -197,7 +195,7 @@ def test_channels_stay_together(tmp_path):
     assert soundfile.info(tmp_path / "step-000005" / "000-estimate-2.wav").channels == 2
 
 
-def test_scores_say_nothing_of_a_silent_source():
+def test_a_silent_source_has_no_score():
     sources = torch.stack([torch.linspace(-1, 1, 200), torch.zeros(200)])[None, :, None]
     batch = Batch.from_tensors(sources.sum(1), sources, items=[ItemId("valid", 0, 4)])
     ratios = si_sdr(sources + 0.1, sources)
@@ -209,7 +207,7 @@ def test_scores_say_nothing_of_a_silent_source():
     assert np.isnan(sound.si_sdr[1])
 
 
-def test_a_silent_sources_score_is_null(tmp_path):
+def test_the_score_of_a_silent_source_is_null(tmp_path):
     save_audio_examples(tmp_path, 5, [replace(make_sound(), si_sdr=(3.0, float("nan")))])
 
     assert json.loads((tmp_path / "step-000005" / "scores.json").read_text())["items"][0]["si_sdr"] == [3.0, None]
@@ -228,7 +226,7 @@ def test_mixture_and_references_are_written_once_and_again_where_they_are_missin
     assert (tmp_path / "000-reference-1.wav").stat().st_mtime_ns == times["000-reference-1.wav"]
 
 
-def test_estimates_of_another_mixture_do_not_stay_beside_it(tmp_path):
+def test_estimates_of_another_mixture_are_removed(tmp_path):
     save_audio_examples(tmp_path, 1, [make_sound(seed=0)])
 
     save_audio_examples(tmp_path, 2, [make_sound(seed=1)])
@@ -236,7 +234,7 @@ def test_estimates_of_another_mixture_do_not_stay_beside_it(tmp_path):
     assert steps_heard(tmp_path) == [2]
 
 
-def test_a_folder_without_scores_does_not_stay(tmp_path):
+def test_a_folder_without_scores_is_removed(tmp_path):
     (tmp_path / "step-000001").mkdir()
     write_audio(tmp_path / "step-000001" / "000-estimate-1.wav", np.zeros((1, 10), np.float32), 8000)
 
@@ -245,7 +243,7 @@ def test_a_folder_without_scores_does_not_stay(tmp_path):
     assert steps_heard(tmp_path) == [2]
 
 
-def test_of_a_folder_that_cannot_be_written_whole_nothing_stays(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_written_completely_is_removed(tmp_path, monkeypatch):
     def refuse(path, text):
         raise OSError(28, "No space left on device")
 
@@ -256,7 +254,7 @@ def test_of_a_folder_that_cannot_be_written_whole_nothing_stays(tmp_path, monkey
     assert steps_heard(tmp_path) == []
 
 
-def test_a_folder_that_cannot_be_made_is_said_so(tmp_path):
+def test_a_folder_that_cannot_be_created_is_reported(tmp_path):
     (tmp_path / "audio").touch()
 
     with pytest.raises(AudioError, match="cannot be written"):
@@ -273,7 +271,7 @@ def test_going_back_drops_what_came_after(tmp_path):
     assert (tmp_path / "000-mixture.wav").exists()
 
 
-def test_of_many_validations_24_stay(tmp_path):
+def test_24_of_many_validations_are_kept(tmp_path):
     for step in range(10, 310, 10):
         save_audio_examples(tmp_path, step, [make_sound(time=8)])
 
@@ -283,7 +281,7 @@ def test_of_many_validations_24_stay(tmp_path):
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=200), st.integers(2, 30))
-def test_however_steps_come_the_first_and_the_last_stay(gaps, n_kept):
+def test_thinning_keeps_the_first_and_the_last_step(gaps, n_kept):
     kept = []
     for step in np.cumsum(gaps):
         kept = spread([*kept, int(step)], n_kept)
@@ -292,7 +290,7 @@ def test_however_steps_come_the_first_and_the_last_stay(gaps, n_kept):
         assert kept == sorted(kept)
 
 
-def test_steps_that_come_evenly_stay_even():
+def test_evenly_spaced_steps_stay_evenly_spaced():
     kept = []
     for step in range(1, 2000):
         kept = spread([*kept, step], 24)

@@ -1,4 +1,4 @@
-"""Run by torchrun on two processes; leaves what each rank saw as JSON, for test_ddp.py to judge."""
+"""Run by torchrun on two processes; leaves what each rank saw as JSON, for test_ddp.py to check."""
 
 import itertools
 import json
@@ -84,8 +84,8 @@ def make_batch(n, seed, dtype=torch.float64):
     return Batch.from_tensors(sources.sum(1), sources, weight=weight)
 
 
-def part(batch, places):
-    return Batch.from_tensors(batch.mixture[places], batch.sources[places], weight=batch.weight[places])
+def select(batch, indices):
+    return Batch.from_tensors(batch.mixture[indices], batch.sources[indices], weight=batch.weight[indices])
 
 
 def distance(state, other):
@@ -95,7 +95,7 @@ def distance(state, other):
 
 @contextmanager
 def alone():
-    """One process does what two would."""
+    """Let one process do what two would."""
     world, summed, rank = dist.world_size, dist.sum_over_ranks, dist.rank
     dist.world_size, dist.sum_over_ranks, dist.rank = (lambda: 1), (lambda values: values), (lambda: 0)
     try:
@@ -104,34 +104,34 @@ def alone():
         dist.world_size, dist.sum_over_ranks, dist.rank = world, summed, rank
 
 
-def same_as_one_process(shares, *, dtype=torch.float64, filters=list, weightless=(), spoil=None, **parts):
-    """How far two ranks (and micro-batches) come from one process on the join_batches batch, over five steps.
+def same_as_one_process(shares, *, dtype=torch.float64, filters=list, weightless=(), nan_examples=None, **parts):
+    """Return how far two ranks (and micro-batches) are from one process on the joined batch, over five steps.
 
-    What is spoilt on the ranks, the one process does not get at all.
+    The one process does not get the examples that are NaN on the ranks.
     """
-    here, single = (make_state(dtype=dtype, wrapped=wrapped, filters=filters(), **parts) for wrapped in (True, False))
-    places = [place for rank in shares for share in rank for place in share]
+    state, single = (make_state(dtype=dtype, wrapped=wrapped, filters=filters(), **parts) for wrapped in (True, False))
+    indices = [index for rank in shares for share in rank for index in share]
     for seed in range(5):
-        batch = make_batch(max(places) + 1, seed, dtype)
+        batch = make_batch(max(indices) + 1, seed, dtype)
         batch.weight[list(weightless)] = 0.0
-        clean = part(batch, sorted(set(places) - set(spoil or ())))
-        for place in spoil or ():
-            batch.mixture[place, 0, 3] = torch.nan
-        record = train_step(here, [part(batch, share) for share in shares[dist.rank()]])
+        clean = select(batch, sorted(set(indices) - set(nan_examples or ())))
+        for index in nan_examples or ():
+            batch.mixture[index, 0, 3] = torch.nan
+        record = train_step(state, [select(batch, share) for share in shares[dist.rank()]])
         with alone():
-            wanted = train_step(single, clean)
-        assert record.outcome == wanted.outcome, (record, wanted)
-        assert record.n_trained == wanted.n_trained
-    return {"distance": distance(here, single), "norms": [record.grad_norm, wanted.grad_norm], "n": record.n_trained}
+            expected = train_step(single, clean)
+        assert record.outcome == expected.outcome, (record, expected)
+        assert record.n_trained == expected.n_trained
+    return {"distance": distance(state, single), "norms": [record.grad_norm, expected.grad_norm], "n": record.n_trained}
 
 
 def random_shares(seed):
-    """Examples dealt out to two ranks in one to four micro-batches each, none of them empty."""
+    """Return examples distributed to two ranks in one to four micro-batches each, none of them empty."""
     rng = np.random.default_rng(seed)
     n_parts = [int(rng.integers(1, 5)) for _ in range(2)]
     n_examples = int(rng.integers(sum(n_parts), sum(n_parts) + 4))
     edges = np.sort(rng.choice(np.arange(1, n_examples), sum(n_parts) - 1, replace=False))
-    parts = [some.tolist() for some in np.split(np.arange(n_examples), edges)]
+    parts = [indices.tolist() for indices in np.split(np.arange(n_examples), edges)]
     weightless = rng.choice(n_examples, rng.integers(0, n_examples), replace=False).tolist()
     return [parts[: n_parts[0]], parts[n_parts[0] :]], weightless
 
@@ -144,22 +144,22 @@ FILTERS = [
 ]
 
 
-def any_cut(dtype):
-    """The largest distance over many random ways to deal out, weigh and filter examples."""
-    found = []
+def any_distribution(dtype):
+    """Return the distance for each of many random ways to distribute, weigh and filter examples."""
+    distances = []
     for seed in range(12):
         shares, weightless = random_shares(seed)
         seen = same_as_one_process(shares, dtype=dtype, filters=FILTERS[seed % 4], weightless=weightless)
-        found.append(seen["distance"])
-    return found
+        distances.append(seen["distance"])
+    return distances
 
 
 def memory_runs_out_on_one_rank(*, where="memory"):
-    """Rank 1 can take one example of 50 samples at a time; both cut their batches, and the step is what it was."""
+    """Give rank 1 memory for one example of 50 samples: both cut their batches, and the step is the same."""
     here, plenty = make_state(), make_state()
     if dist.rank() == 1:
         setattr(here.unwrapped_model, where, 50)
-    batch = part(make_batch(8, 0), list(range(4 * dist.rank(), 4 * dist.rank() + 4)))
+    batch = select(make_batch(8, 0), list(range(4 * dist.rank(), 4 * dist.rank() + 4)))
     record, _ = train_step(here, batch), train_step(plenty, batch)
     again = train_step(here, batch)
     return {
@@ -175,11 +175,11 @@ def after_one_more(state, batch):
 
 
 def memory_runs_out_while_the_next_step_is_launched():
-    """One step ahead, with another learning rate in each step: all is done as where there is memory."""
+    """Stay one step ahead, with another learning rate in each step: all steps are as with enough memory."""
     ahead, plenty = make_state(), make_state()
     if dist.rank() == 1:
         ahead.unwrapped_model.memory = 100
-    batches = [part(make_batch(8, seed), list(range(4 * dist.rank(), 4 * dist.rank() + 4))) for seed in range(5)]
+    batches = [select(make_batch(8, seed), list(range(4 * dist.rank(), 4 * dist.rank() + 4))) for seed in range(5)]
     for step, batch in enumerate(batches):
         plenty.optimizer.param_groups[0]["lr"] = 0.5 / (step + 1)
         train_step(plenty, batch)
@@ -210,11 +210,11 @@ def memory_runs_out_while_the_next_step_is_launched():
 
 
 def a_bad_gradient_on_one_rank():
-    """Its example is named there, and nobody else's anywhere."""
+    """Mark one example of rank 1: only that one is named, and only there."""
     state = make_state()
     state.loss = lambda estimate, target: rooted(estimate, target.flatten(1, 2))
     batch = make_batch(3, dist.rank())
-    items = [ItemId("train", dist.rank(), place) for place in range(3)]
+    items = [ItemId("train", dist.rank(), index) for index in range(3)]
     if dist.rank() == 1:
         batch.sources[1, 0, 0, 0] = 7.0
     record = train_step(state, Batch.from_tensors(batch.mixture, batch.sources, items=items))
@@ -222,7 +222,7 @@ def a_bad_gradient_on_one_rank():
 
 
 def rooted(estimate, target):
-    """Finite, with the gradient 0 * inf where the target is marked."""
+    """Return a finite loss whose gradient is 0 * inf where the target is marked."""
     kept = (target[:, :1, :1] != 7.0).to(estimate.dtype)
     return squared_error(estimate, target).mean(1) + (estimate * kept).abs().sum((1, 2)).sqrt()
 
@@ -237,7 +237,7 @@ def no_memory_at_all_on_one_rank():
 
 
 def fit_on_two(folder, name, *, change=None, stop=None, **train):
-    """A run over made-up batches; what it said, and how it ended."""
+    """Run the loop over made-up batches; return its events and how it ended."""
     run = RunDirectory(Path(folder) / name)
     state = make_state(dtype=torch.float32)
     if change is not None:
@@ -246,7 +246,7 @@ def fit_on_two(folder, name, *, change=None, stop=None, **train):
     def load(n_steps_done):
         for step in itertools.count(n_steps_done):
             batch = make_batch(2, 10 * step + dist.rank(), torch.float32)
-            items = [ItemId("train", dist.rank(), 2 * step + place, (f"{place}.wav",)) for place in range(2)]
+            items = [ItemId("train", dist.rank(), 2 * step + index, (f"{index}.wav",)) for index in range(2)]
             yield LoadedBatch(Batch.from_tensors(batch.mixture, batch.sources, weight=batch.weight, items=items), ())
 
     settings = TrainSettings(**{"max_steps": 400, "compare_every_steps": 0} | train)
@@ -254,17 +254,17 @@ def fit_on_two(folder, name, *, change=None, stop=None, **train):
     if dist.is_main():
         run.checkpoints.mkdir(parents=True)
     dist.any_rank(False)
-    told, ended = [], ""
+    yielded, ended = [], ""
     try:
-        told.extend(fit(state, load, lambda _: ValidationScores(1.0, 0.0, 0.0, 1), job, stop))
+        yielded.extend(fit(state, load, lambda _: ValidationScores(1.0, 0.0, 0.0, 1), job, stop))
     except TrainingStopped as error:
         ended = str(error)
-    events = [[one.code, one.rank, dict(one.evidence)] for one in told if isinstance(one, Event)]
+    events = [[event.code, event.rank, dict(event.evidence)] for event in yielded if isinstance(event, Event)]
     return {"events": events, "ended": ended, "steps": state.step}
 
 
 def a_bad_example_on_one_rank(folder):
-    """Both say it, the main process too, though the example is the other's."""
+    """Give rank 1 a bad example: both ranks report it."""
 
     def change(state):
         state.loss = lambda estimate, target: (
@@ -292,7 +292,7 @@ def a_slow_rank(folder):
 
 
 def a_signal_while_the_ranks_agree(folder):
-    """It strikes rank 1 between its telling the others that there was none and its hearing what all have told."""
+    """Rank 1 gets a signal after it has told the others that there was none, before it knows the sum."""
     stop, summed, calls = StopRequest(), dist.sum_over_ranks, []
 
     def struck(values):
@@ -351,12 +351,12 @@ def main(out):
             "float32": same_as_one_process([[[0, 1]], [[2, 3, 4, 5]]], dtype=torch.float32),
             "filtered": same_as_one_process([[[0, 1, 2]], [[3, 4, 5]]], filters=easy),
             "nothing_left": same_as_one_process([[[0, 1]], [[2, 3, 4, 5]]], weightless=(0, 1)),
-            "rescued": same_as_one_process([[[0, 1, 2]], [[3, 4, 5]]], spoil=[4], on_bad_example="rescue"),
+            "rescued": same_as_one_process([[[0, 1, 2]], [[3, 4, 5]]], nan_examples=[4], on_bad_example="rescue"),
             "rescued_without_a_rank": same_as_one_process(
-                [[[0, 1, 2]], [[3], [4]]], spoil=[3, 4], on_bad_example="rescue"
+                [[[0, 1, 2]], [[3], [4]]], nan_examples=[3, 4], on_bad_example="rescue"
             ),
-            "any_cut": any_cut(torch.float64),
-            "any_cut_float32": any_cut(torch.float32),
+            "any_distribution": any_distribution(torch.float64),
+            "any_distribution_float32": any_distribution(torch.float32),
             "memory": memory_runs_out_on_one_rank(),
             "memory_backward": memory_runs_out_on_one_rank(where="memory_backward"),
             "memory_ahead": memory_runs_out_while_the_next_step_is_launched(),
