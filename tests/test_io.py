@@ -69,7 +69,7 @@ def test_a_json_file_reads_back_equal_and_a_nan_is_refused_before_the_file_chang
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 10**400, "1.0", None, [1.0]])
-def test_what_is_not_a_finite_number_becomes_none(value):
+def test_nonfinite_numbers_become_none(value):
     assert finite_or_none(value) is None
 
 

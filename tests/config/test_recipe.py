@@ -28,7 +28,7 @@ def write(tmp_path):
     return write
 
 
-def test_what_a_recipe_leaves_out_has_the_textbooks_defaults(write):
+def test_missing_keys_have_the_textbooks_defaults(write):
     recipe = load_recipe(write(ENDS))
     state = build_state(recipe, build_model(recipe), precision="fp32")
 
@@ -40,7 +40,7 @@ def test_what_a_recipe_leaves_out_has_the_textbooks_defaults(write):
     assert (recipe.data.gains_db, recipe.data.batch_size) == ((-5.0, 0.0), 1)
 
 
-def test_bands_are_laid_out_for_the_rate_of_the_data_unless_told(write):
+def test_bands_fit_the_sample_rate_of_the_data_by_default(write):
     text = (
         ENDS + '[data]\nsample_rate = 8000\n[model]\nname = "bs_roformer"\nn_channels = 1\nn_blocks = 1\nd_model = 8\n'
     )
@@ -51,7 +51,7 @@ def test_bands_are_laid_out_for_the_rate_of_the_data_unless_told(write):
     assert told.split.width_groups != at_8_kHz.split.width_groups
 
 
-def test_a_threshold_filter_is_at_minus_thirty_db_unless_told(write):
+def test_a_threshold_filter_is_at_minus_thirty_db_by_default(write):
     recipe = load_recipe(write(ENDS + '[[filter]]\nname = "threshold"\n'))
 
     assert build_state(recipe, build_model(recipe), precision="fp32").filters[0].threshold_db == -30.0
@@ -205,7 +205,7 @@ def test_paths_in_the_file_are_relative_to_it_and_paths_on_the_command_line_to_t
     assert recipe.data.noise == tmp_path / "elsewhere" / "hum"
 
 
-def test_your_own_model_is_one_file_beside_the_recipe(write, tmp_path):
+def test_a_custom_model_is_one_file_next_to_the_recipe(write, tmp_path):
     (tmp_path / "mine.py").write_text(
         "from torch import nn\n"
         "class Net(nn.Module):\n"

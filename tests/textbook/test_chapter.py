@@ -104,7 +104,7 @@ class ParsedPage(HTMLParser):
         self.text += data
 
 
-def test_page_loads_only_files_beside_it(tmp_path, calls):
+def test_page_loads_only_files_next_to_it(tmp_path, calls):
     write_chapter(tmp_path)
 
     text = (tmp_path / "index.html").read_text()

@@ -342,7 +342,7 @@ def test_dropout_does_not_depend_on_the_callers_generator(caller_seed):
     assert len(set(first)) == 3
 
 
-def test_the_callers_generator_is_left_where_it_was():
+def test_the_callers_generator_is_not_moved():
     state = make_state()
     torch.manual_seed(3)
     expected = torch.rand(1)
