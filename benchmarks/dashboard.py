@@ -1,6 +1,6 @@
 """Measure the dashboard on a long run: python benchmarks/dashboard.py.
 
-A synthetic run of a million steps is served by `unbraid dashboard` in a process of its own. Measured are the time until
+A synthetic run of a million steps is served by `unbraid dashboard` in its own process. Measured are the time until
 all steps are read, the memory used then, the time to answer the page's requests (for the whole run and for windows down
 to single steps), and the delay from writing a step until the page is notified of it.
 """

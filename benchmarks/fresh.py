@@ -23,7 +23,7 @@ CHILD_SECONDS = 3600
 
 
 def in_a_fresh_process(task: Mapping[str, Any], *, cache: Path | None = None) -> dict[str, Any]:
-    """Run `measure_first_steps` in a process of its own.
+    """Run `measure_first_steps` in its own process.
 
     Args:
         task: As for `measure_first_steps`.

@@ -120,7 +120,7 @@ def in_turns(args: argparse.Namespace, tasks: Sequence[Task]) -> list[dict[str, 
             settings = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cleanup.enter_context(TemporaryDirectory())}
             command = [sys.executable, "-W", "ignore", __file__, *words, "--child", json.dumps(task)]
             output = cleanup.enter_context(TemporaryFile("w+", encoding="utf-8"))
-            # A session of its own, so that the process and its data workers can be stopped together.
+            # Its own session, so that the process and its data workers can be stopped together.
             process = subprocess.Popen(command, stdout=output, env=settings, start_new_session=True)
             started.append((process, output))
             cleanup.callback(kill, process)

@@ -38,7 +38,7 @@ def on_files(files, config):
         "api.md": api_page(),
     }
     for name in ("CHANGELOG.md", "CONTRIBUTING.md"):
-        # In the repository these files lie above docs/, in the site beside its pages.
+        # In the repository these files lie above docs/, in the site next to its pages.
         text = (ROOT / name).read_text(encoding="utf-8")
         pages[PAGES_OF_ROOT_FILES[name]] = text.replace("](docs/", "](")
     for name, text in pages.items():

@@ -75,7 +75,7 @@ class Bench:
 def run_bench(
     recipe: Recipe, *, seconds: float = 5.0, progress: Callable[[float, str], None] = lambda _done, _text: None
 ) -> Bench:
-    """Measure every variant in a process of its own; an interrupt (Ctrl-C) ends it with the rows measured so far.
+    """Measure every variant in its own process; an interrupt (Ctrl-C) ends it with the rows measured so far.
 
     Args:
         recipe: Its model, loss, optimizer and clipper are timed; no data are needed.

@@ -24,7 +24,7 @@ def infer(model: nn.Module, mixture: Tensor) -> Tensor | ModelOutput:
     was_training = model.training
     model.eval()
     try:
-        # Eager even if the model is compiled: every new length would be compiled anew.
+        # Eager even if the model is compiled: every new length would be compiled again.
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             output = model(mixture.to(device, torch.float32))
             if isinstance(output, ModelOutput):

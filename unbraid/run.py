@@ -12,7 +12,7 @@ import unbraid
 from unbraid import dist
 from unbraid.build import Corpus, build_corpus, build_model, build_state, choose_device, load_initial_weights
 from unbraid.compilation import compile_model
-from unbraid.config.auto import choose
+from unbraid.config.auto import resolve_auto
 from unbraid.config.recipe import Component, Recipe, differences, recipe_table, to_toml
 from unbraid.config.registry import find_component
 from unbraid.data.dataset import MixtureDataset
@@ -181,7 +181,7 @@ def _train_from(
 
     # 2. Settle "auto". The main process decides: ranks that differ in precision or compiling would hang or diverge.
     before = checkpoint.choices if checkpoint else None
-    choices, reason = dist.from_main_process(choose(recipe, model, device, before=before))
+    choices, reason = dist.from_main_process(resolve_auto(recipe, model, device, before=before))
     if reason:
         events = [*events, ("AUTO_CHOSEN", reason)]
     # Sums depend on the number of threads, so a resumed run keeps it. It is not set needlessly: torch's batched solver

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from unbraid.config import auto
-from unbraid.config.auto import CompileCost, choose, compiling_pays
+from unbraid.config.auto import CompileCost, compiling_pays, resolve_auto
 from unbraid.config.recipe import load_recipe, recipe_from_table
 from unbraid.records import Event, read_rows
 from unbraid.run import train
@@ -66,7 +66,7 @@ def test_compiling_pays_off_when_it_gains_more_steps_than_it_costs():
     ],
 )
 def test_the_budget_decides_whether_to_compile(budget, pays):
-    choices, message = choose(recipe(**{"max_steps": 0} | budget), Compiles(), CPU, before=None)
+    choices, message = resolve_auto(recipe(**{"max_steps": 0} | budget), Compiles(), CPU, before=None)
 
     assert choices["compile"] is pays
     assert f"compile is {'on' if pays else 'off'}, because it takes about 40 s" in message
@@ -118,7 +118,7 @@ def test_on_a_gpu_the_gain_is_assumed_and_the_reason_says_so():
 def test_values_in_the_recipe_are_used_without_a_message():
     explicit = recipe(precision="fp16", compile="on", max_steps=1)
 
-    choices, message = choose(explicit, nn.Identity(), CPU, before=None)
+    choices, message = resolve_auto(explicit, nn.Identity(), CPU, before=None)
 
     assert (choices["precision"], choices["compile"], message) == ("fp16", True, "")
 
@@ -126,9 +126,12 @@ def test_values_in_the_recipe_are_used_without_a_message():
 def test_a_resumed_run_keeps_its_choices():
     before = {"precision": "bf16", "compile": True, "threads": 1}
 
-    assert choose(recipe(max_steps=1), nn.Identity(), CPU, before=before) == (before, "")
-    assert choose(recipe(precision="fp32"), nn.Identity(), CPU, before=before) == (before | {"precision": "fp32"}, "")
-    assert choose(recipe(compile="off"), nn.Identity(), CPU, before=before) == (before | {"compile": False}, "")
+    assert resolve_auto(recipe(max_steps=1), nn.Identity(), CPU, before=before) == (before, "")
+    assert resolve_auto(recipe(precision="fp32"), nn.Identity(), CPU, before=before) == (
+        before | {"precision": "fp32"},
+        "",
+    )
+    assert resolve_auto(recipe(compile="off"), nn.Identity(), CPU, before=before) == (before | {"compile": False}, "")
 
 
 def test_a_run_records_its_choices_at_the_start_and_not_again_on_resuming(recipe_file, tmp_path):

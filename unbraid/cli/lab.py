@@ -58,7 +58,7 @@ def gradient_descent(args: argparse.Namespace) -> int:
     with progress_bar("drawing", 1.0) as advance:
         page = write_chapter(args.out, loss=args.loss, seed=args.seed, animate=args.animation, progress=advance)
     if args.animation and not has_ffmpeg():
-        print("ffmpeg is not installed, so the animations are GIF files instead of MP4.")
+        print("ffmpeg is not installed, so the animations are GIF files only, without MP4.")
     print(f"Figures and numbers are in {args.out}. To see them, open {page}")
     return 0
 

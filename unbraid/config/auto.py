@@ -1,4 +1,4 @@
-"""Settle "auto": the precision that the hardware multiplies natively, and compiling if the budget repays it."""
+"""Resolve "auto": the precision that the hardware multiplies natively, and compiling if the budget repays it."""
 
 import sys
 from typing import Any, NamedTuple
@@ -36,7 +36,7 @@ ASSUMED_ON_GPU = CompileCost(60.0, 1.2)
 """Assumed for every model on a GPU, because the numbers of the models were measured on a CPU."""
 
 
-def choose(
+def resolve_auto(
     recipe: Recipe, model: nn.Module, device: torch.device, *, before: dict[str, Any] | None
 ) -> tuple[dict[str, Any], str]:
     """Choose precision, compiling and threads before the first step; a resumed run keeps its choices.

@@ -1,4 +1,4 @@
-"""Turn the names in a recipe into objects: an entry of a registry, or ``my_file:MyClass`` from a file of your own."""
+"""Turn the names in a recipe into objects: an entry of a registry, or ``my_file:MyClass`` from the user's own file."""
 
 import importlib.util
 import inspect
@@ -142,7 +142,7 @@ def build_loss(recipe: Recipe, *, trust: bool = True) -> SeparationLoss:
 def loss_parameters_from_step(loss: SignalLoss) -> list[str]:
     """Return the parameters of a loss that the training step passes, and that are therefore no keys of a recipe."""
     inputs = loss_inputs(loss)
-    # n_fft and hop_length describe the embedding's spectrum; for other losses they are options of their own.
+    # n_fft and hop_length describe the embedding's spectrum; for other losses they are ordinary options.
     names = list(LOSS_INPUTS if "embedding" in inputs else LOSS_INPUTS[:3])
     if "estimate" in inputs:  # the first two parameters, whatever they are called
         signature = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss)

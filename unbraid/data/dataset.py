@@ -1,4 +1,4 @@
-"""Training, validation and test mixtures, made on the fly; every random draw has a seed of its own."""
+"""Training, validation and test mixtures, made on the fly; every random draw has its own seed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -40,7 +40,7 @@ class DataSettings:
         resample: Whether to resample recordings at other rates to ``sample_rate``; otherwise they are refused.
         level_db: Mean power of the first source, in dB of full scale.
         gains_db: Range, in dB, of the level of each other source relative to the first.
-        noise: Folder or manifest of noises to add; None adds none.
+        noise: Folder or manifest of noises to add; if it is not set, none is added.
         noise_snr_db: Range, in dB, of the level of the sources together relative to the noise.
         items_per_epoch: Mixtures in an epoch; 0 makes as many as there are recordings.
         exclude: Files to skip, by their paths as events show them.

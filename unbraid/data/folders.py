@@ -51,7 +51,7 @@ def _list_folder(root: Path) -> list[Track]:
     for path in sorted(root.rglob("*")):
         if path.suffix.lower() not in SUFFIXES or path.name.startswith(".") or not path.is_file():
             continue
-        # The folders are split/speaker/..., speaker/..., or none: then each file is a speaker of its own.
+        # The folders are split/speaker/..., speaker/..., or none: then each file is a separate speaker.
         folders = path.relative_to(root).parts[:-1]
         split = parse_split(folders[0]) if folders else ""
         speaker_folders = folders[1:] if split else folders

@@ -112,7 +112,7 @@ def batches(dataset: MixtureDataset, keys: Sampler[list[Key]], *, workers: int) 
         multiprocessing_context=start_method if workers else None,
         worker_init_fn=_init_worker,
         pin_memory=torch.cuda.is_available(),
-        # Without a generator of its own, the loader would draw its workers' seeds from torch's global generator.
+        # Without its own generator, the loader would draw its workers' seeds from torch's global generator.
         generator=torch.Generator(),
     )
     for loaded in loader:

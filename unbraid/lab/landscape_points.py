@@ -96,7 +96,7 @@ def evaluate_points(
 
 
 def points_file_name(key: Mapping[str, Any]) -> str:
-    """Return the file name for points with this key; each key has a file of its own, so none is overwritten."""
+    """Return the file name for points with this key; each key has its own file, so none is overwritten."""
     return f"points-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]}.json"
 
 

@@ -65,7 +65,7 @@ class RangeTest:
         optimizer: Name of the optimizer in the recipe.
         clipper: Name of the clipper in the recipe.
         lrs: Learning rate of each step made.
-        losses: Loss before each step, on mixtures of its own.
+        losses: Loss before each step, on mixtures that no other step uses.
         smoothed_capped: The losses averaged over neighbouring steps and capped at the start; see `smooth_losses`.
         grad_norms: Gradient norms before clipping.
         update_ratios: Norm of each update over the norm of the weights.

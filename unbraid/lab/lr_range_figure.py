@@ -167,7 +167,7 @@ def _draw_norms(axes: "Axes", test: RangeTest) -> None:
     axes.loglog(test.lrs, _nan_unless_positive(test.grad_norms), color=NORM_COLOR, linewidth=1.0)
     axes.set_xlabel("learning rate")
     axes.set_ylabel("gradient norm", color=NORM_COLOR)
-    # Norms and ratios differ by orders of magnitude: each has an axis of its own.
+    # Norms and ratios differ by orders of magnitude: each has its own axis.
     right = axes.twinx()
     right.loglog(test.lrs, _nan_unless_positive(test.update_ratios), color=RATIO_COLOR, linewidth=1.0)
     right.set_ylabel("update over weights", color=RATIO_COLOR)

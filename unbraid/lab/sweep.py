@@ -1,4 +1,4 @@
-"""Sweeps: arms times seeds, each an ordinary training run in a directory of its own, and summaries of their records.
+"""Sweeps: arms times seeds, each an ordinary training run in its own directory, and summaries of their records.
 
 All arms of a seed start from the same weights, if their models are equal, and see the same mixtures in the same order:
 ``data.seed`` seeds both. An arm that a stop rule ends is a result, and the sweep continues with the next.

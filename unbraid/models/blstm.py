@@ -23,7 +23,7 @@ class BLSTM(nn.Module):
     The masks therefore do not depend on the level, and silence gives features of zero. The defaults are those of mask
     inference for 8 kHz in the AutoClip paper, 29.8 million parameters.
 
-    There is no region to compile: the LSTM takes nearly all the time, and torch runs it as a kernel of its own.
+    There is no region to compile: the LSTM takes nearly all the time, and torch runs it as one fused kernel.
 
     Args:
         n_sources: Number of sources to return.

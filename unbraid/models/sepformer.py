@@ -296,7 +296,7 @@ class RESepFormer(nn.Module):
         padded = F.pad(encoded.float(), (0, 0, 0, self.chunk_size - n_frames % self.chunk_size))
         chunks = rearrange(padded, "b (s l) c -> (b s) 1 l c", l=self.chunk_size)
         positions = sinusoidal_positions(max(chunks.shape[2], len(chunks) // batch), self.n_filters, encoded.device)
-        # Each chunk is an example of its own, (batch * chunk, 1, frame, channel), so that norms do not mix chunks.
+        # Each chunk is a separate example, (batch * chunk, 1, frame, channel), so that norms do not mix chunks.
         chunks = self.within[0](chunks, positions)
         for within, across in zip(self.within[1:], self.across, strict=True):
             means = rearrange(chunks.mean(2), "(b s) 1 c -> b 1 s c", b=batch)

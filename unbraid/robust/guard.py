@@ -64,7 +64,7 @@ def guarded_step(
     scaled_norm = nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=parameters[0].device)
     grad_norm = scaled_norm / scale
 
-    # Every rank must decide alike. The gradients are equal already, but each rank has a loss of its own.
+    # Every rank must decide alike. The gradients are equal already, but each rank has its own loss.
     take_step = grad_norm.isfinite()
     if loss is not None:
         loss_is_bad = loss.detach().isfinite().logical_not().any().float()

@@ -20,7 +20,7 @@ def render_frames(animation: AnimationSpec, figsize: tuple[float, float], *, dpi
     """Render each frame of an animation.
 
     If some artists have ``animated=True``, everything else is drawn once and they are drawn on top. Otherwise each
-    frame is drawn anew, which is several times slower.
+    frame is redrawn, which is several times slower.
 
     Args:
         animation: What to render.

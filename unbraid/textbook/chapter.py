@@ -67,7 +67,7 @@ def write_chapter(
 def _write_animations(figure: FigureSpec, out: Path, *, animate: bool, videos: bool) -> None:
     gif = out / f"{figure.name}.gif"
     mp4 = out / f"{figure.name}.mp4"
-    # An old animation beside a new figure would show other numbers.
+    # An old animation next to a new figure would show other numbers.
     if figure.animation is None or not animate:
         gif.unlink(missing_ok=True)
         mp4.unlink(missing_ok=True)
@@ -88,14 +88,14 @@ def _to_json(figure: FigureSpec) -> Row:
 
 
 def render_page(figures: Sequence[FigureSpec], *, loss: str, seed: int, animate: bool, videos: bool) -> str:
-    """Return the page as HTML: each figure with its animation, caption and numbers; it loads only files beside it.
+    """Return the page as HTML: each figure with its animation, caption and numbers; it loads only files in its own folder.
 
     Args:
         figures: In the chapter's order.
         loss: Loss of the line.
         seed: Seed of all random numbers.
         animate: Show animations.
-        videos: Link to an MP4 beside each GIF.
+        videos: Link to an MP4 next to each GIF.
     """
     sections = "\n".join(_section(figure, animate=animate, videos=videos) for figure in figures)
     links = "\n".join(f'<li><a href="#{html.escape(f.name)}">{html.escape(f.title)}</a></li>' for f in figures)

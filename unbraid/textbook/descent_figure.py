@@ -272,7 +272,7 @@ def _y_limits(curves: Tensor) -> tuple[float, float]:
 
 
 def batch_figure(problem: Problem, *, lr: float = 0.1, batch_size: int = 4, n_steps: int = 150) -> FigureSpec:
-    """Return the figure of descent on all points, and on a few points drawn anew for each step."""
+    """Return the figure of descent on all points, and on a few points redrawn for each step."""
     points = problem.points
     n_points = len(points.x)
     full_path = descend(points, problem.start, lr=lr, n_steps=n_steps, loss=problem.loss)
@@ -310,7 +310,7 @@ def batch_figure(problem: Problem, *, lr: float = 0.1, batch_size: int = 4, n_st
         name="11b-batch-and-stochastic",
         title="All points at every step, or a few",
         caption=f"Descent on all {n_points} points is not stochastic: it ends {full_end:.1e} from the minimum "
-        f"(mean of the last third). A step on {batch_size} points, drawn anew each time, costs a "
+        f"(mean of the last third). A step on {batch_size} points, redrawn each time, costs a "
         f"{n_points // batch_size}th; after 5 of them the line is {stochastic_distance[5]:.2f} away, with all points "
         f"{full_distance[5]:.2f}, and it keeps wandering {stochastic_end:.3f} from the minimum.",
         numbers=finite_numbers(

@@ -23,7 +23,7 @@ def output_stats(estimate: Tensor, mixture: Tensor) -> Tensor:
     outputs = estimate.detach().float().flatten(2)
     power = outputs.square().mean(-1)
     unit_norm = outputs / (power.sqrt()[..., None] * outputs.shape[-1] ** 0.5 + SILENCE)
-    # an output always equals itself: the diagonal is left out
+    # an output always equals itself: skip the diagonal
     off_diagonal = 1 - torch.eye(outputs.shape[1], device=outputs.device)
     similarity = (unit_norm @ unit_norm.mT).abs() * off_diagonal
     residual = _residual_share(mixture, outputs.sum(1))

@@ -1,4 +1,4 @@
-"""Pass a run's records on to TensorBoard, Weights & Biases, trackio, or a logger of your own."""
+"""Pass a run's records on to TensorBoard, Weights & Biases, trackio, or a custom logger."""
 
 import contextlib
 import importlib
