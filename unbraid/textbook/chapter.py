@@ -88,7 +88,7 @@ def _to_json(figure: FigureSpec) -> Row:
 
 
 def render_page(figures: Sequence[FigureSpec], *, loss: str, seed: int, animate: bool, videos: bool) -> str:
-    """Return the page as HTML: each figure with its animation, caption and numbers; it loads only files in its own folder.
+    """Return the page as HTML: each figure with animation, caption and numbers. It loads files of its own folder only.
 
     Args:
         figures: In the chapter's order.
