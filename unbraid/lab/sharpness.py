@@ -56,7 +56,7 @@ class Sharpness:
     signal: int = 0
 
     def as_json(self) -> dict[str, Any]:
-        """Return all numbers as in a run's records: those that are not finite are null, with a text in a second field."""
+        """Return all numbers as in a run's records: nonfinite ones are null, with a text in a second field."""
         hessian = {name: value for name, value in asdict(self.eigenvalues).items() if name != "vector"}
         hessian["converged"] = self.eigenvalues.converged
         hessian["lowest_converged"] = self.eigenvalues.lowest_converged
