@@ -4,8 +4,8 @@ The names below are imported when they are first used, so ``import unbraid`` is 
 else is imported from its own file, such as ``from unbraid.losses.spectral import deep_clustering``.
 """
 
-import importlib
-from typing import TYPE_CHECKING
+# Type checkers take a variable of this name for true. Importing typing's own would double the time of this import.
+TYPE_CHECKING = False
 
 if TYPE_CHECKING:
     from unbraid.build import load_model
@@ -61,7 +61,9 @@ if not TYPE_CHECKING:
     def __getattr__(name: str) -> object:
         if name not in _MODULES:
             raise AttributeError(f"module 'unbraid' has no attribute {name!r}")
-        value = getattr(importlib.import_module(_MODULES[name]), name)
+        from importlib import import_module
+
+        value = getattr(import_module(_MODULES[name]), name)
         globals()[name] = value  # from now on an ordinary attribute
         return value
 

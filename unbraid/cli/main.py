@@ -18,6 +18,8 @@ from unbraid.errors import EXIT_USER_ERROR, UserError
 
 def train(args: argparse.Namespace) -> int:
     """Train a separation model by a recipe."""
+    recipe_path = find_recipe(args.recipe)  # a misspelt name is refused before the seconds that torch takes to load
+
     from unbraid.config.recipe import load_recipe
     from unbraid.console import command_name, show_training
     from unbraid.health.rules import doctor_line
@@ -25,7 +27,7 @@ def train(args: argparse.Namespace) -> int:
     from unbraid.run_directory import RunDirectory
     from unbraid.signals import stop_on_signals
 
-    recipe = load_recipe(find_recipe(args.recipe), args.set)
+    recipe = load_recipe(recipe_path, args.set)
     run = RunDirectory(args.run or Path("runs") / args.recipe.stem)
     with stop_on_signals() as stop:
         records = run_training(recipe, run, resume=args.resume, stop=stop)
