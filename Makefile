@@ -14,7 +14,7 @@ test: setup node_modules
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest --cov --cov-report=term
+	$(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder --cov --cov-report=term
 
 # Biome checks the dashboard's JavaScript and CSS; where npm is missing, its test is skipped.
 node_modules: package.json package-lock.json

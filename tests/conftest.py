@@ -1,6 +1,12 @@
 """Fixtures that many tests share: synthetic speakers, small recipes, two threads."""
 
+import os
 import signal
+
+# Before torch is imported, and for every process that a test starts: the tests run on all cores already, one process
+# for each (pytest -n auto), and threads of torch on top of that would only wait for each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
@@ -12,6 +18,22 @@ from hypothesis import settings
 # that they start: tests of Ctrl-C would wait in vain.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+LONGEST_FIRST = (
+    "tests/test_demo.py",
+    "tests/docs/test_commands.py",
+    "tests/contracts/test_models.py",
+    "tests/health/test_sick_runs.py",
+    "tests/train/test_survival.py",
+)
+"""Files that take minutes. Started first, none of them runs alone at the end, with the other cores idle."""
+
+
+def pytest_collection_modifyitems(items):
+    """Put the longest files first; the order within a file, and of all other files, stays."""
+    rank = {name: index for index, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: rank.get(item.nodeid.partition("::")[0], len(rank)))
+
 
 settings.register_profile("unbraid", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("unbraid")
