@@ -19,7 +19,7 @@ class GuardedStep(NamedTuple):
     max_norm: Tensor
     """Norm that the clipper allowed."""
     taken: Tensor
-    """False if the loss or the norm was not finite: the step was skipped, and nothing changed."""
+    """False if the loss or the norm was not finite, or the clipper returned NaN: the step was skipped."""
 
 
 def guarded_step(
@@ -72,6 +72,7 @@ def guarded_step(
 
     # Unscaling and clipping are one division.
     max_norm = as_max_norm(clipper(grad_norm, take_step), grad_norm)
+    take_step = take_step & ~max_norm.isnan()  # the clipper itself is at fault
     apply_update(optimizer, gradients, scale * (grad_norm / max_norm).clamp_min(1), take_step)
     return GuardedStep(grad_norm, max_norm, take_step)
 

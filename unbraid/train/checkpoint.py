@@ -20,6 +20,7 @@ from unbraid.errors import CheckpointError
 from unbraid.io import write_atomically
 from unbraid.run_directory import RunDirectory
 from unbraid.schema_version import SCHEMA_VERSION
+from unbraid.train.state import first_nan
 
 MANIFEST = "manifest.json"
 
@@ -60,13 +61,13 @@ def save_checkpoint(
         keep: How many of the newest to keep; the best is kept as well.
 
     Raises:
-        CheckpointError: If the model is not finite.
+        CheckpointError: If anything in the state is NaN.
         OSError: If the disk refuses; older checkpoints are intact.
     """
     step = int(state["progress"]["step"])
-    name = first_nan_tensor(state["model"] | state.get("training_weights", {}))
+    name = first_nan(state)
     if name is not None:
-        raise CheckpointError(f"The model is not finite at step {step} (first in {name}). It was not saved.")
+        raise CheckpointError(f"The state of step {step} has a NaN (first in {name}). It was not saved.")
 
     # 1. Everything goes into a temporary folder, each file fsynced, the manifest last.
     final = run.checkpoints / f"step-{step:06d}"
@@ -203,11 +204,6 @@ def truncate_logs(run: RunDirectory, log_bytes: dict[str, int]) -> None:
     for log in run.logs:
         if log.exists() and log.stat().st_size > log_bytes.get(log.name, 0):
             os.truncate(log, log_bytes.get(log.name, 0))
-
-
-def first_nan_tensor(model: Mapping[str, Tensor]) -> str | None:
-    """Return the name of the first tensor with NaN, or None. Infinity may be intended, as in a mask."""
-    return next((name for name, tensor in model.items() if bool(tensor.isnan().any())), None)
 
 
 def complete_checkpoints(run: RunDirectory) -> list[Path]:

@@ -1,5 +1,6 @@
 """Report what goes wrong in a run: events with the files behind them, and bundles to replay bad steps from."""
 
+import math
 from collections.abc import Sequence
 
 from unbraid import dist
@@ -93,14 +94,22 @@ class EventReporter:
         else:
             message = f"Step {record.step} was skipped ({reason}). The weights are unchanged."
 
-        # Overflows are normal until there are so many that they end the run.
+        # Overflows are normal until there are so many that they end the run. A clipper at fault needs no diagnosis.
         weights_are_bad = False
-        if record.outcome in FAULT_OUTCOMES or is_rescued or self.state.faults.reason_to_stop() is not None:
+        clipper_is_bad = (
+            record.outcome == "nonfinite_gradient"
+            and math.isnan(record.max_norm or 0.0)
+            and math.isfinite(record.grad_norm or 0.0)
+        )
+        if clipper_is_bad:
+            self.last_diagnosis = "The gradient is finite, but the largest norm that the clipper allows is NaN."
+            message = f"{message} {self.last_diagnosis}"
+        elif record.outcome in FAULT_OUTCOMES or is_rescued or self.state.faults.reason_to_stop() is not None:
             self.last_diagnosis, weights_are_bad = self._diagnose_and_save(record, batches)
             message = f"{message} {self.last_diagnosis}".rstrip()
 
         files: list[str] = []
-        if not weights_are_bad:  # else the files are innocent
+        if not (weights_are_bad or clipper_is_bad):  # else the files are innocent
             files = list(dict.fromkeys(file for item in record.bad_items for file in item.files))
         evidence = {
             "loss": record.loss,

@@ -320,7 +320,7 @@ class _Loop:
         return ""
 
     def _roll_back_if_nonfinite(self, step: int) -> bool:
-        """Go back to the last good checkpoint if weights or optimizer state are not finite on any rank.
+        """Go back to the last good checkpoint if something in training is not finite on any rank; see `first_nonfinite`.
 
         Returns:
             Whether all ranks went back.
@@ -342,7 +342,7 @@ class _Loop:
         if path is None or self.n_rollbacks > self.MAX_ROLLBACKS:
             problem = "there is no checkpoint to go back to" if path is None else "going back did not help"
             raise TrainingStopped(
-                f"At step {step} the model is not finite (first in {tensor}, on process {rank}), and {problem}. Start "
+                f"At step {step} {tensor} is not finite (on process {rank}), and {problem}. Start "
                 "again with a lower optim.lr, in another --run."
             )
 
@@ -353,7 +353,7 @@ class _Loop:
             truncate_logs(run, checkpoint.log_bytes | {run.events.name: run.events.stat().st_size})
             remove_later_audio(run.audio, state.step)
             message = (
-                f"The model was not finite at step {step} (first in {tensor}). The run went back to {path.name} and "
+                f"At step {step} {tensor} was not finite. The run went back to {path.name} and "
                 "repeats the steps after it."
             )
             self.log.emit("WEIGHTS_NONFINITE", step, message, rank=rank)
@@ -422,7 +422,7 @@ class _Loop:
         """Write a checkpoint. Return False if the disk refused: the run continues then, and tries again later.
 
         Raises:
-            TrainingStopped: If the ranks differ, or the model is not finite: such a model is never saved.
+            TrainingStopped: If the ranks differ, or something is not finite: such a state is never saved.
         """
         state = self.state
         job = self.job
@@ -432,7 +432,7 @@ class _Loop:
         if nonfinite:
             rank, tensor = nonfinite[0]
             raise TrainingStopped(
-                f"At step {state.step} the model is not finite (first in {tensor}, on process {rank}). Earlier "
+                f"At step {state.step} {tensor} is not finite (on process {rank}). Earlier "
                 "checkpoints are intact: continue from them with --resume."
             )
         if not dist.is_main():

@@ -178,8 +178,7 @@ class TrainState:
         with evaluation_weights(self):
             model = self.unwrapped_model
             state["model"] = _cloned(model) if self._has_evaluation_weights else model.state_dict()
-        progress = {name: getattr(self, name) for name in self._PROGRESS}
-        state["progress"] = progress | {"bad_files": dict(self.bad_files)}
+        state["progress"] = self._progress() | {"bad_files": dict(self.bad_files)}
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -194,6 +193,9 @@ class TrainState:
             setattr(self, name, state["progress"][name])
         self.bad_files = dict(state["progress"]["bad_files"])
         self.repeat_pending = None
+
+    def _progress(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self._PROGRESS}
 
     @property
     def _has_evaluation_weights(self) -> bool:
@@ -235,18 +237,41 @@ def evaluation_weights(state: TrainState) -> Iterator[None]:
 
 
 def first_nonfinite(state: TrainState) -> str | None:
-    """Return the name of the first weight or optimizer state that is not finite, or of a buffer with NaN, or None.
+    """Return the name of the first value in training that is not finite, or None; waits for the device.
 
-    A buffer may hold infinity, as masks do.
+    Weights, their moving average and the optimizer's state must be finite. Everything else may hold infinity, as masks
+    do and a best loss before the first validation, but not NaN.
     """
+    # 1. Each weight, with its moving average and what the optimizer knows of it.
     model = state.unwrapped_model
-    for name, parameter in model.named_parameters():
+    for index, (name, parameter) in enumerate(model.named_parameters()):
         if not bool(parameter.isfinite().all()):
             return name
+        if state.ema is not None and not bool(state.ema.weights[index].isfinite().all()):
+            return f"the moving average of {name}"
         for value in state.optimizer.state.get(parameter, {}).values():
             if isinstance(value, Tensor) and value.is_floating_point() and not bool(value.isfinite().all()):
                 return f"the optimizer's state of {name}"
-    return next((name for name, buffer in model.named_buffers() if bool(buffer.isnan().any())), None)
+
+    # 2. Buffers, and every part that remembers: one NaN in a clipper's history would make its next limit NaN.
+    parts = {name: part.state_dict() for name, part in state._stateful_parts().items() if name != "optimizer"}
+    return first_nan(dict(model.named_buffers())) or first_nan(parts) or first_nan({"progress": state._progress()})
+
+
+def first_nan(value: Any, name: str = "") -> str | None:
+    """Return the path of the first NaN in nested dicts and lists of tensors and numbers, or None."""
+    if isinstance(value, Tensor):
+        return name if bool(value.isnan().any()) else None
+    if isinstance(value, float):
+        return name if math.isnan(value) else None
+    if isinstance(value, dict):
+        items = list(value.items())
+    elif isinstance(value, (list, tuple)):
+        items = list(enumerate(value))
+    else:
+        return None
+    paths = (first_nan(part, f"{name}.{key}" if name else str(key)) for key, part in items)
+    return next((path for path in paths if path is not None), None)
 
 
 def set_learning_rate(state: TrainState, factor: float) -> None:

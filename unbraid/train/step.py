@@ -147,6 +147,7 @@ def _update_or_skip(state: TrainState, backward: BackwardResult, step: int, buff
     gradient_is_finite = grad_norm.isfinite() & transformed_norm.isfinite()
     take_step = batch_is_usable & has_weight & gradient_is_finite
     max_norm = as_max_norm(state.clipper(transformed_norm, take_step), transformed_norm)
+    take_step = take_step & ~max_norm.isnan()  # the clipper itself is at fault
     divisor = divisor * (transformed_norm / max_norm).clamp_min(1)
     numbers |= {"transformed_norm": transformed_norm, "max_norm": max_norm}
 
@@ -223,7 +224,9 @@ def finish(state: TrainState, launched: LaunchedStep) -> tuple[StepRecord, list[
     return record, values["notes"]
 
 
-def _outcome(state: TrainState, totals: dict[str, float], grad_norms: Sequence[float], loss_scale: float) -> Outcome:
+def _outcome(
+    state: TrainState, totals: dict[str, float], grad_norms: Sequence[float], max_norm: float, loss_scale: float
+) -> Outcome:
     if totals["n_ranks_out_of_memory"]:
         return "out_of_memory"
     if totals["n_nonfinite"]:
@@ -234,6 +237,8 @@ def _outcome(state: TrainState, totals: dict[str, float], grad_norms: Sequence[f
         return "all_filtered"
     if not all(map(math.isfinite, grad_norms)):
         return "fp16_overflow" if loss_scale_can_shrink(state, loss_scale) else "nonfinite_gradient"
+    if math.isnan(max_norm):
+        return "nonfinite_gradient"
     return "trained"
 
 
@@ -246,7 +251,7 @@ def _make_record(
     transformed_norm = values["transformed_norm"][0]
     max_norm = values["max_norm"][0]
     n_examples = totals["n_examples"]
-    outcome = _outcome(state, totals, (grad_norm, transformed_norm), loss_scale)
+    outcome = _outcome(state, totals, (grad_norm, transformed_norm), max_norm, loss_scale)
     trained = outcome == "trained"
 
     # A skipped step is recorded with its true loss, the mean over all its examples, even if that is NaN.
