@@ -28,7 +28,7 @@ from unbraid.train.checkpoint import (
     Checkpoint,
     newest_checkpoint,
     read_checkpoint,
-    remove_partial_checkpoints,
+    repair_checkpoints,
     truncate_logs,
 )
 from unbraid.train.event_log import EventLog, Record
@@ -246,7 +246,7 @@ def _open_run_directory(
     # Remove what a resumed run will write again: log lines and audio of steps after its checkpoint.
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     truncate_logs(run, checkpoint.log_bytes if checkpoint else {})
-    remove_partial_checkpoints(run, checkpoint)
+    repair_checkpoints(run, checkpoint)
     remove_later_audio(run.audio, state.step)
     for log in run.logs:
         log.touch()

@@ -1,8 +1,12 @@
 """Checkpoints: whole or not at all, verified before use, nothing of a pickle."""
 
 import hashlib
+import itertools
 import json
 import math
+import os
+import shutil
+import signal
 import sys
 
 import pytest
@@ -13,7 +17,13 @@ from unbraid.errors import CheckpointError
 from unbraid.robust.clip import AutoClip
 from unbraid.robust.precision import Precision
 from unbraid.run_directory import RunDirectory
-from unbraid.train.checkpoint import find_checkpoint, newest_checkpoint, read_checkpoint, save_checkpoint
+from unbraid.train.checkpoint import (
+    find_checkpoint,
+    newest_checkpoint,
+    read_checkpoint,
+    repair_checkpoints,
+    save_checkpoint,
+)
 from unbraid.train.ema import EMA
 from unbraid.train.optim import OPTIMIZERS, Plateau
 from unbraid.train.state import TrainState
@@ -161,7 +171,7 @@ def test_a_model_that_is_not_finite_is_never_saved(run):
     with torch.no_grad():
         state.model.bias[1] = torch.nan
 
-    with pytest.raises(CheckpointError, match=r"not finite.*bias"):
+    with pytest.raises(CheckpointError, match=r"NaN \(first in model\.bias\)"):
         save(run, state)
     assert not list(run.checkpoints.glob("*"))
 
@@ -222,3 +232,114 @@ def test_a_checkpoint_of_schema_2_is_read_with_its_moving_average(run):
 
     assert int(resumed.ema.n_steps) == 1
     assert all(map(torch.equal, resumed.ema.weights, state.ema.weights))
+
+
+POINTS = ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir")
+"""Calls of `os` by which a save changes the disk, or makes sure that it has changed."""
+
+
+def killed_at(k, action):
+    """Run an action in a child process that is killed with SIGKILL before its k-th change of the disk.
+
+    Returns:
+        Whether it was killed; False if it made fewer changes and ended by itself.
+    """
+    child = os.fork()
+    if child == 0:
+        n_changes = 0
+
+        def strike_before(change):
+            def counted(*args, **options):
+                nonlocal n_changes
+                n_changes += 1
+                if n_changes == k:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return change(*args, **options)
+
+            return counted
+
+        for name in POINTS:
+            setattr(os, name, strike_before(getattr(os, name)))
+        action()
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WIFSIGNALED(status)
+
+
+def best_loss_of(path):
+    return read_checkpoint(find_checkpoint(path)).state["progress"]["best_loss"]
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # of fork; the child starts no thread
+@pytest.mark.skipif(sys.platform == "win32", reason="fork and SIGKILL are POSIX")
+@pytest.mark.parametrize("saved_before", [False, True], ids=["new folder", "folder saved again"])
+def test_a_kill_at_any_point_loses_no_best_checkpoint(tmp_path, saved_before):
+    for k in itertools.count(1):
+        run = RunDirectory(tmp_path / str(k))
+        state = make_state()
+        for step, loss in ((3, 60.0), (6, 51.5)):
+            state.step = state.best_step = step
+            state.best_loss = loss
+            save(run, state, best=True, keep=1)
+        state.step = 9
+        if saved_before:
+            save(run, state, keep=1)
+        state.best_step, state.best_loss = 9, 3.1
+
+        was_killed = killed_at(k, lambda run=run, state=state: save(run, state, best=True, keep=1))
+
+        # Before anything is repaired, the best is the best of what is there.
+        is_there = (run.checkpoints / "step-000009").exists() and best_step_of(run, "step-000009") == 9
+        expected = 3.1 if is_there else 51.5
+        assert best_loss_of(run.path) == expected, k
+
+        # After the next start, the pointers agree, and nothing half-written is left.
+        newest, _ = newest_checkpoint(run)
+        repair_checkpoints(run, newest)
+        assert (run.checkpoints / "last").read_text().strip() == newest.path.name
+        assert (run.checkpoints / "best").read_text().strip() == find_checkpoint(run.path).name
+        assert list(run.checkpoints.glob(".*")) == []
+
+        # And the best outlives the saves that follow.
+        other = make_state(1)
+        other.load_state_dict(newest.state)
+        for step in (12, 15):
+            other.step = step
+            save(run, other, keep=1)
+        assert best_loss_of(run.path) == expected, k
+        if not was_killed:
+            break
+    assert k > 15
+
+
+def best_step_of(run, name):
+    return json.loads((run.checkpoints / name / "manifest.json").read_text())["best_step"]
+
+
+def test_a_best_checkpoint_that_is_missing_is_an_error_and_not_another_one(run):
+    state = make_state()
+    state.best_step = 3
+    best = save(run, state, best=True)
+    state.step = 6
+    last = save(run, state)
+    shutil.rmtree(best)
+
+    for given in (run.path, run.checkpoints, run.checkpoints / "best"):
+        with pytest.raises(CheckpointError, match=r"of step 3, is missing.*step-000006"):
+            find_checkpoint(given)
+    assert find_checkpoint(run.checkpoints / "last") == last
+
+
+def test_the_best_checkpoint_of_an_earlier_version_is_known_by_its_state(run):
+    state = make_state()
+    state.best_step = 3
+    best = save(run, state, best=True)
+    state.step = 6
+    last = save(run, state)
+    for path in (best, last):
+        manifest = json.loads((path / "manifest.json").read_text())
+        del manifest["best"], manifest["best_step"]
+        (path / "manifest.json").write_text(json.dumps(manifest))
+
+    assert find_checkpoint(run.path) == best

@@ -1,4 +1,4 @@
-"""Write and read checkpoints: atomic, hashed, verified before use; pointers to last and best. No pickle anywhere."""
+"""Write and read checkpoints: atomic, hashed, verified before use; which is the last and the best. No pickle."""
 
 import contextlib
 import hashlib
@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from unbraid.schema_version import SCHEMA_VERSION
 from unbraid.train.state import first_nan
 
 MANIFEST = "manifest.json"
+POINTERS = ("last", "best")
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def save_checkpoint(
         state: From `TrainState.state_dict`.
         recipe: The resolved recipe, so that the folder alone is enough to load the model.
         choices: What "auto" chose.
-        best: Whether ``best`` is to point here.
+        best: Whether its validation loss is the lowest so far. The manifest says so: it decides which one is the best.
         keep: How many of the newest to keep; the best is kept as well.
 
     Raises:
@@ -86,7 +87,14 @@ def save_checkpoint(
             "optimizer.safetensors": write_tensors(temporary / "optimizer.safetensors", tensors),
             "state.json": _write(temporary / "state.json", json.dumps(about, indent=1).encode()),
         }
-        manifest = {"schema": SCHEMA_VERSION, "step": step, "torch": torch.__version__, "sha256": hashes}
+        manifest = {
+            "schema": SCHEMA_VERSION,
+            "step": step,
+            "best": best,
+            "best_step": int(state["progress"]["best_step"]),
+            "torch": torch.__version__,
+            "sha256": hashes,
+        }
         _write(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
         _sync(temporary)
 
@@ -105,10 +113,8 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
-    # 3. Pointers are text files, not links, which some file systems do not have.
-    write_atomically(run.checkpoints / "last", final.name + "\n")
-    if best:
-        write_atomically(run.checkpoints / "best", final.name + "\n")
+    # 3. The files "last" and "best" are for people. A run that is killed before this line loses nothing.
+    _write_pointers(run)
     _remove_old(run, keep)
     return final
 
@@ -141,20 +147,33 @@ def find_checkpoint(path: Path) -> Path:
     """Return the checkpoint folder that a path leads to.
 
     Args:
-        path: A checkpoint folder, one of the files ``best`` and ``last``, or a run directory (its best, else its last).
+        path: A checkpoint folder; ``checkpoints/best`` or ``checkpoints/last`` of a run; or a run directory: its best
+            checkpoint, or its last if it was never validated.
 
     Raises:
-        CheckpointError: If it leads to no checkpoint.
+        CheckpointError: If it leads to no checkpoint, or the best one is missing.
     """
-    candidates = [path, path / "checkpoints" / "best", path / "checkpoints" / "last", path / "best", path / "last"]
-    for candidate in candidates:
-        if (candidate / MANIFEST).is_file():
-            return candidate
-        if candidate.is_file() and candidate.stat().st_size < 200:
-            target = candidate.parent / candidate.read_text(encoding="utf-8", errors="replace").strip()
-            # a pointer leads to its own folder only: one that was sent by others must not lead elsewhere
-            if target.parent == candidate.parent and (target / MANIFEST).is_file():
-                return target
+    if (path / MANIFEST).is_file():
+        return path
+
+    # The files "best" and "last" are not read: a run that was killed may not have written them, and in a folder that
+    # was sent by others they could lead anywhere.
+    wanted = path.name if path.name in ("best", "last") else ""
+    folders = [path.parent] if wanted else [path / "checkpoints", path]
+    for folder in folders:
+        complete = _complete(folder)
+        best = _best(complete)
+        if complete and wanted == "last":
+            return complete[-1]
+        if best is not None:
+            return best
+        if complete and _best_step(complete[-1]):
+            raise CheckpointError(
+                f"The best checkpoint of {folder}, of step {_best_step(complete[-1])}, is missing. For the "
+                f"newest one, {complete[-1].name}, give {folder / 'last'}."
+            )
+        if complete and not wanted:
+            return complete[-1]
     raise CheckpointError(
         f"{path} is no checkpoint. Give a run directory, its checkpoints/best or checkpoints/last, or a folder "
         "step-NNNNNN."
@@ -185,8 +204,11 @@ def _undo_interrupted_replacement(run: RunDirectory) -> None:
             path.rename(final)
 
 
-def remove_partial_checkpoints(run: RunDirectory, resumed: Checkpoint | None) -> None:
-    """Remove partial checkpoints before a resumed run writes, and rename damaged ones to ``*.damaged``.
+def repair_checkpoints(run: RunDirectory, resumed: Checkpoint | None) -> None:
+    """Tidy up after a run that was killed, before a resumed run writes.
+
+    Partial checkpoints are removed, damaged ones are renamed to ``*.damaged``, and ``last`` and ``best`` are written
+    again from the checkpoints that are there.
 
     Args:
         run: The run directory.
@@ -194,9 +216,13 @@ def remove_partial_checkpoints(run: RunDirectory, resumed: Checkpoint | None) ->
     """
     for path in (*_partial(run), *run.incidents.glob(".step-*.tmp")):
         shutil.rmtree(path, ignore_errors=True)
+    for name in POINTERS:
+        for path in run.checkpoints.glob(f".{name}.*.tmp"):
+            path.unlink(missing_ok=True)
     for path in complete_checkpoints(run):
         if resumed is not None and _step_of(path) > _step_of(resumed.path):
             path.rename(path.with_name(f"{path.name}.damaged"))
+    _write_pointers(run)
 
 
 def truncate_logs(run: RunDirectory, log_bytes: dict[str, int]) -> None:
@@ -208,8 +234,56 @@ def truncate_logs(run: RunDirectory, log_bytes: dict[str, int]) -> None:
 
 def complete_checkpoints(run: RunDirectory) -> list[Path]:
     """Return the checkpoint folders of a run, the oldest first, without reading them."""
-    folders = [path for path in run.checkpoints.glob("step-*") if path.is_dir() and path.name[5:].isdigit()]
+    return _folders(run.checkpoints)
+
+
+def _folders(folder: Path) -> list[Path]:
+    folders = [path for path in folder.glob("step-*") if path.is_dir() and path.name[5:].isdigit()]
     return sorted(folders, key=_step_of)
+
+
+def _complete(folder: Path) -> list[Path]:
+    return [path for path in _folders(folder) if (path / MANIFEST).is_file()]
+
+
+def _best(complete: Sequence[Path]) -> Path | None:
+    """Return the newest checkpoint that was the best when it was written: its loss is the lowest of all."""
+    return next((path for path in reversed(complete) if _was_best(path)), None)
+
+
+def _was_best(path: Path) -> bool:
+    about = _manifest(path)
+    return bool(about["best"]) if "best" in about else _best_step(path) == _step_of(path)
+
+
+def _best_step(path: Path) -> int:
+    """Return the step of the lowest validation loss by the time of a checkpoint; 0 if there was no validation."""
+    about = _manifest(path)
+    if "best_step" in about:
+        return int(about["best_step"])
+    # Earlier versions wrote it only among the state.
+    try:
+        state = dict(json.loads((path / "state.json").read_bytes())["state"]["dict"])
+        return int(dict(state["progress"]["dict"])["best_step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    try:
+        about = json.loads((path / MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return about if isinstance(about, dict) else {}
+
+
+def _write_pointers(run: RunDirectory) -> None:
+    """Write the names of the last and the best checkpoint as text files: not all file systems have links."""
+    complete = _complete(run.checkpoints)
+    targets = {"last": complete[-1] if complete else None, "best": _best(complete)}
+    for name, target in targets.items():
+        if target is not None:
+            write_atomically(run.checkpoints / name, target.name + "\n")
 
 
 def _step_of(path: Path) -> int:
@@ -221,10 +295,9 @@ def _partial(run: RunDirectory) -> Iterator[Path]:
 
 
 def _remove_old(run: RunDirectory, keep: int) -> None:
-    best = run.checkpoints / "best"
-    best_name = best.read_text(encoding="utf-8").strip() if best.exists() else ""
+    best = _best(_complete(run.checkpoints))
     for path in complete_checkpoints(run)[: -max(1, keep)]:
-        if path.name != best_name:
+        if path != best:
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -320,7 +320,7 @@ class _Loop:
         return ""
 
     def _roll_back_if_nonfinite(self, step: int) -> bool:
-        """Go back to the last good checkpoint if something in training is not finite on any rank; see `first_nonfinite`.
+        """Go back to the last good checkpoint if `first_nonfinite` finds something on any rank.
 
         Returns:
             Whether all ranks went back.
