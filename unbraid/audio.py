@@ -3,6 +3,7 @@
 import contextlib
 import os
 import struct
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def probe_audio(path: Path) -> AudioInfo:
         AudioError: If the file is missing, empty, not audio, or shorter than its header says.
     """
     try:
-        info = soundfile.info(str(path))
+        info = soundfile.info(_encoded(path))
         _check_wav_complete(path)
     except (soundfile.LibsndfileError, OSError, RuntimeError) as error:
         raise AudioError(_read_error_message(path, error)) from error
@@ -60,7 +61,7 @@ def read_audio(path: Path, start_seconds: float = 0.0, duration_seconds: float |
         AudioError: If the file cannot be read, or is truncated, even after the excerpt.
     """
     try:
-        with soundfile.SoundFile(str(path)) as file:
+        with soundfile.SoundFile(_encoded(path)) as file:
             start = min(round(start_seconds * file.samplerate), file.frames)
             n_samples = file.frames - start
             if duration_seconds is not None:
@@ -104,7 +105,7 @@ def write_audio(path: Path, audio: AudioArray, sample_rate: int) -> Path:
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        soundfile.write(str(temporary), audio.T, sample_rate, subtype=subtype)
+        soundfile.write(_encoded(temporary), audio.T, sample_rate, subtype=subtype)
         temporary.replace(path)
     except (soundfile.LibsndfileError, OSError, ValueError, TypeError) as error:
         with contextlib.suppress(OSError):
@@ -117,6 +118,11 @@ def first_bad_sample(audio: AudioArray) -> int | None:
     """Return the time index of the first sample that is not finite in any channel; None if all are finite."""
     finite = np.isfinite(audio).all(axis=0)
     return None if finite.all() else int(finite.argmin())
+
+
+def _encoded(path: Path) -> str | bytes:
+    """Return a path as soundfile opens it: names that are not UTF-8 must be bytes, except on Windows, which has none."""
+    return str(path) if sys.platform == "win32" else os.fsencode(path)
 
 
 def _read_error_message(path: Path, error: Exception) -> str:

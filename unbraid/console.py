@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Protocol
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from unbraid.printable import printable, say
 from unbraid.records import Event, StepRecord, ValidationRecord
 
 PLAIN_INTERVAL_SECONDS = 10.0
@@ -57,9 +59,9 @@ def progress_bar(title: str, total: float) -> Iterator[ProgressBar]:
     with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[text]}"), console=console) as progress:
         task = progress.add_task(title, total=total, text="")
         yield ProgressBar(
-            lambda done, text: progress.update(task, completed=done, text=text),
+            lambda done, text: progress.update(task, completed=done, text=escape(printable(text))),
             # Without markup=False, a file name in square brackets would disappear.
-            lambda line: progress.console.print(line, markup=False, highlight=False),
+            lambda line: progress.console.print(printable(line), markup=False, highlight=False),
         )
 
 
@@ -71,9 +73,9 @@ def _plain_progress(title: str, total: float) -> ProgressBar:
         now = time.monotonic()
         if now - last_time >= PLAIN_INTERVAL_SECONDS or done >= total:
             last_time = now
-            print(f"{title} {100 * done / total:3.0f} %  {text}".rstrip(), flush=True)  # noqa: T201
+            say(f"{title} {100 * done / total:3.0f} %  {text}".rstrip())
 
-    return ProgressBar(update, lambda line: print(line, flush=True))  # noqa: T201
+    return ProgressBar(update, say)
 
 
 def show_training(
@@ -174,7 +176,7 @@ class MeanWithError(Protocol):
 
 def print_summaries(summaries: Mapping[str, MeanWithError], title: str) -> None:
     """Print a table of the mean and standard error of each metric, in dB."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=escape(printable(title)), title_justify="left")
     for name in summaries:
         table.add_column(METRIC_TITLES.get(name, name), justify="right")
     table.add_row(*(f"{value.mean:.2f} ± {value.standard_error:.2f} dB" for value in summaries.values()))

@@ -1,5 +1,6 @@
 """unbraid demo: generate speakers, train, evaluate, and write separated audio, a picture and a report."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -88,8 +89,8 @@ def run_demo(recipe_path: Path, out: Path, *, overrides: Sequence[str] = ()) -> 
 
 def what_next(result: DemoResult) -> list[str]:
     """Return lines for the terminal: where the audio and the picture are, and three commands to try."""
-    run = result.run.path
-    out = run.parent
+    run = shlex.quote(str(result.run.path))
+    autoclip_out = shlex.quote(f"{result.run.path.parent}-autoclip")
     unbraid = command_name()
     return [
         f"Listen:  {result.audio}: 000-mixture.wav, then 000-estimate-1.wav and 000-estimate-2.wav",
@@ -97,5 +98,5 @@ def what_next(result: DemoResult) -> list[str]:
         "Try next:",
         f"  your own mixture     {unbraid} separate MIXTURE.wav -m {run} -o separated",
         f"  your own recordings  {unbraid} train conv_tasnet_small --set data.path=FOLDER_OF_SPEAKERS",
-        f"  another clipper      {unbraid} demo -o {out}-autoclip --set clip.name=autoclip",
+        f"  another clipper      {unbraid} demo -o {autoclip_out} --set clip.name=autoclip",
     ]

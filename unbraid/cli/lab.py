@@ -19,6 +19,7 @@ from unbraid.cli.options import (
     resume_advice,
 )
 from unbraid.config.shipped_recipes import find_recipe
+from unbraid.printable import say
 
 if TYPE_CHECKING:
     from unbraid.lab.lr_range import LrGrid, RangeTest
@@ -58,8 +59,8 @@ def gradient_descent(args: argparse.Namespace) -> int:
     with progress_bar("drawing", 1.0) as advance:
         page = write_chapter(args.out, loss=args.loss, seed=args.seed, animate=args.animation, progress=advance)
     if args.animation and not has_ffmpeg():
-        print("ffmpeg is not installed, so the animations are GIF files only, without MP4.")
-    print(f"Figures and numbers are in {args.out}. To see them, open {page}")
+        say("ffmpeg is not installed, so the animations are GIF files only, without MP4.")
+    say(f"Figures and numbers are in {args.out}. To see them, open {page}")
     return 0
 
 
@@ -88,7 +89,7 @@ def lr_range(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(range_test_json(test, grid), indent=1, allow_nan=False))
     else:
-        print("\n".join(_lr_range_lines(test, grid, figure)))
+        say(*_lr_range_lines(test, grid, figure))
     advice = "" if args.json else "To start over, run the same command; fewer --steps take less time."
     return exit_status(stop.signal, advice)
 
@@ -210,7 +211,7 @@ def _run_until_stopped(run: "Callable[[StopRequest], list[str]]", argv: Sequence
             lines = run(stop)
     except Interrupted as interrupted:
         return exit_status(interrupted.number, resume_advice(argv))
-    print("\n".join(lines))
+    say(*lines)
     return 0
 
 
@@ -269,7 +270,7 @@ def trajectory(args: argparse.Namespace) -> int:
     with stop_on_signals() as stop, progress_bar("training", 1.0) as advance:
         options = {"clips": args.clip, "n_steps": args.steps, "every": args.every}
         comparison = run_arms(experiment, args.out, **options, stop=stop, progress=advance)
-    print("\n".join([*comparison.summary_lines(), *write_comparison(comparison, args.out, args.json)]))
+    say(*comparison.summary_lines(), *write_comparison(comparison, args.out, args.json))
     return exit_status(stop.signal, resume_advice(args.argv))
 
 
@@ -311,7 +312,7 @@ def landscape(args: argparse.Namespace) -> int:
             experiment, view, out, n_items=args.items, split=args.split, stop=stop, progress=advance
         )
     for line in summary_lines(losses, figures, out, args.items):
-        print(line)
+        say(line)
     return exit_status(losses.signal)
 
 
@@ -355,7 +356,7 @@ def sharpness(args: argparse.Namespace) -> int:
     options = {"n_items": args.items, "n_products": args.iterations, "split": args.split, "seed": args.seed}
     with stop_on_signals() as stop, progress_bar("multiplying", args.iterations) as advance:
         result = measure_sharpness(experiment, **options, stop=stop, progress=advance)
-    print("\n".join(describe(result)))
+    say(*describe(result))
     if args.out:
         write_json(args.out, result.as_json())
     return exit_status(result.signal)

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from unbraid.cli.lab import add_lab
 from unbraid.cli.options import Parser, add_set, add_trust, exit_status, port_number, positive, resume_advice
 from unbraid.config.shipped_recipes import find_recipe, recipes_folder
 from unbraid.errors import EXIT_USER_ERROR, UserError
+from unbraid.printable import say
 
 
 def train(args: argparse.Namespace) -> int:
@@ -44,7 +46,8 @@ def train(args: argparse.Namespace) -> int:
         if "WORLD_SIZE" in os.environ:
             return exit_status(stop.agreed, "To resume, run the same torchrun command with --resume.")
         return exit_status(stop.agreed, resume_advice([*args.argv, *([] if args.resume else ["--resume"])]))
-    print(f"The run is in {run.path}. Next: {command_name()} evaluate {run.path}{' --trust' * recipe.has_custom_code}")
+    arguments = shlex.join(["evaluate", str(run.path), *["--trust"] * recipe.has_custom_code])
+    say(f"The run is in {run.path}. Next: {command_name()} {arguments}")
     return 0
 
 
@@ -66,12 +69,12 @@ def evaluate(args: argparse.Namespace) -> int:
     print_summaries(evaluation.summaries, title)
 
     # Output files, the worst mixtures, and the files that could not be used.
-    print(f"Metrics of each mixture: {evaluation.table}" + (f"; audio: {evaluation.audio}" if evaluation.audio else ""))
+    say(f"Metrics of each mixture: {evaluation.table}" + (f"; audio: {evaluation.audio}" if evaluation.audio else ""))
     if evaluation.worst:
         worst = ", ".join(f"{row['index']:03d} {row['si_sdri']:+.2f} dB" for row in evaluation.worst)
-        print(f"Worst first: {worst}")
+        say(f"Worst first: {worst}")
     for message in evaluation.bad_files.values():
-        print(f"Skipped: {message}")
+        say(f"Skipped: {message}")
     return 0
 
 
@@ -80,7 +83,7 @@ def separate(args: argparse.Namespace) -> int:
     from unbraid.separate_files import separate_files
 
     for path in separate_files(args.files, args.model, args.out, trust=args.trust):
-        print(path)
+        say(str(path))
     return 0
 
 
@@ -90,12 +93,12 @@ def import_weights(args: argparse.Namespace) -> int:
     from unbraid.importers import import_checkpoint
 
     recipe = import_checkpoint(args.files, args.out, sample_rate=args.sample_rate, overrides=args.set)
-    print(
+    say(
         f"{args.out} holds a {recipe.model.name} that returns {recipe.data.n_sources} source(s), at "
         f"{recipe.data.sample_rate} Hz."
     )
-    print(f"Next: {command_name()} separate FILES -m {args.out} -o FOLDER")
-    print(f"To train it further: init = {str(args.out.absolute())!r} in [model]")
+    say(f"Next: {command_name()} separate FILES -m {shlex.quote(str(args.out))} -o FOLDER")
+    say(f"To train it further: init = {str(args.out.absolute())!r} in [model]")
     return 0
 
 
@@ -116,7 +119,7 @@ def bench(args: argparse.Namespace) -> int:
         with progress_bar("measuring", 1.0) as advance:
             result = run_bench(recipe, seconds=args.seconds, progress=advance)
         Console().print(result.table())
-        print(result.advice.words)
+        say(result.advice.words)
     return exit_status(signal.SIGINT if result.stopped else 0)
 
 
@@ -138,13 +141,13 @@ def doctor(args: argparse.Namespace) -> int:
 
     # A one-line summary, then each finding with its evidence and advice.
     shown = findings if args.all else findings[:N_FINDINGS]
-    print(" ".join([f"{args.run}: {series.last_step} steps, {summary(findings)}.", *series.reading_notes]))
+    say(" ".join([f"{args.run}: {series.last_step} steps, {summary(findings)}.", *series.reading_notes]))
     for finding in shown:
-        print(f"\n{finding.severity.upper()} {finding.code}, steps {finding.steps[0]} to {finding.steps[1]}")
-        print(f"  {finding.problem} {finding.evidence}")
-        print(f"  {finding.advice}" + (f" [{finding.key}]" if finding.key else ""))
+        say("", f"{finding.severity.upper()} {finding.code}, steps {finding.steps[0]} to {finding.steps[1]}")
+        say(f"  {finding.problem} {finding.evidence}")
+        say(f"  {finding.advice}" + (f" [{finding.key}]" if finding.key else ""))
     if len(shown) < len(findings):
-        print(f"\n{len(findings) - len(shown)} more with --all.")
+        say("", f"{len(findings) - len(shown)} more with --all.")
     return exit_code(findings)
 
 
@@ -157,7 +160,7 @@ def dashboard(args: argparse.Namespace) -> int:
     from unbraid.web.server import serve
 
     if args.open_to:
-        print(
+        say(
             f"Anyone who can reach {args.open_to} and has the link can read and hear these runs. The connection is not "
             "encrypted."
         )
@@ -174,9 +177,9 @@ def report(args: argparse.Namespace) -> int:
         from unbraid.run_directory import RunDirectory
 
         for path in draw_plots(RunDirectory(args.run), args.plots):
-            print(path)
+            say(str(path))
     if args.out or not args.plots:
-        print(write_report(args.run, args.out or args.run / "report.html"))
+        say(str(write_report(args.run, args.out or args.run / "report.html")))
     return 0
 
 
@@ -185,7 +188,7 @@ def replay(args: argparse.Namespace) -> int:
     from unbraid.replay import replay as rerun
 
     for line in rerun(args.incident, trust=args.trust):
-        print(line, flush=True)
+        say(line)
     return 0
 
 
@@ -198,7 +201,7 @@ def demo(args: argparse.Namespace) -> int:
     if isinstance(result, int):
         return exit_status(result, "To resume, run the same command.")
     print_summaries(result.summaries, f"{result.n_items} mixtures of a low and a high voice, not used in training")
-    print("\n".join(what_next(result)))
+    say(*what_next(result))
     return 0
 
 
@@ -311,11 +314,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return args.function(args)
     except UserError as error:
         # Some messages have several lines; the contract is one.
-        print(f"unbraid: {' '.join(str(error).split())}", file=sys.stderr)
+        say(f"unbraid: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_USER_ERROR
     except OSError as error:
         # Such as a full disk, or missing permissions: nothing a traceback would explain better.
-        print(f"unbraid: {error}. Fix this, and run the command again.", file=sys.stderr)
+        say(f"unbraid: {error}. Fix this, and run the command again.", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         return exit_status(signal.SIGINT)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from unbraid.errors import EXIT_STOPPED, EXIT_USER_ERROR
+from unbraid.printable import say
 
 Add = Callable[[str, object], argparse.ArgumentParser]
 """Adds a command, given its name and function; the docstring of the function is the help text."""
@@ -83,7 +84,7 @@ def exit_status(signal_number: int, advice: str = "") -> int:
     if not signal_number:
         return 0
     if advice:
-        print(f"Stopped by signal {signal_number}. {advice}")
+        say(f"Stopped by signal {signal_number}. {advice}")
     return EXIT_STOPPED + signal_number
 
 

@@ -1,6 +1,7 @@
 """Splits: train, valid and test, under their usual names, and assigned by speaker."""
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -31,7 +32,7 @@ def assign_splits(tracks: "Sequence[Track]", *, n_sources: int) -> "list[Track]"
     """
     if any(track.split for track in tracks):
         return list(tracks)
-    speakers = sorted({track.group for track in tracks}, key=lambda name: hashlib.sha256(name.encode()).digest())
+    speakers = sorted({track.group for track in tracks}, key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
     n_per_split = max(n_sources, round(len(speakers) / 10))
     if len(speakers) < 3 * n_sources:
         raise DataError(

@@ -94,7 +94,7 @@ def validation_chart(rows: Sequence[Mapping[str, Any]], *, max_rows: int) -> dic
 
 def make_run_id(path: Path) -> str:
     """Return a short id for use in URLs; the same folder always has the same one."""
-    return hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:12]
+    return hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:12]
 
 
 def overview(path: Path, *, now: float | None = None) -> dict[str, Any]:
