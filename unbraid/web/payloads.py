@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import time
 import tomllib
 from collections.abc import Mapping, Sequence
