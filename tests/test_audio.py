@@ -1,5 +1,6 @@
 import os
 import struct
+import sys
 import tempfile
 from pathlib import Path
 
@@ -225,3 +226,62 @@ def test_the_first_bad_sample_is_found_in_any_channel(channel, time):
 @pytest.mark.parametrize("shape", [(2, 10), (1, 0)])
 def test_finite_audio_has_no_bad_sample(shape):
     assert first_bad_sample(np.zeros(shape, np.float32)) is None
+
+
+def flac_with_sample_count(path, n_samples, count):
+    """Write noise as FLAC, and put another sample count into its header; 0 means unknown, as from a pipe."""
+    audio = 0.1 * np.random.default_rng(0).standard_normal(n_samples)
+    soundfile.write(path, audio, 8000)
+    content = bytearray(path.read_bytes())
+    (word,) = struct.unpack(">Q", content[18:26])
+    content[18:26] = struct.pack(">Q", word >> 36 << 36 | count)
+    path.write_bytes(content)
+    return soundfile.read(write_copy(path, audio), dtype="float32")[0]
+
+
+def write_copy(path, audio):
+    copy = path.with_name("whole.flac")
+    soundfile.write(copy, audio, 8000)
+    return copy
+
+
+@pytest.mark.parametrize("n_samples", [1, 4095, 4096, 20_001])
+def test_a_flac_without_a_sample_count_is_read_to_its_end(tmp_path, n_samples):
+    path = tmp_path / "piped.flac"
+    whole = flac_with_sample_count(path, n_samples, 0)
+
+    assert probe_audio(path).n_samples == n_samples
+    assert np.array_equal(read_audio(path)[0], whole[None])
+    assert np.array_equal(read_audio(path, 0.25, 1.0)[0], whole[None, 2000:10_000])
+
+
+def test_a_flac_that_claims_more_than_it_can_hold_is_refused(tmp_path):
+    path = tmp_path / "huge.flac"
+    flac_with_sample_count(path, 20_000, 2**36 - 1)
+
+    for read in (probe_audio, read_audio):
+        with pytest.raises(AudioError, match=r"announces 68719476735 samples, which \d+ bytes cannot hold"):
+            read(path)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no FIFO")
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    path = tmp_path / "pipe.wav"
+    os.mkfifo(path)
+
+    for read in (probe_audio, read_audio):
+        with pytest.raises(AudioError, match="not a regular file"):
+            read(path)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RecursionError("deep"), ValueError("no"), SystemError("NULL")])
+def test_whatever_a_decoder_raises_is_an_audio_error(tmp_path, monkeypatch, error):
+    path = tmp_path / "a.wav"
+    soundfile.write(path, np.zeros(100), 8000)
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(soundfile.SoundFile, "read", fail)
+    with pytest.raises(AudioError, match="cannot be read"):
+        read_audio(path)

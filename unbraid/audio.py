@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import struct
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +9,21 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
+from unbraid.audio_container import missing_bytes
 from unbraid.errors import AudioError
 from unbraid.type_aliases import AudioArray
 
 SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif", ".w64", ".caf", ".opus"})
+
+
+UNKNOWN_LENGTH = 2**62
+"""libsndfile's length of a FLAC file without a sample count, as from a pipe, is above this."""
+
+MAX_SAMPLES_PER_BYTE = 16_384
+"""No format stores more samples in a byte: FLAC needs about ten bytes for 65,535 samples of silence."""
+
+BLOCK_VALUES = 2**22
+"""Values to read at a time, over all channels: 16 MiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +46,23 @@ def probe_audio(path: Path) -> AudioInfo:
     Raises:
         AudioError: If the file is missing, empty, not audio, or shorter than its header says.
     """
+    _check_regular(path)
     try:
-        info = soundfile.info(_encoded(path))
-        _check_wav_complete(path)
-    except (soundfile.LibsndfileError, OSError, RuntimeError) as error:
+        with soundfile.SoundFile(_encoded(path)) as file:
+            n_samples = file.frames
+            rate = int(file.samplerate)
+            n_channels = int(file.channels)
+        _check_complete(path)
+        _check_plausible(path, n_samples)
+        if n_samples >= UNKNOWN_LENGTH:
+            n_samples = _count_samples(path)
+    except AudioError:
+        raise
+    except Exception as error:  # a damaged file may raise anything in a decoder
         raise AudioError(_read_error_message(path, error)) from error
-    if info.frames == 0:
+    if n_samples == 0:
         raise AudioError(f"{path} has no samples.")
-    return AudioInfo(info.frames, info.samplerate, info.channels)
+    return AudioInfo(n_samples, rate, n_channels)
 
 
 def read_audio(path: Path, start_seconds: float = 0.0, duration_seconds: float | None = None) -> tuple[AudioArray, int]:
@@ -60,19 +79,29 @@ def read_audio(path: Path, start_seconds: float = 0.0, duration_seconds: float |
     Raises:
         AudioError: If the file cannot be read, or is truncated, even after the excerpt.
     """
+    _check_regular(path)
     try:
         with soundfile.SoundFile(_encoded(path)) as file:
-            start = min(round(start_seconds * file.samplerate), file.frames)
+            rate = int(file.samplerate)
+            length_is_known = file.frames < UNKNOWN_LENGTH
+            _check_plausible(path, file.frames)
+            start = min(round(start_seconds * rate), file.frames)
             n_samples = file.frames - start
             if duration_seconds is not None:
-                n_samples = min(n_samples, round(duration_seconds * file.samplerate))
-            file.seek(start)
-            audio = file.read(n_samples, dtype="float32", always_2d=True)
-            rate = int(file.samplerate)
-        _check_wav_complete(path)
-    except (soundfile.LibsndfileError, OSError, RuntimeError) as error:
+                n_samples = min(n_samples, round(duration_seconds * rate))
+            try:
+                file.seek(start)
+            except soundfile.LibsndfileError:
+                if length_is_known:
+                    raise
+                n_samples = 0  # the start lies beyond the end
+            audio = _read_blocks(file, n_samples)
+        _check_complete(path)
+    except AudioError:
+        raise
+    except Exception as error:  # a damaged file may raise anything in a decoder
         raise AudioError(_read_error_message(path, error)) from error
-    if len(audio) < n_samples:  # libsndfile returns what it could decode, without an error
+    if length_is_known and len(audio) < n_samples:  # libsndfile returns what it could decode, without an error
         raise AudioError(f"{path} is truncated: only {len(audio)} of {n_samples} samples could be read.")
     return np.ascontiguousarray(audio.T), rate
 
@@ -121,7 +150,7 @@ def first_bad_sample(audio: AudioArray) -> int | None:
 
 
 def _encoded(path: Path) -> str | bytes:
-    """Return a path as soundfile opens it: names that are not UTF-8 must be bytes, except on Windows, which has none."""
+    """Return a path as soundfile opens it: as bytes, because a name may not be UTF-8; on Windows as text."""
     return str(path) if sys.platform == "win32" else os.fsencode(path)
 
 
@@ -137,28 +166,64 @@ def _read_error_message(path: Path, error: Exception) -> str:
     return f"{path} cannot be read as audio ({reason})."
 
 
-def _check_wav_complete(path: Path) -> None:
-    n_missing = _missing_wav_bytes(path)
+def _check_complete(path: Path) -> None:
+    n_missing = missing_bytes(path)
     if n_missing > 0:
         raise AudioError(f"{path} is truncated: its header announces {n_missing} bytes more than the file has.")
 
 
-def _missing_wav_bytes(path: Path) -> int:
-    """Return how many bytes of sample data a RIFF header announces beyond the end of the file.
+def _check_regular(path: Path) -> None:
+    # Opening a pipe would wait for somebody to write to it.
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise AudioError(f"{path} is not a regular file but a pipe or a device.")
 
-    libsndfile silently reads such a file as a shorter one.
-    """
+
+def _check_plausible(path: Path, n_samples: int) -> None:
     size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(12)
-        if len(head) < 12 or head[:4] != b"RIFF" or head[8:] != b"WAVE":
-            return 0
-        # Walk the chunks (name, length, content padded to an even length) up to the samples.
-        while len(chunk_header := file.read(8)) == 8:
-            name, length = struct.unpack("<4sI", chunk_header)
-            if name == b"data":
-                # A program that wrote to a pipe could not know the length, and left one of these instead.
-                is_streamed = length in (0, 0x7FFFFFFF, 0x7FFFF000, 0xFFFFFFFF)
-                return 0 if is_streamed else file.tell() + length - size
-            file.seek(length + length % 2, os.SEEK_CUR)
-    return 0
+    if n_samples < UNKNOWN_LENGTH and n_samples > MAX_SAMPLES_PER_BYTE * size:
+        raise AudioError(
+            f"{path} is damaged: its header announces {n_samples} samples, which {size} bytes cannot hold."
+        )
+
+
+def _read_blocks(file: soundfile.SoundFile, n_samples: int) -> AudioArray:
+    """Read from the present position, and allocate no more memory than there are samples; ``(time, channel)``."""
+    block_samples = max(1, BLOCK_VALUES // file.channels)
+    blocks = []
+    n_left = n_samples
+    while n_left > 0:
+        wanted = min(n_left, block_samples)
+        if file.frames < UNKNOWN_LENGTH:
+            block = file.read(wanted, dtype="float32", always_2d=True)
+        else:
+            block = _read_up_to_end(file, wanted)
+        blocks.append(block)
+        n_left -= len(block)
+        if len(block) < wanted:
+            break
+    return blocks[0] if len(blocks) == 1 else np.concatenate([np.zeros((0, file.channels), np.float32), *blocks])
+
+
+def _read_up_to_end(file: soundfile.SoundFile, n_samples: int) -> AudioArray:
+    """Read from a FLAC file of unknown length, up to its end; ``(time, channel)``.
+
+    After a read that reaches the end, soundfile seeks to there, and libsndfile refuses that without a length. The
+    samples are in the buffer by then. What is still NaN was not written: FLAC holds integers.
+    """
+    audio = np.full((n_samples, file.channels), np.nan, np.float32)
+    with contextlib.suppress(soundfile.LibsndfileError):
+        file.read(out=audio)
+    n_read = n_samples - int(np.isnan(audio[:, 0]).sum())
+    return audio[:n_read]
+
+
+def _count_samples(path: Path) -> int:
+    """Return the length of a file whose header does not say it, by reading it once."""
+    n_samples = 0
+    with soundfile.SoundFile(_encoded(path)) as file:
+        block_samples = BLOCK_VALUES // file.channels
+        while True:
+            n_read = len(_read_up_to_end(file, block_samples))
+            n_samples += n_read
+            if n_read < block_samples:
+                return n_samples

@@ -1,5 +1,6 @@
 import os
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -89,6 +90,20 @@ def test_of_a_long_recording_only_the_excerpt_is_read(three_hours):
 
     assert np.array_equal(drawn, make_noise(8000)[:, :4000])
     assert peak_bytes < 1e6
+
+
+def test_a_long_recording_listed_as_a_short_one_is_not_read_whole(three_hours):
+    listed = replace(three_hours, seconds=4.0)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ExcerptError) as bad:
+            excerpt(listed)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert bad.value.fault.in_excerpt_only  # it is silent there
+    assert peak_bytes < 50e6
 
 
 def test_a_silent_excerpt_is_no_fault_of_a_long_recording(three_hours):

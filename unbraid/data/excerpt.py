@@ -16,7 +16,7 @@ SILENT_DB = -80.0
 """Mean power in dB of full scale below which audio counts as silent: a few quantisation steps of 16-bit audio."""
 
 WHOLE_FILE_SECONDS = 60.0
-"""Files up to this length are checked as a whole when they are first drawn; of longer ones only the excerpt is read."""
+"""Shorter files are checked as a whole when they are first drawn; of others only the excerpt is read."""
 
 LENGTH_TOLERANCE_SECONDS = 0.1
 """How much shorter than listed a file may be; durations in manifests are rounded."""
@@ -89,7 +89,7 @@ def read_excerpt(
 
 @cache
 def check_file(track: Track, *, keep_silent: bool) -> AudioFault | None:
-    """Check a file of up to `WHOLE_FILE_SECONDS` as a whole; return its fault, or None.
+    """Check a file shorter than `WHOLE_FILE_SECONDS` as a whole; return its fault, or None.
 
     The result depends on the file alone, not on the excerpt that was drawn first. So a run with a bad file draws the
     same as a run that names the file under ``exclude``, whichever worker draws it. Cached: each worker checks a file
@@ -98,12 +98,15 @@ def check_file(track: Track, *, keep_silent: bool) -> AudioFault | None:
     path = str(track.path)
     if track.fault:
         return AudioFault("AUDIO_UNREADABLE", path, track.fault)
-    if track.seconds > WHOLE_FILE_SECONDS:
+    if track.seconds >= WHOLE_FILE_SECONDS:
         return None
     try:
-        audio, rate = read_audio(track.path)
+        audio, rate = read_audio(track.path, 0.0, WHOLE_FILE_SECONDS)
     except AudioError as error:
         return AudioFault("AUDIO_UNREADABLE", path, str(error))
+    # A manifest may list a long file as a short one. It is not checked as a whole either.
+    if audio.shape[-1] >= round(WHOLE_FILE_SECONDS * rate):
+        return None
     missing = track.seconds - audio.shape[-1] / rate
     if audio.size and missing > LENGTH_TOLERANCE_SECONDS and rate == track.sample_rate:
         return AudioFault("AUDIO_TOO_SHORT", path, f"{path} is {missing:.2f} s shorter than listed.")
