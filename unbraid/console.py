@@ -49,11 +49,11 @@ def command_name() -> str:
 
 
 @contextmanager
-def progress_bar(title: str, total: float) -> Iterator[ProgressBar]:
-    """Show a bar in a terminal; in a file or pipe, print a plain line every ten seconds."""
+def progress_bar(title: str, total: float, *, quiet_in_pipe: bool = False) -> Iterator[ProgressBar]:
+    """Show a bar in a terminal; in a file or pipe, print a plain line every ten seconds, or none if ``quiet_in_pipe``."""
     console = Console()
     if not console.is_terminal:
-        yield _plain_progress(title, total)
+        yield ProgressBar(lambda done, text: None, say) if quiet_in_pipe else _plain_progress(title, total)
         return
     columns = (TextColumn(title), BarColumn(), TextColumn("{task.percentage:3.0f} %"), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[text]}"), console=console) as progress:

@@ -251,15 +251,38 @@ def test_separate_keeps_rate_channels_and_length(trained, tmp_path, rate, channe
     assert capsys.readouterr().out.count(".wav") == 2
 
 
-def test_separate_refuses_nan_and_keeps_files_already_written(trained, tmp_path, capsys):
-    write_wav(tmp_path / "a.wav", np.full(800, 0.1, np.float32))
-    write_wav(tmp_path / "b.wav", np.full(800, np.nan, np.float32))
+def test_a_bad_file_does_not_stop_the_others(trained, tmp_path, capsys):
+    for name, value in (("a", 0.1), ("b", np.nan), ("c", 0.1)):
+        write_wav(tmp_path / "in" / f"{name}.wav", np.full(800, value, np.float32))
 
-    line = fails(capsys, "separate", tmp_path / "a.wav", tmp_path / "b.wav", "-m", trained, "-o", tmp_path / "out")
+    assert main(["separate", str(tmp_path / "in"), "-m", str(trained), "-o", str(tmp_path / "out")]) == 2
 
-    assert "b.wav" in line
-    assert "index 0" in line
-    assert (tmp_path / "out" / "a.source-1.wav").exists()
+    output = capsys.readouterr()
+    skipped, error = output.err.splitlines()
+    assert skipped.startswith("Skipped: ")
+    assert "b.wav has NaN or infinite samples, the first at index 0" in skipped
+    assert error == f"unbraid: 1 of 3 files could not be separated; the others are in {tmp_path / 'out'}."
+    written = [f"{name}.source-{n}.wav" for name in "ac" for n in (1, 2)]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == written
+    assert [line.rsplit("/", 1)[-1] for line in output.out.splitlines()] == written
+
+
+@pytest.mark.parametrize("out", ["in", "in/separated", "out"])
+def test_a_second_run_separates_the_same_files_and_no_hidden_ones(trained, tmp_path, capsys, out):
+    for name in ("a.wav", "sub/b.wav", "c.source-9.wav"):
+        write_wav(tmp_path / "in" / name, np.full(800, 0.1, np.float32))
+    (tmp_path / "in" / "._a.wav").write_bytes(b"\x00\x05\x16\x07 Mac OS X")
+    command = ["separate", str(tmp_path / "in"), "-m", str(trained), "-o", str(tmp_path / out)]
+
+    assert main(command) == 0
+    first = capsys.readouterr()
+    assert main(command) == 0
+    second = capsys.readouterr()
+
+    assert "Passed over in folders: 1 hidden." in first.err
+    assert len(first.out.splitlines()) == 6
+    assert second.out == first.out
+    assert ("6 written by an earlier run" in second.err) == (out != "out")
 
 
 def test_separate_refuses_two_files_with_the_same_output_before_writing(trained, tmp_path, capsys):

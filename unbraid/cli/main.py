@@ -80,10 +80,30 @@ def evaluate(args: argparse.Namespace) -> int:
 
 def separate(args: argparse.Namespace) -> int:
     """Separate audio files with a trained model."""
-    from unbraid.separate_files import separate_files
+    from unbraid.console import progress_bar
+    from unbraid.separate_files import find_inputs, separate_files
 
-    for path in separate_files(args.files, args.model, args.out, trust=args.trust):
-        say(str(path))
+    inputs = find_inputs(args.files, args.out)
+    if inputs.passed_over:
+        counts = ", ".join(f"{n} {reason}" for reason, n in inputs.passed_over.items())
+        say(f"Passed over in folders: {counts}.", file=sys.stderr)
+
+    # In a pipe standard output holds the paths of the separated files and nothing else.
+    n_files = len(inputs.paths)
+    problems = []
+    with progress_bar("separating", n_files, quiet_in_pipe=True) as progress:
+        progress(0, "loading the model")
+        for n_done, result in enumerate(separate_files(inputs, args.model, args.out, trust=args.trust), 1):
+            for path in result.outputs:
+                progress.print_line(str(path))
+            if result.problem:
+                problems.append(result.problem)
+            progress(n_done, f"{n_done} of {n_files} files")
+    if len(problems) == 1 == n_files:
+        raise UserError(problems[0])
+    if problems:
+        say(*(f"Skipped: {problem}" for problem in problems), file=sys.stderr)
+        raise UserError(f"{len(problems)} of {n_files} files could not be separated; the others are in {args.out}.")
     return 0
 
 
