@@ -50,7 +50,7 @@ def command_name() -> str:
 
 @contextmanager
 def progress_bar(title: str, total: float, *, quiet_in_pipe: bool = False) -> Iterator[ProgressBar]:
-    """Show a bar in a terminal; in a file or pipe, print a plain line every ten seconds, or none if ``quiet_in_pipe``."""
+    """Show a bar in a terminal; in a file or pipe, print a plain line every ten seconds unless ``quiet_in_pipe``."""
     console = Console()
     if not console.is_terminal:
         yield ProgressBar(lambda done, text: None, say) if quiet_in_pipe else _plain_progress(title, total)
