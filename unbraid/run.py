@@ -4,6 +4,7 @@ import os
 import platform
 from collections.abc import Callable, Generator, Iterator
 from contextlib import nullcontext
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -17,9 +18,9 @@ from unbraid.config.recipe import Component, Recipe, differences, recipe_table, 
 from unbraid.config.registry import find_component
 from unbraid.data.dataset import MixtureDataset
 from unbraid.data.leakage import compare_splits
-from unbraid.data.loader import LoadedBatch, StepSampler, batches
+from unbraid.data.loader import LoadedBatch, StepSampler, ValidationSampler, batches
 from unbraid.data.tracks import Track
-from unbraid.errors import CheckpointError, UserError
+from unbraid.errors import CheckpointError, DataError, UserError
 from unbraid.io import write_atomically, write_json
 from unbraid.records import Event, EventCode, append_record
 from unbraid.run_directory import RunDirectory, run_directory_lock
@@ -175,6 +176,7 @@ def _train_from(
     """Build everything, open the run directory and train to the end."""
     # 1. Data and model. A resumed run takes its weights from its own checkpoint, so model.init may be gone by then.
     corpus = build_corpus(recipe)
+    _try_mixtures(corpus.valid, recipe.validate.n_items, device)
     model = build_model(recipe).to(device)
     if checkpoint is None:
         load_initial_weights(model, recipe)
@@ -230,6 +232,29 @@ def _train_from(
         n_files=len(corpus.train.tracks),
     )
     yield from fit(state, load, validate, job, stop)
+
+
+def _try_mixtures(dataset: MixtureDataset, n_items: int, device: torch.device, *, max_seconds: float = 5.0) -> None:
+    """Make the validation mixtures once before the first step, or as many of them as there is time for.
+
+    A split with too few usable files would otherwise end the run at its first validation, hours later.
+
+    Raises:
+        DataError: If one cannot be made on any rank.
+    """
+    started = perf_counter()
+    problem: list[str] = []
+    for keys in ValidationSampler(n_items, 1, rank=dist.rank(), world_size=dist.world_size()):
+        try:
+            for key in keys:
+                dataset[key]
+        except DataError as error:
+            problem = [str(error)]
+            break
+        if perf_counter() - started > max_seconds:
+            break
+    for _, message in dist.gather(problem, device):
+        raise DataError(message)
 
 
 def _open_run_directory(

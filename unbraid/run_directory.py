@@ -1,8 +1,8 @@
 """The run directory: the names of its files, and the lock that lets one process write to it."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,11 +75,13 @@ class RunDirectory:
 def run_directory_lock(run: RunDirectory) -> Iterator[None]:
     """Hold the lock of the run directory, so that two runs never write to one.
 
-    The operating system releases the lock when the process ends, however it ends.
+    The operating system releases the lock when the process ends, however it ends. A run that is refused before it
+    writes anything leaves nothing behind, neither the lock nor the folders made for it.
 
     Raises:
         CheckpointError: If another process holds it, or the directory cannot be created.
     """
+    new_folders = [path for path in (run.path, *run.path.parents) if not path.exists()]
     try:
         run.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -100,7 +102,18 @@ def run_directory_lock(run: RunDirectory) -> Iterator[None]:
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            if not run.recipe.exists():
+                _remove_unused(run.lock, new_folders)
+
+
+def _remove_unused(lock: Path, folders: Sequence[Path]) -> None:
+    with suppress(OSError):  # Windows does not remove an open file; a folder may have got other contents
+        lock.unlink()
+        for folder in folders:
+            folder.rmdir()
 
 
 def _lock(descriptor: int) -> None:

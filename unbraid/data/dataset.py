@@ -234,10 +234,12 @@ def make_dataset(
     # Enough different speakers.
     if settings.kinds:
         usable = _select_kinds(usable, settings)
-    n_speakers = len({track.group for track in usable})
+    n_speakers = len({track.group for track in usable if not track.fault})
     if n_speakers < settings.n_sources:
+        n_faulty = len({track.group for track in usable}) - n_speakers
+        faulty = f" ({n_faulty} more only with files that cannot be used)" if n_faulty else ""
         raise DataError(
-            f"The split {purpose!r} of {settings.path} has {n_speakers} speaker{'s' * (n_speakers != 1)}, "
+            f"The split {purpose!r} of {settings.path} has {n_speakers} speaker{'s' * (n_speakers != 1)}{faulty}, "
             f"but a mixture of {settings.n_sources} needs as many different ones."
         )
     return MixtureDataset(usable, noises_in_split, settings, purpose)

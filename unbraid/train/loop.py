@@ -10,9 +10,9 @@ from typing import NamedTuple
 from unbraid import dist
 from unbraid.data.batch import Batch
 from unbraid.data.excerpt import AudioFault
-from unbraid.errors import TrainingStopped, UserError
+from unbraid.errors import DataError, TrainingStopped, UserError
 from unbraid.fault_advice import ADVICE
-from unbraid.records import FAULT_OUTCOMES, Event, StepRecord, ValidationRecord
+from unbraid.records import FAULT_OUTCOMES, Event, EventCode, StepRecord, ValidationRecord
 from unbraid.signals import StopRequest
 from unbraid.train.batch_source import BatchSource, Load
 from unbraid.train.checkpoint import newest_checkpoint, read_checkpoint, save_checkpoint, truncate_logs
@@ -67,8 +67,9 @@ def fit(
     loop = _Loop(state, load, validate, job, stop or StopRequest())
     try:
         yield from loop.run()
-    except UserError:
-        yield from loop.log.drain()
+    except UserError as error:
+        # A run that is ended on purpose has its checkpoint. One whose data became unusable has not.
+        yield from loop.save_after(error) if isinstance(error, DataError) else loop.log.drain()
         raise
     except Exception as error:  # raised by the user's own model or loss: save what was trained before it
         yield from loop.save_after(error)
@@ -187,7 +188,7 @@ class _Loop:
             )
 
     def save_after(self, error: Exception) -> list[Event]:
-        """Save what was trained before the user's code raised. Several processes could not agree on that."""
+        """Save what was trained before the user's code or data failed. Several processes could not agree on that."""
         state = self.state
         # 1. A step that was launched ahead has changed the weights already: its record belongs to the checkpoint.
         if dist.world_size() == 1:
@@ -200,11 +201,15 @@ class _Loop:
                     self._complete(step_in_flight, *finished)
 
         # 2. Save.
-        first_line = str(error).splitlines()[0] if str(error) else "no reason given"
+        first_line = str(error).splitlines()[0].rstrip(".") if str(error) else "no reason given"
+        code: EventCode = "STEP_RAISED"
         message = f"After step {state.step} the model or the loss raised {type(error).__name__}: {first_line}."
+        if isinstance(error, DataError):
+            code = "DATA_UNUSABLE"
+            message = f"After step {state.step} no usable audio was left: {first_line}."
         if dist.world_size() == 1 and not self.is_saved and self._save():
             message += " The checkpoint of that step is written. Fix the error, then continue with --resume."
-        self.log.emit("STEP_RAISED", state.step, message)
+        self.log.emit(code, state.step, message)
         return self.log.drain()
 
     @property
