@@ -72,6 +72,21 @@ def test_a_known_distortion_gets_its_known_score_in_any_order(dataset):
         assert row["sdr"] > 19
 
 
+def test_a_source_alone_in_its_mixture_has_no_improvement(speaker_folder):
+    tracks = assign_splits(list_speakers(speaker_folder()), n_sources=2)
+    alone = make_dataset(tracks, DataSettings(excerpt_seconds=1.0, n_sources=1), "test")
+    model = PassThrough()
+    model.forward = lambda mixture: 0.9 * mixture[:, None] + 0.001 * mixture[:, None].roll(1, -1) * model.gain
+
+    rows = [row for row, _ in evaluate(model, alone, Recipe(), n_items=3)]
+
+    assert [row["si_sdri"] for row in rows] == [None] * 3
+    assert [row["sdri"] for row in rows] == [None] * 3
+    assert all(20 < row["si_sdr"] < 100 for row in rows)
+    assert math.isnan(summarise(rows)["si_sdri"].mean)
+    assert summarise(rows)["si_sdri"].n_items == 0
+
+
 def test_saved_audio_is_the_mixture_the_sources_and_the_estimates_in_their_order(dataset, tmp_path):
     list(evaluate(NoisyOracle(dataset), dataset, Recipe(), n_items=2, save_audio=1, audio_folder=tmp_path / "audio"))
 

@@ -22,7 +22,7 @@ from unbraid.dsp import SILENCE
 from unbraid.errors import UserError
 from unbraid.inference import separate
 from unbraid.losses.pit import evaluation_loss, match_to_targets
-from unbraid.metrics import sdr, si_sdr
+from unbraid.metrics import can_improve, sdr, si_sdr
 from unbraid.train.checkpoint import find_checkpoint
 from unbraid.train.validation_audio import write_estimates, write_mixture_and_references
 from unbraid.type_aliases import Row
@@ -154,7 +154,8 @@ def evaluate(
 
     Each estimate is compared with its source, in the order that gives the best SI-SDR, unless the recipe fixes the
     order. The mean over a mixture's sources has the metric's name, and the value of each source follows as ``si_sdr_1``
-    and so on. A value that is undefined, such as that of a silent source, is None, never 0.
+    and so on. A value that is undefined, such as that of a silent source, or the improvement of a source that is alone
+    in its mixture, is None, never 0.
 
     Args:
         model: A separator at the sample rate of the data.
@@ -193,7 +194,9 @@ def _metrics(estimate: Tensor, batch: Batch) -> Row:
     row: Row = {}
     for name in METRICS:
         metric = name.removesuffix("i")
-        values = after[metric] - before[metric] if name.endswith("i") else after[metric]
+        values = after[metric]
+        if name.endswith("i"):
+            values = torch.where(can_improve(before[metric]), values - before[metric], torch.nan)
         # NaN in one channel makes the value of the source undefined.
         per_source = torch.where(silent, torch.nan, values).mean(-1)[0].tolist()
         defined = [value for value in per_source if math.isfinite(value)]

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from unbraid.dsp import SILENCE, check_same_shape, without_autocast
 
+ALREADY_SEPARATED_DB = 80.0
+"""A mixture that scores this much holds nothing but the source: 16-bit audio lies about 90 dB above its noise."""
+
 MAX_EXHAUSTIVE_SOURCES = 4
 """Up to this many sources all orders are tried at once (24 for 4); above, each example is solved by SciPy."""
 
@@ -256,6 +259,31 @@ def is_active(target: Tensor) -> Tensor:
     """
     not_silent = mean_square(target) > SILENCE
     return not_silent | ~not_silent.any(dim=(1, 2), keepdim=True)
+
+
+def mean_over_defined(values: Tensor, defined: Tensor) -> Tensor:
+    """Average each example's metric over the signals for which it is defined.
+
+    Args:
+        values: ``(batch, source, channel)``. A NaN of a defined value stays NaN: it is the model's.
+        defined: Boolean, of the same shape.
+
+    Returns:
+        ``(batch,)``; NaN if the metric is defined for no signal of the example.
+    """
+    return torch.where(defined, values, 0.0).sum((1, 2)) / defined.sum((1, 2))
+
+
+def can_improve(mixture_score: Tensor) -> Tensor:
+    """Return whether separation can improve on the mixture, which it cannot where the mixture already is the source.
+
+    A source alone in its mixture scores at the metric's ceiling, so the improvement would be about -100 dB, whatever
+    the model does.
+
+    Args:
+        mixture_score: SI-SDR or SDR of the unprocessed mixture, in dB.
+    """
+    return mixture_score < ALREADY_SEPARATED_DB
 
 
 def mean_over_active(values: Tensor, target: Tensor) -> Tensor:

@@ -214,6 +214,8 @@ class ValidationRecord:
         si_sdr: Mean SI-SDR of the best-assigned estimates, in dB.
         si_sdri: Mean improvement over the mixture, in dB.
         n_items: Number of mixtures.
+        n_undefined: How many of them have no improvement, and do not count in its mean: their references are silent, or
+            alone in the mixture.
         best: True if its loss is the lowest so far.
         lr: Learning rate after this validation; a plateau schedule may have lowered it.
         elapsed_seconds: Wall time of the run so far.
@@ -229,6 +231,7 @@ class ValidationRecord:
     n_items: int
     best: bool
     lr: float
+    n_undefined: int = 0
     elapsed_seconds: float = 0.0
     seconds: float = 0.0
     orders: tuple[tuple[int, ...], ...] = ()

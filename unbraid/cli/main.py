@@ -68,11 +68,17 @@ def evaluate(args: argparse.Namespace) -> int:
         title += "; outputs summed to fit each mixture best (assign = 'mixit')"
     print_summaries(evaluation.summaries, title)
 
-    # Output files, the worst mixtures, and the files that could not be used.
+    # Output files, the worst mixtures, what the means do not count, and the files that could not be used.
     say(f"Metrics of each mixture: {evaluation.table}" + (f"; audio: {evaluation.audio}" if evaluation.audio else ""))
     if evaluation.worst:
         worst = ", ".join(f"{row['index']:03d} {row['si_sdri']:+.2f} dB" for row in evaluation.worst)
         say(f"Worst first: {worst}")
+    n_undefined = len(evaluation.rows) - evaluation.summaries["si_sdri"].n_items
+    if n_undefined:
+        say(
+            f"{n_undefined} of {len(evaluation.rows)} mixtures have no SI-SDRi and do not count in its mean: their "
+            "references are silent, or alone in the mixture."
+        )
     for message in evaluation.bad_files.values():
         say(f"Skipped: {message}")
     return 0

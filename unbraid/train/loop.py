@@ -39,6 +39,7 @@ class ValidationScores(NamedTuple):
     audio: tuple[AudioExample, ...] = ()
     orders: tuple[tuple[int, ...], ...] = ()
     item_si_sdri: tuple[float | None, ...] = ()
+    n_undefined: int = 0
 
 
 Validate = Callable[[TrainState], ValidationScores]
@@ -411,6 +412,7 @@ class _Loop:
             si_sdr=scores.si_sdr,
             si_sdri=scores.si_sdri,
             n_items=scores.n_items,
+            n_undefined=scores.n_undefined,
             best=is_best,
             lr=state.optimizer.param_groups[0]["initial_lr"] * state.schedule.factor(state.step, progress),
             elapsed_seconds=state.elapsed_seconds,

@@ -11,9 +11,10 @@ from unbraid.data.batch import Batch
 from unbraid.data.dataset import MixtureDataset
 from unbraid.data.excerpt import AudioFault
 from unbraid.data.loader import ValidationSampler, collate
+from unbraid.dsp import SILENCE
 from unbraid.inference import infer
 from unbraid.losses.pit import evaluation_loss, find_order, match_to_targets
-from unbraid.metrics import mean_over_active, reorder, si_sdr
+from unbraid.metrics import can_improve, mean_over_defined, mean_square, reorder, si_sdr
 from unbraid.model_output import ModelOutput, get_sources
 from unbraid.train.forward import example_losses
 from unbraid.train.loop import Validate, ValidationScores
@@ -44,7 +45,7 @@ def make_validator(
 
     @torch.no_grad()
     def validate(state: TrainState) -> ValidationScores:
-        sums = torch.zeros(4, dtype=torch.float64)  # loss, SI-SDR, SI-SDRi, number of examples
+        sums = torch.zeros(6, dtype=torch.float64)  # loss, SI-SDR, SI-SDRi, and the number of examples with each
         item_rows = torch.zeros(n_items, 1 + dataset.settings.n_sources, dtype=torch.float64)  # SI-SDRi, order
         faults: list[AudioFault] = []
         audio: list[AudioExample] = []
@@ -59,32 +60,37 @@ def make_validator(
             # 2. SI-SDR of the estimates, and of the mixture taken as the estimate of every source.
             estimate, order = _ordered(get_sources(output), batch.sources, assign)
             source_si_sdr = si_sdr(estimate, batch.sources)
-            estimate_si_sdr = mean_over_active(source_si_sdr, batch.sources)
-            unprocessed = batch.mixture[:, None].expand_as(batch.sources)
-            mixture_si_sdr = mean_over_active(si_sdr(unprocessed, batch.sources), batch.sources)
-            si_sdri = estimate_si_sdr - mixture_si_sdr
+            mixture_si_sdr = si_sdr(batch.mixture[:, None].expand_as(batch.sources), batch.sources)
+            # Means are over sources for which the ratios mean something.
+            audible = mean_square(batch.sources) > SILENCE
+            improvable = audible & can_improve(mixture_si_sdr)
+            estimate_si_sdr = mean_over_defined(source_si_sdr, audible)
+            si_sdri = mean_over_defined(source_si_sdr - mixture_si_sdr, improvable)
 
             # 3. Sums, rows by item, and audio.
-            sums[:3] += torch.stack([losses.sum(), estimate_si_sdr.sum(), si_sdri.sum()]).double().cpu()
-            sums[3] += len(losses)
+            scores = torch.stack([losses.double(), estimate_si_sdr.double(), si_sdri.double()]).cpu()
+            counted = torch.stack([torch.ones_like(losses) > 0, audible.any((1, 2)), improvable.any((1, 2))]).cpu()
+            sums[:3] += torch.where(counted, scores, 0.0).sum(1)
+            sums[3:] += counted.sum(1)
             indices = [key.index for key in keys]
             item_rows[indices, 0] = si_sdri.double().cpu()
             item_rows[indices, 1:] = order.double().cpu()
             if audio_options is not None:
-                audible = [row for row, key in enumerate(keys) if key.index < save_audio]
-                audio += audio_examples(audio_options, batch, estimate, audible, scores=(source_si_sdr, si_sdri))
+                to_save = [row for row, key in enumerate(keys) if key.index < save_audio]
+                audio += audio_examples(audio_options, batch, estimate, to_save, scores=(source_si_sdr, si_sdri))
 
         # Each item belongs to one rank, so summing over the ranks puts the rows together.
-        loss, total_si_sdr, total_si_sdri, count = dist.sum_over_ranks(sums.to(state.device)).tolist()
+        loss, total_si_sdr, total_si_sdri, count, *n_scores = dist.sum_over_ranks(sums.to(state.device)).tolist()
         item_si_sdri, *order_columns = dist.sum_over_ranks(item_rows.to(state.device)).T.tolist()
         orders: tuple[tuple[int, ...], ...] = ()
         if assign == "permutation":
             orders = tuple(tuple(map(int, order)) for order in zip(*order_columns, strict=True))
         return ValidationScores(
             loss=loss / count,
-            si_sdr=total_si_sdr / count,
-            si_sdri=total_si_sdri / count,
+            si_sdr=total_si_sdr / n_scores[0] if n_scores[0] else math.nan,
+            si_sdri=total_si_sdri / n_scores[1] if n_scores[1] else math.nan,
             n_items=round(count),
+            n_undefined=round(count - n_scores[1]),
             faults=tuple(faults),
             audio=tuple(audio),
             orders=orders,
