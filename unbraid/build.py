@@ -2,7 +2,7 @@
 
 import hashlib
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -119,8 +119,13 @@ class Corpus:
     valid: MixtureDataset
 
 
-def list_tracks(recipe: Recipe, *, trust: bool = True) -> tuple[list[Track], list[Track]]:
+def list_tracks(recipe: Recipe, *, trust: bool = True, all_in: str = "") -> tuple[list[Track], list[Track]]:
     """Return the recordings of the recipe's data set with their splits, and its noise recordings.
+
+    Args:
+        recipe: Names the data.
+        trust: Whether the user's own code that the recipe names may run.
+        all_in: A split for all recordings of a data set that has no splits; empty divides the speakers among three.
 
     Raises:
         DataError: If they cannot be listed, or the processes of a distributed run see different files.
@@ -130,7 +135,10 @@ def list_tracks(recipe: Recipe, *, trust: bool = True) -> tuple[list[Track], lis
     if data.path is None:
         raise RecipeError("[data] needs a path to a speaker folder or a CSV manifest: --set data.path=FOLDER.")
     list_recordings = find_component("data", Component(data.name), DATASETS, recipe.folder if trust else None)
-    tracks = assign_splits(list_recordings(data.path), n_sources=data.n_sources)
+    tracks = list_recordings(data.path)
+    if all_in and not any(track.split for track in tracks):
+        tracks = [replace(track, split=all_in) for track in tracks]
+    tracks = assign_splits(tracks, n_sources=data.n_sources)
     noise_tracks = list_noises(data.noise) if data.noise else []
 
     # Ranks draw examples by index, so different lists would silently train on different data.
@@ -174,6 +182,11 @@ def build_state(recipe: Recipe, model: nn.Module, *, precision: str) -> TrainSta
                 f"[[filter]] {component.name} has observe, and so needs state_dict and load_state_dict too."
             )
         if getattr(loss_filter, "needs_db", False) and not loss.in_db:
+            if loss.inactive_weight:
+                raise RecipeError(
+                    f"[[filter]] {component.name} needs a loss in dB, and loss.inactive_weight adds a part that is not "
+                    "in dB. Remove one of them, or use the filter percentile."
+                )
             raise RecipeError(f"[[filter]] {component.name} needs a loss in dB, and {recipe.loss.name} is not in dB.")
     transforms = [build_component("transform", each, TRANSFORMS, recipe.folder) for each in recipe.transforms]
     optimizer = build_component("optim", recipe.optim, OPTIMIZERS, recipe.folder, parameters=model.parameters())

@@ -88,7 +88,8 @@ def evaluate_checkpoint(
 
     Args:
         checkpoint: A run directory or a checkpoint.
-        data: Speaker folder or manifest; None for that of the training.
+        data: Speaker folder or manifest; None for that of the training. All of its speakers are mixed, unless it is
+            divided into splits itself.
         split: Speakers to mix: ``test``, ``valid``, or ``train`` to measure the fit to the training data.
         n_items: Number of mixtures.
         seconds: Length of a mixture; None for that of the training.
@@ -101,6 +102,11 @@ def evaluate_checkpoint(
     Raises:
         UserError: If checkpoint, data or table cannot be used.
     """
+    if data is not None and (data / "steps.jsonl").exists():
+        raise UserError(
+            f"{data} is a run, and evaluate takes one run and its data. To compare runs, evaluate each on the same "
+            "data with its own -o TABLE, or open both with unbraid dashboard."
+        )
     # A table that cannot be written is refused first, before minutes of work.
     folder = find_checkpoint(checkpoint)
     table = out or (folder.parent.parent if folder.parent.name == "checkpoints" else folder) / "evaluation.csv"
@@ -111,7 +117,8 @@ def evaluate_checkpoint(
     changes: dict[str, Any] = {"path": data.absolute()} if data else {}
     changes |= {"excerpt_seconds": seconds} if seconds else {}
     recipe = replace(recipe, data=replace(recipe.data, **changes))
-    tracks, noise = list_tracks(recipe, trust=trust)
+    # Data of the training have to be divided as they were there. Other data are there to be evaluated on, all of them.
+    tracks, noise = list_tracks(recipe, trust=trust, all_in=split if data else "")
     dataset = make_dataset(tracks, recipe.data, split, noises=noise)
 
     # Evaluate, collecting the files that could not be used.

@@ -139,8 +139,8 @@ def _find_start(
     refused = [change for key, change in changes.items() if not key.startswith(_MAY_CHANGE)]
     if refused:
         raise CheckpointError(
-            f"{run.path} was started with another recipe: {'; '.join(refused)}. Restore the old values, or start a new "
-            "run."
+            f"{run.path} was started with another recipe: {'; '.join(refused)}. Restore the old values; or start a new "
+            f"run from its weights, with --set model.init={run.path} and another --run."
         )
     events += [("RECIPE_CHANGED", f"On resuming, {change}.") for change in changes.values()]
     return checkpoint, events

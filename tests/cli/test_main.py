@@ -13,6 +13,7 @@ import torch
 from unbraid.audio import read_audio
 from unbraid.cli.main import main
 from unbraid.metrics import si_sdr
+from unbraid.records import read_rows
 
 
 def fails(capsys, *arguments):
@@ -53,7 +54,7 @@ def test_every_command_has_help(command, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["trian"], ["train"], ["train", "a", "--bogus"], ["evaluate", "x", "--n-items", "0"]]
+    "arguments", [[], ["trian"], ["train"], ["evaluate", "x", "--n-items", "0"], ["doctor", "x", "--last"]]
 )
 def test_wrong_arguments_print_one_line_and_return_2(arguments, capsys):
     with pytest.raises(SystemExit) as exited:
@@ -236,6 +237,37 @@ def test_evaluate_reports_wrong_options_before_the_work(trained, option, words, 
     line = fails(capsys, "evaluate", trained, *option)
 
     assert [word for word in words if word not in line] == []
+
+
+def test_all_speakers_of_a_folder_given_to_evaluate_are_evaluated_on(trained, speaker_folder, tmp_path):
+    folder = speaker_folder(12, root=tmp_path / "twelve")
+
+    assert main(["evaluate", str(trained), str(folder), "--n-items", "40", "-o", str(tmp_path / "table.csv")]) == 0
+
+    files = (tmp_path / "table.csv").read_text()
+    assert [n for n in range(12) if f"speaker-{n:02d}" not in files] == []
+
+
+def test_four_speakers_are_enough_to_evaluate_on(trained, speaker_folder, tmp_path):
+    folder = speaker_folder(4, root=tmp_path / "four")
+
+    assert main(["evaluate", str(trained), str(folder), "--n-items", "2", "-o", str(tmp_path / "table.csv")]) == 0
+
+
+def test_evaluate_with_two_runs_says_what_to_use_instead(trained, capsys):
+    line = fails(capsys, "evaluate", trained, trained)
+
+    assert "is a run, and evaluate takes one run and its data" in line
+    assert "unbraid dashboard" in line
+
+
+def test_resume_if_present_starts_a_run_and_then_resumes_it(recipe_file, tmp_path, capsys):
+    command = ["train", str(recipe_file()), "--run", str(tmp_path / "run"), "--resume-if-present"]
+
+    assert main(command) == 0
+    assert main([*command, "--set", "train.max_steps=8"]) == 0
+
+    assert [row["step"] for row in read_rows(tmp_path / "run" / "steps.jsonl")[0]] == list(range(1, 9))
 
 
 @pytest.mark.parametrize(("rate", "channels", "seconds"), [(8000, 1, 0.7), (44100, 2, 0.5), (16000, 6, 0.0001)])

@@ -89,14 +89,19 @@ def test_a_resolved_recipe_reads_back_as_itself(path, write):
         ("[data]\nexclude = 'a.wav'\n" + ENDS, ["data.exclude", "list"]),
         ("[train]\nprecision = 'bf61'\nmax_steps = 1", ["train.precision", "Did you mean 'bf16'?"]),
         ("[train]\nloss_upper_limit = 5.0", ["no end", "max_steps", "max_minutes"]),
-        ("[model]\nn_filters = 3\n" + ENDS, ["[model]", "needs a name"]),
+        ("[[filter]]\nthreshold_db = -30\n" + ENDS, ["[filter]", "needs a name"]),
         ("model = 'sepformer'\n" + ENDS, ["model = 'sepformer'", "[model]"]),
         ("[filter]\nname = 'threshold'\n" + ENDS, ["[[filter]]", "two brackets"]),
         ("[data\n", ["not valid TOML", "line 1"]),
         ("[data]\nlevel_db = nan\n" + ENDS, ["data.level_db", "finite"]),
         ("[data]\ngains_db = [-inf, 0.0]\n" + ENDS, ["data.gains_db", "finite"]),
         ("[validate]\nsave_audio = -1\n" + ENDS, ["validate.save_audio = -1", "0 or more"]),
-        ("[data]\nexcerpt_seconds = 1e-6\n" + ENDS, ["samples", "above 0"]),
+        ("[data]\nexcerpt_seconds = 1e-6\n" + ENDS, ["0 samples", "longer"]),
+        ("[data]\nexcerpt_seconds = 1e308\n" + ENDS, ["data.excerpt_seconds = 1e+308", "at most 100000"]),
+        ("[data]\nbatch_size = 2147483648\n" + ENDS, ["data.batch_size", "at most 1e+06"]),
+        ("[data]\nbatch_size = 100000\nexcerpt_seconds = 1e4\n" + ENDS, ["TiB", "data.batch_size"]),
+        ("[data]\nitems_per_epoch = 100000000000000000000000\n" + ENDS, ["data.items_per_epoch", "at most 1e+09"]),
+        ("[validate]\nn_items = 2147483648\n" + ENDS, ["validate.n_items", "at most 1e+07"]),
         ("[data]\npath = ''\n" + ENDS, ["data.path", "--set data.path=PATH"]),
     ],
 )
@@ -256,3 +261,28 @@ name = 'l1'
     expected = 2 * neg_thresholded_snr(estimate, target, max_db=20.0) + l1(estimate, target)
     torch.testing.assert_close(loss(estimate, target), expected.mean((1, 2)))
     assert recipe_from_table(recipe_table(recipe), recipe.folder) == recipe
+
+
+@pytest.mark.parametrize(("value", "expected"), [("false", "off"), ("true", "on"), ("auto", "auto"), ("off", "off")])
+def test_true_and_false_stand_for_on_and_off(recipe_file, value, expected):
+    assert load_recipe(recipe_file(), [f"train.compile={value}"]).train.compile == expected
+
+
+def test_a_misspelt_key_is_named_before_an_empty_path(tmp_path):
+    file = tmp_path / "recipe.toml"
+    file.write_text('[data]\npath = ""\n[train]\nmax_steps = 1\n')
+
+    with pytest.raises(RecipeError, match=r"has no key 'paht'.*Did you mean 'path'"):
+        load_recipe(file, ["data.paht=speech"])
+    with pytest.raises(RecipeError, match=r"data\.path is empty"):
+        load_recipe(file)
+
+
+def test_a_table_without_a_name_configures_the_default(tmp_path):
+    file = tmp_path / "recipe.toml"
+    file.write_text("[optim]\nlr = 0.1\n[train]\nmax_steps = 1\n")
+
+    recipe = load_recipe(file, ["loss.assign=fixed"])
+
+    assert (recipe.optim.name, recipe.optim.options) == ("adam", {"lr": 0.1})
+    assert (recipe.loss.name, recipe.assign) == ("neg_si_sdr", "fixed")

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from unbraid import __version__
+from unbraid.cli.keys import keys, unknown_options
 from unbraid.cli.lab import add_lab
 from unbraid.cli.options import Parser, add_set, add_trust, exit_status, port_number, positive, resume_advice
 from unbraid.config.shipped_recipes import find_recipe, recipes_folder
@@ -31,8 +32,9 @@ def train(args: argparse.Namespace) -> int:
 
     recipe = load_recipe(recipe_path, args.set)
     run = RunDirectory(args.run or Path("runs") / args.recipe.stem)
+    resume = args.resume or (args.resume_if_present and run.recipe.exists())
     with stop_on_signals() as stop:
-        records = run_training(recipe, run, resume=args.resume, stop=stop)
+        records = run_training(recipe, run, resume=resume, stop=stop)
         show_training(
             records,
             max_steps=recipe.train.max_steps,
@@ -45,7 +47,9 @@ def train(args: argparse.Namespace) -> int:
     if stop.agreed:
         if "WORLD_SIZE" in os.environ:
             return exit_status(stop.agreed, "To resume, run the same torchrun command with --resume.")
-        return exit_status(stop.agreed, resume_advice([*args.argv, *([] if args.resume else ["--resume"])]))
+        return exit_status(
+            stop.agreed, resume_advice([*args.argv, *([] if args.resume or args.resume_if_present else ["--resume"])])
+        )
     arguments = shlex.join(["evaluate", str(run.path), *["--trust"] * recipe.has_custom_code])
     say(f"The run is in {run.path}. Next: {command_name()} {arguments}")
     return 0
@@ -241,7 +245,7 @@ def parser() -> argparse.ArgumentParser:
         # The docstring of a command is its help text, so the two cannot differ.
         text = (function.__doc__ or "").strip()
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        command.set_defaults(function=function)
+        command.set_defaults(function=function, command=name)
         return command
 
     command = add("demo", demo)
@@ -255,7 +259,10 @@ def parser() -> argparse.ArgumentParser:
     add_set(command)
     run_help = "run directory (runs/RECIPE); with torchrun write --run-dir, since torchrun takes --run for itself"
     command.add_argument("--run", "--run-dir", dest="run", type=Path, metavar="DIR", help=run_help)
-    command.add_argument("--resume", action="store_true", help="resume from the newest checkpoint in the run directory")
+    resume = command.add_mutually_exclusive_group()
+    resume.add_argument("--resume", action="store_true", help="resume from the newest checkpoint in the run directory")
+    requeue_help = "resume if the run directory holds a run, else start one: for scripts that are queued again"
+    resume.add_argument("--resume-if-present", action="store_true", help=requeue_help)
 
     command = add("evaluate", evaluate)
     command.add_argument("checkpoint", type=Path, help="a run directory or a checkpoint")
@@ -322,6 +329,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("-o", "--out", type=Path, help="HTML file to write (report.html in the run directory)")
     command.add_argument("--plots", type=Path, metavar="FOLDER", help="draw each curve as a PNG file instead")
 
+    command = add("keys", keys)
+    command.add_argument("table", nargs="?", help="only this table, such as optim")
+
     command = add("replay", replay)
     command.add_argument("incident", type=Path, help="a folder in the incidents of a run directory")
     add_trust(command)
@@ -333,7 +343,10 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status; a user error prints one line to stderr and returns 2."""
     argv = sys.argv[1:] if arguments is None else list(arguments)
-    args = parser().parse_args(argv)
+    args, unknown = parser().parse_known_args(argv)
+    if unknown:
+        say(f"unbraid: {unknown_options(unknown, args)}", file=sys.stderr)
+        return EXIT_USER_ERROR
     # Commands print it in their advice on how to resume.
     args.argv = argv
     try:

@@ -180,10 +180,12 @@ def recipe_with_overrides(table: Table, overrides: Sequence[str], folder: Path, 
             _remove_unknown_keys(table, where, overridden)
     # Paths of the file are absolute by now, so only those of overrides are still relative.
     _make_paths_absolute(table, Path())
+    recipe = recipe_from_table(table, folder)
+    # Only now: a misspelt key is the likelier reason for a path that is still empty.
     for where, key in _PATHS:
         if isinstance(table.get(where), dict) and table[where].get(key) == "":
             raise RecipeError(f"{where}.{key} is empty. Set it in {source}, or with --set {where}.{key}=PATH.")
-    return recipe_from_table(table, folder)
+    return recipe
 
 
 def recipe_from_table(table: Table, folder: Path) -> Recipe:
@@ -201,7 +203,9 @@ def recipe_from_table(table: Table, folder: Path) -> Recipe:
             raise RecipeError(f"[{name}] is unknown. The tables are {', '.join(_TABLES)}.{nearest(name, _TABLES)}")
     settings = {name: kind(**check_table(name, kind, _subtable(table, name))) for name, kind in _SETTINGS.items()}
     components: dict[str, Any] = {
-        name: _component(name, _subtable(table, name)) for name in _COMPONENTS if name in table
+        name: _component(name, {"name": _default_name(name), **_subtable(table, name)})
+        for name in _COMPONENTS
+        if name in table
     }
     lists: dict[str, Any] = {f"{name}s": _components(name, table.get(name, [])) for name in _LISTS}
     recipe = Recipe(**settings, **components, **lists, folder=folder)
@@ -270,7 +274,12 @@ def _make_paths_absolute(table: Table, folder: Path) -> None:
 
 def _component_name(table: Table, where: str) -> object:
     section = table.get(where)
-    return section.get("name") if isinstance(section, dict) else None
+    return section.get("name", _default_name(where)) if isinstance(section, dict) else _default_name(where)
+
+
+def _default_name(where: str) -> str:
+    component: Component = getattr(Recipe(), where)
+    return component.name
 
 
 def _remove_unknown_keys(table: Table, where: str, overridden: set[str]) -> None:
@@ -312,6 +321,21 @@ def _apply_override(table: Table, text: str) -> str:
     return key
 
 
+_HIGHEST = {
+    "data.sample_rate": 10**6,
+    "data.n_sources": 1000,
+    "data.excerpt_seconds": 10**5,
+    "data.batch_size": 10**6,
+    "data.workers": 1024,
+    "data.items_per_epoch": 10**9,
+    "train.max_steps": 10**12,
+    "validate.n_items": 10**7,
+}
+"""Beyond these a number is a slip of the keyboard, and would end the run in a MemoryError or an OverflowError."""
+
+_MAX_BATCH_BYTES = 2**40
+
+
 def _check_ranges(recipe: Recipe) -> None:
     """Raise RecipeError if a number is out of its range, or two numbers contradict each other."""
     data = recipe.data
@@ -325,7 +349,6 @@ def _check_ranges(recipe: Recipe) -> None:
         "train.loss_upper_limit": train.loss_upper_limit,
         "validate.n_items": recipe.validate.n_items,
         "save.keep": recipe.save.keep,
-        "the number of samples in an excerpt": data.n_samples,
     }
     not_negative = {
         "data.workers": data.workers,
@@ -344,6 +367,21 @@ def _check_ranges(recipe: Recipe) -> None:
     for name, value in not_negative.items():
         if not value >= 0:
             raise RecipeError(f"{name} = {value} must be 0 or more.")
+    for name, highest in _HIGHEST.items():
+        where, key = name.split(".")
+        value = getattr(getattr(recipe, where), key)
+        if not value <= highest:
+            raise RecipeError(f"{name} = {value:g} must be at most {highest:g}.")
+    if data.n_samples < 1:
+        raise RecipeError(
+            f"data.excerpt_seconds = {data.excerpt_seconds:g} makes excerpts of 0 samples; it must be longer."
+        )
+    batch_bytes = 4 * data.batch_size * (data.n_sources + 1) * data.n_samples
+    if batch_bytes > _MAX_BATCH_BYTES:
+        raise RecipeError(
+            f"A batch of {data.batch_size} excerpts of {data.excerpt_seconds:g} s would take {batch_bytes / 2**40:.3g} "
+            "TiB. Lower data.batch_size or data.excerpt_seconds."
+        )
     for name, (low, high) in {"data.gains_db": data.gains_db, "data.noise_snr_db": data.noise_snr_db}.items():
         if not low <= high:
             raise RecipeError(f"{name} = [{low:g}, {high:g}] must be in order, from low to high.")

@@ -117,6 +117,8 @@ def convert(value: Any, hint: Any, where: str) -> Any:
         return value
     if origin is Literal:
         choices = get_args(hint)
+        if isinstance(value, bool) and {"on", "off"} <= set(choices):  # what people type
+            value = "on" if value else "off"
         if value in choices:
             return value
         listed = ", ".join(repr(choice) for choice in choices)

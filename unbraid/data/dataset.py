@@ -226,8 +226,8 @@ def make_dataset(
     if not durations or max(durations) < settings.excerpt_seconds:
         raise DataError(
             f"No recording in the split {purpose!r} of {settings.path} is as long as an excerpt of "
-            f"{settings.excerpt_seconds:g} s (the longest: {max(durations, default=0):.2f} s). Lower "
-            "data.excerpt_seconds."
+            f"{settings.excerpt_seconds:g} s (the longest: {max(durations, default=0):.2f} s). Take "
+            "shorter ones: data.excerpt_seconds in a recipe, --seconds in an evaluation."
         )
     usable = tuple(track for track in in_split if track.fault or track.seconds >= settings.excerpt_seconds / 2)
 
