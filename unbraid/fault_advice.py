@@ -26,3 +26,8 @@ ADVICE: dict[Outcome, Advice] = {
     "fp16_overflow": Advice('Use bf16, which has the range of fp32 (train.precision = "bf16").', "train.precision"),
 }
 """By outcome of the step."""
+
+ALL_BAD_ADVICE = Advice(
+    "All examples of these steps are bad, so check the model and the loss, or lower the learning rate.", "optim.lr"
+)
+"""In place of the others where every example of several steps in a row is at fault."""

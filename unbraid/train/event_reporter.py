@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from unbraid import dist
 from unbraid.data.batch import Batch
@@ -22,6 +23,7 @@ class EventReporter:
 
     Attributes:
         last_diagnosis: What the last bad step was found to be caused by, in a sentence or two; empty if unknown.
+        n_all_bad: How many steps in a row have been skipped because all of their examples are bad, on this rank.
 
     Args:
         state: In training.
@@ -34,6 +36,7 @@ class EventReporter:
         self.job = job
         self.log = log
         self.last_diagnosis = ""
+        self.n_all_bad = 0
         self.stragglers = StragglerDetector(dist.world_size())
         self.n_pieces_reported = state.n_pieces
         self.audio_failures_reported: set[str] = set()
@@ -68,6 +71,7 @@ class EventReporter:
             batches: The step's micro-batches on this rank.
         """
         is_rescued = record.n_bad > 0 and record.outcome in ("trained", "all_filtered")
+        self.n_all_bad = self.n_all_bad + 1 if _all_are_bad(record, batches) else 0
         if record.outcome in ("trained", "all_filtered") and not is_rescued:
             return
         self.last_diagnosis = ""
@@ -101,7 +105,15 @@ class EventReporter:
             and math.isnan(record.max_norm or 0.0)
             and math.isfinite(record.grad_norm or 0.0)
         )
-        if clipper_is_bad:
+        if self.n_all_bad == 1:
+            n_examples = len(record.bad_items)
+            diagnosis, weights_are_bad = self._diagnose_and_save(record, batches, name_example=False)
+            message += f" All {n_examples} examples are bad: the model or its settings are to blame, not the files."
+            message = f"{message} {diagnosis}".rstrip()
+            self.last_diagnosis = diagnosis
+        elif self.n_all_bad:
+            message = f"Step {record.step} was skipped ({reason}): all {len(record.bad_items)} examples again."
+        elif clipper_is_bad:
             self.last_diagnosis = "The gradient is finite, but the largest norm that the clipper allows is NaN."
             message = f"{message} {self.last_diagnosis}"
         elif record.outcome in FAULT_OUTCOMES or is_rescued or self.state.faults.reason_to_stop() is not None:
@@ -109,7 +121,7 @@ class EventReporter:
             message = f"{message} {self.last_diagnosis}".rstrip()
 
         files: list[str] = []
-        if not (weights_are_bad or clipper_is_bad):  # else the files are innocent
+        if not (weights_are_bad or clipper_is_bad or self.n_all_bad):  # else the files are innocent
             files = list(dict.fromkeys(file for item in record.bad_items for file in item.files))
         evidence = {
             "loss": record.loss,
@@ -119,8 +131,15 @@ class EventReporter:
         code: EventCode = "STEP_RESCUED" if is_rescued else skip_code(record.outcome)
         return Event(code, record.step, dist.rank(), message, tuple(files), evidence)
 
-    def _diagnose_and_save(self, record: StepRecord, batches: Sequence[Batch]) -> tuple[str, bool]:
+    def _diagnose_and_save(
+        self, record: StepRecord, batches: Sequence[Batch], *, name_example: bool = True
+    ) -> tuple[str, bool]:
         """Diagnose this rank's part of a bad step, and save it for a replay unless enough are saved already.
+
+        Args:
+            record: Of the step.
+            batches: Its micro-batches on this rank.
+            name_example: Whether the sentence names the first example with the fault.
 
         Returns:
             A sentence or two, and whether the weights are the cause.
@@ -128,6 +147,8 @@ class EventReporter:
         run = self.job.run
         incident, diagnosis = make_incident(self.state, record, join_batches(batches), self.job.recipe)
         weights_are_bad = diagnosis.kind == "weights"
+        if not name_example:
+            diagnosis = replace(diagnosis, item=None)
         sentence = "" if diagnosis.kind == "none" else diagnosis.sentence()
         if len(list(run.incidents.glob("step-*"))) >= self.job.save.incidents:
             return sentence, weights_are_bad
@@ -174,3 +195,11 @@ class EventReporter:
         step = self.state.step
         message = f"The audio of the validation after step {step} was not saved: {reason}. The run continues."
         self.log.emit("AUDIO_NOT_SAVED", step, message)
+
+
+def _all_are_bad(record: StepRecord, batches: Sequence[Batch]) -> bool:
+    """Return whether a step was skipped because of the losses of all of this rank's examples, if there are several."""
+    if record.outcome not in ("nonfinite_loss", "over_limit"):
+        return False
+    n_examples = sum(int((batch.weight > 0).sum()) for batch in batches)
+    return len(record.bad_items) == n_examples > 1

@@ -11,7 +11,7 @@ from unbraid import dist
 from unbraid.data.batch import Batch
 from unbraid.data.excerpt import AudioFault
 from unbraid.errors import DataError, TrainingStopped, UserError
-from unbraid.fault_advice import ADVICE
+from unbraid.fault_advice import ADVICE, ALL_BAD_ADVICE
 from unbraid.records import FAULT_OUTCOMES, Event, EventCode, StepRecord, ValidationRecord
 from unbraid.signals import StopRequest
 from unbraid.train.batch_source import BatchSource, Load
@@ -314,6 +314,9 @@ class _Loop:
             advice, key = ADVICE.get(record.outcome, ADVICE["nonfinite_loss"])
             names_files = record.outcome not in ("fp16_overflow", "out_of_memory")
             files = f" {job.run.events} lists the files involved." if names_files else ""
+            if self.reporter.n_all_bad:
+                advice, key = ALL_BAD_ADVICE
+                files = ""
             cause = f"{reason}, the last one by {outcome}"
             return f"Stopped at step {record.step}: {cause}. {advice} [{key}]{files}{diagnosis}"
 
