@@ -45,10 +45,10 @@ def test_bands_fit_the_sample_rate_of_the_data_by_default(write):
         ENDS + '[data]\nsample_rate = 8000\n[model]\nname = "bs_roformer"\nn_channels = 1\nn_blocks = 1\nd_model = 8\n'
     )
 
-    at_8_kHz, told = (build_model(load_recipe(write(text + more))) for more in ("", "sample_rate = 44_100\n"))
+    at_8_kHz, at_44_khz = (build_model(load_recipe(write(text + more))) for more in ("", "sample_rate = 44_100\n"))
 
     assert at_8_kHz.split.width_groups == group_equal_widths([2 * len(band) for band in uniform_bands(2048, 8000)])
-    assert told.split.width_groups != at_8_kHz.split.width_groups
+    assert at_44_khz.split.width_groups != at_8_kHz.split.width_groups
 
 
 def test_a_threshold_filter_is_at_minus_thirty_db_by_default(write):

@@ -36,7 +36,7 @@ def test_splits_without_overlap_share_nothing(tmp_path):
     }  # fmt: skip
 
 
-def test_a_copy_under_another_name_is_result_and_another_recording_of_the_same_length_is_not(tmp_path):
+def test_a_copy_under_another_name_is_found_and_another_recording_of_the_same_length_is_not(tmp_path):
     split(tmp_path, "train", 0)
     split(tmp_path, "valid", 3)
     original = tmp_path / "train" / "train-1" / "0.wav"

@@ -214,9 +214,9 @@ def test_memory_is_recorded():
 def test_the_recorded_memory_is_not_that_of_the_parent_process():
     tell = "from unbraid.train.memory import host_memory; print(host_memory())"
     hold = f"import subprocess, sys; held = b'.' * 1_500_000_000; subprocess.run([sys.executable, '-c', {tell!r}])"
-    yielded = subprocess.run([sys.executable, "-c", hold], capture_output=True, text=True, check=True).stdout
+    output = subprocess.run([sys.executable, "-c", hold], capture_output=True, text=True, check=True).stdout
 
-    assert 10**7 < int(yielded) < 10**9
+    assert 10**7 < int(output) < 10**9
 
 
 def test_a_frozen_block_has_no_norm():

@@ -68,7 +68,7 @@ def save_checkpoint(
     step = int(state["progress"]["step"])
     name = first_nan(state)
     if name is not None:
-        raise CheckpointError(f"The state of step {step} has a NaN (first in {name}). It was not saved.")
+        raise CheckpointError(f"The state of step {step} is not finite: {name} has a NaN. It was not saved.")
 
     # 1. Everything goes into a temporary folder, each file fsynced, the manifest last.
     final = run.checkpoints / f"step-{step:06d}"
@@ -91,7 +91,7 @@ def save_checkpoint(
             "schema": SCHEMA_VERSION,
             "step": step,
             "best": best,
-            "best_step": int(state["progress"]["best_step"]),
+            "best_step": int(state["progress"].get("best_step", 0)),  # an imported model has none
             "torch": torch.__version__,
             "sha256": hashes,
         }
