@@ -83,3 +83,16 @@ def test_a_refused_start_leaves_a_folder_that_was_there(recipe_file, tmp_path, c
 
     assert main(["train", str(recipe_file()), "--run", str(tmp_path / "run"), "--set", "data.path=nowhere"]) == 2
     assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_what_was_passed_over_is_an_event_of_a_new_run_alone(recipe_file, speaker_folder, tmp_path):
+    folder = speaker_folder()
+    (folder / "speaker-00" / "voice.m4a").write_bytes(b"x")
+    file = recipe_file(path=folder)
+
+    run, records = run_recipe(file, tmp_path / "run")
+    _, resumed = run_recipe(file, run.path, "train.max_steps=8", resume=True)
+
+    assert event_codes(records) == ["DATA_PASSED_OVER"]
+    assert "1 .m4a files (convert them to FLAC or WAV)" in read_rows(run.events)[0][0]["message"]
+    assert "DATA_PASSED_OVER" not in event_codes(resumed)

@@ -31,6 +31,7 @@ EventCode = Literal[
     "AUDIO_TOO_SHORT",
     "AUDIO_UNREADABLE",
     "AUDIO_WRONG_RATE",
+    "DATA_PASSED_OVER",
     "DATA_UNUSABLE",
     "DATA_WORKER_LOST",
     # steps

@@ -17,6 +17,7 @@ from unbraid.config.auto import resolve_auto
 from unbraid.config.recipe import Component, Recipe, differences, recipe_table, to_toml
 from unbraid.config.registry import find_component
 from unbraid.data.dataset import MixtureDataset
+from unbraid.data.folders import files_passed_over
 from unbraid.data.leakage import compare_splits
 from unbraid.data.loader import LoadedBatch, StepSampler, ValidationSampler, batches
 from unbraid.data.tracks import Track
@@ -180,6 +181,12 @@ def _train_from(
     model = build_model(recipe).to(device)
     if checkpoint is None:
         load_initial_weights(model, recipe)
+
+    # A resumed run has said it already.
+    if checkpoint is None:
+        folders = [path for path in (recipe.data.path, recipe.data.noise) if path is not None]
+        sentences = [sentence for sentence in map(files_passed_over, folders) if sentence]
+        events = [*events, *(("DATA_PASSED_OVER", sentence) for sentence in sentences)]
 
     # 2. Settle "auto". The main process decides: ranks that differ in precision or compiling would hang or diverge.
     before = checkpoint.choices if checkpoint else None

@@ -2,7 +2,7 @@ import shutil
 
 import pytest
 
-from unbraid.data.folders import list_noises, list_speakers
+from unbraid.data.folders import files_passed_over, list_noises, list_speakers
 from unbraid.errors import DataError
 
 
@@ -23,12 +23,15 @@ def test_deeper_folders_belong_to_the_same_speaker(speaker_folder, tmp_path):
 
 
 def test_folders_named_like_splits_contain_the_speakers_of_each_split(speaker_folder, tmp_path):
-    for name in ("train", "dev", "tt"):
-        speaker_folder(n_speakers=2, n_files=1, root=tmp_path / "all" / name)
+    folders = {"train": ("anna", "ben"), "dev": ("cleo",), "tt": ("dora", "emil")}
+    for name, speakers in folders.items():
+        for speaker in speakers:
+            speaker_folder(n_speakers=1, n_files=1, root=tmp_path / "all" / name / speaker)
 
-    assert {(track.split, track.group) for track in list_speakers(tmp_path / "all")} == {
-        (split, group) for split in ("train", "valid", "test") for group in ("speaker-00", "speaker-01")
-    }
+    splits = {split: [] for split in ("train", "valid", "test")}
+    for track in list_speakers(tmp_path / "all"):
+        splits[track.split].append(track.group)
+    assert splits == {"train": ["anna", "ben"], "valid": ["cleo"], "test": ["dora", "emil"]}
 
 
 def test_each_file_without_a_folder_is_its_own_speaker(speaker_folder):
@@ -114,3 +117,26 @@ def test_a_path_without_usable_recordings_is_refused_by_name(tmp_path, kind, rea
 
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_what_is_passed_over_in_a_folder_is_counted_with_the_reason(speaker_folder, tmp_path):
+    root = speaker_folder(n_speakers=2, n_files=1)
+    assert files_passed_over(root) == ""
+    for name in ("speaker-00/a.m4a", "speaker-00/b.M4A", "speaker-01/._00.wav", "notes.txt", "c.wma"):
+        (root / name).write_bytes(b"x")
+    elsewhere = speaker_folder(n_speakers=1, root=tmp_path / "elsewhere")
+    (root / "linked").symlink_to(elsewhere / "speaker-00")
+    (root / "speaker-01" / "broken.wav").symlink_to(tmp_path / "nowhere.wav")
+
+    sentence = files_passed_over(root)
+
+    assert sentence.startswith(f"Passed over in {root}: ")
+    for part in (
+        "2 .m4a files",
+        "1 .wma files",
+        "1 hidden files",
+        "1 linked folders",
+        "1 pipes, devices or broken links",
+    ):
+        assert part in sentence
+    assert "txt" not in sentence

@@ -1,11 +1,19 @@
 """Listing the recordings in a folder or a manifest."""
 
+import os
+from collections import Counter
 from pathlib import Path
 
 from unbraid.audio import SUFFIXES, probe_audio
+from unbraid.data.layout import check_speaker_folders
 from unbraid.data.splits import parse_split
 from unbraid.data.tracks import Track, read_manifest
 from unbraid.errors import AudioError, DataError
+
+OTHER_AUDIO_SUFFIXES = frozenset({".m4a", ".aac", ".mp4", ".wma", ".webm", ".amr", ".3gp", ".mka", ".ac3", ".ape"})
+"""Audio that libsndfile cannot read. Users who have such files expect them to be used."""
+
+LINK_ADVICE = "links are not followed: move the folders there, or name their files in a CSV"
 
 
 def list_speakers(path: Path) -> list[Track]:
@@ -15,9 +23,12 @@ def list_speakers(path: Path) -> list[Track]:
     file that cannot be read is listed as a track with a fault.
 
     Raises:
-        DataError: If the path does not exist, or has no recording that can be read.
+        DataError: If the path does not exist, has no recording that can be read, or its subfolders are not speakers.
     """
-    return _list_recordings(path, "speakers", "speaker/**/*.flac or .wav")
+    tracks = _list_recordings(path, "speakers", "speaker/**/*.flac or .wav")
+    if path.is_dir():
+        check_speaker_folders(path, tracks)
+    return tracks
 
 
 def list_noises(path: Path) -> list[Track]:
@@ -43,6 +54,30 @@ def _list_recordings(path: Path, what: str, pattern: str) -> list[Track]:
     if all(track.fault for track in tracks):
         raise DataError(f"None of the {len(tracks)} files in {path} can be used. The first: {tracks[0].fault}")
     return tracks
+
+
+def files_passed_over(root: Path) -> str:
+    """Return what a folder has that looks like audio and is not listed, in a sentence; empty if there is nothing.
+
+    Args:
+        root: A folder. Of a manifest nothing is passed over.
+    """
+    if not root.is_dir():
+        return ""
+    counts: Counter[str] = Counter()
+    for folder, subfolders, files in os.walk(root):
+        counts[f"linked folders ({LINK_ADVICE})"] += sum(Path(folder, name).is_symlink() for name in subfolders)
+        for name in files:
+            path = Path(folder, name)
+            suffix = path.suffix.lower()
+            if suffix in OTHER_AUDIO_SUFFIXES:
+                counts[f"{suffix} files (convert them to FLAC or WAV)"] += 1
+            elif suffix in SUFFIXES and name.startswith("."):
+                counts["hidden files"] += 1
+            elif suffix in SUFFIXES and not path.is_file():
+                counts["pipes, devices or broken links"] += 1
+    listed = ", ".join(f"{n} {what}" for what, n in counts.items() if n)
+    return f"Passed over in {root}: {listed}." if listed else ""
 
 
 def _list_folder(root: Path) -> list[Track]:
