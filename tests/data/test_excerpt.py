@@ -205,3 +205,15 @@ def test_a_silent_excerpt_of_an_audible_file_is_refused(tmp_path_factory, start)
         assert bad.value.fault.in_excerpt_only
     else:
         assert power_db(excerpt(track, start / 8000)) > -80
+
+
+@pytest.mark.parametrize("n_samples", [8000, 800_000])
+def test_a_length_listed_in_samples_is_named_as_the_cause(tmp_path, n_samples):
+    track = track_of(write_audio(tmp_path / "a.wav", make_noise(n_samples), 8000))
+
+    with pytest.raises(ExcerptError) as bad:
+        excerpt(replace(track, seconds=float(n_samples)), start=5000.0)
+
+    assert bad.value.fault.code == "AUDIO_TOO_SHORT"
+    assert f"has {n_samples / 8000:.2f} s, but is listed with {n_samples}.00 s" in bad.value.fault.message
+    assert "the column seconds must be in seconds" in bad.value.fault.message

@@ -113,7 +113,7 @@ def test_an_invalid_row_is_refused_with_its_number(tmp_path, row, message):
         read_manifest(manifest(tmp_path, text))
 
 
-@pytest.mark.parametrize("text", ["", "file,speaker\na.wav,anna\n", "path,talker\na.wav,anna\n", "path;speaker\n"])
+@pytest.mark.parametrize("text", ["", "file,speaker\na.wav,anna\n", "path,talker\na.wav,anna\n"])
 def test_a_table_without_required_columns_is_refused_with_its_columns(tmp_path, text):
     with pytest.raises(DataError, match="needs the columns path and speaker"):
         read_manifest(manifest(tmp_path, text))
@@ -148,3 +148,13 @@ def test_groups_keep_every_track_in_order():
 
     assert list(groups) == ["speaker 2", "speaker 1", "speaker 0"]
     assert [track for group in groups.values() for track in group] == tracks
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_commas_semicolons_and_tabs_separate_columns(tmp_path, delimiter):
+    rows = [("path", "speaker", "seconds", "sample_rate"), ("a.wav", "anna; b, c", "2.5", "8000")]
+    text = "\n".join(delimiter.join(f'"{cell}"' for cell in row) for row in rows)
+
+    [track] = read_manifest(manifest(tmp_path, text))
+
+    assert (track.path.name, track.group, track.seconds) == ("a.wav", "anna; b, c", 2.5)

@@ -5,7 +5,7 @@ from functools import cache
 
 import numpy as np
 
-from unbraid.audio import first_bad_sample, read_audio
+from unbraid.audio import first_bad_sample, probe_audio, read_audio
 from unbraid.data.tracks import Track
 from unbraid.dsp import fit_length, power_db, resample
 from unbraid.errors import AudioError
@@ -99,7 +99,7 @@ def check_file(track: Track, *, keep_silent: bool) -> AudioFault | None:
     if track.fault:
         return AudioFault("AUDIO_UNREADABLE", path, track.fault)
     if track.seconds >= WHOLE_FILE_SECONDS:
-        return None
+        return _check_length(track)
     try:
         audio, rate = read_audio(track.path, 0.0, WHOLE_FILE_SECONDS)
     except AudioError as error:
@@ -109,8 +109,28 @@ def check_file(track: Track, *, keep_silent: bool) -> AudioFault | None:
         return None
     missing = track.seconds - audio.shape[-1] / rate
     if audio.size and missing > LENGTH_TOLERANCE_SECONDS and rate == track.sample_rate:
-        return AudioFault("AUDIO_TOO_SHORT", path, f"{path} is {missing:.2f} s shorter than listed.")
+        return AudioFault("AUDIO_TOO_SHORT", path, _too_short(track, audio.shape[-1], rate))
     return _check_samples(audio, rate, track, keep_silent=keep_silent)
+
+
+def _check_length(track: Track) -> AudioFault | None:
+    """Compare the listed length of a long file with its header."""
+    try:
+        info = probe_audio(track.path)
+    except AudioError as error:
+        return AudioFault("AUDIO_UNREADABLE", str(track.path), str(error))
+    if track.seconds - info.seconds > LENGTH_TOLERANCE_SECONDS and info.sample_rate == track.sample_rate:
+        return AudioFault("AUDIO_TOO_SHORT", str(track.path), _too_short(track, info.n_samples, info.sample_rate))
+    return None
+
+
+def _too_short(track: Track, n_samples: int, rate: int) -> str:
+    seconds = n_samples / rate
+    if abs(track.seconds - n_samples) < 2:
+        hint = " That is its number of samples: the column seconds must be in seconds."
+    else:
+        hint = ""
+    return f"{track.path} has {seconds:.2f} s, but is listed with {track.seconds:.2f} s.{hint}"
 
 
 def _check_samples(

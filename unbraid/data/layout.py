@@ -14,7 +14,7 @@ MIXTURE_PARTS = re.compile(
 )
 """Names of folders that hold mixtures, their sources, or stems, in lower case."""
 
-CORPUS_PARTS = re.compile(r"(train|dev|test|valid|validation|eval)[-_]\w[\w-]*")
+CORPUS_PARTS = re.compile(r"(train|dev|test|valid|eval)[-_](clean|other|noisy|single|both|\d{2,}h?)([-_]\w+)?")
 """Names such as ``train-clean-100`` in LibriSpeech."""
 
 MIN_LENGTHS = 3
@@ -65,7 +65,7 @@ def check_speaker_folders(root: Path, tracks: Sequence[Track]) -> None:
     splits: dict[str, set[str]] = defaultdict(set)
     for track in tracks:
         splits[track.split].add(track.group)
-    if len(splits) > 1 and all(groups == set(names) for groups in splits.values()):
+    if len(splits) > 1 and len(names) > 1 and all(groups == set(names) for groups in splits.values()):
         raise DataError(
             f"All {len(names)} subfolders ({_listed(names)}) are in each of the splits {', '.join(sorted(splits))} of "
             f"{root}, so they are not speakers, or validation would be on voices known from training. Put each speaker "

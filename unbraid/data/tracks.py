@@ -11,6 +11,8 @@ from unbraid.audio import AudioInfo, probe_audio
 from unbraid.data.splits import SPLITS, parse_split
 from unbraid.errors import AudioError, DataError, nearest
 
+DELIMITERS = ",;\t"
+
 _COLUMNS = ("path", "speaker", "seconds", "sample_rate", "split", "kind")
 
 
@@ -49,7 +51,7 @@ class Track:
 
 
 def read_manifest(path: Path) -> list[Track]:
-    """Read a CSV manifest.
+    """Read a CSV manifest, separated by commas, semicolons or tabs.
 
     The columns ``path`` and ``speaker`` are required (``class`` instead of ``speaker`` for noises). The columns
     ``seconds``, ``sample_rate``, ``split`` and ``kind`` are optional, others are ignored. Paths are relative to the
@@ -61,7 +63,11 @@ def read_manifest(path: Path) -> list[Track]:
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            table = csv.DictReader(file, strict=True)
+            # Spreadsheets of many countries write semicolons; some tools write tabs.
+            header = file.readline()
+            file.seek(0)
+            delimiter = max(DELIMITERS, key=header.count)
+            table = csv.DictReader(file, strict=True, delimiter=delimiter)
             columns = tuple(table.fieldnames or ())
             group = next((name for name in ("speaker", "class") if name in columns), None)
             if "path" not in columns or group is None:
