@@ -54,6 +54,7 @@ _MAY_CHANGE = (
     "validate.save_audio",
     "save.",
     "data.workers",
+    "data.worker_timeout_seconds",
     "data.exclude",
 )
 """Keys that may differ from the original recipe when a run is resumed."""
@@ -219,7 +220,9 @@ def _train_from(
             world_size=dist.world_size(),
             accumulate=recipe.train.accumulate,
         )
-        return batches(corpus.train, keys, workers=recipe.data.workers)
+        return batches(
+            corpus.train, keys, workers=recipe.data.workers, timeout_seconds=recipe.data.worker_timeout_seconds
+        )
 
     validate = make_validator(
         corpus.valid,

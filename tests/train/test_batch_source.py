@@ -39,7 +39,7 @@ def test_the_batches_after_a_worker_death_are_the_same(tmp_path):
 def test_after_too_many_deaths_the_run_ends_with_advice(tmp_path):
     source, log = BatchSource(loads(*DEATHS, *DEATHS), 1), EventLog(RunDirectory(tmp_path))
 
-    with pytest.raises(TrainingStopped, match=r"died 4 times.*lower data\.workers"):
+    with pytest.raises(TrainingStopped, match=r"failed 4 times.*Lower data\.workers"):
         list(map(source.next_micro_batches, range(20), itertools.repeat(log)))
 
 

@@ -506,23 +506,27 @@ def test_a_run_with_other_components_resumes_bit_for_bit(recipe_file, tmp_path, 
 
 
 @pytest.mark.slow
-def test_a_data_worker_that_is_killed_is_replaced_at_the_same_example(recipe_file, tmp_path):
+@pytest.mark.parametrize("strike", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
+def test_data_workers_that_are_lost_are_replaced_at_the_same_example(recipe_file, tmp_path, strike):
     file = recipe_file()
-    budget = ["data.workers=2", "train.max_steps=40"]
+    budget = ["data.workers=2", "train.max_steps=40", "data.worker_timeout_seconds=5"]
     whole, _ = run_recipe(file, tmp_path / "whole", *budget)
-    run = RunDirectory(tmp_path / "killed")
-    yielded, n_killed = [], 0
+    run = RunDirectory(tmp_path / "struck")
+    yielded = []
+    struck = []
     for record in train(load_recipe(file, budget), run):
         yielded.append(record)
-        if isinstance(record, StepRecord) and record.step in (5, 15) and n_killed < 2:
-            for worker in multiprocessing.active_children():
-                os.kill(worker.pid, signal.SIGKILL)
-            n_killed += 1
+        if isinstance(record, StepRecord) and record.step in (5, 15):
+            workers = multiprocessing.active_children()
+            for worker in workers:
+                os.kill(worker.pid, strike)
+            struck += workers
 
-    assert n_killed == 2
+    assert len(struck) == 4
     assert event_codes(yielded) == ["DATA_WORKER_LOST"] * 2
     assert [record.step for record in steps_of(yielded)] == list(range(1, 41))
     assert weights(run, 40) == weights(whole, 40)
+    assert [worker for worker in struck if worker.is_alive()] == []
 
 
 @pytest.mark.parametrize(

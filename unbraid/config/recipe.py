@@ -352,6 +352,7 @@ def _check_ranges(recipe: Recipe) -> None:
     }
     not_negative = {
         "data.workers": data.workers,
+        "data.worker_timeout_seconds": data.worker_timeout_seconds,
         "data.items_per_epoch": data.items_per_epoch,
         "train.max_steps": train.max_steps,
         "train.max_minutes": train.max_minutes,

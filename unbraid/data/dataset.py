@@ -36,6 +36,8 @@ class DataSettings:
         batch_size: Examples in one optimizer step, over all processes and micro-batches together, so that a recipe
             means the same training on one GPU and on eight.
         workers: Worker processes that prepare batches in advance; 0 prepares them in the main process.
+        worker_timeout_seconds: How long to wait for a batch before the workers count as hung and are replaced; 0 waits
+            for ever.
         seed: Seed of all random numbers of a run: the mixtures, the initial weights, and dropout.
         resample: Whether to resample recordings at other rates to ``sample_rate``; otherwise they are refused.
         level_db: Mean power of the first source, in dB of full scale.
@@ -55,6 +57,7 @@ class DataSettings:
     excerpt_seconds: float = 3.0
     batch_size: int = 1
     workers: int = 1
+    worker_timeout_seconds: float = 300.0
     seed: int = 0
     resample: bool = False
     level_db: float = -25.0

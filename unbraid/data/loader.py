@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.process import BaseProcess
@@ -20,6 +21,9 @@ from unbraid.data.batch import Batch
 from unbraid.data.dataset import Example, Key, MixtureDataset
 from unbraid.data.excerpt import AudioFault
 from unbraid.errors import DataError
+
+TIMED_OUT = "No data worker delivered a batch"
+"""How the message begins if the workers were killed because no batch came in time."""
 
 SIGTERM_GRACE_SECONDS = 20.0
 """How long a worker process keeps running after a SIGTERM."""
@@ -90,16 +94,20 @@ class StepSampler(Sampler[list[Key]]):
                 yield [keys[i] for i in share] or [replace(keys[0], weight=0.0)]
 
 
-def batches(dataset: MixtureDataset, keys: Sampler[list[Key]], *, workers: int) -> Iterator[LoadedBatch]:
+def batches(
+    dataset: MixtureDataset, keys: Sampler[list[Key]], *, workers: int, timeout_seconds: float = 0.0
+) -> Iterator[LoadedBatch]:
     """Prepare batches in advance in worker processes, and yield them in the order of the keys.
 
     Args:
         dataset: Makes the examples.
         keys: Yields the keys of one batch at a time.
         workers: Number of processes; 0 prepares the batches in this one.
+        timeout_seconds: How long to wait for a batch of a worker; 0 waits for ever.
 
     Raises:
         DataError: If an example could not be made, with the original message.
+        RuntimeError: If a worker died, or no batch came in time; the workers are ended then.
     """
     # A plain fork would copy the main process's threads and CUDA state, which do not survive it.
     start_method = "spawn" if sys.platform == "win32" else "forkserver"
@@ -115,10 +123,63 @@ def batches(dataset: MixtureDataset, keys: Sampler[list[Key]], *, workers: int) 
         # Without its own generator, the loader would draw its workers' seeds from torch's global generator.
         generator=torch.Generator(),
     )
-    for loaded in loader:
-        if isinstance(loaded, DataError):
-            raise loaded
-        yield loaded
+    iterator = iter(loader)
+    watchdog = _Watchdog(getattr(iterator, "_workers", ()), timeout_seconds)
+    try:
+        while True:
+            with watchdog:
+                loaded = next(iterator, None)
+            if loaded is None:
+                return
+            if isinstance(loaded, DataError):
+                raise loaded
+            yield loaded
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if watchdog.has_killed:  # what arrives is only that the workers are gone
+            raise RuntimeError(f"{TIMED_OUT} for {timeout_seconds:g} s") from error
+        raise
+    finally:
+        watchdog.stop()
+
+
+class _Watchdog:
+    """Kills workers that deliver nothing for too long; a context to wait in.
+
+    torch's own time-out does not help if a worker hangs after it has announced a batch: the main process then waits for
+    the shared memory without one. Once the workers are dead, the wait ends with an error.
+
+    Args:
+        workers: Processes; empty for none.
+        timeout_seconds: How long to wait; 0 for ever.
+    """
+
+    def __init__(self, workers: Sequence[BaseProcess], timeout_seconds: float) -> None:
+        self.workers = workers
+        self.timeout_seconds = timeout_seconds
+        self.has_killed = False
+        self._waiting_since: float | None = None
+        self._stopped = threading.Event()
+        if workers and timeout_seconds:
+            threading.Thread(target=self._watch, daemon=True).start()
+
+    def __enter__(self) -> None:
+        self._waiting_since = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self._waiting_since = None
+
+    def stop(self) -> None:
+        """End the watching thread."""
+        self._stopped.set()
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(min(1.0, self.timeout_seconds / 4)):
+            since = self._waiting_since
+            if since is not None and time.monotonic() - since > self.timeout_seconds:
+                self.has_killed = True
+                for worker in self.workers:
+                    worker.kill()  # a process that is stopped, or hangs in a read, reacts to nothing else
+                return
 
 
 @dataclass(frozen=True)

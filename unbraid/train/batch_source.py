@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Callable, Generator, Iterable, Iterator
 from pickle import UnpicklingError
 
-from unbraid.data.loader import LoadedBatch
+from unbraid.data.loader import TIMED_OUT, LoadedBatch
 from unbraid.errors import TrainingStopped
 from unbraid.train.event_log import EventLog
 
@@ -52,19 +52,26 @@ class BatchSource:
                     raise
                 self.batches = None
                 self.n_worker_deaths += 1
-                reason = str(error).split("\n")[0].rstrip(".") or "A data worker broke off in the middle of a batch"
+                reason = _reason(error)
                 if self.n_worker_deaths > self.MAX_WORKER_DEATHS:
                     raise TrainingStopped(
-                        f"Data workers died {self.n_worker_deaths} times. The last error was: {reason}. The machine "
-                        "may be short of memory: lower data.workers and continue with --resume."
+                        f"Data workers failed {self.n_worker_deaths} times. The last error was: {reason}. Lower "
+                        "data.workers, look at the disk with the data, and continue with --resume."
                     ) from error
-                message = f"{reason} (memory may be short). Its examples are loaded again."
+                message = f"{reason}. Its examples are loaded again."
                 log.emit("DATA_WORKER_LOST", n_steps_done + 1, message)
+
+
+def _reason(error: Exception) -> str:
+    first_line = str(error).split("\n")[0].rstrip(".")
+    if first_line.startswith(TIMED_OUT):
+        return f"{first_line}: a disk or a process hangs"
+    return f"{first_line or 'A data worker broke off in the middle of a batch'} (memory may be short)"
 
 
 def _is_worker_death(error: Exception) -> bool:
     """Return whether the loader lost a worker. What a living worker raised arrives as "Caught ..."."""
     if isinstance(error, RuntimeError):
-        return str(error).startswith("DataLoader worker")
+        return str(error).startswith(("DataLoader worker", TIMED_OUT))
     # else the worker's end of a pipe is gone, or what came through it was cut short
     return not str(error).startswith("Caught ")
