@@ -42,6 +42,7 @@ class ConvBlock(nn.Module):
 
     def depthwise(self, hidden: Tensor, dilation: int) -> Tensor:
         """Compute the dilated depthwise convolution of ``(batch, frame, channel)``, as long as its input."""
+        # Rows are padded alike on both sides, which is as long as the input only for an odd number of taps.
         if hidden.device.type == "cpu" and not torch.compiler.is_compiling() and len(self.taps) % 2:
             return self.depthwise_in_rows(hidden, dilation)
         n_frames = hidden.shape[1]
@@ -143,6 +144,7 @@ class ConvTasNet(nn.Module):
         if filters == "fourier":
             with torch.no_grad():
                 self.encoder.filters.weight.copy_(fourier_filters(n_filters, kernel_size))
+                # The transpose of the analysis filters resynthesises what they analysed.
                 self.decoder.filters.weight.copy_(self.encoder.filters.weight.T)
         self.norm = NORMS[norm](n_filters)
         self.narrow = nn.Linear(n_filters, bottleneck)

@@ -127,6 +127,7 @@ def write_incident(folder: Path, incident: Incident) -> Path:
     """
     about = incident.about
     final = folder / f"step-{about['step']:06d}-rank-{about['rank']}"
+    # A step that is done again after a roll-back fails in the same way.
     if final.exists():
         return final
     batch = incident.batch

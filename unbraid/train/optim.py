@@ -180,6 +180,7 @@ class Constant:
 
     def factor(self, step: int, progress: float) -> float:
         """Return the share of the warm-up that is done."""
+        # + 1, so that the step after the warm-up is the first at the full rate, and step 1 does not have the rate 0.
         return min(1.0, step / (self.warmup_steps + 1)) if self.warmup_steps else 1.0
 
     def observe(self, validation_loss: float) -> None:
@@ -205,6 +206,7 @@ class Cosine(Constant):
 
     def factor(self, step: int, progress: float) -> float:
         """Return warm-up times cosine."""
+        # The last step may end after a budget of minutes, and the cosine would rise again.
         cosine = (1 + math.cos(math.pi * min(1.0, progress))) / 2
         return super().factor(step, progress) * (self.min_factor + (1 - self.min_factor) * cosine)
 
@@ -241,6 +243,7 @@ class Plateau(Constant):
 
     def observe(self, validation_loss: float) -> None:
         """Count validations without a better loss, and reduce the learning rate when patience runs out."""
+        # Equal is not better: a model that no longer moves must not keep its rate for ever.
         if validation_loss < self.best:
             self.best = validation_loss
             self.n_worse = 0

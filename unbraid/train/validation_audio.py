@@ -80,6 +80,7 @@ class AudioOptions:
         """
         mixture_array = _to_numpy(mixture)
         estimate_array = _to_numpy(estimates)
+        # The levels are a least-squares fit, which fails on NaN.
         if self.match_level and np.isfinite(estimate_array).all():
             estimate_array = at_mixture_level(estimate_array, mixture_array, silent_below_db=self.silent_below_db)
         return AudioExample(index, self.sample_rate, mixture_array, _to_numpy(references), estimate_array)
@@ -166,6 +167,7 @@ def save_audio_examples(folder: Path, step: int, examples: Sequence[AudioExample
         fields = ("index", "si_sdri", "si_sdr", "files")
         items = [{name: getattr(example, name) for name in fields} for example in examples]
         scores = {"step": step, "sample_rate": examples[0].sample_rate, "items": items}
+        # Last, because a folder without scores counts as incomplete.
         write_json(step_folder / SCORES, to_json_row(scores))
     except (AudioError, OSError):
         shutil.rmtree(step_folder, ignore_errors=True)
@@ -192,7 +194,7 @@ def _write_inputs_once(folder: Path, example: AudioExample) -> None:
         if path.exists():
             if _contains(path, audio):
                 continue
-            remove_later_audio(folder, -1)
+            remove_later_audio(folder, -1)  # later than step -1: all of them
         write_audio(path, audio, example.sample_rate)
 
 
