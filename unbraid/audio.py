@@ -192,14 +192,14 @@ def _read_blocks(file: soundfile.SoundFile, n_samples: int) -> AudioArray:
     blocks = []
     n_left = n_samples
     while n_left > 0:
-        wanted = min(n_left, block_samples)
+        n_block = min(n_left, block_samples)
         if file.frames < UNKNOWN_LENGTH:
-            block = file.read(wanted, dtype="float32", always_2d=True)
+            block = file.read(n_block, dtype="float32", always_2d=True)
         else:
-            block = _read_up_to_end(file, wanted)
+            block = _read_up_to_end(file, n_block)
         blocks.append(block)
         n_left -= len(block)
-        if len(block) < wanted:
+        if len(block) < n_block:
             break
     return blocks[0] if len(blocks) == 1 else np.concatenate([np.zeros((0, file.channels), np.float32), *blocks])
 

@@ -46,9 +46,9 @@ def unknown_options(unknown: Sequence[str], args: argparse.Namespace) -> str:
     option, equals, value = unknown[0].removeprefix("--").partition("=")
     if not equals:
         value = unknown[1] if len(unknown) > 1 else "VALUE"
-    wanted = option.replace("-", "_")
+    key_name = option.replace("-", "_")
     names = dict.fromkeys(f"{key.table}.{key.key}" for key in recipe_keys())
-    meant = [name for name in names if wanted in (name, name.rpartition(".")[2])]
+    meant = [name for name in names if key_name in (name, name.rpartition(".")[2])]
     if not meant:
         return f"{message} Keys of the recipe are set with --set TABLE.KEY=VALUE; unbraid keys lists them."
     return f"{message} It is a key of the recipe: {' or '.join(f'--set {name}={value}' for name in meant)}"

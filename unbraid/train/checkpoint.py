@@ -158,12 +158,12 @@ def find_checkpoint(path: Path) -> Path:
 
     # The files "best" and "last" are not read: a run that was killed may not have written them, and in a folder that
     # was sent by others they could lead anywhere.
-    wanted = path.name if path.name in ("best", "last") else ""
-    folders = [path.parent] if wanted else [path / "checkpoints", path]
+    pointer = path.name if path.name in ("best", "last") else ""
+    folders = [path.parent] if pointer else [path / "checkpoints", path]
     for folder in folders:
         complete = _complete(folder)
         best = _best(complete)
-        if complete and wanted == "last":
+        if complete and pointer == "last":
             return complete[-1]
         if best is not None:
             return best
@@ -172,7 +172,7 @@ def find_checkpoint(path: Path) -> Path:
                 f"The best checkpoint of {folder}, of step {_best_step(complete[-1])}, is missing. For the "
                 f"newest one, {complete[-1].name}, give {folder / 'last'}."
             )
-        if complete and not wanted:
+        if complete and not pointer:
             return complete[-1]
     raise CheckpointError(
         f"{path} is no checkpoint. Give a run directory, its checkpoints/best or checkpoints/last, or a folder "
