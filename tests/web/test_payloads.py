@@ -12,6 +12,7 @@ from unbraid.records import FAULT_OUTCOMES, SKIPPED_OUTCOMES
 from unbraid.web.downsample import downsample_steps
 from unbraid.web.payloads import (
     NO_IMPROVEMENT,
+    _read_pointer,
     chart,
     diagnosis,
     flatten,
@@ -151,3 +152,21 @@ def test_of_many_validations_every_nth_and_the_last_are_shown(n_rows, steps):
     rows = [{"step": step, "loss": -1.0} for step in range(n_rows)]
 
     assert validation_chart(rows, max_rows=4)["step"] == steps
+
+
+@pytest.mark.parametrize("attack", ["link", "text", "long", "pipe"])
+def test_a_pointer_shows_the_name_of_a_checkpoint_and_no_other_contents(tmp_path, attack):
+    checkpoints = tmp_path / "checkpoints"
+    checkpoints.mkdir()
+    (tmp_path / "secret").write_text("step-1 is not all that is in here: hunter2")
+    (checkpoints / "last").write_text("step-000007\n")
+    best = checkpoints / "best"
+    if attack == "link":
+        best.symlink_to(tmp_path / "secret")
+    elif attack == "pipe":
+        os.mkfifo(best)
+    else:
+        best.write_text("hunter2" if attack == "text" else "step-1" + "0" * 200)
+
+    assert _read_pointer(checkpoints / "last") == "step-000007"
+    assert _read_pointer(best) == ""

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import time
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -211,11 +212,15 @@ def _read_json(path: Path) -> Mapping[str, Any]:
 
 
 def _read_pointer(path: Path) -> str:
-    # "best" and "last" are small files that hold the name of a checkpoint.
+    # "best" and "last" are small files that hold the name of a checkpoint. In a folder that was sent by others they may
+    # be links to any file of this machine, and the page must not show its contents.
     try:
-        return path.read_text(encoding="utf-8")[:200].strip()
+        if path.is_symlink() or not path.is_file() or path.stat().st_size > 100:
+            return ""
+        name = path.read_text(encoding="utf-8").strip()
     except (OSError, ValueError):
         return ""
+    return name if re.fullmatch(r"step-\d+", name) else ""
 
 
 def incidents(run: RunDirectory) -> list[dict[str, Any]]:
