@@ -20,7 +20,6 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LONGEST_FIRST = (
-    "tests/test_demo.py",
     "tests/docs/test_commands.py",
     "tests/contracts/test_models.py",
     "tests/health/test_sick_runs.py",

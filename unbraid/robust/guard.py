@@ -72,7 +72,7 @@ def guarded_step(
 
     # Unscaling and clipping are one division.
     max_norm = as_max_norm(clipper(grad_norm, take_step), grad_norm)
-    take_step = take_step & ~max_norm.isnan()  # the clipper itself is at fault
+    take_step = take_step & (max_norm == max_norm)  # False for NaN: the clipper itself is at fault
     apply_update(optimizer, gradients, scale * (grad_norm / max_norm).clamp_min(1), take_step)
     return GuardedStep(grad_norm, max_norm, take_step)
 

@@ -147,7 +147,7 @@ def _update_or_skip(state: TrainState, backward: BackwardResult, step: int, buff
     gradient_is_finite = grad_norm.isfinite() & transformed_norm.isfinite()
     take_step = batch_is_usable & has_weight & gradient_is_finite
     max_norm = as_max_norm(state.clipper(transformed_norm, take_step), transformed_norm)
-    take_step = take_step & ~max_norm.isnan()  # the clipper itself is at fault
+    take_step = take_step & (max_norm == max_norm)  # False for NaN: the clipper itself is at fault
     divisor = divisor * (transformed_norm / max_norm).clamp_min(1)
     numbers |= {"transformed_norm": transformed_norm, "max_norm": max_norm}
 
