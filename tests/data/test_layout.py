@@ -63,11 +63,26 @@ def test_the_same_speakers_in_all_splits_are_refused(tmp_path):
         ["anna/0.wav", "anna/1.wav", "anna/2.wav", "ben/0.wav", "ben/1.wav", "ben/2.wav"],
         ["1/a.wav", "2/a.wav", "3/a.wav"],
         ["s12/a.wav", "anna/a.wav"],
+        [f"s{number}/a.wav" for number in range(1, 35)],
+        ["speaker1/a.wav", "speaker2/a.wav", "speaker3/b.wav"],
+        ["spk_1/a.wav", "spk_2/a.wav"],
+        ["music/a.wav", "anna/a.wav"],
         ["train/anna/a.wav", "train/ben/b.wav", "valid/cleo/c.wav", "valid/anna/d.wav"],
         ["test-anna/a.wav", "ben/a.wav"],
         ["anna.wav", "ben.wav", "cleo.wav"],
     ],
-    ids=["same names", "numbers", "a word and s12", "one speaker in two splits", "one name like a part", "no folders"],
+    ids=[
+        "same names",
+        "numbers",
+        "a word and s12",
+        "the GRID corpus",
+        "numbered speakers",
+        "numbered spk",
+        "one kind of sound",
+        "one speaker in two splits",
+        "one name like a part",
+        "no folders",
+    ],
 )
 def test_speakers_are_accepted(tmp_path, names):
     assert len(list_speakers(write(tmp_path / "data", *names))) == len(names)

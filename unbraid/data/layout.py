@@ -8,11 +8,14 @@ from pathlib import Path
 from unbraid.data.tracks import Track
 from unbraid.errors import DataError
 
-MIXTURE_PARTS = re.compile(
-    r"mix(ture|tures|ed)?([_-]?(clean|both|single|anechoic|reverb))?|s\d+([_-]?(anechoic|reverb))?"
-    r"|(source|src|spk|speaker)?[_-]?[1-9]|noise|noisy|clean|vocals|drums|bass|other|accompaniment|music|effects|sfx"
+MIXTURE_WORDS = re.compile(
+    r"mix(ture|tures|ed)?([_-]?(clean|both|single|anechoic|reverb))?"
+    r"|noise|noisy|clean|vocals|drums|bass|other|accompaniment|music|effects|sfx"
 )
-"""Names of folders that hold mixtures, their sources, or stems, in lower case."""
+"""Names of folders that hold mixtures, noise or stems, in lower case."""
+
+SOURCE_NUMBERS = re.compile(r"(s|source|src|spk|speaker)?[_-]?\d([_-]?(anechoic|reverb))?")
+"""Names of folders that hold the sources of mixtures. Alone they may be speakers, as s1 to s34 in the GRID corpus."""
 
 CORPUS_PARTS = re.compile(r"(train|dev|test|valid|eval)[-_](clean|other|noisy|single|both|\d{2,}h?)([-_]\w+)?")
 """Names such as ``train-clean-100`` in LibriSpeech."""
@@ -39,10 +42,10 @@ def check_speaker_folders(root: Path, tracks: Sequence[Track]) -> None:
     names = sorted(by_group)
     advice = "Give a folder with one subfolder per speaker, or a CSV file with the columns path,speaker."
 
-    # 1. By the names of the subfolders. A letter or a number alone is a common name of a speaker: one word must tell.
-    parts = [name for name in names if MIXTURE_PARTS.fullmatch(name.lower())]
-    has_word = any(re.search(r"[a-z]{3}", name.lower()) or re.fullmatch(r"s\d", name.lower()) for name in parts)
-    if len(parts) == len(names) > 1 and has_word:
+    # 1. By the names of the subfolders.
+    words = [name for name in names if MIXTURE_WORDS.fullmatch(name.lower())]
+    numbers = [name for name in names if SOURCE_NUMBERS.fullmatch(name.lower())]
+    if words and len(words) + len(numbers) == len(names) > 1:
         raise DataError(
             f"The subfolders {_listed(names)} of {root} are parts of ready mixtures, not speakers. Unbraid makes its "
             f"mixtures from recordings of single speakers. {advice}"
