@@ -4,7 +4,7 @@ import os
 import signal
 
 # Before torch is imported, and for every process that a test starts: the tests run on all cores already, one process
-# for each (pytest -n auto), and threads of torch on top of that would only wait for each other.
+# for each (pytest -n logical), and threads of torch on top of that would only wait for each other.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -15,12 +15,11 @@ from unbraid.type_aliases import AudioArray
 
 SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif", ".w64", ".caf", ".opus"})
 
-
 UNKNOWN_LENGTH = 2**62
 """libsndfile's length of a FLAC file without a sample count, as from a pipe, is above this."""
 
 MAX_SAMPLES_PER_BYTE = 16_384
-"""No format stores more samples in a byte: FLAC needs about ten bytes for 65,535 samples of silence."""
+"""No format stores more: a FLAC frame has at most 65,535 samples, and its header takes more than four bytes."""
 
 BLOCK_VALUES = 2**22
 """Values to read at a time, over all channels: 16 MiB."""
@@ -188,7 +187,7 @@ def _check_plausible(path: Path, n_samples: int) -> None:
 
 def _read_blocks(file: soundfile.SoundFile, n_samples: int) -> AudioArray:
     """Read from the present position, and allocate no more memory than there are samples; ``(time, channel)``."""
-    block_samples = max(1, BLOCK_VALUES // file.channels)
+    block_samples = BLOCK_VALUES // file.channels
     blocks = []
     n_left = n_samples
     while n_left > 0:

@@ -23,6 +23,7 @@ from unbraid.errors import UserError
 from unbraid.inference import separate
 from unbraid.losses.pit import evaluation_loss, match_to_targets
 from unbraid.metrics import can_improve, sdr, si_sdr
+from unbraid.run_directory import RunDirectory
 from unbraid.train.checkpoint import find_checkpoint
 from unbraid.train.validation_audio import write_estimates, write_mixture_and_references
 from unbraid.type_aliases import Row
@@ -102,7 +103,7 @@ def evaluate_checkpoint(
     Raises:
         UserError: If checkpoint, data or table cannot be used.
     """
-    if data is not None and (data / "steps.jsonl").exists():
+    if data is not None and RunDirectory(data).steps.exists():
         raise UserError(
             f"{data} is a run, and evaluate takes one run and its data. To compare runs, evaluate each on the same "
             "data with its own -o TABLE, or open both with unbraid dashboard."

@@ -317,12 +317,17 @@ def best_step_of(run, name):
     return json.loads((run.checkpoints / name / "manifest.json").read_text())["best_step"]
 
 
-def test_a_best_checkpoint_that_is_missing_is_an_error_and_not_another_one(run):
+def save_best_and_last(run):
+    """Save step 3 as the best, and step 6 after it."""
     state = make_state()
     state.best_step = 3
     best = save(run, state, best=True)
     state.step = 6
-    last = save(run, state)
+    return best, save(run, state)
+
+
+def test_a_best_checkpoint_that_is_missing_is_an_error_and_not_another_one(run):
+    best, last = save_best_and_last(run)
     shutil.rmtree(best)
 
     for given in (run.path, run.checkpoints, run.checkpoints / "best"):
@@ -332,11 +337,7 @@ def test_a_best_checkpoint_that_is_missing_is_an_error_and_not_another_one(run):
 
 
 def test_the_best_checkpoint_of_an_earlier_version_is_known_by_its_state(run):
-    state = make_state()
-    state.best_step = 3
-    best = save(run, state, best=True)
-    state.step = 6
-    last = save(run, state)
+    best, last = save_best_and_last(run)
     for path in (best, last):
         manifest = json.loads((path / "manifest.json").read_text())
         del manifest["best"], manifest["best_step"]

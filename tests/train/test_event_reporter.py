@@ -44,6 +44,7 @@ def test_where_all_examples_are_bad_the_model_is_blamed_once_and_no_file(nets, t
 
     assert "exclude" not in str(stopped.value)
     assert ".wav" not in str(stopped.value)
+    assert "filters" in str(stopped.value)  # the first diagnosis
     first, *others = [row for row in read_rows(run.events)[0] if row["code"] == "STEP_SKIPPED_NONFINITE_LOSS"]
     assert "All 4 examples are bad: the model or its settings are to blame, not the files." in first["message"]
     assert "filters" in first["message"]

@@ -13,7 +13,7 @@ from unbraid.robust.clip import AutoClip
 from unbraid.robust.guard import guarded_step
 from unbraid.run_directory import RunDirectory
 from unbraid.train import loop
-from unbraid.train.checkpoint import complete_checkpoints, read_checkpoint, save_checkpoint
+from unbraid.train.checkpoint import checkpoint_folders, read_checkpoint, save_checkpoint
 from unbraid.train.ema import EMA
 from unbraid.train.state import first_nonfinite
 from unbraid.train.step import train_step
@@ -91,8 +91,8 @@ def test_a_run_goes_back_and_ends_as_if_nothing_had_happened(recipe_file, tmp_pa
     assert is_struck
     [event] = [record for record in records if isinstance(record, Event) and record.code == "WEIGHTS_NONFINITE"]
     assert name in event.message
-    assert [path.name for path in complete_checkpoints(struck)] == [path.name for path in complete_checkpoints(plain)]
-    for path in complete_checkpoints(plain):
+    assert [path.name for path in checkpoint_folders(struck)] == [path.name for path in checkpoint_folders(plain)]
+    for path in checkpoint_folders(plain):
         for file in ("model.safetensors", "optimizer.safetensors"):
             assert (struck.checkpoints / path.name / file).read_bytes() == (path / file).read_bytes()
     assert [row["step"] for row in read_rows(struck.steps)[0]] == [1, 2, 3, 4, 5, 6]
@@ -109,7 +109,7 @@ def test_a_nan_is_never_saved_whatever_else_is_finite(tmp_path, part):
 
     with pytest.raises(CheckpointError, match=rf"not finite: {part}\.\S+ has a NaN"):
         save_checkpoint(run, content, recipe={}, choices={}, best=True, keep=3)
-    assert complete_checkpoints(run) == []
+    assert checkpoint_folders(run) == []
     assert not (run.checkpoints / "best").exists()
 
 

@@ -211,7 +211,7 @@ def _run_until_stopped(run: "Callable[[StopRequest], list[str]]", argv: Sequence
             lines = run(stop)
     except Interrupted as interrupted:
         return exit_status(interrupted.number, resume_advice(argv))
-    say(*"\n".join(lines).splitlines())  # one of them is a whole table
+    say(*lines)
     return 0
 
 

@@ -104,7 +104,7 @@ def run_clipping(
     heading += f"mean over {seeds} seeds ± half its 95 % interval." if seeds > 1 else "one seed."
     if seeds == 2:
         heading += " With two seeds Student's t makes it 12.7 standard errors wide."
-    return [heading, "", table, *unfinished_lines(ended), *conclusions(rows), dashboard_line(out)]
+    return [heading, "", *table.splitlines(), *unfinished_lines(ended), *conclusions(rows), dashboard_line(out)]
 
 
 def train_and_score(runs: list[SweepRun], stop: StopRequest, n_items: int) -> list[tuple[SweepRun, RunEnd]]:

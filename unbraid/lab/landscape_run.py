@@ -29,7 +29,7 @@ from unbraid.lab.weight_directions import filter_layouts, weights_digest
 from unbraid.robust.precision import Precision
 from unbraid.run_directory import RunDirectory
 from unbraid.signals import StopRequest
-from unbraid.train.checkpoint import complete_checkpoints, find_checkpoint, read_checkpoint
+from unbraid.train.checkpoint import checkpoint_folders, find_checkpoint, read_checkpoint
 from unbraid.type_aliases import FloatArray
 
 
@@ -131,7 +131,7 @@ def path_view(experiment: Experiment, run: Path, *, margin: float = 0.25, n_poin
     Raises:
         CheckpointError: If the path is no run directory, or holds fewer than three checkpoints.
     """
-    paths = complete_checkpoints(RunDirectory(run))
+    paths = checkpoint_folders(RunDirectory(run))
     if len(paths) < 3:
         raise CheckpointError(
             f"{run} holds {len(paths)} checkpoints, and a plane needs 3 or more: give a run directory of a training "

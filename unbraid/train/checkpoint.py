@@ -188,7 +188,7 @@ def newest_checkpoint(run: RunDirectory) -> tuple[Checkpoint | None, list[str]]:
     """
     _undo_interrupted_replacement(run)
     skipped = [f"{path} is a partial checkpoint of a run that was killed." for path in _partial(run)]
-    for path in reversed(complete_checkpoints(run)):
+    for path in reversed(checkpoint_folders(run)):
         try:
             return read_checkpoint(path), skipped
         except CheckpointError as error:
@@ -219,7 +219,7 @@ def repair_checkpoints(run: RunDirectory, resumed: Checkpoint | None) -> None:
     for name in POINTERS:
         for path in run.checkpoints.glob(f".{name}.*.tmp"):
             path.unlink(missing_ok=True)
-    for path in complete_checkpoints(run):
+    for path in checkpoint_folders(run):
         if resumed is not None and _step_of(path) > _step_of(resumed.path):
             path.rename(path.with_name(f"{path.name}.damaged"))
     _write_pointers(run)
@@ -232,7 +232,7 @@ def truncate_logs(run: RunDirectory, log_bytes: dict[str, int]) -> None:
             os.truncate(log, log_bytes.get(log.name, 0))
 
 
-def complete_checkpoints(run: RunDirectory) -> list[Path]:
+def checkpoint_folders(run: RunDirectory) -> list[Path]:
     """Return the checkpoint folders of a run, the oldest first, without reading them."""
     return _folders(run.checkpoints)
 
@@ -296,7 +296,7 @@ def _partial(run: RunDirectory) -> Iterator[Path]:
 
 def _remove_old(run: RunDirectory, keep: int) -> None:
     best = _best(_complete(run.checkpoints))
-    for path in complete_checkpoints(run)[: -max(1, keep)]:
+    for path in checkpoint_folders(run)[: -max(1, keep)]:
         if path != best:
             shutil.rmtree(path, ignore_errors=True)
 

@@ -74,7 +74,8 @@ class EventReporter:
         self.n_all_bad = self.n_all_bad + 1 if _all_are_bad(record, batches) else 0
         if record.outcome in ("trained", "all_filtered") and not is_rescued:
             return
-        self.last_diagnosis = ""
+        if self.n_all_bad <= 1:  # later ones have the same cause, and are not diagnosed again
+            self.last_diagnosis = ""
         # Each rank reports its own bad examples; an overflow belongs to no example, so the main process reports it.
         concerns_this_rank = bool(record.bad_items) or (dist.is_main() and record.outcome == "fp16_overflow")
         own_events = [self._bad_step_event(record, batches, is_rescued)] if concerns_this_rank else []
