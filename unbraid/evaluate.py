@@ -89,8 +89,8 @@ def evaluate_checkpoint(
 
     Args:
         checkpoint: A run directory or a checkpoint.
-        data: Speaker folder or manifest; None for that of the training. All of its speakers are mixed, unless it is
-            divided into splits itself.
+        data: Speaker folder or manifest; None for that of the training. All speakers of other data than the
+            training's are mixed, unless they are divided into splits.
         split: Speakers to mix: ``test``, ``valid``, or ``train`` to measure the fit to the training data.
         n_items: Number of mixtures.
         seconds: Length of a mixture; None for that of the training.
@@ -115,11 +115,14 @@ def evaluate_checkpoint(
 
     # The model, and mixtures made by its recipe.
     model, recipe = load_model(folder, trust=trust)
+    trained_on = recipe.data.path
+    is_other_data = data is not None and (trained_on is None or data.resolve() != trained_on.resolve())
     changes: dict[str, Any] = {"path": data.absolute()} if data else {}
     changes |= {"excerpt_seconds": seconds} if seconds else {}
     recipe = replace(recipe, data=replace(recipe.data, **changes))
-    # Data of the training have to be divided as they were there. Other data are there to be evaluated on, all of them.
-    tracks, noise = list_tracks(recipe, trust=trust, all_in=split if data else "")
+    # The training data, named or not, are divided as in training: else speakers trained on would be in the test. Of
+    # other data everything is there to be evaluated on.
+    tracks, noise = list_tracks(recipe, trust=trust, all_in=split if is_other_data else "")
     dataset = make_dataset(tracks, recipe.data, split, noises=noise)
 
     # Evaluate, collecting the files that could not be used.

@@ -12,6 +12,7 @@ import torch
 
 from unbraid.audio import read_audio
 from unbraid.cli.main import main
+from unbraid.config.recipe import load_recipe
 from unbraid.metrics import si_sdr
 from unbraid.records import read_rows
 
@@ -246,6 +247,16 @@ def test_all_speakers_of_a_folder_given_to_evaluate_are_evaluated_on(trained, sp
 
     files = (tmp_path / "table.csv").read_text()
     assert [n for n in range(12) if f"speaker-{n:02d}" not in files] == []
+
+
+def test_the_training_folder_named_again_is_divided_as_in_training(trained, tmp_path):
+    table = tmp_path / "named.csv"
+    folder = load_recipe(trained / "recipe.toml").data.path
+
+    assert main(["evaluate", str(trained), "--n-items", "9"]) == 0
+    assert main(["evaluate", str(trained), str(folder), "--n-items", "9", "-o", str(table)]) == 0
+
+    assert table.read_text() == (trained / "evaluation.csv").read_text()
 
 
 def test_four_speakers_are_enough_to_evaluate_on(trained, speaker_folder, tmp_path):
